@@ -1,0 +1,546 @@
+"""Draws and writes the demonstration problems: short questions in ScienceQA's row format, most with a 96x96 px picture.
+
+They are there so that both stages can be trained from scratch on two CPU cores in minutes, and so that a score on them
+means something: val and test hold combinations of values that training never shows, and the picture skills cannot be
+answered from the text. Nothing here is real data: every text is a template and every picture is drawn by this file from
+seeded numbers, with no download. It is not a benchmark, and a score on it says nothing about ScienceQA.
+
+A skill is one row of `SKILLS`: its metadata, its space of combinations, a function that words a problem and, if it has
+a picture, a function that draws it. To add a skill, add a row.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, permutations, product, repeat
+
+from PIL import Image, ImageDraw, ImageFont
+
+SPLIT_SIZES: dict[str, int] = {"train": 12_000, "val": 400, "test": 1_800}
+
+SIZE = 96  # side of a picture, px
+SCALE = 2  # pictures are drawn this much larger and averaged down, for smooth edges
+
+# Far apart in RGB, so that a patch tells its color even when half of it is background.
+COLORS = {
+    "red": (228, 26, 38),
+    "yellow": (255, 208, 0),
+    "green": (20, 160, 60),
+    "blue": (24, 84, 232),
+    "purple": (164, 44, 204),
+    "black": (28, 28, 32),
+}
+PAPER = (250, 249, 245)
+LINE = (214, 214, 208)
+INK = (96, 98, 104)
+SEA = (206, 231, 247)
+LAND = (196, 224, 168)
+SHORE = (150, 190, 124)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The text of one problem; `answer` is the right choice and `others` are the wrong ones, in no order."""
+
+    question: str
+    answer: str
+    others: list[str]
+    solution: str
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One kind of problem.
+
+    `combinations` lists the value tuples that are held out as a whole: each belongs to exactly one split. `word` and
+    `draw` take a random generator (for what is not held out: the question's form, wrong choices, jitter) and the values
+    of one combination. `share` is the skill's part of every split in percent.
+    """
+
+    subject: str
+    grade: str
+    topic: str
+    category: str
+    share: int
+    lecture: str
+    combinations: Callable[[], Iterable[tuple]]
+    word: Callable[..., Wording]
+    draw: Callable[..., "Canvas"] | None = None
+
+
+def generate(split: str) -> Iterator[dict]:
+    """Problem rows of `split` ("train", "val" or "test"), skills interleaved; the same rows in any process."""
+    if split not in SPLIT_SIZES:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLIT_SIZES)}")
+    rows = {name: _rows(name, split) for name in SKILLS}
+    order = [name for name, skill in SKILLS.items() for _ in range(SPLIT_SIZES[split] * skill.share // 100)]
+    random.Random(f"order {split}").shuffle(order)
+    return (next(rows[name]) for name in order)
+
+
+def seen(rationale: str) -> str:
+    """The part of a solution or rationale that says what is seen: the text before its " So,"."""
+    return rationale.partition(" So,")[0].strip()
+
+
+def _rows(name: str, split: str) -> Iterator[dict]:
+    """Rows of one skill, no two alike; goes round the split's combinations again when they are used up."""
+    skill = SKILLS[name]
+    rng = random.Random(f"{split} {name}")
+    pool = [values for values in skill.combinations() if _home(name, values) == split]
+    rng.shuffle(pool)
+    known = set()
+    for values in chain.from_iterable(repeat(pool, 100)):
+        wording = skill.word(rng, *values)
+        picture = skill.draw(rng, *values).png() if skill.draw else None
+        key = (wording.question, wording.context, *sorted([wording.answer, *wording.others]), picture)
+        if key in known:
+            continue
+        choices = [wording.answer, *wording.others]
+        rng.shuffle(choices)
+        yield {
+            "id": f"{split}-{name}-{len(known)}",
+            "question": wording.question,
+            "choices": choices,
+            "context": wording.context,
+            "images": [{"bytes": picture, "path": None}] if picture else [],
+            "caption": "",
+            "answer": choices.index(wording.answer),
+            "lecture": skill.lecture,
+            "solution": wording.solution,
+            "subject": skill.subject,
+            "grade": skill.grade,
+            "topic": skill.topic,
+            "category": skill.category,
+            "skill": name,
+            "split": split,
+        }
+        known.add(key)
+    raise ValueError(f"skill {name!r} has only {len(known)} different problems for split {split!r}: ask for fewer")
+
+
+def _home(name: str, values: tuple) -> str:
+    """The one split that a combination belongs to: 10 % val, 20 % test, 70 % train, by a digest of its values."""
+    digest = hashlib.sha256(f"{name} {values!r}".encode()).digest()
+    return ("val", "test", "test", *["train"] * 7)[int.from_bytes(digest[:4], "big") % 10]
+
+
+class Canvas:
+    """A picture being drawn; all coordinates are px of the finished picture, boxes are (left, top, right, bottom)."""
+
+    def __init__(self, background: Image.Image | tuple[int, int, int] = PAPER):
+        side = SIZE * SCALE
+        self.image = Image.new("RGB", (side, side), background) if isinstance(background, tuple) else background.copy()
+        self._draw = ImageDraw.Draw(self.image)
+
+    def rectangle(self, box: tuple, fill=None, outline=None, radius: float = 0) -> None:
+        self._draw.rounded_rectangle(_scaled_box(box), radius * SCALE, fill, outline, SCALE)
+
+    def ellipse(self, box: tuple, fill=None, outline=None) -> None:
+        self._draw.ellipse(_scaled_box(box), fill, outline, SCALE)
+
+    def polygon(self, points: Iterable[tuple], fill=None, outline=None) -> None:
+        self._draw.polygon([(x * SCALE, y * SCALE) for x, y in points], fill, outline, SCALE)
+
+    def line(self, start: tuple, end: tuple, fill) -> None:
+        """A line one px wide; horizontal or vertical."""
+        (x0, y0), (x1, y1) = start, end
+        self._draw.rectangle(_scaled_box((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))), fill)
+
+    def text(self, center: tuple, text: str, size: int, fill, anchor: str = "mm") -> None:
+        x, y = center
+        self._draw.text((x * SCALE, y * SCALE), text, fill, _font(size * SCALE), anchor)
+
+    def png(self) -> bytes:
+        file = io.BytesIO()
+        self.image.reduce(SCALE).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+
+def _scaled_box(box: tuple) -> tuple:
+    left, top, right, bottom = (SCALE * value for value in box)
+    return left, top, right - 1, bottom - 1  # Pillow's right and bottom are inside the box
+
+
+@cache
+def _font(size: int):
+    return ImageFont.load_default(size)
+
+
+def _some(rng: random.Random, values: Iterable[str], number: int, without: Iterable[str]) -> list[str]:
+    """`number` different values, none of those in `without`."""
+    return rng.sample([value for value in values if value not in without], number)
+
+
+# Magnets: which poles face each other.
+
+POLES = {"north": ("N", COLORS["red"]), "south": ("S", COLORS["blue"])}
+OTHER_POLE = {"north": "south", "south": "north"}
+
+
+def _magnet_combinations() -> Iterable[tuple]:
+    """The facing poles (left, right); top of the left magnet, gap, rise of the right magnet and shift, all in px."""
+    return product(POLES, POLES, range(8, 56, 2), range(4, 10, 2), range(-2, 3), range(-1, 2))
+
+
+def _word_magnets(rng: random.Random, left: str, right: str, *_place: int) -> Wording:
+    rule, answer, other = (
+        ("Like poles repel.", "repel", "attract") if left == right else ("Opposite poles attract.", "attract", "repel")
+    )
+    return Wording(
+        question="Will these magnets attract or repel each other?",
+        answer=answer,
+        others=[other],
+        solution=f"The poles that face each other are {left} and {right}. {rule} So, the magnets will {answer}.",
+    )
+
+
+def _draw_magnets(rng: random.Random, left: str, right: str, top: int, gap: int, rise: int, shift: int) -> Canvas:
+    canvas = Canvas()
+    middle = SIZE // 2 + shift
+    _draw_magnet(canvas, middle - gap // 2 - 42, top, (OTHER_POLE[left], left))
+    _draw_magnet(canvas, middle + gap // 2, top + rise, (right, OTHER_POLE[right]))
+    return canvas
+
+
+def _draw_magnet(canvas: Canvas, x: int, y: int, poles: tuple[str, str]) -> None:
+    """A bar magnet of 42x32 px with its top left corner at (x, y)."""
+    for start, pole in zip((x, x + 21), poles, strict=True):
+        letter, color = POLES[pole]
+        canvas.rectangle((start, y, start + 21, y + 32), fill=color)
+        canvas.text((start + 10.5, y + 16), letter, 17, "white")
+
+
+# Thermometer: which mark the column reaches.
+
+MARKS = range(0, 100, 10)
+
+
+def _thermometer_combinations() -> Iterable[tuple]:
+    """Color, mark in degrees, x of the column's middle in px."""
+    return product(COLORS, MARKS, range(30, 71))
+
+
+def _word_thermometer(rng: random.Random, color: str, mark: int, _x: int) -> Wording:
+    answer = f"{mark} degrees"
+    return Wording(
+        question="What temperature does this thermometer show?",
+        answer=answer,
+        others=_some(rng, [f"{other} degrees" for other in MARKS], 3, without=[answer]),
+        solution=f"The {color} column reaches the {mark} mark. So, the temperature is {answer}.",
+    )
+
+
+def _draw_thermometer(rng: random.Random, color: str, mark: int, x: int) -> Canvas:
+    canvas = Canvas()
+    heights = {degrees: 76 - 8 * degrees // 10 for degrees in MARKS}  # y of each mark; two marks per 16 px patch
+    canvas.rectangle((x - 8, 1, x + 8, 90), fill="white", outline=INK, radius=8)
+    canvas.ellipse((x - 10, 75, x + 10, 95), fill="white", outline=INK)
+    canvas.ellipse((x - 8, 77, x + 8, 93), fill=COLORS[color])
+    canvas.rectangle((x - 6, heights[mark], x + 6, 84), fill=COLORS[color])
+    for degrees, y in heights.items():
+        labelled = degrees % 30 == 0
+        canvas.line((x - (14 if labelled else 12), y), (x - 8, y), INK)
+        if labelled:
+            canvas.text((x - 16, y + 1), str(degrees), 8, INK, anchor="rm")
+    return canvas
+
+
+# Bar chart: which bar is the tallest, or the shortest.
+
+BAR_FORMS = {"tallest": (max, "most"), "shortest": (min, "least")}
+
+
+def _bar_combinations() -> Iterable[tuple]:
+    """The three colors and the three heights (1 to 5), left to right."""
+    return product(permutations(COLORS, 3), permutations(range(1, 6), 3))
+
+
+def _word_bars(rng: random.Random, colors: tuple, heights: tuple) -> Wording:
+    form = rng.choice(list(BAR_FORMS))
+    pick, superlative = BAR_FORMS[form]
+    extreme = pick(heights)
+    answer = colors[heights.index(extreme)]
+    (a, b, c), (i, j, k) = colors, heights
+    return Wording(
+        question=f"Which bar is the {form}?",
+        answer=answer,
+        others=[color for color in colors if color != answer],
+        solution=f"The {a} bar shows {i}, the {b} bar {j} and the {c} bar {k}. "
+        f"{extreme} is the {superlative}. So, the {answer} bar is the {form}.",
+    )
+
+
+def _draw_bars(rng: random.Random, colors: tuple, heights: tuple) -> Canvas:
+    canvas = Canvas(_chart_paper())
+    for slot, (color, height) in enumerate(zip(colors, heights, strict=True)):
+        left = 32 * slot + 10  # each bar has two columns of patches to itself
+        canvas.rectangle((left, 88 - 16 * height, left + 20, 88), fill=COLORS[color])
+    canvas.line((8, 88), (SIZE, 88), INK)
+    return canvas
+
+
+@cache
+def _chart_paper() -> Image.Image:
+    canvas = Canvas()
+    for number in range(1, 6):
+        y = 88 - 16 * number  # one unit is the height of a patch
+        canvas.line((8, y), (SIZE, y), LINE)
+        canvas.text((4, y), str(number), 8, INK)
+    canvas.line((8, 4), (8, 89), INK)
+    return canvas.image
+
+
+# Map: in which of the eight outer cells the star lies.
+
+PLACES = {  # what is seen, the legend, and the column and row of the 32 px cell
+    "northwest": ("top left", "Top is north and left is west.", 0, 0),
+    "north": ("top", "Top is north.", 1, 0),
+    "northeast": ("top right", "Top is north and right is east.", 2, 0),
+    "west": ("left", "Left is west.", 0, 1),
+    "east": ("right", "Right is east.", 2, 1),
+    "southwest": ("bottom left", "Bottom is south and left is west.", 0, 2),
+    "south": ("bottom", "Bottom is south.", 1, 2),
+    "southeast": ("bottom right", "Bottom is south and right is east.", 2, 2),
+}
+STAR = [(0, -13), (3.4, -4.4), (12.4, -4), (5.4, 1.7), (7.6, 10.5), (0, 5.6)]  # right half of a star around (0, 0), px
+STAR += [(-x, y) for x, y in reversed(STAR[1:-1])]
+
+
+def _map_combinations() -> Iterable[tuple]:
+    """Color, direction, and how far the star is from the middle of its cell (x and y, px)."""
+    return product(COLORS, PLACES, range(-3, 4), range(-3, 4))
+
+
+def _word_map(rng: random.Random, color: str, direction: str, *_jitter: int) -> Wording:
+    place, legend, *_cell = PLACES[direction]
+    return Wording(
+        question="In which part of the map is the star?",
+        answer=direction,
+        others=_some(rng, PLACES, 3, without=[direction]),
+        solution=f"The {color} star is at the {place} of the map. {legend} So, the star is in the {direction}.",
+    )
+
+
+def _draw_map(rng: random.Random, color: str, direction: str, dx: int, dy: int) -> Canvas:
+    canvas = Canvas(_island())
+    *_words, column, row = PLACES[direction]
+    x, y = 32 * column + 16 + dx, 32 * row + 16 + dy
+    canvas.polygon([(x + a, y + b) for a, b in STAR], fill=COLORS[color], outline="white")
+    return canvas
+
+
+@cache
+def _island() -> Image.Image:
+    canvas = Canvas(SEA)
+    shore = [(12, 30), (22, 15), (38, 19), (52, 9), (70, 13), (84, 27), (80, 42), (89, 58), (78, 79)]
+    shore += [(60, 76), (46, 88), (28, 82), (19, 68), (7, 56), (16, 44)]
+    canvas.polygon(shore, fill=LAND, outline=SHORE)
+    canvas.polygon([(48, 38), (43, 57), (48, 53), (53, 57)], fill=SHORE)  # the arrow to the north
+    canvas.text((48, 63), "N", 9, SHORE)
+    return canvas.image
+
+
+# Objects: the color of one of three shapes.
+
+SHAPES: dict[str, Callable[[Canvas, int, int, tuple], None]] = {  # drawn around (x, y), 28 px
+    "circle": lambda canvas, x, y, fill: canvas.ellipse((x - 14, y - 14, x + 14, y + 14), fill),
+    "square": lambda canvas, x, y, fill: canvas.rectangle((x - 14, y - 14, x + 14, y + 14), fill),
+    "triangle": lambda canvas, x, y, fill: canvas.polygon([(x, y - 14), (x + 15, y + 14), (x - 16, y + 14)], fill),
+}
+
+
+def _object_combinations() -> Iterable[tuple]:
+    """The three shapes and their three colors, left to right."""
+    return product(permutations(SHAPES), permutations(COLORS, 3))
+
+
+def _word_objects(rng: random.Random, shapes: tuple, colors: tuple) -> Wording:
+    shape, answer = rng.choice(list(zip(shapes, colors, strict=True)))
+    drawn = [color for color in colors if color != answer]
+    a, b, c = (f"a {color} {shape}" for color, shape in zip(colors, shapes, strict=True))
+    return Wording(
+        question=f"What color is the {shape}?",
+        answer=answer,
+        others=drawn + _some(rng, COLORS, 1, without=colors),
+        solution=f"There is {a}, {b} and {c}. So, the {shape} is {answer}.",
+    )
+
+
+def _draw_objects(rng: random.Random, shapes: tuple, colors: tuple) -> Canvas:
+    canvas = Canvas()
+    canvas.rectangle((0, 54, SIZE, SIZE), fill=(238, 234, 224))
+    for slot, (shape, color) in enumerate(zip(shapes, colors, strict=True)):
+        SHAPES[shape](canvas, 32 * slot + 16, 48 + rng.randint(-2, 2), COLORS[color])
+    return canvas
+
+
+# Tense of a verb (no picture, no context).
+
+NAMES = ["Mia", "Tom", "Anna", "Ben", "Lily", "Sam", "Emma", "Jack", "Nina", "Paul", "Rosa", "Leo"]
+VERBS = ["walk", "jump", "crawl", "return", "wander", "head", "travel", "climb"]  # regular: ed and s are all it takes
+LOCATIONS = ["park", "school", "lake", "shop", "beach", "farm", "river", "garden", "market", "library"]
+TENSES = {"past": "{}ed", "present": "{}s", "future": "will {}"}
+
+
+def _tense_combinations() -> Iterable[tuple]:
+    """Name, verb, location, tense."""
+    return product(NAMES, VERBS, LOCATIONS, TENSES)
+
+
+def _word_tense(rng: random.Random, name: str, verb: str, location: str, tense: str) -> Wording:
+    form = TENSES[tense].format(verb)
+    return Wording(
+        question=f"Which tense does this sentence use? {name} {form} to the {location}.",
+        answer=f"{tense} tense",
+        others=[f"{other} tense" for other in TENSES if other != tense],
+        solution=f"The verb is {form}. It tells about the {tense}. So, the sentence is in the {tense} tense.",
+    )
+
+
+# Speed of two cars (the data are in the context).
+
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+COMPARISONS = ("faster", "slower")
+
+
+def _speed_combinations() -> Iterable[tuple]:
+    """Day, place, how the first car compares, and the two colors."""
+    return product(DAYS, SHOPS, COMPARISONS, permutations(COLORS, 2))
+
+
+def _word_speed(rng: random.Random, day: str, place: str, relation: str, colors: tuple) -> Wording:
+    form = rng.choice(COMPARISONS)
+    answer, other = colors if form == relation else reversed(colors)
+    seen_relation = f"he {colors[0]} car was {relation} than the {colors[1]} car."
+    return Wording(
+        question=f"Which car was {form}?",
+        context=f"On {day}, at the {place}, t{seen_relation}",
+        answer=f"the {answer} car",
+        others=[f"the {other} car"],
+        solution=f"T{seen_relation} So, the {answer} car was {form}.",
+    )
+
+
+# Demand when a price changes (no picture, no context).
+
+FOOD = ["apples", "pears", "cakes", "eggs", "plums", "grapes", "nuts", "beans"]
+CLOTHES = ["shoes", "hats", "socks", "coats", "scarves", "shirts", "belts", "boots"]
+THINGS = ["books", "bikes", "pens", "cups", "lamps", "kites", "balls", "clocks"]
+SHOPS = ["market", "mall", "harbor", "station", "village", "museum", "airport", "fair", "store", "hotel", "zoo", "port"]
+PRICE_CHANGES = {"goes up": "up", "rises": "up", "goes down": "down", "falls": "down"}
+DEMAND = {
+    "up": ("The price goes up. When things cost more, people buy less.", "it goes down"),
+    "down": ("The price goes down. When things cost less, people buy more.", "it goes up"),
+}
+
+
+def _demand_combinations() -> Iterable[tuple]:
+    """Good, shop, price change."""
+    return product(FOOD + CLOTHES + THINGS, SHOPS, PRICE_CHANGES)
+
+
+def _word_demand(rng: random.Random, good: str, shop: str, change: str) -> Wording:
+    reason, answer = DEMAND[PRICE_CHANGES[change]]
+    return Wording(
+        question=f"At the {shop}, the price of {good} {change}. What happens to the number of {good} that people buy?",
+        answer=answer,
+        others=[choice for _, choice in DEMAND.values() if choice != answer],
+        solution=f"{reason} So, {answer}.",
+    )
+
+
+SKILLS: dict[str, Skill] = {
+    "magnets": Skill(
+        subject="natural science",
+        grade="grade4",
+        topic="physics",
+        category="Magnets",
+        share=10,
+        lecture="Every magnet has a north pole and a south pole. Opposite poles attract and like poles repel.",
+        combinations=_magnet_combinations,
+        word=_word_magnets,
+        draw=_draw_magnets,
+    ),
+    "thermometer": Skill(
+        subject="natural science",
+        grade="grade2",
+        topic="units-and-measurement",
+        category="Temperature",
+        share=13,
+        lecture="A thermometer shows the temperature. Read the mark that the top of the column reaches.",
+        combinations=_thermometer_combinations,
+        word=_word_thermometer,
+        draw=_draw_thermometer,
+    ),
+    "bar_chart": Skill(
+        subject="social science",
+        grade="grade5",
+        topic="geography",
+        category="Charts",
+        share=20,
+        lecture="A bar chart shows numbers as bars. A taller bar shows a greater number.",
+        combinations=_bar_combinations,
+        word=_word_bars,
+        draw=_draw_bars,
+    ),
+    "map": Skill(
+        subject="social science",
+        grade="grade3",
+        topic="geography",
+        category="Maps",
+        share=13,
+        lecture="On most maps the top is north, the bottom is south, the left is west and the right is east.",
+        combinations=_map_combinations,
+        word=_word_map,
+        draw=_draw_map,
+    ),
+    "objects": Skill(
+        subject="natural science",
+        grade="grade1",
+        topic="physics",
+        category="Properties of objects",
+        share=20,
+        lecture="Objects have properties. Color and shape are properties that you can see.",
+        combinations=_object_combinations,
+        word=_word_objects,
+        draw=_draw_objects,
+    ),
+    "tense": Skill(
+        subject="language science",
+        grade="grade2",
+        topic="verbs",
+        category="Verb tense",
+        share=9,
+        lecture="The tense of a verb tells when something happens: in the past, in the present or in the future.",
+        combinations=_tense_combinations,
+        word=_word_tense,
+    ),
+    "speed": Skill(
+        subject="natural science",
+        grade="grade8",
+        topic="physics",
+        category="Velocity",
+        share=9,
+        lecture="Of two cars, the faster one moves farther in the same time. The other one is slower.",
+        combinations=_speed_combinations,
+        word=_word_speed,
+    ),
+    "demand": Skill(
+        subject="social science",
+        grade="grade9",
+        topic="economics",
+        category="Supply and demand",
+        share=6,
+        lecture="When a price goes up, people buy less. When a price goes down, people buy more.",
+        combinations=_demand_combinations,
+        word=_word_demand,
+    ),
+}
+
+# The skills whose answer is in the picture alone: their questions and choices do not tell it.
+PICTURE_SKILLS: tuple[str, ...] = tuple(name for name, skill in SKILLS.items() if skill.draw)

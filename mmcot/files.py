@@ -1,0 +1,36 @@
+"""JSON files on disk: written whole or not at all, and read with errors that name the file and the line.
+
+What stands in a file (predictions, scores) is checked by the module whose format it is, not here.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in `path`; a ValueError names the file, and the line where its text breaks."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def write_json(path: str | Path, data: dict[str, Any]) -> None:
+    """Write `data` to `path`, its folder made where missing; whoever reads `path` sees the old file or the new one."""
+    path = Path(path)
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""The figures of the field: accuracy by class of problem, BLEU-1, BLEU-4 and ROUGE-L of rationales, all in percent.
+
+Notable: a class without problems scores None, never 0; BLEU and ROUGE come from nltk and the package `rouge`, called as
+the original's metric code calls them, so that figures can be set beside published ones.
+Not here: reading files and printing (evaluate.py), choosing an answer (predict.py). Nothing here knows the model.
+"""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from nltk.translate.bleu_score import sentence_bleu
+from rouge import Rouge
+
+# A row of the problem schema (DESIGN section 4); `Problems` is a datasets.Dataset or a list of such rows.
+Problem = Mapping[str, Any]
+Problems = Collection[Problem]
+
+GRADES_1_TO_6 = {f"grade{number}" for number in range(1, 7)}
+GRADES_7_TO_12 = {f"grade{number}" for number in range(7, 13)}
+
+# The classes of ScienceQA's result tables, in their order. They overlap: a problem counts in each that it belongs to.
+CLASSES: dict[str, Callable[[Problem], bool]] = {
+    "NAT": lambda problem: problem["subject"] == "natural science",
+    "SOC": lambda problem: problem["subject"] == "social science",
+    "LAN": lambda problem: problem["subject"] == "language science",
+    "TXT": lambda problem: bool(problem["context"]),
+    "IMG": lambda problem: bool(problem["images"]),
+    "NO": lambda problem: not problem["context"] and not problem["images"],
+    "G1-6": lambda problem: problem["grade"] in GRADES_1_TO_6,
+    "G7-12": lambda problem: problem["grade"] in GRADES_7_TO_12,
+    "Avg": lambda problem: True,
+}
+
+UNREADABLE = -1
+
+# The paper's targets open the rationale with this cue, so generated ones do too; the gold column `solution` does not.
+RATIONALE_CUE = "Solution:"
+
+
+def class_sizes(problems: Problems) -> dict[str, int]:
+    """Number of problems in each class."""
+    sizes = dict.fromkeys(CLASSES, 0)
+    for problem in problems:
+        for name in _classes_of(problem):
+            sizes[name] += 1
+    return sizes
+
+
+def accuracy(problems: Problems, answers: Mapping[str, int]) -> dict[str, float | None]:
+    """Percentage of right answers by class; `answers` (id -> index, -1 = none) has every problem's id."""
+    right = dict.fromkeys(CLASSES, 0)
+    for problem in problems:
+        # -1 is "no answer" in a prediction and "unknown" in a problem: the two together are not a right answer.
+        if problem["answer"] == answers[problem["id"]] >= 0:
+            for name in _classes_of(problem):
+                right[name] += 1
+    return {name: 100 * right[name] / size if size else None for name, size in class_sizes(problems).items()}
+
+
+def rationale_scores(problems: Problems, rationales: Mapping[str, str]) -> dict[str, float | None]:
+    """BLEU-1, BLEU-4 and ROUGE-L of `rationales` (by id) against `solution`, over pairs where both texts have words."""
+    pairs = [
+        (problem["solution"], _without_cue(rationales[problem["id"]]))
+        for problem in problems
+        if problem["id"] in rationales
+    ]
+    pairs = [(gold, generated) for gold, generated in pairs if _words(gold) and _words(generated)]
+    return {
+        "bleu1": _mean_percent([_bleu(gold, generated, (1.0,)) for gold, generated in pairs]),
+        "bleu4": _mean_percent([_bleu(gold, generated, (0.25,) * 4) for gold, generated in pairs]),
+        "rougeL": _mean_percent([_rouge_l(gold, generated) for gold, generated in pairs]),
+    }
+
+
+def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The scores file (DESIGN section 4) of a predictions file: `accuracy`, `rationale` and `n`.
+
+    Predictions with a `decoded_answer` add `decoded_accuracy`: the paper's way, where an answer that cannot be
+    read (-1) is wrong. Predictions without rationales have None for each rationale score.
+    """
+    _check_same_ids([problem["id"] for problem in problems], predictions)
+    scores = {"accuracy": accuracy(problems, _answers(problems, predictions))}
+    if any("decoded_answer" in prediction for prediction in predictions.values()):
+        scores["decoded_accuracy"] = accuracy(problems, _answers(problems, predictions, "decoded_answer"))
+    return scores | {"rationale": rationale_scores(problems, _rationales(predictions)), "n": len(problems)}
+
+
+def _classes_of(problem: Problem) -> list[str]:
+    return [name for name, belongs in CLASSES.items() if belongs(problem)]
+
+
+def _check_same_ids(problem_ids: Collection[str], prediction_ids: Collection[str]) -> None:
+    missing = sorted(set(problem_ids) - set(prediction_ids))
+    unknown = sorted(set(prediction_ids) - set(problem_ids))
+    if missing or unknown:
+        raise ValueError(
+            f"predictions and problems are not of the same ids ({len(prediction_ids)} predictions, "
+            f"{len(problem_ids)} problems): {_some_of(missing)} without a prediction, "
+            f"{_some_of(unknown)} without a problem"
+        )
+
+
+def _some_of(ids: list[str], shown: int = 5) -> str:
+    return f"{len(ids)} ({', '.join(ids[:shown])}{', …' if len(ids) > shown else ''})" if ids else "0"
+
+
+def _answers(problems: Problems, predictions: Mapping[str, Mapping[str, Any]], key: str = "answer") -> dict[str, int]:
+    """The answers under `key` by id, each an index of its problem's choices, or -1 where that may be."""
+    answers = {}
+    for problem in problems:
+        id_, num_choices = problem["id"], len(problem["choices"])
+        answer = predictions[id_].get(key)
+        # Choices are scored, so with choices there is always an answer; only a decoded one can be unreadable.
+        lowest = UNREADABLE if key == "decoded_answer" or not num_choices else 0
+        if type(answer) is not int or not lowest <= answer < num_choices:
+            raise ValueError(
+                f"prediction {id_}: {key!r} is {answer!r}, expected an integer from {lowest} to {num_choices - 1} "
+                f"({num_choices} choices)"
+            )
+        answers[id_] = answer
+    return answers
+
+
+def _rationales(predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    rationales = {id_: prediction["rationale"] for id_, prediction in predictions.items() if "rationale" in prediction}
+    for id_, rationale in rationales.items():
+        if not isinstance(rationale, str):
+            raise ValueError(f"prediction {id_}: 'rationale' is {rationale!r}, expected a text")
+    return rationales
+
+
+def _without_cue(rationale: str) -> str:
+    return rationale.strip().removeprefix(RATIONALE_CUE).strip()
+
+
+def _words(text: str) -> list[str]:
+    """Split at white space and full stops, as the original does; decimal numbers come apart too."""
+    return [word for word in re.split(r"\s|\.", text) if word]
+
+
+def _mean_percent(values: list[float]) -> float | None:
+    return 100 * sum(values) / len(values) if values else None
+
+
+def _bleu(gold: str, generated: str, weights: tuple[float, ...]) -> float:
+    with warnings.catch_warnings():
+        # A pair without a common n-gram scores 0; that is a result, not something to warn of once per pair.
+        warnings.filterwarnings("ignore", message=r"\s*The hypothesis contains 0 counts")
+        return sentence_bleu([_words(gold)], _words(generated), weights)
+
+
+def _rouge_l(gold: str, generated: str) -> float:
+    # The gold text goes in as the *hypothesis*: so does the original, and in this package the order changes the score.
+    with _room_to_recurse(len(_words(gold)) + len(_words(generated))):
+        return Rouge(metrics=["rouge-l"]).get_scores(gold, generated)[0]["rouge-l"]["f"]
+
+
+@contextmanager
+def _room_to_recurse(depth: int) -> Iterator[None]:
+    """Raise the recursion limit: package rouge calls itself once per word, and a text may have more than 1,000."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + depth)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)

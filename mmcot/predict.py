@@ -1,0 +1,109 @@
+"""Runs the stages over a split: `python -m mmcot.predict RUN_OR_HUB_DIR --dataset demo --split test --output FILE`.
+
+Free-running: the gold columns are taken away before anything else happens, so no prompt can hold one. What a stage does
+with a batch is `pipeline_mmcot.run_stage`; this file only walks over problems, on one process or several.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mmcot.files import write_json
+from mmcot.problems import SPLITS, check_pictures, load_problems, read_pictures, without_gold
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pipeline_mmcot import run_stage
+from modeling_mmcot.processing_mmcot import Stage
+
+
+def predict_stage(
+    model: PreTrainedModel,
+    processor: MMCoTProcessor,
+    stage: Stage,
+    problems: Dataset,
+    predictions: dict[str, dict],
+    batch_size: int = 32,
+    decode_answer: bool = False,
+) -> None:
+    """
+    Add the columns that a stage writes to `predictions`, for every problem, on every process alike.
+
+    Args:
+        problems: rows of the schema; gold columns may be there and are not looked at.
+        predictions: by problem id, what the earlier stages wrote; a missing id is a problem with nothing written yet.
+    """
+    model.eval()
+    problems = without_gold(problems)
+    state = PartialState()
+    with state.split_between_processes(list(range(len(problems)))) as indices:
+        written = []
+        starts = range(0, len(indices), batch_size)
+        for start in tqdm(starts, desc=f"{stage.name} stage", disable=not state.is_main_process, leave=False):
+            rows = [problems[index] for index in indices[start : start + batch_size]]
+            images = [read_pictures(row) for row in rows] if "images" in stage.reads else None
+            rows = [{**row, **predictions.get(row["id"], {})} for row in rows]
+            ids = [row["id"] for row in rows]
+            columns = run_stage(model, processor, stage, rows, images, decode_answer)
+            written.extend(zip(ids, columns, strict=True))
+    for problem_id, columns in gather_object(written):
+        predictions.setdefault(problem_id, {}).update(columns)
+
+
+def load_system(model: str) -> tuple[MMCoTProcessor, dict[str, PreTrainedModel]]:
+    """The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id."""
+    folder = Path(model)
+    if (folder / "hub").is_dir():
+        model = str(folder / "hub")
+    elif folder.is_dir() and not (folder / "processor_config.json").is_file():
+        raise ValueError(
+            f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
+        )
+    processor = MMCoTProcessor.from_pretrained(model)
+    names = [stage.name for stage in processor.stages]
+    subfolders = dict.fromkeys(names[-1:], "") | {name: name for name in names[:-1]}
+    state = PartialState()
+    models = {
+        name: MMCoTForConditionalGeneration.from_pretrained(model, subfolder=subfolders[name]).to(state.device)
+        for name in names
+    }
+    return processor, models
+
+
+def predict(model: str, dataset: str, split: str, batch_size: int = 32, decode_answer: bool = False) -> dict[str, dict]:
+    """The predictions of all stages, by problem id, in the order of the dataset."""
+    problems = load_problems(dataset, split)
+    check_pictures(problems)
+    processor, models = load_system(model)
+    predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
+    for stage in processor.stages:
+        predict_stage(models[stage.name], processor, stage, problems, predictions, batch_size, decode_answer)
+    return predictions
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mmcot.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
+    parser.add_argument("--dataset", required=True, help="demo, a ScienceQA folder, or a .jsonl / .parquet file")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--output", required=True, help="the predictions file to write")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--decode_answer", action="store_true", help='read a generated "The answer is (B)." too')
+    arguments = parser.parse_args(argv)
+    try:
+        predictions = predict(
+            arguments.model, arguments.dataset, arguments.split, arguments.batch_size, arguments.decode_answer
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if PartialState().is_main_process:
+        write_json(arguments.output, predictions)
+        print(f"{len(predictions)} predictions: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""A recipe (one YAML in `configs/`) -> the stages and the arguments of a run.
+
+`TrlParser` reads the YAML and the command line into three dataclasses: our `RecipeArguments`,
+`Seq2SeqTrainingArguments` and `trl.ModelConfig`. This file checks what a recipe can get wrong before anything is
+trained. It knows nothing of the model and builds nothing.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import Seq2SeqTrainingArguments
+from trl import ModelConfig, TrlParser
+
+from mmcot.problems import FEATURES
+
+# Where and how a run is run, not what is run: these may change between two calls that go on with one run.
+MACHINE_SETTINGS = {
+    "config",
+    "output_dir",
+    "use_cpu",
+    "report_to",
+    "disable_tqdm",
+    "logging_steps",
+    "logging_first_step",
+    "dataloader_num_workers",
+}
+
+
+@dataclass
+class StageArguments:
+    """
+    One entry of a recipe's `stages`.
+
+    Args:
+        name: the stage's name and folder.
+        reads: columns of the problem that its source shows; `images` among them to see the pictures.
+        writes: the column it writes; `answer_text` makes it the stage that answers.
+        template: a name of the set `paper` (`QCM-E`, `QCMG-A`, …), in place of `source` and `target`.
+        source, target: Jinja templates.
+        max_source_length, max_target_length: in tokens.
+        num_beams: of the free-running generation.
+        num_train_epochs, learning_rate: this stage's own, in place of the recipe's.
+    """
+
+    name: str
+    reads: list[str]
+    writes: str
+    template: str | None = None
+    source: str | None = None
+    target: str | None = None
+    max_source_length: int = 512
+    max_target_length: int = 512
+    num_beams: int = 1
+    num_train_epochs: float | None = None
+    learning_rate: float | None = None
+
+    def __post_init__(self):
+        # YAML reads 1e-4 as a string, and nested values pass no argument parser.
+        for name in ("num_train_epochs", "learning_rate"):
+            if getattr(self, name) is not None:
+                setattr(self, name, float(getattr(self, name)))
+
+
+@dataclass
+class RecipeArguments:
+    """
+    Args:
+        dataset: `demo`, a ScienceQA folder, or a `.jsonl` / `.parquet` file of problems.
+        stages: the stages in order (in the recipe only, see [`StageArguments`]).
+        fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`.
+        vision_model_name_or_path: a pre-trained picture tower.
+        freeze_vision: leave the tower as it is.
+        tokenizer_name_or_path: a tokenizer; by default the text model's.
+        tokenizer_vocab_size: train a tokenizer of that many pieces on the training texts instead.
+        text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
+        target_column: `COLUMN=FILE.json`, texts by problem id to train the stage that writes that column on.
+        decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
+        limit: use the first so many problems of each split (to try a recipe).
+    """
+
+    dataset: str = field(default="", metadata={"help": "`demo`, a ScienceQA folder, or a .jsonl / .parquet file."})
+    stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
+    fusion: str = field(default="gated", metadata={"help": "How the picture enters the text."})
+    vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Leave the picture tower as it is."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "By default the text model's."})
+    tokenizer_vocab_size: int | None = field(default=None, metadata={"help": "Train a tokenizer of this size."})
+    text_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
+    vision_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
+    image_processor: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
+    target_column: str | None = field(default=None, metadata={"help": "COLUMN=FILE.json, texts by problem id."})
+    decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
+    limit: int | None = field(default=None, metadata={"help": "Use the first so many problems of each split."})
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe. `values` is what the YAML and the command line said, resolved: the run's `recipe.yaml`."""
+
+    arguments: RecipeArguments
+    stages: list[StageArguments]
+    training_arguments: Seq2SeqTrainingArguments
+    model_config: ModelConfig
+    values: dict[str, Any]
+
+
+def parse_recipe(command_line: list[str]) -> Recipe:
+    """
+    Raises:
+        ValueError: an unknown key (with the nearest known one), two stages of one name, a stage that reads a column
+            nobody writes, an answer stage that is not the last one.
+    """
+    config = config_path(command_line)
+    parser = TrlParser((RecipeArguments, Seq2SeqTrainingArguments, ModelConfig))
+    arguments, training_arguments, model_config, unknown, surplus = parser.parse_args_and_config(
+        args=command_line, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    known = {f.name for cls in (RecipeArguments, Seq2SeqTrainingArguments, ModelConfig) for f in fields(cls)}
+    for where, words in ((config, unknown), ("the command line", surplus)):
+        if words:
+            raise ValueError(f"{where}: unknown key {words[0].lstrip('-')!r}{nearest(words[0].lstrip('-'), known)}.")
+    stages = [read_stage(entry, config) for entry in arguments.stages]
+    check_stages(stages, config)
+    said = yaml.safe_load(Path(config).read_text()).keys() | {
+        word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
+    }
+    parsed = (arguments, training_arguments, model_config)
+    values = {name: getattr(part, name) for part in parsed for name in sorted(said) if hasattr(part, name)}
+    values = {name: plain(value) for name, value in values.items() if name not in MACHINE_SETTINGS}
+    if "--output_dir" not in " ".join(command_line) and "output_dir" not in said:
+        training_arguments.output_dir = str(Path("runs") / Path(config).stem)
+    return Recipe(arguments, stages, training_arguments, model_config, values)
+
+
+def config_path(command_line: list[str]) -> str:
+    if "--config" not in command_line[:-1]:
+        raise ValueError("Name a recipe: --config configs/NAME.yaml")
+    path = command_line[command_line.index("--config") + 1]
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: there is no such file.")
+    return path
+
+
+def read_stage(entry: Any, config: str) -> StageArguments:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{config}: an entry of `stages` is a mapping; found {entry!r}.")
+    known = {f.name for f in fields(StageArguments)}
+    for key in entry.keys() - known:
+        raise ValueError(f"{config}: stage {entry.get('name')!r} has the unknown key {key!r}{nearest(key, known)}.")
+    for key in ("name", "reads", "writes"):
+        if key not in entry:
+            raise ValueError(f"{config}: stage {entry.get('name')!r} lacks the key {key!r}.")
+    stage = StageArguments(**entry)
+    if (stage.template is None) == (stage.source is None or stage.target is None):
+        raise ValueError(
+            f"{config}: stage {stage.name!r} needs either `template` or both `source` and `target`; found "
+            f"template {stage.template!r}, source {stage.source!r}, target {stage.target!r}."
+        )
+    return stage
+
+
+def check_stages(stages: list[StageArguments], config: str) -> None:
+    if not stages:
+        raise ValueError(f"{config}: `stages` is empty; a recipe has at least the stage that answers.")
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{config}: two stages are named {name!r}; each needs a name of its own.")
+    columns = set(FEATURES)
+    for stage in stages:
+        for column in stage.reads:
+            if column not in columns:
+                raise ValueError(
+                    f"{config}: stage {stage.name!r} reads {column!r}, which no earlier stage writes and no problem "
+                    f"has{nearest(column, columns)}."
+                )
+        columns.add(stage.writes)
+    if stages[-1].writes != "answer_text" or any(stage.writes == "answer_text" for stage in stages[:-1]):
+        raise ValueError(
+            f"{config}: the last stage, and only it, writes `answer_text`; found "
+            f"{', '.join(f'{stage.name} writes {stage.writes}' for stage in stages)}."
+        )
+
+
+def nearest(word: str, known: set[str]) -> str:
+    matches = difflib.get_close_matches(word, sorted(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML writes it: enumerations of transformers by their value."""
+    return value.value if hasattr(value, "value") else value
+
+
+def claim_run_folder(recipe: Recipe) -> Path:
+    """
+    The run's folder with its `recipe.yaml`.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe; what differs is named, nothing in it is touched.
+    """
+    folder = Path(recipe.training_arguments.output_dir)
+    file = folder / "recipe.yaml"
+    if file.exists():
+        earlier = yaml.safe_load(file.read_text())
+        differing = sorted(
+            name for name in earlier.keys() | recipe.values.keys() if earlier.get(name) != recipe.values.get(name)
+        )
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{folder} holds a run of another recipe: {', '.join(differing)} differ ({name}: "
+                f"{earlier.get(name)!r} there, {recipe.values.get(name)!r} here). Choose another --output_dir."
+            )
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists, is not empty and holds no recipe.yaml. Choose another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
+    unfinished.replace(file)
+    return folder

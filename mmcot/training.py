@@ -1,0 +1,357 @@
+"""A recipe -> a trained, scored and exported system, with the HF Trainer.
+
+For each stage in order: train it on gold, then let it write its column for val and test, free-running. Then score and
+export. The same call again goes on where an interrupted one stopped: finished stages are kept, an unfinished one
+resumes from its last whole checkpoint. Nothing here knows how a recipe is written (`recipes.py`) or what a stage does
+with a batch (`pipeline_mmcot.py`).
+"""
+
+import copy
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from jinja2 import meta
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import TrainerState
+
+from mmcot.evaluate import format_table
+from mmcot.files import read_json, write_json
+from mmcot.hub import export
+from mmcot.metrics import score
+from mmcot.predict import predict_stage
+from mmcot.problems import SPLITS, check_pictures, join_column, load_problems, read_pictures, require_answers
+from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, PAPER_TEMPLATES, Stage
+
+logger = logging.getLogger(__name__)
+
+FINISHED = "train_results.json"  # written last in a stage's folder: the stage is trained
+
+
+def run(recipe: Recipe) -> Path:
+    """Everything that a recipe asks for. Returns the run's folder (its files: DESIGN section 4, "Run folder")."""
+    stages = [build_stage(arguments) for arguments in recipe.stages]
+    problems = {split: prepare_problems(recipe, stages, split) for split in SPLITS}
+    with PartialState().main_process_first():
+        folder = claim_run_folder(recipe)
+    processor = build_processor(recipe, stages, problems["train"])
+    predictions = {split: read_predictions(folder, split) for split in ("val", "test")}
+    for stage, arguments in zip(stages, recipe.stages, strict=True):
+        model = train_stage(recipe, arguments, stage, processor, problems, folder)
+        for split, columns in predictions.items():
+            write_column(model, processor, stage, problems[split], columns, folder, split, recipe)
+    if PartialState().is_main_process:
+        for split, columns in predictions.items():
+            write_json(folder / "scores" / f"{split}.json", score(problems[split], columns))
+        export(folder, processor)
+    PartialState().wait_for_everyone()
+    return folder
+
+
+def build_stage(arguments: StageArguments) -> Stage:
+    templates = {"source": arguments.source, "target": arguments.target}
+    if arguments.template is not None:
+        if arguments.template not in PAPER_TEMPLATES:
+            raise ValueError(
+                f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
+            )
+        templates = PAPER_TEMPLATES[arguments.template]
+    return Stage(
+        name=arguments.name,
+        reads=arguments.reads,
+        writes=arguments.writes,
+        max_source_length=arguments.max_source_length,
+        max_target_length=arguments.max_target_length,
+        **templates,
+    )
+
+
+def prepare_problems(recipe: Recipe, stages: list[Stage], split: str) -> Dataset:
+    """A split's problems, checked to the last picture, so that no run dies of bad data half-way."""
+    source = recipe.arguments.dataset
+    with PartialState().main_process_first():
+        problems = load_problems(source, split)
+    if recipe.arguments.limit is not None:
+        problems = problems.select(range(min(recipe.arguments.limit, len(problems))))
+    if len(problems) == 0:
+        raise ValueError(f"{source}: split {split!r} has no problems.")
+    require_answers(problems)
+    if any("images" in stage.reads for stage in stages):
+        check_pictures(problems)
+    if split == "train":
+        if recipe.arguments.target_column is not None:
+            problems = join_target_column(problems, recipe.arguments.target_column, stages)
+        for stage in stages:
+            check_targets(problems, stage, source)
+    return problems
+
+
+def join_target_column(problems: Dataset, target_column: str, stages: list[Stage]) -> Dataset:
+    column, separator, path = target_column.partition("=")
+    written = [stage.writes for stage in stages]
+    if not separator or column not in written:
+        raise ValueError(
+            f"--target_column is {target_column!r}; expected COLUMN=FILE.json with a COLUMN that a stage writes: "
+            f"{', '.join(written)}."
+        )
+    return join_column(problems, column, path)
+
+
+def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
+    """A stage whose gold is empty for every problem would learn to write nothing."""
+    if stage.writes in problems.column_names:
+        return
+    names = meta.find_undeclared_variables(ENVIRONMENT.parse(stage.target))
+    gold = sorted(names & set(GOLD_COLUMNS))
+    if gold and "answer" not in gold and not any(any(problems[name]) for name in gold):
+        raise ValueError(
+            f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "
+            f"for all {len(problems)} training problems. Ways out: a recipe with one stage "
+            f"(configs/demo_one_stage.yaml), or texts of your own joined by problem id "
+            f"(--target_column {stage.writes}=FILE.json)."
+        )
+
+
+def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset) -> MMCoTProcessor:
+    arguments, model_config = recipe.arguments, recipe.model_config
+    if arguments.tokenizer_vocab_size is not None:
+        tokenizer = train_tokenizer(train_problems, stages, arguments.tokenizer_vocab_size)
+    else:
+        name = arguments.tokenizer_name_or_path or model_config.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    image_processor = None
+    if arguments.image_processor is not None:
+        settings = dict(arguments.image_processor)
+        image_processor = getattr(transformers, settings.pop("image_processor_type"))(**settings)
+    elif arguments.vision_model_name_or_path is not None:
+        image_processor = AutoImageProcessor.from_pretrained(arguments.vision_model_name_or_path)
+    return MMCoTProcessor(tokenizer, image_processor, stages)
+
+
+def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A small tokenizer with T5's special tokens, trained on the sources and targets of the training problems."""
+    rows = problems.remove_columns("images").to_list()
+
+    def texts():
+        for row in rows:
+            for stage in stages:
+                row = {**row, stage.writes: stage.render_target(row)}
+                yield stage.render_source(row)
+                yield row[stage.writes]
+
+    # Byte pairs within words, so that in a small vocabulary most words are one piece.
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("[.,?!:]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    special_tokens = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        texts(), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(recipe: Recipe, stage: StageArguments, tokenizer: PreTrainedTokenizerBase):
+    """The model that every stage starts from, the same for each."""
+    arguments, model_config = recipe.arguments, recipe.model_config
+    loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
+    text_model = model_config.model_name_or_path
+    set_seed(recipe.training_arguments.seed)
+    if text_model is None:
+        config = MMCoTConfig(
+            vocab_size=len(tokenizer),
+            decoder_start_token_id=tokenizer.pad_token_id,
+            fusion=arguments.fusion,
+            vision_config=arguments.vision_config,
+            freeze_vision=arguments.freeze_vision,
+            **(arguments.text_config or {}),
+        )
+        model = MMCoTForConditionalGeneration(config)
+    elif arguments.vision_model_name_or_path is not None:
+        model = MMCoTForConditionalGeneration.from_text_vision_pretrained(
+            text_model,
+            arguments.vision_model_name_or_path,
+            fusion=arguments.fusion,
+            freeze_vision=arguments.freeze_vision,
+            revision=model_config.model_revision,
+            **loading,
+        )
+    else:
+        model = MMCoTForConditionalGeneration.from_pretrained(
+            text_model, fusion=arguments.fusion, revision=model_config.model_revision, **loading
+        )
+    model.generation_config.update(max_new_tokens=stage.max_target_length, num_beams=stage.num_beams)
+    return model
+
+
+class StageCollator:
+    """Problems of a training batch -> tensors, by the stage's templates; pictures are read here, in the worker."""
+
+    def __init__(self, processor: MMCoTProcessor, stage: Stage):
+        self.processor = processor
+        self.stage = stage
+
+    def __call__(self, problems: list[dict]) -> dict:
+        images = [read_pictures(problem) for problem in problems] if "images" in self.stage.reads else None
+        return dict(self.processor(problems, stage=self.stage.name, images=images, with_targets=True))
+
+
+def train_stage(
+    recipe: Recipe,
+    arguments: StageArguments,
+    stage: Stage,
+    processor: MMCoTProcessor,
+    problems: dict[str, Dataset],
+    folder: Path,
+) -> MMCoTForConditionalGeneration:
+    """The trained model of a stage: from its folder where it is finished, else trained from where it stands."""
+    stage_folder = folder / stage.name
+    if (stage_folder / FINISHED).exists():
+        logger.info("stage %s is trained already: %s", stage.name, stage_folder)
+        return MMCoTForConditionalGeneration.from_pretrained(stage_folder).to(recipe.training_arguments.device)
+    earlier = processor.stages[: processor.stages.index(stage)]
+    trainer = Seq2SeqTrainer(
+        model=build_model(recipe, arguments, processor.tokenizer),
+        args=training_arguments(recipe.training_arguments, arguments, stage_folder),
+        train_dataset=with_gold_columns(problems["train"], earlier),
+        eval_dataset=with_gold_columns(problems["val"], earlier),
+        data_collator=StageCollator(processor, stage),
+        processing_class=processor,
+    )
+    with PartialState().main_process_first():
+        checkpoint = last_whole_checkpoint(stage_folder)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        write_json(stage_folder / FINISHED, {**result.metrics, "log_history": losses})
+    PartialState().wait_for_everyone()
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def training_arguments(
+    common: Seq2SeqTrainingArguments, stage: StageArguments, stage_folder: Path
+) -> Seq2SeqTrainingArguments:
+    arguments = copy.deepcopy(common)
+    arguments.output_dir = str(stage_folder)
+    arguments.remove_unused_columns = False  # the collator makes tensors from all columns
+    for name in ("num_train_epochs", "learning_rate"):
+        if getattr(stage, name) is not None:
+            setattr(arguments, name, getattr(stage, name))
+    return arguments
+
+
+def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
+    """The columns that earlier stages would have written, rendered from gold: what a later stage is trained on."""
+    rows = problems.remove_columns("images").to_list()
+    for stage in earlier:
+        texts = [stage.render_target(row) for row in rows]
+        rows = [{**row, stage.writes: text} for row, text in zip(rows, texts, strict=True)]
+        if stage.writes in problems.column_names:
+            problems = problems.remove_columns(stage.writes)
+        problems = problems.add_column(stage.writes, texts)
+    return problems
+
+
+def last_whole_checkpoint(stage_folder: Path) -> str | None:
+    """
+    The newest checkpoint that was written to its end. The Trainer writes `trainer_state.json` last; a checkpoint
+    without a readable one was cut off and is removed.
+    """
+    checkpoints = sorted(stage_folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            return str(checkpoint)
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s was not written to its end and is removed", checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def read_predictions(folder: Path, split: str) -> dict[str, dict]:
+    file = folder / "predictions" / f"{split}.json"
+    return read_json(file) if file.exists() else {}
+
+
+def write_column(
+    model: MMCoTForConditionalGeneration,
+    processor: MMCoTProcessor,
+    stage: Stage,
+    problems: Dataset,
+    predictions: dict[str, dict],
+    folder: Path,
+    split: str,
+    recipe: Recipe,
+) -> None:
+    """The stage's column for a split, into `predictions` and the predictions file, unless it is there."""
+    if all(stage.writes in predictions.get(problem_id, {}) for problem_id in problems["id"]):
+        return
+    predict_stage(
+        model,
+        processor,
+        stage,
+        problems,
+        predictions,
+        batch_size=recipe.training_arguments.per_device_eval_batch_size,
+        decode_answer=recipe.arguments.decode_answer,
+    )
+    if PartialState().is_main_process:
+        write_json(folder / "predictions" / f"{split}.json", predictions)
+
+
+def describe_result(folder: Path, dataset: str) -> str:
+    """What a run ends with: the score table, where everything lies, and one answered problem."""
+    predictions = read_json(folder / "predictions" / "test.json")
+    problems = load_problems(dataset, "test")
+    problem = next((row for row in problems if row["images"] and row["id"] in predictions), problems[0])
+    columns = predictions[problem["id"]]
+    choices = "\n".join(
+        f"  ({letter}) {choice}  {100 * probability:.1f} %"
+        for letter, choice, probability in zip("ABCDEFGHIJ", problem["choices"], columns["scores"], strict=False)
+    )
+    rationale = f"  {columns['rationale']}\n" if "rationale" in columns else ""
+    return (
+        f"{format_table(read_json(folder / 'scores' / 'test.json'))}\n\n"
+        f"One test problem, answered ({problem['id']}, gold: {problem['choices'][problem['answer']]}):\n"
+        f"  {problem['question']}\n{rationale}{choices}\n\nRun folder: {folder}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    transformers.utils.logging.enable_default_handler()
+    try:
+        recipe = parse_recipe(sys.argv[1:] if argv is None else argv)
+        folder = run(recipe)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if PartialState().is_main_process:
+        print(describe_result(folder, recipe.arguments.dataset))
+
+
+if __name__ == "__main__":
+    main()

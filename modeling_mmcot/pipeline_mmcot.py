@@ -1,0 +1,174 @@
+"""Runs the stages: a problem with a picture -> its rationale and its answer.
+
+`run_stage` is the one place where a stage's column is written; `mmcot.predict` uses it as well. Everything is generated
+freely from the problem, with no gold column in sight.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from transformers import Pipeline, PreTrainedModel
+
+from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, as_pictures, read_answer
+
+
+@torch.no_grad()
+def run_stage(
+    model: PreTrainedModel,
+    processor: MMCoTProcessor,
+    stage: Stage,
+    problems: list[dict],
+    images: list,
+    decode_answer: bool = False,
+) -> list[dict]:
+    """
+    What a stage writes for a batch of problems.
+
+    Args:
+        problems (`list[dict]`): rows with the columns that the stage reads.
+        images (`list`): each problem's picture or pictures, or None.
+        decode_answer (`bool`): of an answer stage, generate "The answer is (B)." too and read it (the paper's way).
+
+    Returns:
+        For each problem the new columns. A stage that answers gives `answer` (index, -1 without choices),
+        `answer_text` and `scores` (a probability per choice), and where asked `decoded_answer`; any other stage gives
+        the column that it writes.
+    """
+    for problem in problems:
+        leaked = [column for column in GOLD_COLUMNS if column in problem]
+        if leaked:
+            raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): take them away before predicting.")
+    inputs = processor(problems, stage=stage.name, images=images).to(model.device, model.dtype)
+    if not stage.answers:
+        return [{stage.writes: text} for text in generate_texts(model, processor, inputs)]
+    columns = choose_answers(model, processor, stage, problems, inputs)
+    open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
+    if decode_answer or open_ended:
+        for index, text in enumerate(generate_texts(model, processor, inputs)):
+            if index in open_ended:
+                columns[index]["answer_text"] = text
+            if decode_answer:
+                columns[index]["decoded_answer"] = read_answer(text, len(problems[index]["choices"]))
+    return columns
+
+
+def generate_texts(model: PreTrainedModel, processor: MMCoTProcessor, inputs: dict) -> list[str]:
+    """By the model's own generation config."""
+    return processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+
+
+def choose_answers(
+    model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], inputs: dict
+) -> list[dict]:
+    """The answer by scoring the choices: softmax over each problem's own of their targets' log-probabilities."""
+    if not any(problem["choices"] for problem in problems):
+        return [{"answer": -1, "answer_text": "", "scores": []} for _ in problems]
+    labels = processor.choice_labels(problems, stage.name).to(model.device)
+    log_probs = model.score_choices(labels, **inputs)
+    columns = []
+    for problem, problem_log_probs in zip(problems, log_probs, strict=True):
+        choices = problem["choices"]
+        scores = problem_log_probs[: len(choices)].softmax(dim=0)
+        answer = int(scores.argmax()) if choices else -1
+        answer_text = stage.render_target({**problem, "answer": answer}) if choices else ""
+        columns.append({"answer": answer, "answer_text": answer_text, "scores": scores.tolist()})
+    return columns
+
+
+def run_stages(
+    get_model: Callable[[Stage], PreTrainedModel],
+    processor: MMCoTProcessor,
+    problems: list[dict],
+    images: list,
+    decode_answer: bool = False,
+) -> list[dict]:
+    """All stages in order; for each problem the columns that they wrote."""
+    columns: list[dict] = [{} for _ in problems]
+    for stage in processor.stages:
+        rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
+        new = run_stage(get_model(stage), processor, stage, rows, images, decode_answer)
+        for written, column in zip(columns, new, strict=True):
+            written.update(column)
+    return columns
+
+
+class MultimodalCoTPipeline(Pipeline):
+    """
+    `pipeline("multimodal-cot", model=REPO, trust_remote_code=True)`: one problem or many -> rationale and answer.
+
+    A problem is a dict with `question`, and if it has them `choices` (list of str), `context`, `caption` and `image` (a
+    PIL image, a path, a URL, a list of them, or None). The result is a dict with what each stage wrote (`rationale`),
+    `answer` (the choice's text; without choices the generated one), `answer_index` (-1 without choices) and `scores`
+    (a probability per choice).
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        earlier, last = self.processor.stages[:-1], self.processor.stages[-1]
+        self.models = {stage.name: self.load_stage(stage) for stage in earlier} | {last.name: self.model}
+
+    def load_stage(self, stage: Stage) -> PreTrainedModel:
+        """An earlier stage's model, from its subfolder, at the revision that this pipeline comes from."""
+        repository = self.model.name_or_path
+        # Pipelines are not told their revision; the loader files remote code under the commit that it comes from.
+        revision = None if os.path.isdir(repository) else type(self).__module__.split(".")[-2]
+        model = type(self.model).from_pretrained(
+            repository, subfolder=stage.name, revision=revision, dtype=self.model.dtype
+        )
+        return model.to(self.device).eval()
+
+    def _sanitize_parameters(self, decode_answer: bool = False):
+        return {}, {"decode_answer": decode_answer}, {}
+
+    def preprocess(self, problem: dict) -> dict:
+        if not isinstance(problem, dict) or not isinstance(problem.get("question"), str):
+            raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r}.")
+        choices = problem.get("choices") or []
+        if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(f"`choices` of a problem is a list of str; found {choices!r}.")
+        texts = {name: problem.get(name) or "" for name in ("question", "context", "caption")}
+        return {"problem": {**texts, "choices": list(choices)}, "images": as_pictures(problem.get("image"))}
+
+    def _forward(self, rows: list[dict], decode_answer: bool = False) -> list[dict]:
+        problems = [row["problem"] for row in rows]
+        columns = run_stages(
+            lambda stage: self.models[stage.name],
+            self.processor,
+            problems,
+            [row["images"] for row in rows],
+            decode_answer,
+        )
+        return [{"choices": problem["choices"], **written} for problem, written in zip(problems, columns, strict=True)]
+
+    def postprocess(self, columns: dict) -> dict:
+        result = {name: value for name, value in columns.items() if name not in ("choices", "answer", "answer_text")}
+        index = columns["answer"]
+        result["answer"] = columns["choices"][index] if index >= 0 else columns["answer_text"]
+        result["answer_index"] = index
+        return result
+
+    def get_iterator(
+        self,
+        inputs: Iterable[dict],
+        num_workers,
+        batch_size: int,
+        preprocess_params,
+        forward_params,
+        postprocess_params,
+    ) -> Iterator[dict]:
+        """Batches of problems; transformers' own iterator collates tensors, and ours are made per stage."""
+        rows = (self.preprocess(problem, **preprocess_params) for problem in inputs)
+        while batch := list(itertools.islice(rows, batch_size)):
+            for columns in self.forward(batch, **forward_params):
+                yield self.postprocess(columns, **postprocess_params)
+
+    def run_single(self, inputs: dict, preprocess_params, forward_params, postprocess_params) -> dict:
+        return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))

@@ -1,0 +1,303 @@
+"""Problem and picture -> the tensors that `forward` takes, by the templates of a stage.
+
+Notable:
+- a stage is data: which columns it reads, the one it writes, a source and a target template (Jinja, like chat
+  templates), its lengths. The stages stand in the processor's own config and so travel with the weights;
+- a template sees only the columns that the stage reads; the target template sees the gold columns as well;
+- a source that is too long loses its least useful words, never the question, the choices or the cue.
+
+It does not read datasets (`mmcot.problems`) and does not run the model (`pipeline_mmcot.py`).
+"""
+
+import bisect
+import functools
+import re
+from dataclasses import asdict, dataclass
+
+import torch
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from PIL import Image
+from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+GOLD_COLUMNS = ("answer", "lecture", "solution")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ANSWER_PATTERN = re.compile(r"The answer is \(([A-Z])\)")
+
+# What a source that is too long gives up, in this order: (column, whether its last words go first). A rationale begins
+# with the lecture and ends with the conclusion, so it is shortened from its start.
+SHORTENED_COLUMNS = (("lecture", True), ("context", True), ("caption", True), ("rationale", False))
+
+_QUESTION = (
+    "Question: {{ question }} "
+    "Context: {{ (context ~ ' ' ~ caption | default('')) | trim or 'N/A' }} "
+    "Options: {% for choice in choices %}({{ letters[loop.index0] }}) {{ choice }} {% endfor %}"
+)
+_GOLD = "{{ lecture | one_line }} {{ solution | one_line }}"
+_ANSWER = "The answer is ({{ letters[answer] }})."
+
+# The prompts of the original's utils_prompt.py, by its names for them: what is given - what is asked for
+# (Q question, C context, M choices, G rationale; L lecture, E solution, A answer).
+PAPER_TEMPLATES: dict[str, dict[str, str]] = {
+    "QCM-A": {"source": _QUESTION + "Answer:", "target": _ANSWER},
+    "QCM-E": {"source": _QUESTION + "Solution:", "target": "Solution: {{ solution | one_line }}"},
+    "QCM-LE": {"source": _QUESTION + "Solution:", "target": "Solution: " + _GOLD + "."},
+    "QCM-LEA": {"source": _QUESTION + "Solution:", "target": _GOLD + " " + _ANSWER},
+    "QCM-ALE": {"source": _QUESTION + "Solution:", "target": _ANSWER + " BECAUSE: " + _GOLD},
+    "QCMG-A": {
+        "source": _QUESTION + "{% if rationale is defined %}{{ rationale }}{% else %}Solution: " + _GOLD + "{% endif %}"
+        " Answer:",
+        "target": _ANSWER,
+    },
+}
+
+
+def one_line(text: str) -> str:
+    """
+    Line breaks as the two characters backslash and n, as the original writes those of lectures and solutions. (T5's
+    vocabulary has no backslash and reads an unknown piece and an n there, in the original too.)
+    """
+    return text.replace("\n", "\\n")
+
+
+# The sandbox that transformers uses for chat templates; a column that a template may not see is an error.
+ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+ENVIRONMENT.filters["one_line"] = one_line
+compile_template = functools.lru_cache(ENVIRONMENT.from_string)
+
+
+@dataclass
+class Stage:
+    """
+    One pass of the model: it reads columns of a problem (and its pictures) and writes one new column.
+
+    Args:
+        name (`str`): the stage's name, also its folder's.
+        reads (`list[str]`): the columns that the source template sees; `images` among them when it sees the pictures.
+        writes (`str`): the column that it writes.
+        source (`str`), target (`str`): Jinja templates. The target's sees every column, the gold ones too.
+        max_source_length (`int`), max_target_length (`int`): in tokens.
+    """
+
+    name: str
+    reads: list[str]
+    writes: str
+    source: str
+    target: str
+    max_source_length: int = 512
+    max_target_length: int = 512
+
+    def render_source(self, problem: dict) -> str:
+        return render(self.source, {name: problem[name] for name in self.reads if name in problem})
+
+    def render_target(self, problem: dict) -> str:
+        """The text to learn: the written column where the problem has it already, else the target template's."""
+        if problem.get(self.writes) is not None and self.writes not in GOLD_COLUMNS:
+            return fold(problem[self.writes])
+        return render(self.target, problem)
+
+    @property
+    def answers(self) -> bool:
+        """Whether this stage gives the answer, which is chosen by scoring the choices."""
+        return self.writes == "answer_text"
+
+
+def render(template: str, columns: dict) -> str:
+    return fold(compile_template(template).render(letters=LETTERS, **columns))
+
+
+def fold(text: str) -> str:
+    """White space folded to single blanks, as in the original."""
+    return " ".join(text.split())
+
+
+def read_answer(text: str, num_choices: int) -> int:
+    """
+    The index in "The answer is (B).", the paper's way; -1 where there is none, several, or none of these choices. As in
+    the original, two statements of an answer cannot be read, even where they agree.
+    """
+    letters = ANSWER_PATTERN.findall(text)
+    index = LETTERS.index(letters[0]) if len(letters) == 1 else -1
+    return index if index < num_choices else -1
+
+
+class MMCoTProcessor(ProcessorMixin):
+    """
+    Args:
+        tokenizer: T5's, or one that ends a text with eos as T5's does.
+        image_processor (*optional*): the picture tower's; None for a model without tower.
+        stages (`list[dict]` or `list[Stage]`, *optional*): the stages in their order.
+    """
+
+    def __init__(self, tokenizer, image_processor=None, stages=None, chat_template=None):
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.image_processor = image_processor
+        self.stages = [stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages or []]
+
+    # ProcessorMixin insists on every part that this names, and a model without tower has no image processor.
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["tokenizer"]
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        if processor_dict and processor_dict.get("image_processor") is not None:
+            processor_dict["image_processor"] = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, **kwargs
+            )
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        output["stages"] = [asdict(stage) for stage in self.stages]
+        return output
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_mask"]
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = ", ".join(stage.name for stage in self.stages) or "none"
+        raise ValueError(f"stage is {name!r}; this processor's stages: {known}.")
+
+    def __call__(
+        self,
+        problems: dict | list[dict] | None = None,
+        stage: str | None = None,
+        images=None,
+        text: str | list[str] | None = None,
+        with_targets: bool = False,
+        return_tensors: str = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Either `problems` with a `stage`, or `text` as any processor of transformers takes it.
+
+        Args:
+            problems (`dict` or `list[dict]`): rows of the problem schema; for a later stage with the columns that the
+                earlier ones wrote.
+            stage (`str`): the stage whose templates to use.
+            images (*optional*): one entry per problem: a picture, a list of pictures or None. A picture is a PIL image,
+                a path or a URL.
+            text (`str` or `list[str]`): ready-made sources.
+            with_targets (`bool`): give `labels` too, padded with -100.
+            kwargs: passed to the tokenizer, over the defaults (padding to the longest).
+
+        Returns:
+            `input_ids`, `attention_mask` of shape `(batch_size, sequence_length)`; where the model sees pictures
+            `pixel_values` `(batch_size, num_images, 3, height, width)` and `pixel_mask`
+            `(batch_size, num_images, height, width)`; and with targets `labels` `(batch_size, target_length)`.
+        """
+        if (problems is None) == (text is None):
+            raise ValueError("Give problems with a stage, or text: exactly one of them.")
+        kwargs = {"padding": True, "return_tensors": return_tensors, **kwargs}
+        if text is not None:
+            batch = self.tokenizer(text, **kwargs)
+            batch.update(self.prepare_pictures(images, 1 if isinstance(text, str) else len(text)))
+            return BatchFeature(dict(batch), tensor_type=return_tensors)
+        problems = [problems] if isinstance(problems, dict) else problems
+        stage = self.stage(stage)
+        batch = self.tokenizer([self.fit_source(problem, stage) for problem in problems], **kwargs)
+        if "images" in stage.reads:
+            batch.update(self.prepare_pictures(images, len(problems)))
+        if with_targets:
+            targets = [stage.render_target(problem) for problem in problems]
+            batch["labels"] = self.tokenize_targets(targets, stage.max_target_length)
+        return BatchFeature(dict(batch), tensor_type=return_tensors)
+
+    def choice_labels(self, problems: list[dict], stage: str) -> torch.LongTensor:
+        """
+        Each choice's target text as labels, `(batch_size, max_choices, target_length)`, -100 where there is nothing.
+        """
+        stage = self.stage(stage)
+        num_choices = max(len(problem["choices"]) for problem in problems)
+        targets = [
+            stage.render_target({**problem, "answer": index}) if index < len(problem["choices"]) else None
+            for problem in problems
+            for index in range(num_choices)
+        ]
+        labels = self.tokenize_targets([target or "" for target in targets], stage.max_target_length)
+        labels[torch.tensor([target is None for target in targets])] = -100
+        return labels.view(len(problems), num_choices, -1)
+
+    def tokenize_targets(self, targets: list[str], max_length: int) -> torch.LongTensor:
+        tokens = self.tokenizer(targets, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+
+    def fit_source(self, problem: dict, stage: Stage) -> str:
+        """The stage's source, shortened to its `max_source_length` where it has to be."""
+        source = stage.render_source(problem)
+        if not self.is_too_long(source, stage):
+            return source
+        logger.warning_once(
+            f"Some sources of stage {stage.name} are longer than {stage.max_source_length} tokens: their "
+            f"{', '.join(name for name, _ in SHORTENED_COLUMNS if name in stage.reads)} are shortened."
+        )
+        for column, from_end in SHORTENED_COLUMNS:
+            if column not in stage.reads or not problem.get(column):
+                continue
+            problem = self.shorten(problem, column, from_end, stage)
+            if not self.is_too_long(stage.render_source(problem), stage):
+                break
+        return stage.render_source(problem)
+
+    def shorten(self, problem: dict, column: str, from_end: bool, stage: Stage) -> dict:
+        """The problem with as many words of that column as fit."""
+        words = problem[column].split()
+
+        def without(count: int) -> dict:
+            kept = words[: len(words) - count] if from_end else words[count:]
+            return {**problem, column: " ".join(kept)}
+
+        fits = bisect.bisect_left(
+            range(len(words)), True, key=lambda count: not self.is_too_long(stage.render_source(without(count)), stage)
+        )
+        return without(fits)
+
+    def is_too_long(self, source: str, stage: Stage) -> bool:
+        return len(self.tokenizer(source, verbose=False)["input_ids"]) > stage.max_source_length
+
+    def prepare_pictures(self, images, batch_size: int) -> dict[str, torch.Tensor]:
+        """
+        Pixels of a batch, or nothing where no problem of it has a picture.
+
+        Returns:
+            `pixel_values` `(batch_size, num_images, 3, height, width)` and `pixel_mask`
+            `(batch_size, num_images, height, width)`, num_images being the most that a problem of the batch has.
+        """
+        if images is None or self.image_processor is None:
+            return {}
+        images = images if isinstance(images, (list, tuple)) else [images]
+        if len(images) != batch_size:
+            raise ValueError(f"images has {len(images)} entries for {batch_size} problems: give one entry per problem.")
+        pictures = [as_pictures(entry) for entry in images]
+        num_images = max(len(entry) for entry in pictures)
+        if num_images == 0:
+            return {}
+        pixels = self.image_processor([picture for entry in pictures for picture in entry], return_tensors="pt")[
+            "pixel_values"
+        ]
+        values = pixels.new_zeros(batch_size, num_images, *pixels.shape[1:])
+        mask = torch.zeros(batch_size, num_images, *pixels.shape[2:], dtype=torch.bool)
+        is_real = torch.tensor([[index < len(entry) for index in range(num_images)] for entry in pictures])
+        values[is_real] = pixels
+        mask[is_real] = True
+        return {"pixel_values": values, "pixel_mask": mask}
+
+
+def as_pictures(entry) -> list[Image.Image]:
+    """The pictures of one problem, given as none, one or a list of PIL images, paths or URLs, as RGB."""
+    if entry is None:
+        return []
+    entries = entry if isinstance(entry, (list, tuple)) else [entry]
+    return [load_image(picture).convert("RGB") for picture in entries]
+
+
+MMCoTProcessor.register_for_auto_class()

@@ -1,0 +1,253 @@
+"""Tests of the demonstration problems: held out, repeatable, balanced, and true to their own pixels.
+
+What a picture shows is measured here from the decoded pixels, with a palette and geometry of this file's own, so that
+the drawing code is not checked against itself. Whether a model can learn the problems is not tested here.
+"""
+
+import hashlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmcot import demo
+
+SPLITS = ("train", "val", "test")
+ROWS = {split: list(demo.generate(split)) for split in SPLITS}
+PALETTE = {
+    "red": (255, 0, 0),
+    "yellow": (255, 220, 0),
+    "green": (0, 160, 40),
+    "blue": (0, 80, 255),
+    "purple": (170, 40, 210),
+    "black": (0, 0, 0),
+}
+SCHEMA = ["id", "question", "choices", "context", "images", "caption", "answer", "lecture", "solution"]
+SCHEMA += ["subject", "grade", "topic", "category", "skill", "split"]
+
+
+def rows_of(skill: str, *splits: str) -> list[dict]:
+    return [row for split in splits or SPLITS for row in ROWS[split] if row["skill"] == skill]
+
+
+def png(row: dict) -> bytes | None:
+    return row["images"][0]["bytes"] if row["images"] else None
+
+
+def key(row: dict) -> tuple:
+    return row["question"], row["context"], *sorted(row["choices"]), png(row)
+
+
+def pixels(row: dict) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png(row))), dtype=int)
+
+
+def mask_of(image: np.ndarray, color: str) -> np.ndarray:
+    """Where the picture has about this color of the palette."""
+    return np.abs(image - PALETTE[color]).max(-1) < 60
+
+
+def color_of(image: np.ndarray, y: int, x: int) -> str:
+    return min(PALETTE, key=lambda name: np.abs(image[y, x] - PALETTE[name]).sum())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_has_its_size_its_schema_and_its_own_ids(split):
+    rows = ROWS[split]
+    assert len(rows) == demo.SPLIT_SIZES[split]
+    assert all(list(row) == SCHEMA and row["split"] == split for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert {row["skill"] for row in rows} == set(demo.SKILLS)
+    assert all(bool(row["images"]) == (row["skill"] in demo.PICTURE_SKILLS) for row in rows)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_class_of_the_score_table_has_problems(split):
+    classes = Counter()
+    for row in ROWS[split]:
+        classes[row["subject"]] += 1
+        classes["text"] += bool(row["context"])
+        classes["picture"] += bool(row["images"])
+        classes["neither"] += not row["context"] and not row["images"]
+        classes["low" if int(row["grade"].removeprefix("grade")) <= 6 else "high"] += 1
+    subjects = ("natural science", "social science", "language science")
+    assert all(classes[name] > 0 for name in (*subjects, "text", "picture", "neither", "low", "high"))
+    assert split != "test" or classes["picture"] >= 1200
+
+
+def test_no_problem_stands_twice_in_any_split():
+    keys = Counter(key(row) for split in SPLITS for row in ROWS[split])
+    assert len(keys) == sum(demo.SPLIT_SIZES.values())
+
+
+def test_no_picture_of_val_or_test_is_in_train():
+    train = {png(row) for row in ROWS["train"]} - {None}
+    assert not train & {png(row) for split in ("val", "test") for row in ROWS[split]}
+
+
+@pytest.mark.parametrize("skill", ["bar_chart", "objects"])
+def test_no_statement_of_three_or_more_facts_of_val_or_test_is_in_train(skill):
+    facts = {demo.seen(row["solution"]) for row in rows_of(skill, "train")}
+    assert not facts & {demo.seen(row["solution"]) for row in rows_of(skill, "val", "test")}
+
+
+def test_every_word_is_seen_in_training():
+    def words(split: str) -> set[str]:
+        text = " ".join(" ".join([row["question"], row["context"], row["solution"]]) for row in ROWS[split])
+        return set(re.findall(r"\w+", text))
+
+    assert words("val") | words("test") <= words("train")
+
+
+def test_two_picture_skills_have_many_pictures_and_three_choices_or_more():
+    rich = [
+        skill
+        for skill in demo.PICTURE_SKILLS
+        if len({png(row) for row in rows_of(skill)}) >= 1000 and min(len(r["choices"]) for r in rows_of(skill)) >= 3
+    ]
+    assert len(rich) >= 2
+
+
+def test_rows_are_the_same_in_another_process():
+    code = "import hashlib; from mmcot import demo; "
+    code += "print(hashlib.sha256(repr(list(demo.generate('val'))).encode()).hexdigest())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(Path(demo.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == hashlib.sha256(repr(ROWS["val"]).encode()).hexdigest()
+
+
+def test_an_unknown_split_is_named():
+    with pytest.raises(ValueError, match="'dev'.*train, val, test"):
+        demo.generate("dev")
+
+
+def test_too_large_a_split_ends_in_an_error(monkeypatch):
+    monkeypatch.setitem(demo.SPLIT_SIZES, "val", 4_000)  # 240 of demand
+    with pytest.raises(ValueError, match="'demand' has only .* for split 'val'"):
+        list(demo.generate("val"))
+
+
+@pytest.mark.parametrize("skill", demo.SKILLS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_answers_are_at_every_position_about_equally_often(skill, split):
+    rows = rows_of(skill, split)
+    number = len(rows[0]["choices"])
+    positions = Counter(row["answer"] for row in rows)
+    assert all(abs(positions[i] / len(rows) - 1 / number) < 0.10 for i in range(number))
+
+
+@pytest.mark.parametrize("skill", demo.PICTURE_SKILLS)
+def test_the_text_of_a_picture_problem_does_not_tell_the_answer(skill):
+    """Guessing from question and sorted choices, as counted in training, is near chance on test."""
+    counts: dict[tuple, Counter] = {}
+    for row in rows_of(skill, "train"):
+        text = (row["question"], *sorted(row["choices"]))
+        counts.setdefault(text, Counter())[row["choices"][row["answer"]]] += 1
+    rows = rows_of(skill, "test")
+    guesses = [counts.get((row["question"], *sorted(row["choices"])), Counter()).most_common(1) for row in rows]
+    right = [guess[0][0] == row["choices"][row["answer"]] for guess, row in zip(guesses, rows, strict=True) if guess]
+    assert abs(np.mean(right) - 1 / len(rows[0]["choices"])) < 0.10
+
+
+def test_a_solution_concludes_with_the_answer_and_no_other_choice():
+    for row in (row for split in SPLITS for row in ROWS[split]):
+        facts, conclusion = row["solution"].split(" So, ")
+        named = [choice for choice in row["choices"] if re.search(rf"\b{choice}\b", conclusion)]
+        assert named == [row["choices"][row["answer"]]], row["solution"]
+        assert len(set(row["choices"])) == len(row["choices"])
+        assert demo.seen(row["solution"]) == facts
+        assert "\n" not in row["solution"] and len(row["solution"].split()) <= 25
+
+
+@pytest.mark.parametrize(
+    ("rationale", "facts"),
+    [("A is red. So, it is red.", "A is red."), ("no conclusion", "no conclusion"), ("", "")],
+)
+def test_seen_is_the_text_before_the_conclusion(rationale, facts):
+    assert demo.seen(rationale) == facts
+
+
+def test_pictures_are_small_rgb_pngs():
+    for row in (row for split in SPLITS for row in ROWS[split] if row["images"]):
+        (picture,) = row["images"]
+        image = Image.open(io.BytesIO(picture["bytes"]))
+        assert (image.format, image.mode, image.size, picture["path"]) == ("PNG", "RGB", (96, 96), None)
+
+
+def test_charts_show_what_their_solutions_say():
+    for row in rows_of("bar_chart", "val", "test"):
+        image = pixels(row)
+        bars = []
+        for column in (20, 52, 84):
+            color = color_of(image, 80, column)  # 80: inside the lowest unit of every bar
+            units = mask_of(image, color)[:88, column].sum() / 16  # 88: the axis
+            assert abs(units - round(units)) < 0.2
+            bars.append((color, round(units)))
+        stated = re.findall(r"the (\w+) bar (?:shows )?(\d)", row["solution"].lower())
+        assert stated == [(color, str(height)) for color, height in bars]
+        extreme = max if "tallest" in row["question"] else min
+        assert row["choices"][row["answer"]] == extreme(bars, key=lambda bar: bar[1])[0]
+
+
+def test_magnets_face_each_other_with_the_poles_of_their_solutions():
+    for row in rows_of("magnets", "val", "test"):
+        image = pixels(row)
+        red, blue = mask_of(image, "red"), mask_of(image, "blue")
+        used = np.flatnonzero((red | blue).any(0))
+        (gap,) = np.flatnonzero(np.diff(used) > 1)  # one gap between the two magnets
+        facing = [
+            "north" if red[:, x].sum() > blue[:, x].sum() else "south" for x in (used[gap] - 1, used[gap + 1] + 1)
+        ]
+        assert f"are {facing[0]} and {facing[1]}." in row["solution"]
+        assert row["choices"][row["answer"]] == ("repel" if facing[0] == facing[1] else "attract")
+
+
+def test_stars_lie_where_their_solutions_say():
+    names = [["northwest", "north", "northeast"], ["west", "", "east"], ["southwest", "south", "southeast"]]
+    for row in rows_of("map", "val", "test"):
+        image = pixels(row)
+        color = max(PALETTE, key=lambda name: mask_of(image, name).sum())
+        y, x = (int(values.mean()) // 32 for values in np.nonzero(mask_of(image, color)))
+        assert row["choices"][row["answer"]] == names[y][x]
+        assert row["solution"].startswith(f"The {color} star is at the ")
+        sides = [["top", "", "bottom"][y], ["left", "", "right"][x]]
+        assert f"at the {' '.join(filter(None, sides))} of the map" in row["solution"]
+
+
+def test_thermometers_show_what_their_solutions_say():
+    for row in rows_of("thermometer", "val", "test"):
+        image = pixels(row)
+        color = max(PALETTE, key=lambda name: mask_of(image, name)[80:].sum())  # below 80 there is only the bulb
+        column = mask_of(image, color).sum(0).argmax()
+        top = np.flatnonzero(mask_of(image, color)[:, column])[0]
+        mark = round((76 - int(top)) / 8) * 10
+        assert row["solution"].startswith(f"The {color} column reaches the {mark} mark.")
+        assert row["choices"][row["answer"]] == f"{mark} degrees"
+
+
+def test_objects_are_what_their_solutions_say():
+    fills = {"square": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # part of the box around it that a shape covers
+    for row in rows_of("objects", "val", "test"):
+        image = pixels(row)
+        drawn = []
+        for left in (0, 32, 64):
+            color = color_of(image, 48, left + 16)
+            mask = mask_of(image[:, left : left + 32], color)
+            height, width = mask.any(1).sum(), mask.any(0).sum()
+            covered = mask.sum() / (height * width)
+            drawn.append((color, min(fills, key=lambda shape: abs(fills[shape] - covered))))
+        assert re.findall(r"a (\w+) (circle|square|triangle)", row["solution"]) == drawn
+        asked = row["question"].removeprefix("What color is the ").rstrip("?")
+        assert (row["choices"][row["answer"]], asked) in drawn

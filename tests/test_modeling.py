@@ -1,0 +1,287 @@
+"""The model: T5 where there is no picture, masks, generation, losses, the ways in, tied and untied heads."""
+
+import pytest
+import torch
+from conftest import TINY_TEXT, TINY_VISION, tiny_model
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+
+
+@pytest.fixture
+def batch():
+    """Three problems: the second has a shorter text, the third no picture."""
+    torch.manual_seed(2)
+    input_ids = torch.randint(3, 60, (3, 9))
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[1, 6:], attention_mask[1, 6:] = 0, 0
+    pixel_mask = torch.ones(3, 1, 32, 32, dtype=torch.bool)
+    pixel_mask[2] = False
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(3, 1, 3, 32, 32),
+        "pixel_mask": pixel_mask,
+    }
+
+
+@pytest.fixture
+def labels():
+    torch.manual_seed(3)
+    labels = torch.randint(3, 60, (3, 6))
+    labels[1, 2:] = -100
+    return labels
+
+
+def row(batch, index):
+    return {name: tensor[index : index + 1] for name, tensor in batch.items()}
+
+
+def as_t5(model):
+    """transformers' own T5 with the same weights."""
+    t5 = T5ForConditionalGeneration(T5Config(**TINY_TEXT)).eval()
+    missing, surplus = t5.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and all(name.startswith(("encoder.fusion", "encoder.vision_tower")) for name in surplus)
+    return t5
+
+
+def test_a_row_without_picture_is_t5_to_the_bit(batch, labels):
+    model = tiny_model()
+    t5 = as_t5(model)
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    fused = model.encoder(**batch).last_hidden_state
+    plain = t5.encoder(**texts).last_hidden_state
+    assert torch.equal(fused[2], plain[2])
+    assert not torch.allclose(fused[:2], plain[:2], atol=1e-2)
+    ours, theirs = model(**texts, labels=labels), t5(**texts, labels=labels)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.loss, theirs.loss)
+    assert torch.equal(model.generate(**texts, num_beams=3), t5.generate(**texts, num_beams=3, max_new_tokens=12))
+
+
+def test_a_zero_vision_mask_means_no_picture(batch):
+    model = tiny_model(vision_config=None, vision_hidden_size=10)
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    features = torch.randn(3, 4, 10)
+    vision_mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    fused = model.encoder(**texts, vision_features=features, vision_mask=vision_mask).last_hidden_state
+    plain = model.encoder(**texts).last_hidden_state
+    assert torch.equal(fused[1], plain[1])
+    assert not torch.equal(fused[0], plain[0]) and not torch.equal(fused[2], plain[2])
+
+
+def test_one_picture_each_may_come_without_the_images_dimension(batch):
+    model = tiny_model()
+    squeezed = {**batch, "pixel_values": batch["pixel_values"][:, 0], "pixel_mask": batch["pixel_mask"][:, 0]}
+    assert torch.equal(model.encoder(**batch).last_hidden_state, model.encoder(**squeezed).last_hidden_state)
+
+
+def test_padding_changes_no_output(batch, labels):
+    """Text padded left or right, patches padded, rows batched: the logits are those of the row alone."""
+    model = tiny_model()
+    together = model(**batch, labels=labels).logits
+    for index, length in enumerate((9, 6, 9)):
+        alone = row(batch, index)
+        alone["input_ids"] = alone["input_ids"][:, :length]
+        alone["attention_mask"] = alone["attention_mask"][:, :length]
+        expected = model(**alone, labels=labels[index : index + 1]).logits[0]
+        torch.testing.assert_close(together[index], expected, rtol=0, atol=1e-5)
+        alone["input_ids"] = torch.cat([torch.zeros(1, 4, dtype=torch.long), alone["input_ids"]], dim=1)
+        alone["attention_mask"] = torch.cat([torch.zeros(1, 4, dtype=torch.long), alone["attention_mask"]], dim=1)
+        padded_left = model(**alone, labels=labels[index : index + 1]).logits[0]
+        torch.testing.assert_close(padded_left, expected, rtol=0, atol=1e-5)
+
+
+def test_several_pictures_and_padding_pictures(batch):
+    """A second picture adds patches; a masked second picture adds none."""
+    model = tiny_model()
+    one = row(batch, 0)
+    two = {**one, "pixel_values": torch.cat([one["pixel_values"], torch.randn(1, 1, 3, 32, 32)], dim=1)}
+    states = model.encoder(**one).last_hidden_state
+    masked = torch.cat([one["pixel_mask"], torch.zeros_like(one["pixel_mask"])], dim=1)
+    torch.testing.assert_close(model.encoder(**{**two, "pixel_mask": masked}).last_hidden_state, states)
+    both = torch.cat([one["pixel_mask"]] * 2, dim=1)
+    assert not torch.allclose(model.encoder(**{**two, "pixel_mask": both}).last_hidden_state, states, atol=1e-3)
+
+
+@pytest.mark.parametrize("generation", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+def test_cached_equals_uncached(batch, generation):
+    model = tiny_model(initializer_factor=2.0)
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(4)
+        outputs.append(model.generate(**batch, use_cache=use_cache, **generation))
+    assert torch.equal(*outputs)
+    assert len({tuple(tokens) for tokens in outputs[0].tolist()}) > 1
+
+
+def test_pictures_are_encoded_once_per_generate(batch):
+    model = tiny_model()
+    calls = []
+    model.encoder.vision_tower.register_forward_hook(lambda *_: calls.append("tower"))
+    model.encoder.fusion.register_forward_hook(lambda *_: calls.append("fusion"))
+    model.generate(**batch, num_beams=2)
+    assert sorted(calls) == ["fusion", "tower"]
+
+
+def test_given_encoder_outputs_are_not_fused_again(batch, labels):
+    model = tiny_model()
+    encoder_outputs = model.encoder(**batch)
+    given = model(encoder_outputs=encoder_outputs, attention_mask=batch["attention_mask"], labels=labels)
+    assert torch.equal(given.logits, model(**batch, labels=labels).logits)
+
+
+def test_the_loss_honours_num_items_in_batch(batch, labels):
+    """The mean over the tokens of a whole step equals the sum of its parts, each over the step's tokens."""
+    model = tiny_model()
+    logits = model(**batch, labels=labels).logits
+    mean = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(model(**batch, labels=labels).loss, mean)
+    items = int((labels != -100).sum())
+    parts = [model(**row(batch, i), labels=labels[i : i + 1], num_items_in_batch=items).loss for i in range(3)]
+    torch.testing.assert_close(sum(parts), mean)
+
+
+def test_return_dict_both_ways(batch, labels):
+    model = tiny_model()
+    as_dict = model(**batch, labels=labels)
+    as_tuple = model(**batch, labels=labels, return_dict=False)
+    assert torch.equal(as_tuple[0], as_dict.loss) and torch.equal(as_tuple[1], as_dict.logits)
+
+
+def test_scores_of_choices_are_log_probabilities_of_separate_passes(batch):
+    model = tiny_model()
+    choices = [[[5, 6, 1], [7, 1], [8, 9, 10, 1]], [[11, 1], [12, 13, 1]], [[14, 1]]]
+    choice_labels = torch.full((3, 3, 4), -100)
+    for i, texts in enumerate(choices):
+        for j, tokens in enumerate(texts):
+            choice_labels[i, j, : len(tokens)] = torch.tensor(tokens)
+    scores = model.score_choices(choice_labels, **batch)
+    for i, texts in enumerate(choices):
+        for j in range(3):
+            if j >= len(texts):
+                assert scores[i, j] == -torch.inf
+                continue
+            labels = torch.tensor([texts[j]])
+            with torch.no_grad():
+                log_probs = model(**row(batch, i), labels=labels).logits.log_softmax(dim=-1)
+            expected = log_probs[0].gather(1, labels[0][:, None]).sum()
+            torch.testing.assert_close(scores[i, j], expected, rtol=0, atol=1e-4)
+
+
+def test_both_kinds_of_picture_at_once_are_refused(batch):
+    with pytest.raises(ValueError, match="pixel_values and vision_features were both given"):
+        tiny_model()(**batch, vision_features=torch.randn(3, 4, 24), labels=torch.ones(3, 1, dtype=torch.long))
+
+
+def test_features_of_another_width_are_refused(batch):
+    with pytest.raises(ValueError, match="vision_features are 7 wide, but config.vision_hidden_size is 24"):
+        tiny_model().encoder(input_ids=batch["input_ids"], vision_features=torch.randn(3, 4, 7))
+
+
+def test_pixels_without_a_tower_are_refused(batch):
+    with pytest.raises(ValueError, match="no picture tower"):
+        tiny_model(vision_config=None, vision_hidden_size=24).encoder(**batch)
+
+
+def test_a_tower_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="vision_hidden_size is 99.*width 24"):
+        MMCoTConfig(**TINY_TEXT, vision_config=TINY_VISION, vision_hidden_size=99)
+
+
+def t5_checkpoint(folder, **config):
+    torch.manual_seed(5)
+    t5 = T5ForConditionalGeneration(T5Config(**TINY_TEXT, **config))
+    t5.save_pretrained(folder)
+    return t5
+
+
+def untied_t5_checkpoint(folder):
+    """A checkpoint as T5 v1.1's and FLAN-T5's are: a head of its own in the file."""
+    t5_checkpoint(folder, tie_word_embeddings=False, feed_forward_proj="gated-gelu")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn(64, 32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def test_from_a_t5_checkpoint_only_the_fusion_is_new(tmp_path, batch):
+    t5 = t5_checkpoint(tmp_path)
+    model, info = MMCoTForConditionalGeneration.from_pretrained(
+        tmp_path, fusion="gated", vision_hidden_size=10, output_loading_info=True
+    )
+    assert {name.rsplit(".", 2)[0] for name in info["missing_keys"]} == {"encoder.fusion"}
+    assert not info["unexpected_keys"]
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model.eval().generate(**texts), t5.eval().generate(**texts))
+
+
+def test_from_text_and_vision_checkpoints(tmp_path, batch):
+    t5_checkpoint(tmp_path / "text")
+    tower = ViTModel(ViTConfig(**{name: value for name, value in TINY_VISION.items() if name != "model_type"})).eval()
+    tower.save_pretrained(tmp_path / "vision")
+    model = MMCoTForConditionalGeneration.from_text_vision_pretrained(tmp_path / "text", tmp_path / "vision").eval()
+    pixels = batch["pixel_values"][:, 0]
+    expected = tower(pixel_values=pixels).last_hidden_state
+    assert torch.equal(model.encoder.vision_tower(pixel_values=pixels).last_hidden_state, expected)
+    model.save_pretrained(tmp_path / "joined")
+    again = AutoModel.from_pretrained(tmp_path / "joined").eval()
+    assert torch.equal(again.encoder(**batch).last_hidden_state, model.encoder(**batch).last_hidden_state)
+
+
+def test_an_untied_head_stays_untied(tmp_path):
+    weights = untied_t5_checkpoint(tmp_path)
+    model = MMCoTForConditionalGeneration.from_pretrained(tmp_path, vision_hidden_size=10)
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(model.shared.weight, weights["shared.weight"])
+    assert model.encoder.embed_tokens.weight is model.shared.weight is model.decoder.embed_tokens.weight
+    assert not model.config.scale_decoder_outputs
+    model.resize_token_embeddings(70)
+    assert torch.equal(model.lm_head.weight[:64], weights["lm_head.weight"])
+    assert not torch.equal(model.lm_head.weight, model.shared.weight)
+    model.save_pretrained(tmp_path / "again")
+    again = MMCoTForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert not again.config.scale_decoder_outputs
+
+
+def test_a_fresh_untied_model_is_untied_and_a_tied_one_tied():
+    untied = tiny_model(tie_word_embeddings=False)
+    assert untied.lm_head.weight is not untied.shared.weight
+    tied = tiny_model()
+    assert tied.lm_head.weight is tied.shared.weight
+    tied.resize_token_embeddings(70)
+    assert tied.lm_head.weight is tied.shared.weight
+
+
+def test_fresh_weights_are_as_large_as_t5s():
+    """Custom code is initialised by another path in transformers, which once left T5's layers at a deviation of 1."""
+    theirs = dict(T5ForConditionalGeneration(T5Config(**TINY_TEXT)).named_parameters())
+    for name, parameter in tiny_model().named_parameters():
+        if name in theirs and parameter.dim() == 2:
+            assert parameter.std().item() == pytest.approx(theirs[name].std().item(), rel=0.25), name
+        elif "fusion" in name:
+            assert parameter.std().item() == pytest.approx(parameter.shape[1] ** -0.5, rel=0.25), name
+
+
+def test_initial_weights_come_from_the_seed():
+    first, second, other = (tiny_model(seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["encoder.fusion.vision_gate.weight"], other["encoder.fusion.vision_gate.weight"])
+
+
+def test_a_frozen_tower_gets_no_gradient_and_stays_in_evaluation_mode(batch, labels):
+    model = tiny_model(freeze_vision=True).train()
+    model(**batch, labels=labels).loss.backward()
+    tower = model.encoder.vision_tower
+    assert not tower.training and all(parameter.grad is None for parameter in tower.parameters())
+    assert model.encoder.fusion.vision_projection.weight.grad.abs().sum() > 0
+
+
+def test_training_reaches_every_parameter(batch, labels):
+    model = tiny_model().train()
+    model(**batch, labels=labels).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
