@@ -4,13 +4,16 @@ Pictures stay on disk until `read_pictures`. Nothing here knows the model, templ
 """
 
 import difflib
+import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -52,108 +55,116 @@ def load_problems(source: str, split: str) -> datasets.Dataset:
     Raises:
         ValueError: what is wrong with the source, by file or id, field, what was found and what was expected.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}.")
-    path = Path(source)
+    check_split(split, source)
     if source == "demo":
-        from mmcot.demo import generate
-
-        return datasets.Dataset.from_generator(generate, gen_kwargs={"split": split}, features=FEATURES)
+        return demo_problems(split)
+    path = Path(source)
     if path.is_dir():
-        rows = scienceqa_rows(path, split)
-    elif path.suffix in (".jsonl", ".parquet"):
-        rows = table_rows(path, split)
+        rows, folder = scienceqa_rows(path, split), path
+    elif path.suffix in TABLE_READERS:
+        rows, folder = table_rows(path, split), path.parent
     else:
         raise ValueError(
             f"dataset is {source!r}; expected demo, a ScienceQA folder, or a .jsonl or .parquet file of problems."
         )
-    return datasets.Dataset.from_list(checked(rows, source), features=FEATURES)
+    complete = checked(rows, source, folder)
+    # By column, because Dataset.from_list fails where a split has no rows.
+    return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
+
+
+def demo_problems(split: str) -> datasets.Dataset:
+    from mmcot import demo
+
+    # datasets knows a generator by its name alone, and would serve what an older demo.py drew.
+    version = datasets.fingerprint.Hasher.hash((inspect.getsource(demo), split))
+    return datasets.Dataset.from_generator(
+        demo.generate, gen_kwargs={"split": split}, features=FEATURES, fingerprint=version
+    )
 
 
 def scienceqa_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    for name in ("problems.json", "pid_splits.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; expected a ScienceQA folder.")
-    problems = read_json(folder / "problems.json")
-    ids = read_json(folder / "pid_splits.json")[split]
+    problems_file, splits_file = folder / "problems.json", folder / "pid_splits.json"
     captions_file = folder / "captions.json"
-    captions = read_json(captions_file)["captions"] if captions_file.is_file() else {}
-    absent = [problem_id for problem_id in ids if problem_id not in problems]
-    if absent:
-        logger.warning("%s: %d of %d %s problems are not in problems.json", folder, len(absent), len(ids), split)
-    for problem_id in ids:
-        if problem_id in problems:
-            problem = problems[problem_id]
-            picture = folder / "images" / split / problem_id / "image.png"
-            yield {
-                **{name: problem[name] for name in problem.keys() & FEATURES.keys()},
-                "id": problem_id,
-                "context": problem.get("hint", ""),
-                "images": [str(picture)] if problem.get("image") else [],
-                "caption": captions.get(problem_id, ""),
-            }
+    for file in (problems_file, splits_file):
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}; expected a ScienceQA folder.")
+    problems = read_json(problems_file)
+    ids = member(read_json(splits_file), split, list, splits_file)
+    captions = member(read_json(captions_file), "captions", dict, captions_file) if captions_file.is_file() else {}
+    present = [problem_id for problem_id in ids if problem_id in problems]
+    if len(present) < len(ids):
+        absent = len(ids) - len(present)
+        logger.warning("%s: %d of %d %s problems are not in problems.json", folder, absent, len(ids), split)
+    for problem_id in present:
+        problem = member(problems, problem_id, dict, problems_file)
+        check_split(problem.get("split", split), f"{folder}, problem {problem_id}")
+        yield {
+            **{name: problem[name] for name in problem.keys() & FEATURES.keys()},
+            "id": problem_id,
+            "context": problem.get("hint"),
+            "images": [f"images/{split}/{problem_id}/image.png"] if problem.get("image") else [],
+            "caption": captions.get(problem_id),
+            "split": split,
+        }
+
+
+def member(data: dict[str, Any], name: str, kind: type, file: Path) -> Any:
+    value = data.get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{file}: {name!r} is {shown(value)}; expected a {kind.__name__}.")
+    return value
 
 
 def table_rows(file: Path, split: str) -> Iterator[dict[str, Any]]:
     """Rows of a file; one without `split` serves every split, one with it gives the rows of that split."""
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file.")
-    rows = jsonl_rows(file) if file.suffix == ".jsonl" else datasets.Dataset.from_parquet(str(file)).to_list()
-    for number, row in enumerate(rows):
+    for number, row in enumerate(TABLE_READERS[file.suffix](file)):
+        where = f"{file}, row {number + 1}"
         for name in row.keys() - FEATURES.keys():
             near = difflib.get_close_matches(name, FEATURES, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{file}, row {number + 1}: unknown column {name!r}{hint}; known: {', '.join(FEATURES)}.")
-        if row.get("split") not in (None, *SPLITS):
-            raise ValueError(
-                f"{file}, row {number + 1}: split is {row['split']!r}; expected one of {', '.join(SPLITS)}."
-            )
-        if row.get("split") in (None, split):
-            images = [resolved(picture, file.parent) for picture in row.get("images") or []]
-            yield {"id": f"{split}-{number}", **row, "images": images, "split": split}
+            raise ValueError(f"{where}: unknown column {name!r}{hint}; known: {', '.join(FEATURES)}.")
+        row = {name: value for name, value in row.items() if value is not None}
+        check_split(row.get("split", split), where)
+        if row.get("split", split) == split:
+            yield {"id": f"{split}-{number}", "split": split, **row}
 
 
 def jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not valid JSON ({error.msg}).") from error
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{file}, line {number}: not valid JSON ({error}).") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: a problem is a JSON object; found {type(row).__name__}.")
+                raise ValueError(f"{file}, line {number}: found {shown(row)}; expected a problem as a JSON object.")
             yield row
 
 
-def resolved(picture: Any, folder: Path) -> Any:
-    """A picture's path relative to the file that names it; bytes as they are."""
-    if isinstance(picture, str):
-        return str(folder / picture)
-    if isinstance(picture, dict) and picture.get("bytes") is None and picture.get("path"):
-        return str(folder / picture["path"])
-    return picture
+def parquet_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        return pyarrow.parquet.ParquetFile(file).read().to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a whole Parquet file ({error}).") from error
 
 
-def checked(rows: Iterator[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+TABLE_READERS = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
+
+
+def checked(rows: Iterable[dict[str, Any]], source: str, folder: Path) -> list[dict[str, Any]]:
     """The rows with every column of the schema; the first bad one is an error that says where and what."""
     complete, ids = [], set()
     for row in rows:
-        row = {name: row.get(name) if row.get(name) is not None else empty(name) for name in FEATURES}
+        row = {name: empty(name) if row.get(name) is None else row[name] for name in FEATURES}
         row["id"] = str(row["id"])
         where = f"{source}, problem {row['id']}"
         if row["id"] in ids:
             raise ValueError(f"{where}: this id stands there twice; expected one problem per id.")
         ids.add(row["id"])
-        if not isinstance(row["question"], str) or not row["question"].strip():
-            raise ValueError(f"{where}: question is {row['question']!r}; expected a text.")
-        choices, answer = row["choices"], row["answer"]
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(f"{where}: choices is {choices!r}; expected a list of texts.")
-        if not isinstance(answer, int) or (answer != -1 and choices and not 0 <= answer < len(choices)):
-            raise ValueError(
-                f"{where}: answer is {answer!r}; expected an index from 0 to {len(choices) - 1}, or -1 for unknown."
-            )
-        row["images"] = [on_disk(picture, where) for picture in row["images"]]
+        check_fields(row, where)
+        row["images"] = [stored(picture, folder, where) for picture in row["images"]]
         complete.append(row)
     return complete
 
@@ -162,17 +173,51 @@ def empty(column: str) -> Any:
     return {"choices": [], "images": [], "answer": -1}.get(column, "")
 
 
-def on_disk(picture: Any, where: str) -> dict[str, Any]:
-    """A picture as the schema holds it; one on disk must be there and not be empty, and is not read."""
-    if isinstance(picture, dict) and picture.get("bytes"):
+def check_split(split: Any, where: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"{where}: split is {shown(split)}; expected one of {', '.join(SPLITS)}.")
+
+
+def check_fields(row: dict[str, Any], where: str) -> None:
+    choices, answer = row["choices"], row["answer"]
+    for name in FEATURES:
+        if FEATURES[name] == _TEXT and not isinstance(row[name], str):
+            raise ValueError(f"{where}: {name} is {shown(row[name])}; expected a text.")
+    if not row["question"].strip():
+        raise ValueError(f"{where}: question is {row['question']!r}; expected a text that is not empty.")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"{where}: choices is {shown(choices)}; expected a list of texts.")
+    # bool is an int to Python, and an answer `true` is not choice 1.
+    if type(answer) is not int or (answer != -1 and choices and not 0 <= answer < len(choices)):
+        indices = f"an index from 0 to {len(choices) - 1}, or " if choices else ""
+        raise ValueError(f"{where}: answer is {shown(answer)}; expected {indices}-1 for unknown.")
+    if not isinstance(row["images"], list):
+        raise ValueError(f"{where}: images is {shown(row['images'])}; expected a list of pictures.")
+
+
+def stored(picture: Any, folder: Path, where: str) -> dict[str, Any]:
+    """A picture as the schema holds it. A file must be there and not be empty, and is not read."""
+    picture = {"path": picture} if isinstance(picture, str) else picture
+    if isinstance(picture, dict) and picture.get("bytes") and isinstance(picture["bytes"], bytes):
         return {"bytes": picture["bytes"], "path": picture.get("path")}
-    if not isinstance(picture, str):
-        raise ValueError(f'{where}: images holds {picture!r}; expected paths or {{"bytes", "path"}}.')
-    if not Path(picture).is_file():
+    if not isinstance(picture, dict) or picture.get("bytes") or not isinstance(picture.get("path"), str):
+        raise ValueError(f'{where}: images holds {shown(picture)}; expected paths or {{"bytes", "path"}}.')
+    path = folder / picture["path"]
+    check_file(path, where)
+    return {"bytes": None, "path": str(path)}
+
+
+def check_file(picture: Path, where: str) -> None:
+    if not picture.is_file():
         raise ValueError(f"{where}: picture {picture} is missing.")
-    if Path(picture).stat().st_size == 0:
+    if picture.stat().st_size == 0:
         raise ValueError(f"{where}: picture {picture} is an empty file.")
-    return {"bytes": None, "path": picture}
+
+
+def shown(value: Any) -> str:
+    """What was found, for an error: whole if it is short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def without_gold(problems: datasets.Dataset) -> datasets.Dataset:
@@ -198,15 +243,15 @@ def read_pictures(problem: dict[str, Any]) -> list[Image.Image]:
 
 
 def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
+    if not picture["bytes"]:
+        check_file(Path(picture["path"]), f"problem {problem_id}")
     where = f"problem {problem_id}: picture {picture['path'] or 'given as bytes'}"
     try:
         return datasets.Image(mode="RGB").decode_example(picture)
-    except FileNotFoundError as error:
-        raise ValueError(f"{where} is missing.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} is not an image that Pillow can read.") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{where} cannot be decoded to its end ({error}); expected a whole image file.") from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise errors of many kinds, SyntaxError too
+        raise ValueError(f"{where} is truncated or damaged ({error}); expected a whole image file.") from error
 
 
 def check_pictures(problems: datasets.Dataset) -> None:
@@ -218,12 +263,13 @@ def check_pictures(problems: datasets.Dataset) -> None:
 
 def join_column(problems: datasets.Dataset, column: str, path: str) -> datasets.Dataset:
     """The problems with a text column from a JSON file `{id: text}`, which must have every problem's id."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file; expected JSON of the form {{id: text}}.")
     texts = read_json(path)
     absent = [problem_id for problem_id in problems["id"] if not isinstance(texts.get(problem_id), str)]
     if absent:
-        raise ValueError(
-            f"{path}: {len(absent)} of {len(problems)} problems have no text there ({', '.join(absent[:5])}, …)."
-        )
+        some = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
+        raise ValueError(f"{path}: {len(absent)} of {len(problems)} problems have no text there: {some}.")
     if column in problems.column_names:
         problems = problems.remove_columns(column)
-    return problems.add_column(column, [texts[problem_id] for problem_id in problems["id"]])
+    return problems.add_column(column, [texts[problem_id] for problem_id in problems["id"]], feature=_TEXT)

@@ -38,8 +38,8 @@ class StageArguments:
         name: the stage's name and folder.
         reads: columns of the problem that its source shows; `images` among them to see the pictures.
         writes: the column it writes; `answer_text` makes it the stage that answers.
-        template: a name of the set `paper` (`QCM-E`, `QCMG-A`, …), in place of `source` and `target`.
-        source, target: Jinja templates.
+        template: a name of the set `paper` (`QCM-E`, `QCMG-A`, …), which gives source and target.
+        source, target: Jinja templates, in place of the set's.
         max_source_length, max_target_length: in tokens.
         num_beams: of the free-running generation.
         num_train_epochs, learning_rate: this stage's own, in place of the recipe's.
@@ -114,7 +114,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
             nobody writes, an answer stage that is not the last one.
     """
     config = config_path(command_line)
-    parser = TrlParser((RecipeArguments, Seq2SeqTrainingArguments, ModelConfig))
+    parser = TrlParser((RecipeArguments, Seq2SeqTrainingArguments, ModelConfig), allow_abbrev=False)
     arguments, training_arguments, model_config, unknown, surplus = parser.parse_args_and_config(
         args=command_line, return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -122,6 +122,9 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     for where, words in ((config, unknown), ("the command line", surplus)):
         if words:
             raise ValueError(f"{where}: unknown key {words[0].lstrip('-')!r}{nearest(words[0].lstrip('-'), known)}.")
+    for name in ("use_peft", "load_in_8bit", "load_in_4bit"):
+        if getattr(model_config, name):
+            raise ValueError(f"{config}: {name} is set, but stages are trained whole here; leave it out.")
     stages = [read_stage(entry, config) for entry in arguments.stages]
     check_stages(stages, config)
     said = yaml.safe_load(Path(config).read_text()).keys() | {
@@ -154,10 +157,10 @@ def read_stage(entry: Any, config: str) -> StageArguments:
         if key not in entry:
             raise ValueError(f"{config}: stage {entry.get('name')!r} lacks the key {key!r}.")
     stage = StageArguments(**entry)
-    if (stage.template is None) == (stage.source is None or stage.target is None):
+    if stage.template is None and (stage.source is None or stage.target is None):
         raise ValueError(
-            f"{config}: stage {stage.name!r} needs either `template` or both `source` and `target`; found "
-            f"template {stage.template!r}, source {stage.source!r}, target {stage.target!r}."
+            f"{config}: stage {stage.name!r} needs a `template`, or both `source` and `target`; found "
+            f"source {stage.source!r}, target {stage.target!r}."
         )
     return stage
 

@@ -45,7 +45,12 @@ FINISHED = "train_results.json"  # written last in a stage's folder: the stage i
 
 
 def run(recipe: Recipe) -> Path:
-    """Everything that a recipe asks for. Returns the run's folder (its files: DESIGN section 4, "Run folder")."""
+    """
+    Everything that a recipe asks for.
+
+    Returns:
+        The run's folder: `recipe.yaml`, a folder per stage, `predictions/`, `scores/` and `hub/`.
+    """
     stages = [build_stage(arguments) for arguments in recipe.stages]
     problems = {split: prepare_problems(recipe, stages, split) for split in SPLITS}
     with PartialState().main_process_first():
@@ -65,20 +70,19 @@ def run(recipe: Recipe) -> Path:
 
 
 def build_stage(arguments: StageArguments) -> Stage:
-    templates = {"source": arguments.source, "target": arguments.target}
-    if arguments.template is not None:
-        if arguments.template not in PAPER_TEMPLATES:
-            raise ValueError(
-                f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
-            )
-        templates = PAPER_TEMPLATES[arguments.template]
+    if arguments.template is not None and arguments.template not in PAPER_TEMPLATES:
+        raise ValueError(
+            f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
+        )
+    templates = PAPER_TEMPLATES.get(arguments.template, {})
     return Stage(
         name=arguments.name,
         reads=arguments.reads,
         writes=arguments.writes,
+        source=arguments.source or templates["source"],
+        target=arguments.target or templates["target"],
         max_source_length=arguments.max_source_length,
         max_target_length=arguments.max_target_length,
-        **templates,
     )
 
 
@@ -248,7 +252,8 @@ def train_stage(
     trainer.save_model()
     if trainer.is_world_process_zero():
         losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        write_json(stage_folder / FINISHED, {**result.metrics, "log_history": losses})
+        summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "log_history": losses}
+        write_json(stage_folder / FINISHED, summary)
     PartialState().wait_for_everyone()
     return trainer.accelerator.unwrap_model(trainer.model)
 

@@ -134,6 +134,9 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
         self.encoder = MMCoTEncoder(self.encoder.config)
+        if config.vision_config is not None:
+            # transformers notes a part's dtype when it loads it; noted from the start, a saved model saves alike again.
+            config.vision_config.dtype = self.encoder.vision_tower.dtype
         self.post_init()
 
     @property

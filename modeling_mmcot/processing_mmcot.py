@@ -281,14 +281,14 @@ class MMCoTProcessor(ProcessorMixin):
         num_images = max(len(entry) for entry in pictures)
         if num_images == 0:
             return {}
-        pixels = self.image_processor([picture for entry in pictures for picture in entry], return_tensors="pt")[
-            "pixel_values"
-        ]
+        processed = self.image_processor([picture for entry in pictures for picture in entry], return_tensors="pt")
+        pixels = processed["pixel_values"]
+        pixel_mask = processed.get("pixel_mask", torch.ones(len(pixels), *pixels.shape[2:]))
+        is_real = torch.tensor([[index < len(entry) for index in range(num_images)] for entry in pictures])
         values = pixels.new_zeros(batch_size, num_images, *pixels.shape[1:])
         mask = torch.zeros(batch_size, num_images, *pixels.shape[2:], dtype=torch.bool)
-        is_real = torch.tensor([[index < len(entry) for index in range(num_images)] for entry in pictures])
         values[is_real] = pixels
-        mask[is_real] = True
+        mask[is_real] = pixel_mask.bool()
         return {"pixel_values": values, "pixel_mask": mask}
 
 

@@ -4,6 +4,8 @@ Any tower whose output has a `last_hidden_state` of shape `(batch_size, num_patc
 hand-written vision code, and nothing here knows of text.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
@@ -34,7 +36,7 @@ def encode_pictures(
     Returns:
         The patches, `(batch_size, num_images * num_patches, width)`, zero where there is no picture, and their mask,
         `(batch_size, num_images * num_patches)`, True for the patches of a real picture. The tower runs over the real
-        pictures only; None, None where there is not one.
+        pictures only; one that asks for a mask (DETR) gets theirs; None, None where there is not one.
     """
     if pixel_values.dim() == 4:
         pixel_values = pixel_values[:, None]
@@ -47,7 +49,10 @@ def encode_pictures(
         is_real = pixel_mask.flatten(0, 1).flatten(1).any(dim=1)
     if not is_real.any():
         return None, None
-    real_patches = tower(pixel_values=pixels[is_real]).last_hidden_state
+    inputs = {"pixel_values": pixels[is_real]}
+    if pixel_mask is not None and "pixel_mask" in inspect.signature(tower.forward).parameters:
+        inputs["pixel_mask"] = pixel_mask.flatten(0, 1)[is_real]
+    real_patches = tower(**inputs).last_hidden_state
     patches = real_patches.new_zeros(len(pixels), *real_patches.shape[1:])
     patches[is_real] = real_patches
     mask = is_real[:, None].expand(-1, patches.shape[1])

@@ -1,5 +1,7 @@
 """What several test files need: the shared data, tiny models with random weights, a run of a tiny recipe."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmcot.demo import generate
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
+TINY_RECIPE = REPOSITORY / "tests" / "tiny.yaml"
 
 TINY_TEXT = {
     "vocab_size": 64,
@@ -64,3 +68,27 @@ def run_script(*command: str, check: bool = True, cwd: Path = REPOSITORY, **envi
             f"{command} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
         )
     return result
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """A JSONL of 72 demonstration problems in three splits, with their pictures on disk beside it."""
+    folder = tmp_path_factory.mktemp("dataset")
+    rows = list(itertools.islice(generate("val"), 72))
+    with (folder / "problems.jsonl").open("w") as file:
+        for number, row in enumerate(rows):
+            names = []
+            for picture in row["images"]:
+                names.append(f"{row['id']}.png")
+                (folder / names[-1]).write_bytes(picture["bytes"])
+            split = "train" if number < 40 else "val" if number < 52 else "test"
+            file.write(json.dumps({**row, "images": names, "split": split}) + "\n")
+    return folder / "problems.jsonl"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_dataset, tmp_path_factory) -> Path:
+    """The finished run of `tests/tiny.yaml`, made as a user makes one."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_script("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder)
+    return folder

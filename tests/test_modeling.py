@@ -3,11 +3,22 @@
 import pytest
 import torch
 from conftest import TINY_TEXT, TINY_VISION, tiny_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+from transformers import (
+    AutoModel,
+    DetrImageProcessor,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
-from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 
 
 @pytest.fixture
@@ -115,6 +126,26 @@ def test_cached_equals_uncached(batch, generation):
         outputs.append(model.generate(**batch, use_cache=use_cache, **generation))
     assert torch.equal(*outputs)
     assert len({tuple(tokens) for tokens in outputs[0].tolist()}) > 1
+
+
+def test_detr_as_the_tower_with_pictures_of_unlike_sizes():
+    """Any tower with a `last_hidden_state`; DETR's is its object queries', and it is told which pixels are real."""
+    torch.manual_seed(0)
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    detr = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
+    model = tiny_model(vision_config={"model_type": "detr", "backbone_config": backbone, **detr, **heads})
+    processor = MMCoTProcessor(
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())),
+        DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}),
+    )
+    pictures = [Image.new("RGB", (40, 40), "red"), Image.new("RGB", (80, 40), "blue"), None]
+    pixels = processor.prepare_pictures(pictures, 3)
+    together, mask = model.encoder.picture_patches(**pixels, vision_features=None, vision_mask=None)
+    assert together.shape == (3, 5, 16) and mask.any(dim=1).tolist() == [True, True, False]
+    alone = processor.prepare_pictures(pictures[:1], 1)
+    alone, _ = model.encoder.picture_patches(**alone, vision_features=None, vision_mask=None)
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=0.05)
 
 
 def test_pictures_are_encoded_once_per_generate(batch):

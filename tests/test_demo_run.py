@@ -1,0 +1,85 @@
+"""The demonstration, trained as `make demo` trains it: what its scores mean. Takes a quarter of an hour and more."""
+
+import json
+import random
+
+import pytest
+from conftest import run_script
+
+from mmcot.demo import PICTURE_SKILLS, seen
+from mmcot.predict import load_system, predict_stage
+from mmcot.problems import load_problems
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return load_problems("demo", "test")
+
+
+@pytest.fixture(scope="module")
+def picture_problems(problems):
+    chosen = problems.filter(lambda row: row["skill"] in PICTURE_SKILLS)
+    assert len(chosen) >= 1000
+    return chosen
+
+
+def train(recipe, folder):
+    run_script("train.py", "--config", f"configs/{recipe}.yaml", "--output_dir", folder)
+    predictions = json.loads((folder / "predictions/test.json").read_text())
+    return predictions, json.loads((folder / "scores/test.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    return folder, *train("demo", folder)
+
+
+def percent_right(problems, predictions):
+    right = [predictions[row["id"]]["answer"] == row["answer"] for row in problems]
+    return 100 * sum(right) / len(right)
+
+
+def chance(problems):
+    return sum(100 / len(row["choices"]) for row in problems) / len(problems)
+
+
+def of_skill(problems, skill):
+    return [row for row in problems if row["skill"] == skill]
+
+
+def test_both_stages_answer_held_out_problems(demo):
+    _, _, scores = demo
+    assert scores["accuracy"]["IMG"] >= 95 and scores["accuracy"]["Avg"] >= 95
+
+
+def test_the_rationales_name_what_is_drawn(demo, picture_problems):
+    _, predictions, _ = demo
+    named = [
+        seen(predictions[row["id"]]["rationale"]) == seen("Solution: " + row["solution"]) for row in picture_problems
+    ]
+    assert sum(named) >= 0.9 * len(named)
+
+
+def test_the_answer_comes_from_the_rationale(demo, picture_problems):
+    """Fed the rationale of another problem of its skill, a problem is answered no better than by chance."""
+    folder, predictions, _ = demo
+    swapped = {}
+    for skill in PICTURE_SKILLS:
+        ids = [row["id"] for row in of_skill(picture_problems, skill)]
+        random.Random(skill).shuffle(ids)
+        for problem_id, other in zip(ids, ids[1:] + ids[:1], strict=True):
+            swapped[problem_id] = {"rationale": predictions[other]["rationale"]}
+    processor, models = load_system(str(folder))
+    predict_stage(models["answer"], processor, processor.stage("answer"), picture_problems, swapped, batch_size=100)
+    assert percent_right(picture_problems, swapped) <= chance(picture_problems) + 10
+    for skill in PICTURE_SKILLS:
+        rows = of_skill(picture_problems, skill)
+        assert percent_right(rows, swapped) <= chance(rows) + 12, skill
+
+
+def test_without_pictures_the_picture_skills_are_at_chance(picture_problems, tmp_path):
+    predictions, _ = train("demo_no_vision", tmp_path / "demo_no_vision")
+    assert percent_right(picture_problems, predictions) == pytest.approx(chance(picture_problems), abs=5)

@@ -1,0 +1,243 @@
+"""What is published, used by a process that knows nothing of this repository, and the script that uploads it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import run_script, tiny_model
+
+from mmcot.hub import shipped_code
+from modeling_mmcot import MMCoTProcessor
+
+# Nothing of ours, and of the libraries that training needs none, can be imported where this has run.
+STRANGER = """
+import importlib.util, json, sys
+for name in ("trl", "peft", "datasets", "accelerate", "nltk", "rouge"):
+    sys.modules[name] = None
+for name in ("mmcot", "modeling_mmcot", "configuration_mmcot"):
+    assert importlib.util.find_spec(name) is None, name
+import torch
+from transformers import *
+"""
+
+
+def as_a_stranger(code, cwd, *arguments):
+    """Run code isolated (`-I`), in another folder, offline, with nothing cached; what it prints last."""
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cwd / "hf_home"),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "2",
+    }
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER + textwrap.dedent(code), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture
+def elsewhere(tiny_run, tmp_path):
+    """The exported folder, copied to where no repository is."""
+    shutil.copytree(tiny_run / "hub", tmp_path / "model")
+    return tmp_path
+
+
+def test_the_exported_folder_by_every_line_of_the_design(elsewhere, tiny_run, tiny_dataset):
+    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test"]
+    problems = [
+        {
+            "image": [str(tiny_dataset.parent / name) for name in row["images"]] or None,
+            **{name: row[name] for name in ("question", "choices", "context")},
+        }
+        for row in rows
+    ]
+    (elsewhere / "problems.json").write_text(json.dumps(problems))
+    answers = as_a_stranger(
+        """
+        classes = [
+            auto.from_pretrained("model", trust_remote_code=True)
+            for auto in (AutoModelForSeq2SeqLM, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoConfig)
+        ]
+        classes.append(AutoModelForSeq2SeqLM.from_pretrained("model", subfolder="rationale", trust_remote_code=True))
+        assert len({type(model) for model in classes[:3] + classes[5:]}) == 1
+        assert not torch.equal(classes[0].shared.weight, classes[5].shared.weight)
+        for thing in classes:
+            assert type(thing).__module__.startswith("transformers_modules."), type(thing)
+        answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
+        assert type(answer).__module__.startswith("transformers_modules.")
+        problems = json.load(open("problems.json"))
+        one = answer(problems[0])
+        many = answer(problems, batch_size=5, decode_answer=True)
+        assert [one["answer"], one["rationale"]] == [many[0]["answer"], many[0]["rationale"]]
+        print(json.dumps(many))
+        """,
+        elsewhere,
+    )
+    predictions = json.loads((tiny_run / "predictions/test.json").read_text())
+    for row, answer in zip(rows, answers, strict=True):
+        expected = predictions[row["id"]]
+        assert answer["answer_index"] == expected["answer"]
+        assert answer["answer"] == row["choices"][expected["answer"]]
+        assert answer["rationale"] == expected["rationale"]
+        assert answer["scores"] == pytest.approx(expected["scores"], abs=1e-5)
+        assert answer["decoded_answer"] == expected["decoded_answer"]
+
+
+def test_pictures_in_every_form_and_problems_without_choices(elsewhere):
+    results = as_a_stranger(
+        """
+        from PIL import Image
+        answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
+        Image.new("RGB", (50, 40), "red").save("red.png")
+        forms = ["red.png", Image.open("red.png"), ["red.png"], None]
+        problem = {"question": "Which color is it?", "choices": ["red", "blue"]}
+        results = [answer({**problem, "image": form}) for form in forms]
+        results.append(answer({"question": "Which color is it?", "image": "red.png"}))
+        results.append(answer({**problem, "choices": ["red"]}))
+        print(json.dumps(results))
+        """,
+        elsewhere,
+    )
+    path, opened, listed, none, open_ended, one_choice = results
+    assert path == opened == listed != none
+    assert open_ended["answer_index"] == -1 and open_ended["scores"] == [] and isinstance(open_ended["answer"], str)
+    assert one_choice["answer_index"] == 0 and one_choice["scores"] == [1.0] and one_choice["answer"] == "red"
+
+
+def test_what_is_no_problem_is_refused(elsewhere):
+    messages = as_a_stranger(
+        """
+        answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
+        messages = []
+        for problem in ("Why?", {"choices": ["a"]}, {"question": "Why?", "choices": "ab"}):
+            try:
+                answer(problem)
+            except ValueError as error:
+                messages.append(str(error))
+        print(json.dumps(messages))
+        """,
+        elsewhere,
+    )
+    assert len(messages) == 3 and "question" in messages[1] and "'ab'" in messages[2]
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "stage"])
+def test_a_trainers_folders_load_elsewhere(source, tiny_run, tmp_path):
+    folder = tiny_run / "rationale"
+    if source == "checkpoint":
+        folder = sorted(folder.glob("checkpoint-*"))[0]
+    shutil.copytree(folder, tmp_path / "model")
+    loaded = as_a_stranger(
+        """
+        model = AutoModel.from_pretrained("model", trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+        inputs = processor({"question": "Why?", "choices": ["a"], "context": ""}, stage="rationale")
+        print(json.dumps([type(model).__module__, type(processor).__module__, model.generate(**inputs).tolist()]))
+        """,
+        tmp_path,
+    )
+    assert loaded[0].startswith("transformers_modules.") and loaded[1].startswith("transformers_modules.")
+    assert loaded[2]
+
+
+def test_save_pretrained_leaves_folders_that_load_elsewhere_and_save_alike(tiny_run, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    MMCoTProcessor.from_pretrained(tiny_run / "hub").save_pretrained(tmp_path / "processor")
+    as_a_stranger(
+        """
+        for auto, name in ((AutoModelForSeq2SeqLM, "model"), (AutoProcessor, "processor")):
+            auto.from_pretrained(name, trust_remote_code=True).save_pretrained(name + "_again")
+        print(1)
+        """,
+        tmp_path,
+    )
+    for name in ("model", "processor"):
+        first = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        again = {file.name: file.read_bytes() for file in (tmp_path / f"{name}_again").iterdir()}
+        assert first == again
+
+
+def test_the_shipped_code_is_the_repositorys_byte_for_byte(tiny_run):
+    exported = sorted(file.name for file in (tiny_run / "hub").glob("*.py"))
+    assert exported == [file.name for file in shipped_code()] and "pipeline_mmcot.py" in exported
+    for file in shipped_code():
+        assert (tiny_run / "hub" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_weights_are_those_of_the_stages(tiny_run):
+    from safetensors.torch import load_file
+
+    for folder, stage in ((tiny_run / "hub", "answer"), (tiny_run / "hub" / "rationale", "rationale")):
+        exported, trained = (load_file(f / "model.safetensors") for f in (folder, tiny_run / stage))
+        assert exported.keys() == trained.keys()
+        assert all(torch.equal(exported[name], trained[name]) for name in exported)
+    assert not list((tiny_run / "hub").rglob("*.bin"))
+
+
+def test_a_pipeline_loads_every_stage_at_its_own_revision(elsewhere):
+    """A cached repository with two revisions that differ in the earlier stage only."""
+    first, second = "a" * 40, "b" * 40
+    repo = elsewhere / "hf_home" / "hub" / "models--user--model"
+    for commit in (first, second):
+        shutil.copytree(elsewhere / "model", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(second)
+    weights = repo / "snapshots" / second / "rationale" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["encoder.final_layer_norm.weight"].zero_()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    sums = as_a_stranger(
+        """
+        sums = []
+        for revision in (None, sys.argv[1], sys.argv[2]):
+            answer = pipeline("multimodal-cot", model="user/model", revision=revision, trust_remote_code=True)
+            sums.append(answer.models["rationale"].encoder.final_layer_norm.weight.abs().sum().item())
+        print(json.dumps(sums))
+        """,
+        elsewhere,
+        first,
+        second,
+    )
+    assert sums[0] == 0 and sums[1] > 0 and sums[2] == 0
+
+
+def test_the_card_tells_scores_and_recipe(tiny_run):
+    card = (tiny_run / "hub" / "README.md").read_text()
+    scores = json.loads((tiny_run / "scores/test.json").read_text())
+    assert f"{scores['accuracy']['Avg']:.2f}" in card and (tiny_run / "recipe.yaml").read_text() in card
+    assert card.startswith("---\n")
+
+
+def test_a_dry_run_lists_what_would_go_up(tiny_run):
+    result = run_script("push_to_hub.py", tiny_run, "--repo_id", "user/model", "--dry_run")
+    listed = [line.split()[-1] for line in result.stdout.splitlines()[:-1]]
+    assert sorted(listed) == sorted(
+        file.relative_to(tiny_run / "hub").as_posix() for file in (tiny_run / "hub").rglob("*") if file.is_file()
+    )
+    assert "rationale/model.safetensors" in listed and "nothing was uploaded" in result.stdout
+
+
+def test_an_unfinished_run_is_not_uploaded(tmp_path):
+    (tmp_path / "run").mkdir()
+    result = run_script("push_to_hub.py", tmp_path / "run", "--repo_id", "user/model", "--dry_run", check=False)
+    assert result.returncode == 1 and "not a finished run" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_shipped_files_import_nothing_of_ours_but_each_other():
+    for file in shipped_code():
+        for line in file.read_text().splitlines():
+            if line.startswith(("import ", "from ")) and not line.startswith("from ."):
+                root = line.split()[1].split(".")[0]
+                assert root in sys.stdlib_module_names | {"torch", "transformers", "PIL", "jinja2"}, (file.name, line)

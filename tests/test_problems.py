@@ -1,0 +1,467 @@
+"""Tests of the sources of problems: what each gives, and the one clear error that each kind of bad input gets.
+
+What a demonstration problem shows is tested in test_demo.py; what a run does with an error, in test_training.py.
+"""
+
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import datasets
+import pytest
+from conftest import REPOSITORY, shared
+from PIL import Image, ImageFile
+
+from mmcot import demo
+from mmcot.problems import (
+    FEATURES,
+    GOLD_COLUMNS,
+    check_pictures,
+    join_column,
+    load_problems,
+    read_pictures,
+    require_answers,
+    without_gold,
+)
+
+ROW = {"id": "p1", "question": "Which color is it?", "choices": ["red", "blue"], "answer": 1, "split": "test"}
+
+
+def png(color: str = "red", mode: str = "RGB") -> bytes:
+    """A picture of one color; of noise, which does not compress, so that half of the file holds half of the rows."""
+    size, file = (64, 64), io.BytesIO()
+    picture = Image.effect_noise(size, 90) if color == "noise" else Image.new("RGB", size, color)
+    picture.convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def jsonl(folder, *rows) -> str:
+    file = folder / "problems.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def parquet(folder, *rows) -> str:
+    file = folder / "problems.parquet"
+    datasets.Dataset.from_list(list(rows)).to_parquet(file)
+    return str(file)
+
+
+def scienceqa(folder, splits=None, **fields) -> str:
+    """A ScienceQA folder of two test problems, the first with a picture; `fields` replace those of the first."""
+    first = {"question": "What is it?", "choices": ["a", "b"], "answer": 0, "hint": "Look.", "image": "image.png"}
+    first |= {"grade": "grade3", "subject": "natural science", "task": "closed choice", "split": "test"}
+    second = {**first, "question": "Why?", "hint": "", "image": None}
+    (folder / "problems.json").write_text(json.dumps({"1": {**first, **fields}, "2": second}))
+    (folder / "pid_splits.json").write_text(json.dumps(splits or {"test": ["1", "2"], "train": [], "val": []}))
+    picture = folder / "images" / "test" / "1" / "image.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes(png())
+    return str(folder)
+
+
+def error_of(call, *arguments) -> str:
+    with pytest.raises(ValueError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+def says(message: str, *parts) -> bool:
+    missing = [str(part) for part in parts if str(part) not in message]
+    assert not missing, f"{missing} not in: {message}"
+    return True
+
+
+# The original ScienceQA folder.
+
+
+def test_the_real_scienceqa_folder(caplog):
+    with caplog.at_level(logging.INFO, logger="mmcot.problems"):
+        problems = load_problems(str(shared("scienceqa")), "test")
+    assert problems.features == FEATURES
+    assert len(problems) == 361
+    assert says(caplog.text, "3880 of 4241 test problems", "problems.json")
+    assert sum(map(bool, problems["images"])) == 167
+    assert all(row["caption"] for row in problems if row["images"])
+    pictures = [picture for images in problems["images"] for picture in images]
+    assert all(picture["bytes"] is None and picture["path"].endswith("/image.png") for picture in pictures)
+    check_pictures(problems)
+    require_answers(problems)
+
+
+def test_the_columns_of_a_scienceqa_problem(tmp_path):
+    folder = scienceqa(tmp_path, lecture="Colors.", solution="It is red.")
+    (tmp_path / "captions.json").write_text(json.dumps({"model": "x", "captions": {"1": "A red square."}}))
+    first, second = load_problems(folder, "test")
+    assert first == {
+        "id": "1",
+        "question": "What is it?",
+        "choices": ["a", "b"],
+        "context": "Look.",
+        "images": [{"bytes": None, "path": f"{folder}/images/test/1/image.png"}],
+        "caption": "A red square.",
+        "answer": 0,
+        "lecture": "Colors.",
+        "solution": "It is red.",
+        "subject": "natural science",
+        "grade": "grade3",
+        "topic": "",
+        "category": "",
+        "skill": "",
+        "split": "test",
+    }
+    assert (second["id"], second["images"], second["caption"], second["lecture"]) == ("2", [], "", "")
+
+
+def test_captions_are_optional_and_an_empty_split_is_no_error(tmp_path):
+    folder = scienceqa(tmp_path)
+    assert load_problems(folder, "test")["caption"] == ["", ""]
+    assert len(load_problems(folder, "train")) == 0
+
+
+@pytest.mark.parametrize("name", ["problems.json", "pid_splits.json"])
+def test_a_folder_without_its_json(tmp_path, name):
+    folder = scienceqa(tmp_path)
+    (tmp_path / name).unlink()
+    assert says(error_of(load_problems, folder, "test"), folder, f"has no {name}", "ScienceQA folder")
+
+
+@pytest.mark.parametrize("name", ["problems.json", "pid_splits.json", "captions.json"])
+def test_malformed_json_names_file_and_line(tmp_path, name):
+    folder = scienceqa(tmp_path)
+    (tmp_path / name).write_text('{\n"1": {},\n"2": oops\n}')
+    assert says(error_of(load_problems, folder, "test"), f"{tmp_path / name}, line 3", "JSON")
+
+
+@pytest.mark.parametrize(
+    "name, data, found",
+    [
+        ("problems.json", {"1": "text"}, "'1' is 'text'; expected a dict"),
+        ("pid_splits.json", {"train": []}, "'test' is None; expected a list"),
+        ("captions.json", {"1": "A red square."}, "'captions' is None; expected a dict"),
+    ],
+)
+def test_json_of_another_form(tmp_path, name, data, found):
+    folder = scienceqa(tmp_path)
+    (tmp_path / name).write_text(json.dumps(data))
+    assert says(error_of(load_problems, folder, "test"), tmp_path / name, found)
+
+
+@pytest.mark.parametrize(
+    "fields, found",
+    [
+        ({"answer": 2}, ["answer is 2", "index from 0 to 1"]),
+        ({"split": "dev"}, ["split is 'dev'", "train, val, test"]),
+        ({"choices": "a, b"}, ["choices is 'a, b'", "list of texts"]),
+        ({"question": ""}, ["question is ''"]),
+    ],
+)
+def test_a_bad_scienceqa_problem_is_named(tmp_path, fields, found):
+    folder = scienceqa(tmp_path, **fields)
+    assert says(error_of(load_problems, folder, "test"), f"{folder}, problem 1:", *found)
+
+
+def test_an_id_that_stands_twice_in_a_split(tmp_path):
+    folder = scienceqa(tmp_path, splits={"test": ["1", "2", "1"]})
+    assert says(error_of(load_problems, folder, "test"), folder, "problem 1", "twice")
+
+
+# Files of rows.
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_a_file_with_questions_alone_serves_every_split(tmp_path, write):
+    file = write(tmp_path, {"question": "Why?"}, {"question": "How?"})
+    for split in ("train", "val", "test"):
+        problems = load_problems(file, split)
+        assert problems.features == FEATURES
+        texts = {name: "" for name, feature in FEATURES.items() if feature == datasets.Value("string")}
+        defaults = {**texts, "choices": [], "images": [], "answer": -1, "split": split}
+        assert problems[0] == {**defaults, "id": f"{split}-0", "question": "Why?"}
+        assert problems[1] == {**defaults, "id": f"{split}-1", "question": "How?"}
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_a_file_with_splits_gives_the_rows_of_the_asked_one(tmp_path, write):
+    rows = [{**ROW, "id": name, "split": split} for name, split in [("a", "test"), ("b", "val"), ("c", "test")]]
+    file = write(tmp_path, *rows)
+    assert load_problems(file, "test")["id"] == ["a", "c"]
+    assert load_problems(file, "val")["id"] == ["b"]
+    assert len(load_problems(file, "train")) == 0
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_an_empty_cell_takes_the_default(tmp_path, write):
+    rows = [{**ROW, "id": None, "answer": None, "lecture": None, "split": None}, {**ROW, "lecture": "Colors."}]
+    first, second = load_problems(write(tmp_path, *rows), "test")
+    assert (first["id"], first["answer"], first["lecture"], first["split"]) == ("test-0", -1, "", "test")
+    assert (second["id"], second["answer"], second["lecture"]) == ("p1", 1, "Colors.")
+
+
+def test_ids_that_are_numbers_become_texts(tmp_path):
+    assert load_problems(jsonl(tmp_path, {**ROW, "id": 7}), "test")["id"] == ["7"]
+
+
+def test_pictures_by_path_and_by_bytes(tmp_path, monkeypatch):
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    for name in ("pictures/red.png", "blue.png", "green.png"):
+        (tmp_path / "data" / name).write_bytes(png(name.removeprefix("pictures/").removesuffix(".png")))
+    absolute = str(tmp_path / "data" / "blue.png")
+    images = ["pictures/red.png", absolute, {"bytes": None, "path": "green.png"}]
+    file = jsonl(tmp_path / "data", {**ROW, "images": images})
+    monkeypatch.chdir("/")  # paths are relative to the file, wherever the process stands
+    problem = load_problems(file, "test")[0]
+    assert [picture["bytes"] for picture in problem["images"]] == [None] * 3
+    assert problem["images"][1]["path"] == absolute
+    colors = [picture.getpixel((0, 0)) for picture in read_pictures(problem)]
+    assert colors == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+
+    stored = [{"bytes": png("red"), "path": None}, {"bytes": png("blue"), "path": "gone.png"}]
+    problem = load_problems(parquet(tmp_path, {**ROW, "images": stored}), "test")[0]
+    assert problem["images"] == stored
+    assert [picture.getpixel((0, 0)) for picture in read_pictures(problem)] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_what_to_parquet_writes_is_read_again(tmp_path):
+    (tmp_path / "red.png").write_bytes(png())
+    problems = load_problems(jsonl(tmp_path, {**ROW, "images": ["red.png"]}), "test")
+    problems.to_parquet(tmp_path / "again.parquet")
+    again = load_problems(str(tmp_path / "again.parquet"), "test")
+    assert again.features == FEATURES
+    assert again.remove_columns("images").to_list() == problems.remove_columns("images").to_list()
+    assert read_pictures(again[0])[0].tobytes() == read_pictures(problems[0])[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    "fields, found",
+    [
+        ({"answer": 2}, ["problem p1", "answer is 2", "from 0 to 1", "-1"]),
+        ({"answer": -2}, ["problem p1", "answer is -2", "from 0 to 1", "-1"]),
+        ({"answer": "1"}, ["problem p1", "answer is '1'"]),
+        ({"answer": True}, ["problem p1", "answer is True"]),
+        ({"choices": "red"}, ["problem p1", "choices is 'red'", "list of texts"]),
+        ({"choices": ["red", 3]}, ["problem p1", "choices is ['red', 3]", "list of texts"]),
+        ({"question": " "}, ["problem p1", "question is ' '"]),
+        ({"question": None}, ["problem p1", "question is ''"]),
+        ({"lecture": ["a", "b"]}, ["problem p1", "lecture is ['a', 'b']", "expected a text"]),
+        ({"lecture": list("a" * 999)}, ["problem p1", "lecture is ['a', 'a'", "…; expected a text"]),
+        ({"split": "dev"}, ["row 1", "split is 'dev'", "train, val, test"]),
+        ({"quesion": "Why?"}, ["row 1", "unknown column 'quesion'", "'question'"]),
+        ({"image": "red.png"}, ["row 1", "unknown column 'image'", "'images'"]),
+        ({"images": "red.png"}, ["problem p1", "images is 'red.png'", "list"]),
+        ({"images": [3]}, ["problem p1", "images holds 3", "paths"]),
+        ({"images": [{"bytes": "iVBORw0K", "path": None}]}, ["problem p1", "images holds {'bytes'"]),
+        ({"images": [{"bytes": None, "path": None}]}, ["problem p1", "images holds {'bytes'"]),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, fields, found):
+    file = jsonl(tmp_path, {**ROW, **fields})
+    assert says(error_of(load_problems, file, "test"), file, *found)
+
+
+def test_an_unknown_split_is_found_in_any_row(tmp_path):
+    file = jsonl(tmp_path, ROW, {**ROW, "id": "p2", "split": "validation"})
+    assert says(error_of(load_problems, file, "test"), f"{file}, row 2", "split is 'validation'")
+
+
+def test_an_id_that_stands_in_two_rows(tmp_path):
+    file = jsonl(tmp_path, ROW, {**ROW, "question": "Another?"})
+    assert says(error_of(load_problems, file, "test"), file, "problem p1", "twice")
+
+
+@pytest.mark.parametrize("line", [b"{oops}", b"", b'{"question": "\xff"}', b'["a"]', b"3"])
+def test_a_malformed_line_of_jsonl_is_named(tmp_path, line):
+    file = tmp_path / "problems.jsonl"
+    file.write_bytes(json.dumps(ROW).encode() + b"\n" + line + b"\n")
+    assert says(error_of(load_problems, str(file), "test"), f"{file}, line 2", "JSON")
+
+
+def test_a_file_that_is_not_parquet(tmp_path):
+    file = tmp_path / "problems.parquet"
+    file.write_text("id,question")
+    assert says(error_of(load_problems, str(file), "test"), file, "not a whole Parquet file")
+
+
+# Sources and splits.
+
+
+@pytest.mark.parametrize("source", ["nothing", "problems.csv", "some/scienceqa"])
+def test_another_kind_of_source_names_the_accepted_ones(source):
+    assert says(error_of(load_problems, source, "test"), repr(source), "demo", "ScienceQA folder", ".jsonl", ".parquet")
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
+def test_a_file_that_is_not_there(tmp_path, name):
+    assert says(error_of(load_problems, str(tmp_path / name), "test"), tmp_path / name, "no such file")
+
+
+@pytest.mark.parametrize("split", ["minitest", "trainval", "validation", ""])
+def test_another_split_names_the_known_ones(tmp_path, split):
+    folder = scienceqa(tmp_path, splits={"test": ["1"], "minitest": ["1"], "trainval": ["1"]})
+    for source in ("demo", folder):
+        assert says(error_of(load_problems, source, split), repr(split), "train, val, test")
+
+
+def test_demo_rows_are_what_demo_generates():
+    problems = load_problems("demo", "val")
+    assert problems.features == FEATURES
+    assert problems.to_list() == list(demo.generate("val"))
+    assert problems.cache_files, "the drawn problems are cached on disk"
+    check_pictures(problems)
+    require_answers(problems)
+
+
+def test_a_changed_demo_is_not_served_from_the_cache(tmp_path):
+    """In a copy of the package, with a demo.py of its own that is changed between two processes."""
+    shutil.copytree(REPOSITORY / "mmcot", tmp_path / "mmcot", ignore=shutil.ignore_patterns("__pycache__"))
+    show = "from mmcot.problems import load_problems; print(len(load_problems('demo', 'val')))"
+    for rows in (1, 2):
+        row = {**ROW, "split": "val", "images": [], "lecture": "", "solution": "", "context": "", "caption": ""}
+        row |= dict.fromkeys(("subject", "grade", "topic", "category", "skill"), "")
+        code = f"def generate(split):\n    for n in range({rows}):\n        yield {{**{row!r}, 'id': str(n)}}\n"
+        (tmp_path / "mmcot" / "demo.py").write_text(code)
+        environment = {"HF_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", show], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip() == str(rows)
+
+
+def test_problems_know_nothing_of_the_model():
+    code = "import sys, mmcot.problems; print({'torch', 'modeling_mmcot'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+# Pictures.
+
+
+def broken(kind: str) -> bytes | None:
+    whole = png("noise")
+    return {"missing": None, "an empty file": b"", "truncated": whole[: len(whole) // 2], "not an image": b"hi"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["missing", "an empty file"])
+@pytest.mark.parametrize("source", ["jsonl", "scienceqa"])
+def test_a_missing_or_empty_picture_is_found_at_load(tmp_path, kind, source):
+    if source == "scienceqa":
+        file, problem_id, picture = scienceqa(tmp_path), "1", tmp_path / "images/test/1/image.png"
+    else:
+        file, problem_id, picture = jsonl(tmp_path, {**ROW, "images": ["red.png"]}), "p1", tmp_path / "red.png"
+    picture.unlink(missing_ok=True)
+    if kind == "an empty file":
+        picture.touch()
+    assert says(error_of(load_problems, file, "test"), f"{file}, problem {problem_id}: picture {picture} is {kind}")
+
+
+@pytest.mark.parametrize("kind", ["missing", "an empty file", "truncated", "not an image"])
+def test_a_bad_picture_is_named_when_it_is_read(tmp_path, kind):
+    (tmp_path / "red.png").write_bytes(png())
+    (tmp_path / "bad.png").write_bytes(png())
+    rows = [{**ROW, "images": ["red.png"]}, {**ROW, "id": "p2", "images": ["red.png", "bad.png"]}]
+    problems = load_problems(jsonl(tmp_path, *rows), "test")
+    check_pictures(problems)
+    (tmp_path / "bad.png").unlink()
+    if broken(kind) is not None:
+        (tmp_path / "bad.png").write_bytes(broken(kind))
+    for message in (error_of(read_pictures, problems[1]), error_of(check_pictures, problems)):
+        assert says(message, f"problem p2: picture {tmp_path / 'bad.png'} is {kind}")
+    assert read_pictures(problems[0])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "not an image"])
+def test_bad_bytes_are_named(tmp_path, kind):
+    file = parquet(tmp_path, {**ROW, "images": [{"bytes": broken(kind), "path": None}]})
+    assert says(error_of(check_pictures, load_problems(file, "test")), "problem p1", "given as bytes", kind)
+
+
+def test_a_damaged_chunk_is_an_error_of_the_same_kind(tmp_path):
+    whole = bytearray(png("noise"))
+    whole[60] ^= 0xFF  # within the compressed rows
+    (tmp_path / "bad.png").write_bytes(whole)
+    problems = load_problems(jsonl(tmp_path, {**ROW, "images": ["bad.png"]}), "test")
+    assert says(error_of(check_pictures, problems), "problem p1", tmp_path / "bad.png", "damaged")
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_pictures_of_any_mode_are_read_as_rgb(tmp_path, mode):
+    (tmp_path / "red.png").write_bytes(png("white", mode=mode))
+    (picture,) = read_pictures(load_problems(jsonl(tmp_path, {**ROW, "images": ["red.png"]}), "test")[0])
+    assert (picture.mode, picture.size, picture.getpixel((3, 3))) == ("RGB", (64, 64), (255, 255, 255))
+
+
+def test_a_problem_without_picture_has_none(tmp_path):
+    assert read_pictures(load_problems(jsonl(tmp_path, ROW), "test")[0]) == []
+
+
+# Gold.
+
+
+def test_without_gold_takes_away_the_gold_columns_alone(tmp_path):
+    problems = load_problems(jsonl(tmp_path, {**ROW, "lecture": "Colors.", "solution": "It is."}), "test")
+    assert set(problems.column_names) - set(without_gold(problems).column_names) == set(GOLD_COLUMNS)
+    assert without_gold(without_gold(problems)).column_names == without_gold(problems).column_names
+
+
+@pytest.mark.parametrize(
+    "fields, found",
+    [
+        ({"choices": [], "answer": -1}, ["choices is empty", "at least one choice"]),
+        ({"choices": [], "answer": 0}, ["choices is empty", "at least one choice"]),
+        ({"answer": -1}, ["answer is -1", "index from 0 to 1"]),
+    ],
+)
+def test_a_problem_loads_without_an_answer_and_is_refused_where_one_is_needed(tmp_path, fields, found):
+    problems = load_problems(jsonl(tmp_path, {**ROW, "id": "p0"}, {**ROW, **fields}), "test")
+    assert says(error_of(require_answers, problems), "problem p1", *found)
+
+
+def test_a_scienceqa_problem_without_choices_loads_and_is_refused_where_they_are_needed(tmp_path):
+    problems = load_problems(scienceqa(tmp_path, choices=[], answer=-1), "test")
+    assert problems[0]["choices"] == []
+    assert says(error_of(require_answers, problems), "problem 1", "choices is empty")
+
+
+def test_one_choice_is_enough(tmp_path):
+    require_answers(load_problems(jsonl(tmp_path, {**ROW, "choices": ["red"], "answer": 0}), "test"))
+
+
+# A column joined by id.
+
+
+def texts_file(folder, texts) -> str:
+    (folder / "texts.json").write_text(texts if isinstance(texts, str) else json.dumps(texts))
+    return str(folder / "texts.json")
+
+
+@pytest.mark.parametrize("column", ["rationale", "solution"])
+def test_a_joined_column_is_added_or_replaced(tmp_path, column):
+    problems = load_problems(jsonl(tmp_path, ROW, {**ROW, "id": "p2"}), "test")
+    joined = join_column(problems, column, texts_file(tmp_path, {"p2": "Two.", "p1": "One.", "other": "Unused."}))
+    assert joined.to_list() == [{**row, column: text} for row, text in zip(problems, ("One.", "Two."), strict=True)]
+
+
+@pytest.mark.parametrize("absent, shown", [(3, "p0, p1, p2."), (7, "p0, p1, p2, p3, p4, ….")])
+def test_ids_that_the_joined_file_lacks_are_counted_and_named(tmp_path, absent, shown):
+    problems = load_problems(jsonl(tmp_path, *({**ROW, "id": f"p{number}"} for number in range(9))), "test")
+    file = texts_file(tmp_path, {f"p{number}": "Text." for number in range(absent, 9)})
+    assert says(error_of(join_column, problems, "rationale", file), file, f"{absent} of 9", shown)
+
+
+@pytest.mark.parametrize(
+    "texts, found",
+    [('{\n"p1": oops}', "line 2"), ('["One."]', "JSON object"), ({"p1": 3}, "1 of 1 problems have no text")],
+)
+def test_a_malformed_joined_file_is_named(tmp_path, texts, found):
+    problems = load_problems(jsonl(tmp_path, ROW), "test")
+    file = texts_file(tmp_path, texts)
+    assert says(error_of(join_column, problems, "rationale", file), file, found)
+
+
+def test_a_joined_file_that_is_not_there(tmp_path):
+    problems = load_problems(jsonl(tmp_path, ROW), "test")
+    assert says(error_of(join_column, problems, "rationale", "gone.json"), "gone.json", "no such file")

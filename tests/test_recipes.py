@@ -1,0 +1,86 @@
+"""What a recipe can say, and what it can get wrong: found before anything is read or trained."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, TINY_RECIPE
+
+from mmcot.recipes import claim_run_folder, parse_recipe
+
+SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def parse(tmp_path, change=None, *options):
+    recipe = yaml.safe_load(TINY_RECIPE.read_text())
+    if change is not None:
+        change(recipe)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return parse_recipe(["--config", str(file), *options])
+
+
+@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_parses(recipe):
+    parsed = parse_recipe(["--config", str(recipe)])
+    assert parsed.stages[-1].writes == "answer_text"
+    assert Path(parsed.training_arguments.output_dir) == Path("runs") / recipe.stem
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    recipe = parse(tmp_path, None, "--learning_rate", "2e-5", "--fusion", "other")
+    assert recipe.training_arguments.learning_rate == 2e-5
+    assert recipe.arguments.fusion == "other"
+    assert recipe.values["learning_rate"] == 2e-5
+
+
+def test_nested_numbers_that_yaml_reads_as_texts_become_numbers(tmp_path):
+    recipe = parse(tmp_path, lambda r: r["stages"][0].update(learning_rate="1e-4", num_train_epochs="3"))
+    assert recipe.stages[0].learning_rate == 1e-4 and recipe.stages[0].num_train_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(learning_rat=1), "'learning_rat' .*did you mean 'learning_rate'"),
+        (lambda r: r["stages"][0].update(templat="QCM-E"), "'rationale' .*'templat' .*did you mean 'template'"),
+        (lambda r: r["stages"][0].pop("writes"), "'rationale' lacks the key 'writes'"),
+        (lambda r: r["stages"][0].pop("template"), "'rationale' needs a `template`, or both"),
+        (lambda r: r["stages"][1]["reads"].append("rational"), "'answer' reads 'rational'.*did you mean 'rationale'"),
+        (lambda r: r["stages"].reverse(), "'answer' reads 'rationale', which no earlier stage writes"),
+        (lambda r: r["stages"][0].update(name="answer"), "two stages are named 'answer'"),
+        (lambda r: r["stages"].pop(), "the last stage, and only it, writes `answer_text`"),
+        (lambda r: r.update(stages=[]), "`stages` is empty"),
+        (lambda r: r.update(use_peft=True), "use_peft"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(tmp_path, change)
+    assert str(tmp_path / "recipe.yaml") in str(error.value)
+
+
+def test_an_unknown_option_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the command line: unknown key 'learning_rat'"):
+        parse(tmp_path, None, "--learning_rat", "1")
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(ValueError, match="configs/nothing.yaml: there is no such file"):
+        parse_recipe(["--config", "configs/nothing.yaml"])
+
+
+def test_a_folder_that_holds_something_else_is_not_taken(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no recipe.yaml"):
+        claim_run_folder(parse(tmp_path, None, "--output_dir", str(tmp_path / "run")))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_where_and_how_a_run_is_run_may_change(tmp_path):
+    output = ("--output_dir", str(tmp_path / "run"))
+    claim_run_folder(parse(tmp_path, None, *output))
+    claim_run_folder(parse(tmp_path, None, *output, "--logging_steps", "7", "--dataloader_num_workers", "2"))
+    with pytest.raises(ValueError, match="seed differ"):
+        claim_run_folder(parse(tmp_path, None, *output, "--seed", "9"))

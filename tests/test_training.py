@@ -1,0 +1,227 @@
+"""Training as a user runs it: what a run leaves, going on after an interruption, two processes, bad input."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
+from safetensors.torch import load_file
+
+STAGES = ("rationale", "answer")
+
+
+def train(dataset, folder, *options, check=True):
+    return run_script(
+        "train.py", "--config", TINY_RECIPE, "--dataset", dataset, "--output_dir", folder, *options, check=check
+    )
+
+
+def refused(result, *words):
+    """One clear line, no traceback."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ") and all(word in message for word in words), message
+
+
+def test_a_run_leaves_the_folder_of_the_design(tiny_run, tiny_dataset):
+    for stage in STAGES:
+        assert (tiny_run / stage / "model.safetensors").is_file()
+        assert len(list((tiny_run / stage).glob("checkpoint-*"))) == 2
+        log = json.loads((tiny_run / stage / "train_results.json").read_text())
+        assert len([entry for entry in log["log_history"] if "loss" in entry]) == 24
+        assert len([entry for entry in log["log_history"] if "eval_loss" in entry]) == 2
+    assert yaml.safe_load((tiny_run / "recipe.yaml").read_text())["dataset"] == str(tiny_dataset)
+    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
+    for split in ("val", "test"):
+        predictions = json.loads((tiny_run / "predictions" / f"{split}.json").read_text())
+        assert list(predictions) == [row["id"] for row in rows if row["split"] == split]
+        for row in rows:
+            if row["split"] != split:
+                continue
+            columns = predictions[row["id"]]
+            assert set(columns) == {"rationale", "answer", "answer_text", "scores", "decoded_answer"}
+            assert len(columns["scores"]) == len(row["choices"])
+            assert sum(columns["scores"]) == pytest.approx(1, abs=1e-5)
+            assert columns["answer"] == columns["scores"].index(max(columns["scores"]))
+            assert columns["answer_text"] == f"The answer is ({'ABCDE'[columns['answer']]})."
+        scores = json.loads((tiny_run / "scores" / f"{split}.json").read_text())
+        right = [predictions[row["id"]]["answer"] == row["answer"] for row in rows if row["split"] == split]
+        assert scores["accuracy"]["Avg"] == pytest.approx(100 * sum(right) / len(right))
+        assert scores["n"] == len(right) and "decoded_accuracy" in scores
+
+
+def test_the_same_command_again_changes_nothing_and_shows_the_result(tiny_run, tiny_dataset):
+    before = {stage: (tiny_run / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES}
+    output = train(tiny_dataset, tiny_run).stdout
+    assert before == {stage: (tiny_run / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES}
+    assert "Avg" in output and f"Run folder: {tiny_run}" in output and "One test problem" in output
+
+
+def test_the_run_s_own_recipe_reproduces_it(tiny_run, tmp_path):
+    run_script(
+        "train.py", "--config", tiny_run / "recipe.yaml", "--output_dir", tmp_path / "again", "--use_cpu", "true"
+    )
+    for stage in STAGES:
+        again = (tmp_path / "again" / stage / "model.safetensors").read_bytes()
+        assert again == (tiny_run / stage / "model.safetensors").read_bytes()
+
+
+def test_the_answer_stage_is_trained_on_the_gold_rendering(tiny_dataset):
+    from mmcot.problems import load_problems
+    from mmcot.recipes import parse_recipe
+    from mmcot.training import StageCollator, build_stage, with_gold_columns
+    from modeling_mmcot import MMCoTProcessor
+
+    recipe = parse_recipe(["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", "unused"])
+    stages = [build_stage(arguments) for arguments in recipe.stages]
+    problems = load_problems(str(tiny_dataset), "train")
+    rows = with_gold_columns(problems, stages[:1])
+    assert rows[0]["rationale"] == "Solution: " + problems[0]["solution"]
+    from transformers import T5Tokenizer
+
+    tokenizer = T5Tokenizer(extra_ids=0).train_new_from_iterator([rows[0]["rationale"]], vocab_size=90)
+    labels = StageCollator(MMCoTProcessor(tokenizer, None, stages), stages[0])([rows[0], rows[1]])["labels"]
+    assert labels.shape[1] == 12 and (labels != -100).all()
+
+
+def is_whole(checkpoint, seconds_later=0.0):
+    def moment():
+        reached = (checkpoint / "trainer_state.json").exists()
+        time.sleep(seconds_later if reached else 0)
+        return reached
+
+    return moment
+
+
+def is_half_written(checkpoint):
+    return lambda: checkpoint.is_dir() and not (checkpoint / "trainer_state.json").exists()
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, tmp_path):
+    """Three kills in each stage, one of them inside the writing of a checkpoint; then the same command to its end."""
+    folder = tmp_path / "killed"
+    seeded = random.Random(7)
+    command = [sys.executable, "train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder]
+
+    def start():
+        return subprocess.Popen([str(word) for word in command], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+
+    def kill_at(moment):
+        process = start()
+        while process.poll() is None and not moment():
+            pass
+        assert process.poll() is None, "the run ended before the moment to kill it"
+        process.kill()
+        process.wait()
+
+    for stage in STAGES:
+        early, cut_off, late = (folder / stage / f"checkpoint-{step}" for step in (seeded.choice((4, 8)), 12, 20))
+        kill_at(is_whole(early))
+        kill_at(is_half_written(cut_off))
+        assert not (cut_off / "trainer_state.json").exists(), "the kill came after the checkpoint was whole"
+        kill_at(is_whole(late, seconds_later=seeded.uniform(0, 0.3)))
+    train(tiny_dataset, folder)
+    for stage in STAGES:
+        assert (folder / stage / "model.safetensors").read_bytes() == (
+            tiny_run / stage / "model.safetensors"
+        ).read_bytes()
+    for split in ("val", "test"):
+        name = f"predictions/{split}.json"
+        assert (folder / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path):
+    """The same global batch of 8 (unequal targets, accumulation) on one process and on two: the same losses."""
+    recipe = yaml.safe_load(TINY_RECIPE.read_text())
+    recipe["text_config"]["dropout_rate"] = 0.0  # each process draws its own
+    recipe.update(max_steps=3, save_steps=3, eval_steps=3, gradient_accumulation_steps=2, dataset=str(tiny_dataset))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    script = ("train.py", "--config", tmp_path / "recipe.yaml", "--per_device_train_batch_size")
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    run_script(*script, "4", "--output_dir", tmp_path / "one")
+    run_script(*launch, *script, "2", "--output_dir", tmp_path / "two")
+    for stage in STAGES:
+        one, two = (json.loads((tmp_path / n / stage / "train_results.json").read_text()) for n in ("one", "two"))
+        assert (one["world_size"], two["world_size"]) == (1, 2)
+        losses = [[entry["loss"] for entry in run["log_history"] if "loss" in entry] for run in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
+        weights = [load_file(tmp_path / n / stage / "model.safetensors") for n in ("one", "two")]
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4)
+    predictions = [json.loads((tmp_path / n / "predictions/test.json").read_text()) for n in ("one", "two")]
+    assert list(predictions[0]) == list(predictions[1])
+
+
+def test_an_unfinished_checkpoint_folder_without_weights_is_named(tiny_run, tmp_path):
+    folder = tmp_path / "hub"
+    shutil.copytree(tiny_run / "hub", folder)
+    (folder / "model.safetensors").unlink()
+    result = run_script(
+        "-m", "mmcot.predict", folder, "--dataset", "demo", "--output", tmp_path / "p.json", check=False
+    )
+    refused(result, "model.safetensors", str(folder))
+
+
+def test_a_run_folder_of_another_recipe_is_left_alone(tiny_run, tiny_dataset):
+    before = (tiny_run / "recipe.yaml").read_bytes()
+    result = train(tiny_dataset, tiny_run, "--learning_rate", "0.5", check=False)
+    refused(result, str(tiny_run), "another recipe", "learning_rate", "0.001", "0.5")
+    assert (tiny_run / "recipe.yaml").read_bytes() == before
+
+
+def test_a_bad_picture_is_found_before_training(tiny_dataset, tmp_path):
+    shutil.copytree(tiny_dataset.parent, tmp_path / "data")
+    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
+    row = next(row for row in reversed(rows) if row["images"] and row["split"] == "test")
+    picture = tmp_path / "data" / row["images"][0]
+    picture.write_bytes(picture.read_bytes()[:300])
+    result = train(tmp_path / "data" / "problems.jsonl", tmp_path / "run", check=False)
+    refused(result, row["id"], str(picture))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_without_rationales_names_the_ways_out(tiny_dataset, tmp_path):
+    shutil.copytree(tiny_dataset.parent, tmp_path / "data")
+    file = tmp_path / "data" / "problems.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "solution": ""}) + "\n" for row in rows))
+    result = train(file, tmp_path / "run", check=False)
+    refused(result, str(file), "'rationale'", "solution", "demo_one_stage.yaml", "--target_column rationale=FILE.json")
+    texts = tmp_path / "rationales.json"
+    texts.write_text(json.dumps({row["id"]: f"Because of {row['id']}." for row in rows}))
+    train(file, tmp_path / "run", "--target_column", f"rationale={texts}", "--max_steps", "1")
+    assert (tmp_path / "run" / "hub").is_dir()
+
+
+@pytest.mark.slow
+def test_scienceqa_smoke(tmp_path):
+    """Real problems and pictures: predictions, falling losses, and pictures that matter."""
+    dataset = shared("scienceqa")
+    shared("t5_tokenizer")
+    run = tmp_path / "smoke"
+    run_script("train.py", "--config", "configs/scienceqa_smoke.yaml", "--output_dir", run, "--dataset", dataset)
+    predictions = json.loads((run / "predictions/test.json").read_text())
+    assert len(predictions) == 361
+    for stage in STAGES:
+        log = json.loads((run / stage / "train_results.json").read_text())["log_history"]
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        assert losses[-1] <= 0.7 * losses[0], (stage, losses)
+    withheld = run / "withheld.json"
+    problems = {p: {**q, "image": None} for p, q in json.loads((dataset / "problems.json").read_text()).items()}
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    (blind / "problems.json").write_text(json.dumps(problems))
+    for name in ("pid_splits.json", "captions.json"):
+        shutil.copy(dataset / name, blind / name)
+    run_script("-m", "mmcot.predict", run, "--dataset", blind, "--split", "test", "--output", withheld)
+    without = json.loads(withheld.read_text())
+    assert any(without[p]["rationale"] != predictions[p]["rationale"] for p in predictions)
+    assert any(without[p]["scores"] != pytest.approx(predictions[p]["scores"], abs=1e-3) for p in predictions)
