@@ -199,7 +199,8 @@ def stored(picture: Any, folder: Path, where: str) -> dict[str, Any]:
     """A picture as the schema holds it. A file must be there and not be empty, and is not read."""
     picture = {"path": picture} if isinstance(picture, str) else picture
     if isinstance(picture, dict) and picture.get("bytes") and isinstance(picture["bytes"], bytes):
-        return {"bytes": picture["bytes"], "path": picture.get("path")}
+        # Without their path: datasets would take what lies there, seen from this process, instead of the bytes.
+        return {"bytes": picture["bytes"], "path": None}
     if not isinstance(picture, dict) or picture.get("bytes") or not isinstance(picture.get("path"), str):
         raise ValueError(f'{where}: images holds {shown(picture)}; expected paths or {{"bytes", "path"}}.')
     path = folder / picture["path"]
@@ -251,7 +252,9 @@ def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} is not an image that Pillow can read.") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise errors of many kinds, SyntaxError too
-        raise ValueError(f"{where} is truncated or damaged ({error}); expected a whole image file.") from error
+        raise ValueError(
+            f"{where} is truncated, damaged or too large ({error}); expected a whole image file."
+        ) from error
 
 
 def check_pictures(problems: datasets.Dataset) -> None:

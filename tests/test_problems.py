@@ -219,10 +219,13 @@ def test_pictures_by_path_and_by_bytes(tmp_path, monkeypatch):
     colors = [picture.getpixel((0, 0)) for picture in read_pictures(problem)]
     assert colors == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
 
-    stored = [{"bytes": png("red"), "path": None}, {"bytes": png("blue"), "path": "gone.png"}]
+
+def test_bytes_are_the_picture_whatever_lies_at_their_path(tmp_path, monkeypatch):
+    (tmp_path / "image.png").write_bytes(png("green"))
+    monkeypatch.chdir(tmp_path)
+    stored = [{"bytes": png("blue"), "path": "image.png"}, {"bytes": png("red"), "path": None}]
     problem = load_problems(parquet(tmp_path, {**ROW, "images": stored}), "test")[0]
-    assert problem["images"] == stored
-    assert [picture.getpixel((0, 0)) for picture in read_pictures(problem)] == [(255, 0, 0), (0, 0, 255)]
+    assert [picture.getpixel((0, 0)) for picture in read_pictures(problem)] == [(0, 0, 255), (255, 0, 0)]
 
 
 def test_what_to_parquet_writes_is_read_again(tmp_path):
@@ -385,6 +388,13 @@ def test_a_damaged_chunk_is_an_error_of_the_same_kind(tmp_path):
     problems = load_problems(jsonl(tmp_path, {**ROW, "images": ["bad.png"]}), "test")
     assert says(error_of(check_pictures, problems), "problem p1", tmp_path / "bad.png", "damaged")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_picture_too_large_to_decode_is_named(tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(png())
+    problems = load_problems(jsonl(tmp_path, {**ROW, "images": ["large.png"]}), "test")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert says(error_of(check_pictures, problems), "problem p1", tmp_path / "large.png", "too large")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
