@@ -402,27 +402,32 @@ def _word_tense(rng: random.Random, name: str, verb: str, location: str, tense: 
     )
 
 
-# Speed of two cars (the data are in the context).
+# Classes of animals (what is known of the animal is in the context).
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-COMPARISONS = ("faster", "slower")
+ANIMAL_CLASSES = {
+    "feathers": "a bird",
+    "a beak": "a bird",
+    "fur": "a mammal",
+    "hair": "a mammal",
+    "gills": "a fish",
+    "fins": "a fish",
+}
 
 
-def _speed_combinations() -> Iterable[tuple]:
-    """Day, place, how the first car compares, and the two colors."""
-    return product(DAYS, SHOPS, COMPARISONS, permutations(COLORS, 2))
+def _animal_combinations() -> Iterable[tuple]:
+    """Day, name, location, and what the animal has."""
+    return product(DAYS, NAMES, LOCATIONS, ANIMAL_CLASSES)
 
 
-def _word_speed(rng: random.Random, day: str, place: str, relation: str, colors: tuple) -> Wording:
-    form = rng.choice(COMPARISONS)
-    answer, other = colors if form == relation else reversed(colors)
-    seen_relation = f"he {colors[0]} car was {relation} than the {colors[1]} car."
+def _word_animal(rng: random.Random, day: str, name: str, location: str, feature: str) -> Wording:
+    answer = ANIMAL_CLASSES[feature]
     return Wording(
-        question=f"Which car was {form}?",
-        context=f"On {day}, at the {place}, t{seen_relation}",
-        answer=f"the {answer} car",
-        others=[f"the {other} car"],
-        solution=f"T{seen_relation} So, the {answer} car was {form}.",
+        question="Which kind of animal is it?",
+        context=f"On {day}, near the {location}, {name} sees an animal. It has {feature}.",
+        answer=answer,
+        others=[other for other in dict.fromkeys(ANIMAL_CLASSES.values()) if other != answer],
+        solution=f"The animal has {feature}. Only one kind of animal has that. So, it is {answer}.",
     )
 
 
@@ -520,15 +525,15 @@ SKILLS: dict[str, Skill] = {
         combinations=_tense_combinations,
         word=_word_tense,
     ),
-    "speed": Skill(
+    "animals": Skill(
         subject="natural science",
-        grade="grade8",
-        topic="physics",
-        category="Velocity",
+        grade="grade7",
+        topic="biology",
+        category="Classification",
         share=9,
-        lecture="Of two cars, the faster one moves farther in the same time. The other one is slower.",
-        combinations=_speed_combinations,
-        word=_word_speed,
+        lecture="Birds have feathers and a beak, mammals have fur or hair, and fish have gills and fins.",
+        combinations=_animal_combinations,
+        word=_word_animal,
     ),
     "demand": Skill(
         subject="social science",

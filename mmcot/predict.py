@@ -5,6 +5,7 @@ with a batch is `pipeline_mmcot.run_stage`; this file only walks over problems, 
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mmcot.problems import SPLITS, check_pictures, load_problems, read_pictures,
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pipeline_mmcot import run_stage
 from modeling_mmcot.processing_mmcot import Stage
+
+logger = logging.getLogger(__name__)
 
 
 def predict_stage(
@@ -41,17 +44,27 @@ def predict_stage(
     problems = without_gold(problems)
     state = PartialState()
     with state.split_between_processes(list(range(len(problems)))) as indices:
-        written = []
+        written, shortened = [], 0
         starts = range(0, len(indices), batch_size)
         for start in tqdm(starts, desc=f"{stage.name} stage", disable=not state.is_main_process, leave=False):
             rows = [problems[index] for index in indices[start : start + batch_size]]
             images = [read_pictures(row) for row in rows] if "images" in stage.reads else None
             rows = [{**row, **predictions.get(row["id"], {})} for row in rows]
+            shortened += sum(processor.is_too_long(stage.render_source(row), stage) for row in rows)
             ids = [row["id"] for row in rows]
             columns = run_stage(model, processor, stage, rows, images, decode_answer)
             written.extend(zip(ids, columns, strict=True))
+    log_shortened(stage, sum(gather_object([shortened])), len(problems), "problems to predict")
     for problem_id, columns in gather_object(written):
         predictions.setdefault(problem_id, {}).update(columns)
+
+
+def log_shortened(stage: Stage, count: int, total: int, which: str) -> None:
+    if count and PartialState().is_main_process:
+        logger.warning(
+            f"{stage.name} stage: the sources of {count} of {total} {which} are longer than {stage.max_source_length} "
+            f"tokens and are shortened"
+        )
 
 
 def load_system(model: str) -> tuple[MMCoTProcessor, dict[str, PreTrainedModel]]:
@@ -74,11 +87,14 @@ def load_system(model: str) -> tuple[MMCoTProcessor, dict[str, PreTrainedModel]]
     return processor, models
 
 
-def predict(model: str, dataset: str, split: str, batch_size: int = 32, decode_answer: bool = False) -> dict[str, dict]:
+def predict(
+    processor: MMCoTProcessor,
+    models: dict[str, PreTrainedModel],
+    problems: Dataset,
+    batch_size: int = 32,
+    decode_answer: bool = False,
+) -> dict[str, dict]:
     """The predictions of all stages, by problem id, in the order of the dataset."""
-    problems = load_problems(dataset, split)
-    check_pictures(problems)
-    processor, models = load_system(model)
     predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
     for stage in processor.stages:
         predict_stage(models[stage.name], processor, stage, problems, predictions, batch_size, decode_answer)
@@ -95,11 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--decode_answer", action="store_true", help='read a generated "The answer is (B)." too')
     arguments = parser.parse_args(argv)
     try:
-        predictions = predict(
-            arguments.model, arguments.dataset, arguments.split, arguments.batch_size, arguments.decode_answer
-        )
+        problems = load_problems(arguments.dataset, arguments.split)
+        check_pictures(problems)
+        processor, models = load_system(arguments.model)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    predictions = predict(processor, models, problems, arguments.batch_size, arguments.decode_answer)
     if PartialState().is_main_process:
         write_json(arguments.output, predictions)
         print(f"{len(predictions)} predictions: {arguments.output}")

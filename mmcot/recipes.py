@@ -14,7 +14,7 @@ import yaml
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig, TrlParser
 
-from mmcot.problems import FEATURES
+from mmcot.problems import FEATURES, GOLD_COLUMNS
 
 # Where and how a run is run, not what is run: these may change between two calls that go on with one run.
 MACHINE_SETTINGS = {
@@ -78,7 +78,6 @@ class RecipeArguments:
         text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
         target_column: `COLUMN=FILE.json`, texts by problem id to train the stage that writes that column on.
         decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
-        limit: use the first so many problems of each split (to try a recipe).
     """
 
     dataset: str = field(default="", metadata={"help": "`demo`, a ScienceQA folder, or a .jsonl / .parquet file."})
@@ -93,7 +92,6 @@ class RecipeArguments:
     image_processor: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     target_column: str | None = field(default=None, metadata={"help": "COLUMN=FILE.json, texts by problem id."})
     decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
-    limit: int | None = field(default=None, metadata={"help": "Use the first so many problems of each split."})
 
 
 @dataclass
@@ -172,9 +170,16 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{config}: two stages are named {name!r}; each needs a name of its own.")
-    columns = set(FEATURES)
+    columns = set(FEATURES) - set(GOLD_COLUMNS)
     for stage in stages:
+        if stage.writes in FEATURES:
+            raise ValueError(f"{config}: stage {stage.name!r} writes {stage.writes!r}, a column that problems have.")
         for column in stage.reads:
+            if column in GOLD_COLUMNS:
+                raise ValueError(
+                    f"{config}: stage {stage.name!r} reads {column!r}, a gold column, which is taken away before "
+                    f"anything is predicted."
+                )
             if column not in columns:
                 raise ValueError(
                     f"{config}: stage {stage.name!r} reads {column!r}, which no earlier stage writes and no problem "

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
@@ -33,28 +34,39 @@ from mmcot.evaluate import format_table
 from mmcot.files import read_json, write_json
 from mmcot.hub import export
 from mmcot.metrics import score
-from mmcot.predict import predict_stage
+from mmcot.predict import log_shortened, predict_stage
 from mmcot.problems import SPLITS, check_pictures, join_column, load_problems, read_pictures, require_answers
 from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, PAPER_TEMPLATES, Stage
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, LETTERS, PAPER_TEMPLATES, Stage
 
 logger = logging.getLogger(__name__)
 
 FINISHED = "train_results.json"  # written last in a stage's folder: the stage is trained
 
 
-def run(recipe: Recipe) -> Path:
-    """
-    Everything that a recipe asks for.
+@dataclass
+class Run:
+    """A recipe with its data found good and its folder taken: what is left to do is the work."""
 
-    Returns:
-        The run's folder: `recipe.yaml`, a folder per stage, `predictions/`, `scores/` and `hub/`.
-    """
+    recipe: Recipe
+    stages: list[Stage]
+    problems: dict[str, Dataset]  # by split
+    folder: Path
+
+
+def prepare(recipe: Recipe) -> Run:
+    """All that can be wrong with recipe and data is a `ValueError` here, before anything is trained or written."""
     stages = [build_stage(arguments) for arguments in recipe.stages]
     problems = {split: prepare_problems(recipe, stages, split) for split in SPLITS}
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
+    return Run(recipe, stages, problems, folder)
+
+
+def run(prepared: Run) -> None:
+    """Train, predict, score and export, into the run's folder."""
+    recipe, stages, problems, folder = prepared.recipe, prepared.stages, prepared.problems, prepared.folder
     processor = build_processor(recipe, stages, problems["train"])
     predictions = {split: read_predictions(folder, split) for split in ("val", "test")}
     for stage, arguments in zip(stages, recipe.stages, strict=True):
@@ -66,7 +78,6 @@ def run(recipe: Recipe) -> Path:
             write_json(folder / "scores" / f"{split}.json", score(problems[split], columns))
         export(folder, processor)
     PartialState().wait_for_everyone()
-    return folder
 
 
 def build_stage(arguments: StageArguments) -> Stage:
@@ -91,8 +102,6 @@ def prepare_problems(recipe: Recipe, stages: list[Stage], split: str) -> Dataset
     source = recipe.arguments.dataset
     with PartialState().main_process_first():
         problems = load_problems(source, split)
-    if recipe.arguments.limit is not None:
-        problems = problems.select(range(min(recipe.arguments.limit, len(problems))))
     if len(problems) == 0:
         raise ValueError(f"{source}: split {split!r} has no problems.")
     require_answers(problems)
@@ -213,7 +222,7 @@ def build_model(recipe: Recipe, stage: StageArguments, tokenizer: PreTrainedToke
 
 
 class StageCollator:
-    """Problems of a training batch -> tensors, by the stage's templates; pictures are read here, in the worker."""
+    """Problems of a training batch -> tensors, by the stage's templates; pictures are read here."""
 
     def __init__(self, processor: MMCoTProcessor, stage: Stage):
         self.processor = processor
@@ -238,11 +247,15 @@ def train_stage(
         logger.info("stage %s is trained already: %s", stage.name, stage_folder)
         return MMCoTForConditionalGeneration.from_pretrained(stage_folder).to(recipe.training_arguments.device)
     earlier = processor.stages[: processor.stages.index(stage)]
+    datasets = {split: with_gold_columns(problems[split], earlier) for split in ("train", "val")}
+    for split, rows in datasets.items():
+        count = sum(processor.is_too_long(stage.render_source(row), stage) for row in rows.remove_columns("images"))
+        log_shortened(stage, count, len(rows), f"{split} problems")
     trainer = Seq2SeqTrainer(
         model=build_model(recipe, arguments, processor.tokenizer),
         args=training_arguments(recipe.training_arguments, arguments, stage_folder),
-        train_dataset=with_gold_columns(problems["train"], earlier),
-        eval_dataset=with_gold_columns(problems["val"], earlier),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["val"],
         data_collator=StageCollator(processor, stage),
         processing_class=processor,
     )
@@ -329,15 +342,14 @@ def write_column(
         write_json(folder / "predictions" / f"{split}.json", predictions)
 
 
-def describe_result(folder: Path, dataset: str) -> str:
+def describe_result(folder: Path, problems: Dataset) -> str:
     """What a run ends with: the score table, where everything lies, and one answered problem."""
     predictions = read_json(folder / "predictions" / "test.json")
-    problems = load_problems(dataset, "test")
-    problem = next((row for row in problems if row["images"] and row["id"] in predictions), problems[0])
+    problem = next((row for row in problems if row["images"]), problems[0])
     columns = predictions[problem["id"]]
     choices = "\n".join(
         f"  ({letter}) {choice}  {100 * probability:.1f} %"
-        for letter, choice, probability in zip("ABCDEFGHIJ", problem["choices"], columns["scores"], strict=False)
+        for letter, choice, probability in zip(LETTERS, problem["choices"], columns["scores"], strict=False)
     )
     rationale = f"  {columns['rationale']}\n" if "rationale" in columns else ""
     return (
@@ -348,14 +360,15 @@ def describe_result(folder: Path, dataset: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    transformers.utils.logging.enable_default_handler()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mmcot").setLevel(logging.INFO)
     try:
-        recipe = parse_recipe(sys.argv[1:] if argv is None else argv)
-        folder = run(recipe)
+        prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    run(prepared)
     if PartialState().is_main_process:
-        print(describe_result(folder, recipe.arguments.dataset))
+        print(describe_result(prepared.folder, prepared.problems["test"]))
 
 
 if __name__ == "__main__":

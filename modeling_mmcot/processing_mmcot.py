@@ -20,9 +20,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 GOLD_COLUMNS = ("answer", "lecture", "solution")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -96,7 +93,7 @@ class Stage:
 
     def render_target(self, problem: dict) -> str:
         """The text to learn: the written column where the problem has it already, else the target template's."""
-        if problem.get(self.writes) is not None and self.writes not in GOLD_COLUMNS:
+        if self.writes in problem:
             return fold(problem[self.writes])
         return render(self.target, problem)
 
@@ -236,10 +233,6 @@ class MMCoTProcessor(ProcessorMixin):
         source = stage.render_source(problem)
         if not self.is_too_long(source, stage):
             return source
-        logger.warning_once(
-            f"Some sources of stage {stage.name} are longer than {stage.max_source_length} tokens: their "
-            f"{', '.join(name for name, _ in SHORTENED_COLUMNS if name in stage.reads)} are shortened."
-        )
         for column, from_end in SHORTENED_COLUMNS:
             if column not in stage.reads or not problem.get(column):
                 continue

@@ -16,7 +16,7 @@ from modeling_mmcot import MMCoTProcessor
 # Nothing of ours, and of the libraries that training needs none, can be imported where this has run.
 STRANGER = """
 import importlib.util, json, sys
-for name in ("trl", "peft", "datasets", "accelerate", "nltk", "rouge"):
+for name in ("trl", "peft", "datasets", "accelerate", "nltk", "rouge", "torchvision"):
     sys.modules[name] = None
 for name in ("mmcot", "modeling_mmcot", "configuration_mmcot"):
     assert importlib.util.find_spec(name) is None, name

@@ -6,7 +6,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY_RECIPE
 
+from mmcot import problems
 from mmcot.recipes import claim_run_folder, parse_recipe
+from modeling_mmcot import processing_mmcot
 
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
@@ -47,6 +49,11 @@ def test_nested_numbers_that_yaml_reads_as_texts_become_numbers(tmp_path):
         (lambda r: r["stages"][0].pop("writes"), "'rationale' lacks the key 'writes'"),
         (lambda r: r["stages"][0].pop("template"), "'rationale' needs a `template`, or both"),
         (lambda r: r["stages"][1]["reads"].append("rational"), "'answer' reads 'rational'.*did you mean 'rationale'"),
+        (lambda r: r["stages"][0]["reads"].append("solution"), "'rationale' reads 'solution', a gold column"),
+        (
+            lambda r: r["stages"][0].update(writes="caption"),
+            "'rationale' writes 'caption', a column",
+        ),
         (lambda r: r["stages"].reverse(), "'answer' reads 'rationale', which no earlier stage writes"),
         (lambda r: r["stages"][0].update(name="answer"), "two stages are named 'answer'"),
         (lambda r: r["stages"].pop(), "the last stage, and only it, writes `answer_text`"),
@@ -58,6 +65,11 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         parse(tmp_path, change)
     assert str(tmp_path / "recipe.yaml") in str(error.value)
+
+
+def test_gold_is_the_same_here_and_in_what_ships():
+    """What ships may not import `mmcot`, and problems know nothing of the model: the fact stands twice."""
+    assert problems.GOLD_COLUMNS == processing_mmcot.GOLD_COLUMNS
 
 
 def test_an_unknown_option_is_refused(tmp_path):
