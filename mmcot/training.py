@@ -251,16 +251,23 @@ def train_stage(
     for split, rows in datasets.items():
         count = sum(processor.is_too_long(stage.render_source(row), stage) for row in rows.remove_columns("images"))
         log_shortened(stage, count, len(rows), f"{split} problems")
+    with PartialState().main_process_first():
+        checkpoint = last_whole_checkpoint(stage_folder)
+    model = build_model(recipe, arguments, processor.tokenizer)
+    if checkpoint is not None:
+        # The Trainer resumes by parameter names, and a ViT is saved under older names than it has in memory: its
+        # weights would silently stay fresh (transformers 5.23). `from_pretrained` knows both. Copied, because a run
+        # that went on with its tensors themselves differed from the uninterrupted one in last bits.
+        saved = MMCoTForConditionalGeneration.from_pretrained(checkpoint, dtype=recipe.model_config.dtype)
+        model.load_state_dict(saved.state_dict())
     trainer = Seq2SeqTrainer(
-        model=build_model(recipe, arguments, processor.tokenizer),
+        model=model,
         args=training_arguments(recipe.training_arguments, arguments, stage_folder),
         train_dataset=datasets["train"],
         eval_dataset=datasets["val"],
         data_collator=StageCollator(processor, stage),
         processing_class=processor,
     )
-    with PartialState().main_process_first():
-        checkpoint = last_whole_checkpoint(stage_folder)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
