@@ -112,6 +112,8 @@ def parse_recipe(command_line: list[str]) -> Recipe:
             nobody writes, an answer stage that is not the last one.
     """
     config = config_path(command_line)
+    command_line = [*command_line]
+    command_line[command_line.index("--config") + 1] = config
     parser = TrlParser((RecipeArguments, Seq2SeqTrainingArguments, ModelConfig), allow_abbrev=False)
     arguments, training_arguments, model_config, unknown, surplus = parser.parse_args_and_config(
         args=command_line, return_remaining_strings=True, separate_remaining_strings=True
@@ -137,12 +139,15 @@ def parse_recipe(command_line: list[str]) -> Recipe:
 
 
 def config_path(command_line: list[str]) -> str:
+    """The recipe's file: as given, or of that name among the recipes that were installed with the package."""
     if "--config" not in command_line[:-1]:
         raise ValueError("Name a recipe: --config configs/NAME.yaml")
-    path = command_line[command_line.index("--config") + 1]
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path}: there is no such file.")
-    return path
+    given = command_line[command_line.index("--config") + 1]
+    installed = Path(__file__).parent / given
+    for path in (Path(given), installed):
+        if path.is_file():
+            return str(path)
+    raise ValueError(f"--config {given}: there is no such file.")
 
 
 def read_stage(entry: Any, config: str) -> StageArguments:

@@ -1,0 +1,27 @@
+"""What `pip install .` gives: the packages, the recipes and the card's template, usable from any folder."""
+
+import shutil
+
+from conftest import REPOSITORY, run_script
+
+CONTENT = ("configuration_mmcot", "modeling_mmcot", "mmcot", "configs", "pyproject.toml", "requirements.txt", "LICENSE")
+
+
+def test_installed_it_works_from_any_folder(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in (*CONTENT, "README.md"):
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, source / name)
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run_script("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", site, source)
+    use = (
+        "import mmcot.hub, sys; from importlib import resources; from mmcot.recipes import parse_recipe; "
+        "assert mmcot.__file__.startswith(sys.argv[1]); "
+        "assert resources.files('mmcot').joinpath('card_template.md').is_file(); "
+        "print(parse_recipe(['--config', 'configs/demo.yaml']).arguments.dataset)"
+    )
+    result = run_script("-c", use, site, cwd=elsewhere, PYTHONPATH=str(site))
+    assert result.stdout.strip() == "demo"
+    assert not (site / "train.py").exists()
