@@ -1,7 +1,7 @@
 """Run folder -> Hub folder: one repository that holds the whole system, loadable with `trust_remote_code`.
 
-At the root the last stage with the processor and the code, in a subfolder each earlier stage. Uploading is
-the last function; only it talks to the network.
+At the root the last stage with the processor and the code, in a subfolder each earlier stage. `upload` alone talks to
+the network.
 """
 
 import shutil
