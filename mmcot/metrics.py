@@ -2,7 +2,7 @@
 
 Notable: a class without problems scores None, never 0; BLEU and ROUGE come from nltk and the package `rouge`, called as
 the original's metric code calls them, so that figures can be set beside published ones.
-Not here: reading files and printing (evaluate.py), choosing an answer (pipeline_mmcot.py). Nothing here knows the model.
+Not here: reading files and printing (evaluate.py), choosing an answer (pipeline_mmcot.py), the model.
 """
 
 import re
