@@ -127,6 +127,12 @@ def parse_recipe(command_line: list[str]) -> Recipe:
             raise ValueError(f"{config}: {name} is set, but stages are trained whole here; leave it out.")
     stages = [read_stage(entry, config) for entry in arguments.stages]
     check_stages(stages, config)
+    sees = any("images" in stage.reads for stage in stages)
+    if sees and arguments.image_processor is None and arguments.vision_model_name_or_path is None:
+        raise ValueError(
+            f"{config}: a stage reads `images`, but neither `vision_model_name_or_path` nor `image_processor` says how "
+            f"pictures are prepared."
+        )
     said = yaml.safe_load(Path(config).read_text()).keys() | {
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
     }

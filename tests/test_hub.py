@@ -218,6 +218,7 @@ def test_the_card_tells_scores_and_recipe(tiny_run):
     scores = json.loads((tiny_run / "scores/test.json").read_text())
     assert f"{scores['accuracy']['Avg']:.2f}" in card and (tiny_run / "recipe.yaml").read_text() in card
     assert card.startswith("---\n")
+    assert "| Avg | \n|---|" in card, "the table's head and rule stand on adjacent lines"
 
 
 def test_a_dry_run_lists_what_would_go_up(tiny_run):

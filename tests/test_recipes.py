@@ -59,6 +59,7 @@ def test_nested_numbers_that_yaml_reads_as_texts_become_numbers(tmp_path):
         (lambda r: r["stages"].pop(), "the last stage, and only it, writes `answer_text`"),
         (lambda r: r.update(stages=[]), "`stages` is empty"),
         (lambda r: r.update(use_peft=True), "use_peft"),
+        (lambda r: r.pop("image_processor"), "a stage reads `images`, but neither"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path, change, message):

@@ -122,11 +122,15 @@ def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, 
         process.kill()
         process.wait()
 
+    def is_cut_off_by_a_kill(checkpoint):
+        kill_at(is_half_written(checkpoint))
+        return not (checkpoint / "trainer_state.json").exists()
+
     for stage in STAGES:
-        early, cut_off, late = (folder / stage / f"checkpoint-{step}" for step in (seeded.choice((4, 8)), 12, 20))
+        early, *written, late = (folder / stage / f"checkpoint-{n}" for n in (seeded.choice((4, 8)), 12, 16, 20))
         kill_at(is_whole(early))
-        kill_at(is_half_written(cut_off))
-        assert not (cut_off / "trainer_state.json").exists(), "the kill came after the checkpoint was whole"
+        # The writing takes milliseconds: a kill that comes too late is tried again at the next checkpoint.
+        assert any(is_cut_off_by_a_kill(checkpoint) for checkpoint in written)
         kill_at(is_whole(late, seconds_later=seeded.uniform(0, 0.3)))
     train(tiny_dataset, folder)
     for stage in STAGES:
