@@ -27,18 +27,29 @@ def shipped_code() -> list[Path]:
 
 def export(run_folder: Path, processor: MMCoTProcessor) -> Path:
     """Write `RUN_FOLDER/hub/` from the trained stages, whole or not at all. Returns it."""
-    hub_folder = run_folder / "hub"
-    unfinished = run_folder / "hub.tmp"
+    stages = {stage.name: run_folder / stage.name for stage in processor.stages}
+    return write_hub_folder(run_folder / "hub", processor, stages, render_card(run_folder))
+
+
+def write_hub_folder(hub_folder: Path, processor: MMCoTProcessor, stages: dict[str, Path], card: str) -> Path:
+    """
+    A folder as it stands on the Hub, whole or not at all; one that is there is replaced.
+
+    Args:
+        stages: each stage's name and the folder that its model was saved to, in their order. The last becomes the root.
+        card: what its README.md says.
+    """
+    unfinished = hub_folder.with_name(f"{hub_folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    unfinished.mkdir(parents=True)
     processor.save_pretrained(unfinished)
-    *earlier, last = processor.stages
-    copy_model(run_folder / last.name, unfinished)
-    for stage in earlier:
-        copy_model(run_folder / stage.name, unfinished / stage.name)
+    *earlier, last = stages
+    copy_model(stages[last], unfinished)
+    for name in earlier:
+        copy_model(stages[name], unfinished / name)
     for file in shipped_code():
         shutil.copyfile(file, unfinished / file.name)
-    (unfinished / "README.md").write_text(render_card(run_folder), encoding="utf-8")
+    (unfinished / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(hub_folder, ignore_errors=True)
     unfinished.rename(hub_folder)
     return hub_folder

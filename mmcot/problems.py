@@ -4,6 +4,7 @@ Pictures stay on disk until `read_pictures`. Nothing here knows the model, templ
 """
 
 import difflib
+import hashlib
 import inspect
 import json
 import logging
@@ -45,12 +46,15 @@ GOLD_COLUMNS = ("answer", "lecture", "solution")
 SPLITS = ("train", "val", "test")
 
 
-def load_problems(source: str, split: str) -> datasets.Dataset:
+def load_problems(source: str, split: str, max_images: int | None = None, pictures: bool = True) -> datasets.Dataset:
     """
     Args:
         source: `demo`, a ScienceQA folder (`problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps
             `captions.json`), or a `.jsonl` / `.parquet` file of rows.
         split: `train`, `val` or `test`.
+        max_images: the most pictures of a problem. Of ScienceQA's (`image.png`, then its choices' `choice_0.png` and so
+            on) the first so many are taken: with 1 what the original takes. More in a row of a file are an error.
+        pictures: whether the pictures' files must be there.
 
     Raises:
         ValueError: what is wrong with the source, by file or id, field, what was found and what was expected.
@@ -60,14 +64,14 @@ def load_problems(source: str, split: str) -> datasets.Dataset:
         return demo_problems(split)
     path = Path(source)
     if path.is_dir():
-        rows, folder = scienceqa_rows(path, split), path
+        rows, folder = scienceqa_rows(path, split, max_images), path
     elif path.suffix in TABLE_READERS:
         rows, folder = table_rows(path, split), path.parent
     else:
         raise ValueError(
             f"dataset is {source!r}; expected demo, a ScienceQA folder, or a .jsonl or .parquet file of problems."
         )
-    complete = checked(rows, source, folder)
+    complete = checked(rows, source, folder if pictures else None, max_images)
     # By column, because Dataset.from_list fails where a split has no rows.
     return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
 
@@ -82,7 +86,7 @@ def demo_problems(split: str) -> datasets.Dataset:
     )
 
 
-def scienceqa_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
+def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Iterator[dict[str, Any]]:
     problems_file, splits_file = folder / "problems.json", folder / "pid_splits.json"
     captions_file = folder / "captions.json"
     for file in (problems_file, splits_file):
@@ -102,10 +106,17 @@ def scienceqa_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
             **{name: problem[name] for name in problem.keys() & FEATURES.keys()},
             "id": problem_id,
             "context": problem.get("hint"),
-            "images": [f"images/{split}/{problem_id}/image.png"] if problem.get("image") else [],
+            "images": scienceqa_pictures(folder, problem, f"images/{split}/{problem_id}")[:max_images],
             "caption": captions.get(problem_id),
             "split": split,
         }
+
+
+def scienceqa_pictures(folder: Path, problem: dict[str, Any], pictures: str) -> list[str]:
+    """The question's picture, if it has one, then those of its choices."""
+    question = [f"{pictures}/image.png"] if problem.get("image") else []
+    names = (f"{pictures}/choice_{number}.png" for number in range(len(problem.get("choices") or [])))
+    return [*question, *(name for name in names if (folder / name).is_file())]
 
 
 def member(data: dict[str, Any], name: str, kind: type, file: Path) -> Any:
@@ -153,8 +164,13 @@ def parquet_rows(file: Path) -> list[dict[str, Any]]:
 TABLE_READERS = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
 
 
-def checked(rows: Iterable[dict[str, Any]], source: str, folder: Path) -> list[dict[str, Any]]:
-    """The rows with every column of the schema; the first bad one is an error that says where and what."""
+def checked(
+    rows: Iterable[dict[str, Any]], source: str, folder: Path | None, max_images: int | None
+) -> list[dict[str, Any]]:
+    """
+    The rows with every column of the schema; the first bad one is an error that says where and what. Pictures are
+    looked for in `folder`, where there is one.
+    """
     complete, ids = [], set()
     for row in rows:
         row = {name: empty(name) if row.get(name) is None else row[name] for name in FEATURES}
@@ -164,6 +180,11 @@ def checked(rows: Iterable[dict[str, Any]], source: str, folder: Path) -> list[d
             raise ValueError(f"{where}: this id stands there twice; expected one problem per id.")
         ids.add(row["id"])
         check_fields(row, where)
+        if max_images is not None and len(row["images"]) > max_images:
+            raise ValueError(
+                f"{where}: images holds {len(row['images'])} pictures; max_images is {max_images}. Raise it "
+                f"(--max_images) or leave pictures out."
+            )
         row["images"] = [stored(picture, folder, where) for picture in row["images"]]
         complete.append(row)
     return complete
@@ -195,14 +216,16 @@ def check_fields(row: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: images is {shown(row['images'])}; expected a list of pictures.")
 
 
-def stored(picture: Any, folder: Path, where: str) -> dict[str, Any]:
-    """A picture as the schema holds it. A file must be there and not be empty, and is not read."""
+def stored(picture: Any, folder: Path | None, where: str) -> dict[str, Any]:
+    """A picture as the schema holds it. A file must be there and not be empty (with a folder), and is not read."""
     picture = {"path": picture} if isinstance(picture, str) else picture
     if isinstance(picture, dict) and picture.get("bytes") and isinstance(picture["bytes"], bytes):
         # Without their path: datasets would take what lies there, seen from this process, instead of the bytes.
         return {"bytes": picture["bytes"], "path": None}
     if not isinstance(picture, dict) or picture.get("bytes") or not isinstance(picture.get("path"), str):
         raise ValueError(f'{where}: images holds {shown(picture)}; expected paths or {{"bytes", "path"}}.')
+    if folder is None:
+        return {"bytes": None, "path": picture["path"]}
     path = folder / picture["path"]
     check_file(path, where)
     return {"bytes": None, "path": str(path)}
@@ -219,6 +242,11 @@ def shown(value: Any) -> str:
     """What was found, for an error: whole if it is short."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def first_few(names: list[str]) -> str:
+    """Of many names those that an error can show."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def without_gold(problems: datasets.Dataset) -> datasets.Dataset:
@@ -239,7 +267,7 @@ def require_answers(problems: datasets.Dataset) -> None:
 
 
 def read_pictures(problem: dict[str, Any]) -> list[Image.Image]:
-    """The problem's pictures, decoded to the end, as RGB."""
+    """The problem's pictures, decoded to the end and upright, in the mode of their files."""
     return [read_picture(picture, problem["id"]) for picture in problem["images"]]
 
 
@@ -248,13 +276,30 @@ def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
         check_file(Path(picture["path"]), f"problem {problem_id}")
     where = f"problem {problem_id}: picture {picture['path'] or 'given as bytes'}"
     try:
-        return datasets.Image(mode="RGB").decode_example(picture)
+        return datasets.Image().decode_example(picture)
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} is not an image that Pillow can read.") from error
-    except Exception as error:  # a damaged file makes Pillow's decoders raise errors of many kinds, SyntaxError too
+    except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{where} is truncated, damaged or too large ({error}); expected a whole image file."
+            f"{where} is too large: {error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS where you trust it."
         ) from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise errors of many kinds, SyntaxError too
+        raise ValueError(f"{where} is truncated or damaged ({error}); expected a whole image file.") from error
+
+
+def content_key(picture: dict[str, Any]) -> str:
+    """What tells a picture from others: the SHA-256 of its file."""
+    return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
+
+
+def distinct_pictures(problems: datasets.Dataset, first_only: bool = False) -> list[tuple[str, dict[str, Any], str]]:
+    """Each picture once, in the order of the problems: its key, itself, and the first problem that shows it."""
+    found: dict[str, tuple[str, dict[str, Any], str]] = {}
+    for problem in tqdm(problems.select_columns(["id", "images"]), desc="reading pictures", leave=False):
+        for picture in problem["images"][: 1 if first_only else None]:
+            key = content_key(picture)
+            found.setdefault(key, (key, picture, problem["id"]))
+    return list(found.values())
 
 
 def check_pictures(problems: datasets.Dataset) -> None:
@@ -264,6 +309,19 @@ def check_pictures(problems: datasets.Dataset) -> None:
         read_pictures(problem)
 
 
+def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:
+    """The problems with their captions from a `captions.json`; every problem with a picture must have one there."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file; expected a captions.json.")
+    captions = member(read_json(Path(path)), "captions", dict, Path(path))
+    rows = problems.select_columns(["id", "images"])
+    absent = [row["id"] for row in rows if row["images"] and not isinstance(captions.get(row["id"]), str)]
+    if absent:
+        raise ValueError(f"{path}: {len(absent)} problems with a picture have no caption there: {first_few(absent)}.")
+    texts = [captions.get(problem_id) or "" for problem_id in problems["id"]]
+    return problems.remove_columns("caption").add_column("caption", texts, feature=_TEXT)
+
+
 def join_column(problems: datasets.Dataset, column: str, path: str) -> datasets.Dataset:
     """The problems with a text column from a JSON file `{id: text}`, which must have every problem's id."""
     if not Path(path).is_file():
@@ -271,8 +329,7 @@ def join_column(problems: datasets.Dataset, column: str, path: str) -> datasets.
     texts = read_json(path)
     absent = [problem_id for problem_id in problems["id"] if not isinstance(texts.get(problem_id), str)]
     if absent:
-        some = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
-        raise ValueError(f"{path}: {len(absent)} of {len(problems)} problems have no text there: {some}.")
+        raise ValueError(f"{path}: {len(absent)} of {len(problems)} problems have no text there: {first_few(absent)}.")
     if column in problems.column_names:
         problems = problems.remove_columns(column)
     return problems.add_column(column, [texts[problem_id] for problem_id in problems["id"]], feature=_TEXT)

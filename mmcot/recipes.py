@@ -71,8 +71,13 @@ class RecipeArguments:
         dataset: `demo`, a ScienceQA folder, or a `.jsonl` / `.parquet` file of problems.
         stages: the stages in order (in the recipe only, see [`StageArguments`]).
         fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`.
-        vision_model_name_or_path: a pre-trained picture tower.
+        vision_model_name_or_path: a pre-trained picture tower: a checkpoint, or a name in `vision_mmcot.TOWERS`.
+        vision_tower: how its output becomes patches, a name in `vision_mmcot.TOWERS`.
+        vision_preprocessing: `checkpoint` (its own), or `paper` (as the authors prepared pictures for it).
         freeze_vision: leave the tower as it is.
+        max_images: the most pictures of one problem.
+        features: a folder of features of the pictures, as mmcot.features wrote it, in place of a run of the tower.
+        captions: a captions.json, as `mmcot.features --captions` wrote it, in place of the problems' captions.
         tokenizer_name_or_path: a tokenizer; by default the text model's.
         tokenizer_vocab_size: train a tokenizer of that many pieces on the training texts instead.
         text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
@@ -84,7 +89,12 @@ class RecipeArguments:
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
     fusion: str = field(default="gated", metadata={"help": "How the picture enters the text."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})
+    vision_tower: str | None = field(default=None, metadata={"help": "How the tower's output becomes patches."})
+    vision_preprocessing: str = field(default="checkpoint", metadata={"help": "`checkpoint` or `paper`."})
     freeze_vision: bool = field(default=False, metadata={"help": "Leave the picture tower as it is."})
+    max_images: int = field(default=1, metadata={"help": "The most pictures of one problem."})
+    features: str | None = field(default=None, metadata={"help": "Features of the pictures, computed before."})
+    captions: str | None = field(default=None, metadata={"help": "A captions.json, in place of the captions."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "By default the text model's."})
     tokenizer_vocab_size: int | None = field(default=None, metadata={"help": "Train a tokenizer of this size."})
     text_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
@@ -127,12 +137,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
             raise ValueError(f"{config}: {name} is set, but stages are trained whole here; leave it out.")
     stages = [read_stage(entry, config) for entry in arguments.stages]
     check_stages(stages, config)
-    sees = any("images" in stage.reads for stage in stages)
-    if sees and arguments.image_processor is None and arguments.vision_model_name_or_path is None:
-        raise ValueError(
-            f"{config}: a stage reads `images`, but neither `vision_model_name_or_path` nor `image_processor` says how "
-            f"pictures are prepared."
-        )
+    check_parts(arguments, model_config, stages, config)
     said = yaml.safe_load(Path(config).read_text()).keys() | {
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
     }
@@ -202,6 +207,35 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
             f"{config}: the last stage, and only it, writes `answer_text`; found "
             f"{', '.join(f'{stage.name} writes {stage.writes}' for stage in stages)}."
         )
+
+
+def check_parts(
+    arguments: RecipeArguments, model_config: ModelConfig, stages: list[StageArguments], config: str
+) -> None:
+    """Each part of the model is said once, and pictures that a stage reads have a way into it."""
+    said = {"model_name_or_path": model_config.model_name_or_path, **vars(arguments)}
+    for trained, from_scratch in (
+        ("model_name_or_path", "text_config"),
+        ("model_name_or_path", "vision_config"),
+        ("vision_model_name_or_path", "vision_config"),
+        ("features", "vision_config"),
+    ):
+        if said[trained] is not None and said[from_scratch] is not None:
+            raise ValueError(
+                f"{config}: {trained} is {said[trained]!r}, and {from_scratch} describes a part that is trained from "
+                f"scratch: leave one of them out."
+            )
+    if arguments.features is not None and arguments.vision_model_name_or_path and not arguments.freeze_vision:
+        raise ValueError(f"{config}: features are those of a fixed tower; they want freeze_vision: true.")
+    sees = any("images" in stage.reads for stage in stages)
+    ways = (arguments.image_processor, arguments.vision_model_name_or_path, arguments.features)
+    if sees and all(way is None for way in ways):
+        raise ValueError(
+            f"{config}: a stage reads `images`, but neither `vision_model_name_or_path` nor `image_processor` says how "
+            f"pictures are prepared, and `features` are not given."
+        )
+    if arguments.max_images < 1:
+        raise ValueError(f"{config}: max_images is {arguments.max_images}; expected 1 or more.")
 
 
 def nearest(word: str, known: set[str]) -> str:

@@ -14,13 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from jinja2 import meta
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -31,14 +29,23 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 
 from mmcot.evaluate import format_table
+from mmcot.features import FeatureStore, load_image_processor
 from mmcot.files import read_json, write_json
 from mmcot.hub import export
 from mmcot.metrics import score
-from mmcot.predict import log_shortened, predict_stage
-from mmcot.problems import SPLITS, check_pictures, join_column, load_problems, read_pictures, require_answers
+from mmcot.predict import log_shortened, predict_stage, read_vision_inputs
+from mmcot.problems import SPLITS, check_pictures, join_captions, join_column, load_problems, require_answers
 from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, LETTERS, PAPER_TEMPLATES, Stage
+from modeling_mmcot.processing_mmcot import (
+    ENVIRONMENT,
+    GOLD_COLUMNS,
+    LETTERS,
+    PAPER_TEMPLATES,
+    Stage,
+    build_image_processor,
+)
+from modeling_mmcot.vision_mmcot import load_vision_tower, tower_width
 
 logger = logging.getLogger(__name__)
 
@@ -53,26 +60,29 @@ class Run:
     stages: list[Stage]
     problems: dict[str, Dataset]  # by split
     folder: Path
+    store: FeatureStore | None  # features of the problems' pictures, where they were computed before
 
 
 def prepare(recipe: Recipe) -> Run:
     """All that can be wrong with recipe and data is a `ValueError` here, before anything is trained or written."""
     stages = [build_stage(arguments) for arguments in recipe.stages]
-    problems = {split: prepare_problems(recipe, stages, split) for split in SPLITS}
+    store = open_store(recipe)
+    problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
-    return Run(recipe, stages, problems, folder)
+    return Run(recipe, stages, problems, folder, store)
 
 
 def run(prepared: Run) -> None:
     """Train, predict, score and export, into the run's folder."""
     recipe, stages, problems, folder = prepared.recipe, prepared.stages, prepared.problems, prepared.folder
+    store = prepared.store
     processor = build_processor(recipe, stages, problems["train"])
     predictions = {split: read_predictions(folder, split) for split in ("val", "test")}
     for stage, arguments in zip(stages, recipe.stages, strict=True):
-        model = train_stage(recipe, arguments, stage, processor, problems, folder)
+        model = train_stage(recipe, arguments, stage, processor, problems, folder, store)
         for split, columns in predictions.items():
-            write_column(model, processor, stage, problems[split], columns, folder, split, recipe)
+            write_column(model, processor, stage, problems[split], columns, folder, split, recipe, store)
     if PartialState().is_main_process:
         for split, columns in predictions.items():
             write_json(folder / "scores" / f"{split}.json", score(problems[split], columns))
@@ -97,16 +107,33 @@ def build_stage(arguments: StageArguments) -> Stage:
     )
 
 
-def prepare_problems(recipe: Recipe, stages: list[Stage], split: str) -> Dataset:
+def open_store(recipe: Recipe) -> FeatureStore | None:
+    """The features that the recipe names, found to be those of the tower that it names."""
+    arguments = recipe.arguments
+    if arguments.features is None:
+        return None
+    store = FeatureStore(arguments.features)
+    if arguments.vision_model_name_or_path is not None:
+        store.check_tower(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
+    return store
+
+
+def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
     """A split's problems, checked to the last picture, so that no run dies of bad data half-way."""
     source = recipe.arguments.dataset
+    needs_files = store is None or store.needs_files
     with PartialState().main_process_first():
-        problems = load_problems(source, split)
+        problems = load_problems(source, split, recipe.arguments.max_images, needs_files)
     if len(problems) == 0:
         raise ValueError(f"{source}: split {split!r} has no problems.")
     require_answers(problems)
+    if recipe.arguments.captions is not None:
+        problems = join_captions(problems, recipe.arguments.captions)
     if any("images" in stage.reads for stage in stages):
-        check_pictures(problems)
+        if store is not None:
+            store.check_problems(problems)
+        else:
+            check_pictures(problems)
     if split == "train":
         if recipe.arguments.target_column is not None:
             problems = join_target_column(problems, recipe.arguments.target_column, stages)
@@ -150,10 +177,9 @@ def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset
         tokenizer = AutoTokenizer.from_pretrained(name)
     image_processor = None
     if arguments.image_processor is not None:
-        settings = dict(arguments.image_processor)
-        image_processor = getattr(transformers, settings.pop("image_processor_type"))(**settings)
+        image_processor = build_image_processor(arguments.image_processor)
     elif arguments.vision_model_name_or_path is not None:
-        image_processor = AutoImageProcessor.from_pretrained(arguments.vision_model_name_or_path)
+        image_processor = load_image_processor(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
     return MMCoTProcessor(tokenizer, image_processor, stages)
 
 
@@ -188,49 +214,55 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
     )
 
 
-def build_model(recipe: Recipe, stage: StageArguments, tokenizer: PreTrainedTokenizerBase):
+def build_model(
+    recipe: Recipe, stage: StageArguments, tokenizer: PreTrainedTokenizerBase, store: FeatureStore | None
+) -> MMCoTForConditionalGeneration:
     """The model that every stage starts from, the same for each."""
     arguments, model_config = recipe.arguments, recipe.model_config
-    loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
-    text_model = model_config.model_name_or_path
     set_seed(recipe.training_arguments.seed)
-    if text_model is None:
+    tower = None
+    fields = {"fusion": arguments.fusion, "freeze_vision": arguments.freeze_vision, "max_images": arguments.max_images}
+    if arguments.vision_model_name_or_path is not None:
+        tower = load_vision_tower(arguments.vision_model_name_or_path)
+        fields["vision_hidden_size"] = tower_width(tower)
+    elif store is not None:
+        fields["vision_hidden_size"] = store.hidden_size
+    if model_config.model_name_or_path is None:
         config = MMCoTConfig(
             vocab_size=len(tokenizer),
             decoder_start_token_id=tokenizer.pad_token_id,
-            fusion=arguments.fusion,
             vision_config=arguments.vision_config,
-            freeze_vision=arguments.freeze_vision,
+            vision_tower=arguments.vision_tower,
+            **fields,
             **(arguments.text_config or {}),
         )
         model = MMCoTForConditionalGeneration(config)
-    elif arguments.vision_model_name_or_path is not None:
-        model = MMCoTForConditionalGeneration.from_text_vision_pretrained(
-            text_model,
-            arguments.vision_model_name_or_path,
-            fusion=arguments.fusion,
-            freeze_vision=arguments.freeze_vision,
-            revision=model_config.model_revision,
-            **loading,
-        )
     else:
         model = MMCoTForConditionalGeneration.from_pretrained(
-            text_model, fusion=arguments.fusion, revision=model_config.model_revision, **loading
+            model_config.model_name_or_path,
+            revision=model_config.model_revision,
+            dtype=model_config.dtype,
+            attn_implementation=model_config.attn_implementation,
+            **fields,
         )
+    if tower is not None:
+        model.attach_tower(tower, arguments.vision_tower)
     model.generation_config.update(max_new_tokens=stage.max_target_length, num_beams=stage.num_beams)
     return model
 
 
 class StageCollator:
-    """Problems of a training batch -> tensors, by the stage's templates; pictures are read here."""
+    """Problems of a training batch -> tensors, by the stage's templates; pictures or their features are read here."""
 
-    def __init__(self, processor: MMCoTProcessor, stage: Stage):
+    def __init__(self, processor: MMCoTProcessor, stage: Stage, store: FeatureStore | None = None):
         self.processor = processor
         self.stage = stage
+        self.store = store
 
     def __call__(self, problems: list[dict]) -> dict:
-        images = [read_pictures(problem) for problem in problems] if "images" in self.stage.reads else None
-        return dict(self.processor(problems, stage=self.stage.name, images=images, with_targets=True))
+        pictures = read_vision_inputs(problems, self.stage, self.store)
+        batch = self.processor(problems, stage=self.stage.name, images=pictures["images"], with_targets=True)
+        return {**batch, **pictures.get("vision_inputs", {})}
 
 
 def train_stage(
@@ -240,6 +272,7 @@ def train_stage(
     processor: MMCoTProcessor,
     problems: dict[str, Dataset],
     folder: Path,
+    store: FeatureStore | None,
 ) -> MMCoTForConditionalGeneration:
     """The trained model of a stage: from its folder where it is finished, else trained from where it stands."""
     stage_folder = folder / stage.name
@@ -253,7 +286,9 @@ def train_stage(
         log_shortened(stage, count, len(rows), f"{split} problems")
     with PartialState().main_process_first():
         checkpoint = last_whole_checkpoint(stage_folder)
-    model = build_model(recipe, arguments, processor.tokenizer)
+    model = build_model(recipe, arguments, processor.tokenizer, store)
+    if store is not None:
+        store.check_model(model.config, processor.image_processor)
     if checkpoint is not None:
         # The Trainer resumes by parameter names, and a ViT is saved under older names than it has in memory: its
         # weights would silently stay fresh (transformers 5.23). `from_pretrained` knows both. Copied, because a run
@@ -265,7 +300,7 @@ def train_stage(
         args=training_arguments(recipe.training_arguments, arguments, stage_folder),
         train_dataset=datasets["train"],
         eval_dataset=datasets["val"],
-        data_collator=StageCollator(processor, stage),
+        data_collator=StageCollator(processor, stage, store),
         processing_class=processor,
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -332,6 +367,7 @@ def write_column(
     folder: Path,
     split: str,
     recipe: Recipe,
+    store: FeatureStore | None,
 ) -> None:
     """The stage's column for a split, into `predictions` and the predictions file, unless it is there."""
     if all(stage.writes in predictions.get(problem_id, {}) for problem_id in problems["id"]):
@@ -344,6 +380,7 @@ def write_column(
         predictions,
         batch_size=recipe.training_arguments.per_device_eval_batch_size,
         decode_answer=recipe.arguments.decode_answer,
+        store=store,
     )
     if PartialState().is_main_process:
         write_json(folder / "predictions" / f"{split}.json", predictions)

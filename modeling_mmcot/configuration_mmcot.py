@@ -16,15 +16,39 @@ class MMCoTConfig(T5Config):
             How the picture enters the encoder's states; a name in `fusion_mmcot.FUSIONS`.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the picture tower (a dict names its `model_type`). `None` when features come from outside.
+        vision_tower (`str`, *optional*):
+            How the tower's output becomes patches; a name in `vision_mmcot.TOWERS`. By default the one that goes with
+            the `model_type` of `vision_config`.
         vision_hidden_size (`int`, *optional*):
-            Width of one picture patch. Taken from `vision_config` when that is given; `None` without either makes a
-            model that reads text only.
+            Width of one picture patch. Taken from `vision_config` where that says it (timm's does not); `None` without
+            a tower makes a model that reads text only.
         num_vision_tokens (`int`, *optional*):
             Patches of one picture. Informative: nothing is computed from it.
         max_images (`int`, defaults to 1):
             The most pictures that one problem may have.
         freeze_vision (`bool`, defaults to `False`):
             Keep the tower as it is: no gradient, evaluation mode.
+        zeros_for_missing_pictures (`bool`, defaults to `False`):
+            Fuse a problem without picture with a patch of zeros, as the authors' checkpoints were trained. By default
+            such a problem is not fused at all and is plain T5's.
+
+    Example:
+
+    ```python
+    >>> from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+
+    >>> # FLAN-T5 small's text model, to be fed with DETR's features from outside
+    >>> config = MMCoTConfig(d_model=512, d_ff=1024, num_layers=8, num_heads=6, vision_hidden_size=256)
+    >>> model = MMCoTForConditionalGeneration(config)
+    >>> model.config.fusion, model.config.vision_hidden_size
+    ('gated', 256)
+
+    >>> # with a small ViT as its picture tower
+    >>> vision_config = {"model_type": "vit", "image_size": 32, "patch_size": 16, "hidden_size": 24}
+    >>> MMCoTConfig(vision_config=vision_config).vision_hidden_size
+    24
+
+    ```
     """
 
     model_type = "mmcot"
@@ -34,10 +58,12 @@ class MMCoTConfig(T5Config):
 
     fusion: str = "gated"
     vision_config: dict | PreTrainedConfig | None = None
+    vision_tower: str | None = None
     vision_hidden_size: int | None = None
     num_vision_tokens: int | None = None
     max_images: int = 1
     freeze_vision: bool = False
+    zeros_for_missing_pictures: bool = False
     # `register_for_auto_class` writes one Auto class per class of ours; these entries stand for all of them.
     auto_map: dict | None = None
     custom_pipelines: dict | None = None
@@ -45,13 +71,18 @@ class MMCoTConfig(T5Config):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.vision_config is not None:
-            tower_width = self.vision_config.hidden_size
-            if self.vision_hidden_size not in (None, tower_width):
+            width = vision_width(self.vision_config)
+            if width is None and self.vision_hidden_size is None:
+                raise ValueError(
+                    f"vision_config (model_type {self.vision_config.model_type!r}) does not say how wide the tower's "
+                    f"patches are: give vision_hidden_size."
+                )
+            if None not in (width, self.vision_hidden_size) and width != self.vision_hidden_size:
                 raise ValueError(
                     f"vision_hidden_size is {self.vision_hidden_size}, but vision_config describes a tower of width "
-                    f"{tower_width}: leave vision_hidden_size out, or give a tower of that width."
+                    f"{width}: leave vision_hidden_size out, or give a tower of that width."
                 )
-            self.vision_hidden_size = tower_width
+            self.vision_hidden_size = width or self.vision_hidden_size
         model_class = "modeling_mmcot.MMCoTForConditionalGeneration"
         self.auto_map = {
             "AutoConfig": "configuration_mmcot.MMCoTConfig",
@@ -66,6 +97,12 @@ class MMCoTConfig(T5Config):
                 "type": "multimodal",
             }
         }
+
+
+def vision_width(vision_config: PreTrainedConfig) -> int | None:
+    """Width of a tower's patches, as far as its configuration says it."""
+    stages = getattr(vision_config, "hidden_sizes", None)  # a convolutional tower's, one for each stage
+    return stages[-1] if stages else getattr(vision_config, "hidden_size", None)
 
 
 MMCoTConfig.register_for_auto_class()

@@ -1,34 +1,33 @@
 """How the picture enters the text: one module per fusion, and the table name -> class.
 
-A fusion takes the encoder's text states and the picture's patches and gives new text states of the same shape. It does
-not see pixels (`vision_mmcot.py`) or tokens (`modeling_mmcot.py`).
+A fusion takes the encoder's text states and the picture's patches and gives new text states of the same shape, with the
+attention that each text token paid to each patch. It does not see pixels (`vision_mmcot.py`) or tokens
+(`modeling_mmcot.py`).
 """
 
 import torch
 from torch import nn
 
 
-class GatedFusion(nn.Module):
-    """
-    The gated fusion of Multimodal Chain-of-Thought (Zhang et al. 2023, arXiv 2302.00923, section 4.2):
+class Fusion(nn.Module):
+    """What all fusions share: masks, and rows without a picture. A subclass says how to `attend` and how to `gate`."""
 
-        h_vis  = W_h x_vis
-        h_attn = softmax(h_lang h_vis^T / sqrt(d)) h_vis
-        g      = sigmoid(W_l h_lang + W_v h_attn)
-        h      = (1 - g) * h_lang + g * h_attn
+    def attend(
+        self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What each token sees of the picture, `(batch_size, sequence_length, hidden_size)`, and with what weights,
+        `(batch_size, sequence_length, num_patches)`. Each row of `vision_mask` has a real patch.
+        """
+        raise NotImplementedError
 
-    No biases and no further projections; the authors' released checkpoints hold another form of it.
-    """
-
-    def __init__(self, hidden_size: int, vision_hidden_size: int):
-        super().__init__()
-        self.vision_projection = nn.Linear(vision_hidden_size, hidden_size, bias=False)
-        self.language_gate = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.vision_gate = nn.Linear(hidden_size, hidden_size, bias=False)
+    def gate(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """How much of the picture each token takes, 0 to 1, `(batch_size, sequence_length, hidden_size)`."""
+        raise NotImplementedError
 
     def forward(
         self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
@@ -39,23 +38,78 @@ class GatedFusion(nn.Module):
                 True for a real patch. A row without any keeps its `hidden_states`, to the bit.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`.
+            The fused states, `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, and the
+            attention over patches, `torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, which
+            sums to 1 over a picture's patches and is 0 for a row without any.
         """
+        has_picture = vision_mask.any(dim=1)[:, None, None]
+        # A row without a real patch attends to all of them, and its result is dropped: no NaN, in the gradient neither.
+        attended, weights = self.attend(hidden_states, vision_features, vision_mask | ~has_picture[:, 0])
+        gate = self.gate(hidden_states, attended)
+        fused = (1 - gate) * hidden_states + gate * attended
+        return torch.where(has_picture, fused, hidden_states), weights * has_picture
+
+
+class GatedFusion(Fusion):
+    """
+    The gated fusion of Multimodal Chain-of-Thought (Zhang et al. 2023, arXiv 2302.00923, section 4.2):
+
+        h_vis  = W_h x_vis
+        h_attn = softmax(h_lang h_vis^T / sqrt(d)) h_vis
+        g      = sigmoid(W_l h_lang + W_v h_attn)
+        h      = (1 - g) * h_lang + g * h_attn
+
+    No biases and no further projections; the authors' released checkpoints hold another form, `GatedMHAFusion`.
+    """
+
+    def __init__(self, hidden_size: int, vision_hidden_size: int):
+        super().__init__()
+        self.vision_projection = nn.Linear(vision_hidden_size, hidden_size, bias=False)
+        self.language_gate = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.vision_gate = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def attend(
+        self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         patches = self.vision_projection(vision_features)
         scores = hidden_states @ patches.transpose(1, 2) / hidden_states.shape[-1] ** 0.5
-        # The lowest finite number instead of -inf: a row without a real patch must not become NaN, in its gradient too.
-        scores = scores.masked_fill(~vision_mask[:, None, :], torch.finfo(scores.dtype).min)
-        attended = scores.softmax(dim=-1) @ patches
-        gate = torch.sigmoid(self.language_gate(hidden_states) + self.vision_gate(attended))
-        fused = (1 - gate) * hidden_states + gate * attended
-        has_picture = vision_mask.any(dim=1)[:, None, None]
-        return torch.where(has_picture, fused, hidden_states)
+        weights = scores.masked_fill(~vision_mask[:, None, :], -torch.inf).softmax(dim=-1)
+        return weights @ patches, weights
+
+    def gate(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.language_gate(hidden_states) + self.vision_gate(attended))
 
 
-FUSIONS: dict[str, type[nn.Module]] = {"gated": GatedFusion}
+class GatedMHAFusion(Fusion):
+    """
+    The fusion that the authors' released checkpoints hold (model.py of amazon-science/mm-cot, `JointEncoder`):
+
+        h_vis  = W_h x_vis + b_h
+        h_attn = MultiheadAttention(h_lang, h_vis, h_vis)      one head, its own projections and biases
+        g      = sigmoid(W_g [h_lang; h_attn] + b_g)
+        h      = (1 - g) * h_lang + g * h_attn
+    """
+
+    def __init__(self, hidden_size: int, vision_hidden_size: int):
+        super().__init__()
+        self.vision_projection = nn.Linear(vision_hidden_size, hidden_size)
+        self.attention = nn.MultiheadAttention(hidden_size, num_heads=1, batch_first=True)
+        self.joint_gate = nn.Linear(2 * hidden_size, hidden_size)
+
+    def attend(
+        self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        patches = self.vision_projection(vision_features)
+        return self.attention(hidden_states, patches, patches, key_padding_mask=~vision_mask)
+
+    def gate(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.joint_gate(torch.cat([hidden_states, attended], dim=-1)))
 
 
-def build_fusion(name: str, hidden_size: int, vision_hidden_size: int) -> nn.Module:
+FUSIONS: dict[str, type[Fusion]] = {"gated": GatedFusion, "gated_mha": GatedMHAFusion}
+
+
+def build_fusion(name: str, hidden_size: int, vision_hidden_size: int) -> Fusion:
     """The fusion of that name; an unknown one is a `ValueError` that lists those that exist."""
     if name not in FUSIONS:
         raise ValueError(f"fusion is {name!r}; known fusions: {', '.join(sorted(FUSIONS))}.")

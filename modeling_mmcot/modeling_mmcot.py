@@ -9,18 +9,51 @@ Notable:
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, T5ForConditionalGeneration
+from transformers import Cache, PreTrainedModel, T5ForConditionalGeneration
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
 
 from .configuration_mmcot import MMCoTConfig
-from .fusion_mmcot import FUSIONS, build_fusion
-from .vision_mmcot import build_vision_tower, encode_pictures, without_pooler
+from .fusion_mmcot import Fusion, build_fusion
+from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_width
+
+
+@dataclass
+class MMCoTEncoderOutput(BaseModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The states that the decoder attends to, fused with the picture.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
+            T5's, of the embeddings and of each layer, each of shape `(batch_size, sequence_length, hidden_size)`. The
+            last are those before the fusion.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
+            T5's, one of shape `(batch_size, num_heads, sequence_length, sequence_length)` for each layer.
+        fusion_attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, *optional*):
+            How much each token attended to each patch; 0 for a problem without picture. Returned with
+            `output_attentions=True` where the batch has a picture.
+    """
+
+    fusion_attentions: torch.FloatTensor | None = None
+
+
+@dataclass
+class MMCoTSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """
+    T5's `Seq2SeqLMOutput`, and:
+
+    Args:
+        fusion_attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, *optional*):
+            As in [`MMCoTEncoderOutput`].
+    """
+
+    fusion_attentions: torch.FloatTensor | None = None
 
 
 class InitializedAsT5:
@@ -36,14 +69,17 @@ class InitializedAsT5:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, tuple(FUSIONS.values())):
-            new_layers = list(module.children())
+        if isinstance(module, Fusion):
+            new_parameters = list(module.parameters())
         elif isinstance(module, MMCoTForConditionalGeneration) and not self.config.scale_decoder_outputs:
-            new_layers = [module.lm_head]
+            new_parameters = [module.lm_head.weight]
         else:
-            new_layers = []
-        for layer in new_layers:
-            init.normal_(layer.weight, std=self.config.initializer_factor * layer.in_features**-0.5)
+            new_parameters = []
+        for parameter in new_parameters:
+            if parameter.dim() == 2:
+                init.normal_(parameter, std=self.config.initializer_factor * parameter.shape[1] ** -0.5)
+            else:
+                init.zeros_(parameter)
 
 
 class MMCoTEncoder(InitializedAsT5, T5Stack):
@@ -53,7 +89,10 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
 
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
-        self.vision_tower = build_vision_tower(config.vision_config) if config.vision_config is not None else None
+        self.vision_tower = None
+        if config.vision_config is not None:
+            self.vision_tower = build_vision_tower(config.vision_config)
+            check_width(self.vision_tower, config.vision_hidden_size)
         self.fusion = None
         if config.vision_hidden_size is not None:
             self.fusion = build_fusion(config.fusion, config.d_model, config.vision_hidden_size)
@@ -70,6 +109,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         self.freeze_vision()
         return self
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -79,16 +119,32 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         pixel_mask: torch.Tensor | None = None,
         vision_features: torch.FloatTensor | None = None,
         vision_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutput:
+    ) -> MMCoTEncoderOutput:
         """The arguments of `MMCoTForConditionalGeneration.forward`; `last_hidden_state` is fused."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         outputs = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **kwargs,
         )
+        states, weights = outputs.last_hidden_state, None
         patches, mask = self.picture_patches(pixel_values, pixel_mask, vision_features, vision_mask)
+        if self.config.zeros_for_missing_pictures and self.fusion is not None:
+            patches, mask = self.zeros_where_missing(patches, mask, states)
         if patches is not None:
-            outputs["last_hidden_state"] = self.fusion(outputs.last_hidden_state, patches, mask)
-        return outputs
+            states, weights = self.fusion(states, patches.to(states), mask)
+        return MMCoTEncoderOutput(
+            last_hidden_state=states,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            fusion_attentions=weights if output_attentions else None,
+        )
 
     def picture_patches(
         self,
@@ -106,7 +162,15 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
                     "pixel_values were given, but this model has no picture tower (config.vision_config is None): "
                     "pass vision_features, or build the model with from_text_vision_pretrained."
                 )
-            vision_features, picture_mask = encode_pictures(self.vision_tower, pixel_values, pixel_mask)
+            num_images = pixel_values.shape[1] if pixel_values.dim() == 5 else 1
+            if num_images > self.config.max_images:
+                raise ValueError(
+                    f"pixel_values hold {num_images} pictures a problem, but config.max_images is "
+                    f"{self.config.max_images}."
+                )
+            vision_features, picture_mask = encode_pictures(
+                self.vision_tower, self.config.vision_tower, pixel_values, pixel_mask
+            )
             if vision_features is not None and vision_mask is not None:
                 picture_mask = picture_mask & vision_mask.bool()
             vision_mask = picture_mask
@@ -121,15 +185,68 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             )
         if vision_mask is None:
             vision_mask = torch.ones(vision_features.shape[:2], dtype=torch.bool, device=vision_features.device)
+        if vision_mask.shape != vision_features.shape[:2]:
+            raise ValueError(
+                f"vision_mask is of shape {tuple(vision_mask.shape)}; vision_features of shape "
+                f"{tuple(vision_features.shape)} go with one of shape {tuple(vision_features.shape[:2])}."
+            )
         return vision_features, vision_mask.bool()
+
+    def zeros_where_missing(
+        self, patches: torch.FloatTensor | None, mask: torch.BoolTensor | None, states: torch.FloatTensor
+    ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+        """Zeros as the patches of a row without picture. How many does not matter: attention to equals is uniform."""
+        if patches is None:
+            patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
+            return patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        is_missing = ~mask.any(dim=1, keepdim=True)
+        return patches.masked_fill(is_missing[..., None], 0), mask | is_missing
+
+
+def check_width(tower: PreTrainedModel, vision_hidden_size: int) -> None:
+    if tower_width(tower) != vision_hidden_size:
+        raise ValueError(
+            f"The picture tower's patches are {tower_width(tower)} wide, but vision_hidden_size is "
+            f"{vision_hidden_size}."
+        )
 
 
 class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration):
-    """Multimodal chain-of-thought (Zhang et al. 2023): T5 with a picture, one stage at a time."""
+    r"""
+    Multimodal chain-of-thought (Zhang et al. 2023, arXiv 2302.00923): T5 with a picture, one stage at a time.
+
+    Everything that T5 does, it does: `generate` with its cache and beams, resizing, saving, PEFT. Without a picture it
+    is T5, to the bit.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+
+    >>> config = MMCoTConfig(
+    ...     vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
+    ...     fusion="gated_mha", vision_hidden_size=256,
+    ... )
+    >>> model = MMCoTForConditionalGeneration(config).eval()
+    >>> text = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "attention_mask": torch.ones(1, 4)}
+
+    >>> # one picture as DETR sees it: 100 patches, 256 wide
+    >>> vision_features = torch.randn(1, 100, 256)
+    >>> labels = torch.tensor([[8, 9, 1]])
+    >>> outputs = model(**text, vision_features=vision_features, labels=labels, output_attentions=True)
+    >>> outputs.logits.shape, outputs.fusion_attentions.shape
+    (torch.Size([1, 3, 64]), torch.Size([1, 4, 100]))
+
+    >>> model.generate(**text, vision_features=vision_features, max_new_tokens=4, min_new_tokens=4).shape
+    torch.Size([1, 5])
+
+    ```
+    """
 
     config_class = MMCoTConfig
     input_modalities = ("image", "text")
-    _no_split_modules = ["T5Block"]
+    _no_split_modules = ["T5Block", "GatedFusion", "GatedMHAFusion"]
 
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
@@ -149,33 +266,35 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
 
     @classmethod
     def from_text_vision_pretrained(
-        cls, text_model: str, vision_model: str, fusion: str = "gated", freeze_vision: bool = False, **kwargs
+        cls, text_model: str, vision_model: str, vision_tower: str | None = None, **kwargs
     ) -> "MMCoTForConditionalGeneration":
         """
         Join a pre-trained T5 and a pre-trained picture tower; only the fusion is new.
 
         Args:
             text_model (`str`): a T5 checkpoint (folder or Hub id).
-            vision_model (`str`): a checkpoint that `AutoModel` loads as the tower.
-            fusion (`str`), freeze_vision (`bool`): fields of [`MMCoTConfig`].
-            kwargs: passed to `from_pretrained` of the text model.
+            vision_model (`str`): a checkpoint that `AutoModel` loads as the tower, or a name in `vision_mmcot.TOWERS`.
+            vision_tower (`str`, *optional*): how its output becomes patches, a name in `vision_mmcot.TOWERS`.
+            kwargs: passed to `from_pretrained` of the text model; fields of [`MMCoTConfig`] among them.
         """
-        tower = without_pooler(AutoModel.from_pretrained(vision_model))
-        model = cls.from_pretrained(
-            text_model,
-            fusion=fusion,
-            freeze_vision=freeze_vision,
-            vision_hidden_size=tower.config.hidden_size,
-            **kwargs,
-        )
-        model.attach_tower(tower)
+        tower = load_vision_tower(vision_model)
+        model = cls.from_pretrained(text_model, vision_hidden_size=tower_width(tower), **kwargs)
+        model.attach_tower(tower, vision_tower)
         return model
 
-    def attach_tower(self, tower: PreTrainedModel) -> None:
-        """Give the model a picture tower whose patches are `config.vision_hidden_size` wide."""
+    def attach_tower(self, tower: PreTrainedModel, name: str | None = None) -> None:
+        """
+        Give the model a picture tower whose patches are `config.vision_hidden_size` wide.
+
+        Args:
+            tower (`PreTrainedModel`): as `vision_mmcot.load_vision_tower` gives it.
+            name (`str`, *optional*): its name in `vision_mmcot.TOWERS`.
+        """
+        check_width(tower, self.config.vision_hidden_size)
+        find_tower(tower.config, name)
         self.encoder.vision_tower = tower.to(self.device, self.dtype)
         for config in (self.config, self.encoder.config):
-            config.vision_config = tower.config
+            config.vision_config, config.vision_tower = tower.config, name
         self.encoder.train(self.training)
 
     @can_return_tuple
@@ -188,32 +307,59 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         vision_features: torch.FloatTensor | None = None,
         vision_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | None = None,
+        decoder_attention_mask: torch.BoolTensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> Seq2SeqLMOutput:
+    ) -> MMCoTSeq2SeqLMOutput:
         r"""
         T5's own arguments, and the picture's. Pictures come as `pixel_values` or as `vision_features`, not both.
 
         Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The source's tokens, padded at the right or at the left.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for a real token.
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_images, 3, height, width)`, *optional*):
-                Pictures for the tower; one picture each may come as `(batch_size, 3, height, width)`.
+                Pictures for the tower, at most `config.max_images` a problem; their patches are read in this order. One
+                picture each may come as `(batch_size, 3, height, width)`.
             pixel_mask (`torch.Tensor` of shape `(batch_size, num_images, height, width)`, *optional*):
-                1 for a real pixel; all zero where there is no picture.
+                1 for a real pixel; all zero where there is no picture. Without it every pixel is real.
             vision_features (`torch.FloatTensor` of shape `(batch_size, num_patches, vision_hidden_size)`, *optional*):
                 Patches that were computed before.
             vision_mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*):
                 1 for a real patch; a row of zeros is a problem without picture, which plain T5 answers.
-            encoder_outputs (`BaseModelOutput`, *optional*):
-                States of this model's encoder, fused already.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
+                The target so far; made from `labels` where those are given.
+            decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, *optional*):
+                1 for a real token.
+            encoder_outputs (`MMCoTEncoderOutput` or `tuple`, *optional*):
+                Of this model's encoder: `last_hidden_state` of shape `(batch_size, sequence_length, hidden_size)` is
+                fused already and is not fused again.
+            past_key_values (`Cache`, *optional*):
+                The decoder's keys and values of the target so far, as an earlier call returned them.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                In place of `input_ids`.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch_size, target_length, hidden_size)`, *optional*):
+                In place of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 Target tokens; -100 is ignored.
+            use_cache (`bool`, *optional*):
+                Return `past_key_values`.
             num_items_in_batch (`int`, *optional*):
                 Target tokens of the whole optimisation step, over all its batches and processes: the summed loss is
                 divided by it. Without it the loss is the mean over this batch. (T5's own forward ignores it.)
+
+        Returns:
+            [`MMCoTSeq2SeqLMOutput`]: `loss` (a scalar, with `labels`), `logits` of shape
+            `(batch_size, target_length, vocab_size)`, `encoder_last_hidden_state` of shape
+            `(batch_size, sequence_length, hidden_size)`, fused, `fusion_attentions` of shape
+            `(batch_size, sequence_length, num_patches)` with `output_attentions=True`, and T5's other fields.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -224,6 +370,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
                 pixel_mask=pixel_mask,
                 vision_features=vision_features,
                 vision_mask=vision_mask,
+                return_dict=True,
                 **kwargs,
             )
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -231,14 +378,17 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         outputs = super().forward(
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
-            decoder_inputs_embeds=decoder_inputs_embeds,
+            decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
-        if labels is None:
-            return outputs
-        return Seq2SeqLMOutput(loss=token_loss(outputs.logits, labels, num_items_in_batch), **outputs)
+        loss = None if labels is None else token_loss(outputs.logits, labels, num_items_in_batch)
+        weights = getattr(encoder_outputs, "fusion_attentions", None)
+        return MMCoTSeq2SeqLMOutput(loss=loss, fusion_attentions=weights, **outputs)
 
     @torch.no_grad()
     def score_choices(

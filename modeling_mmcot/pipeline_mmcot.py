@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from transformers import Pipeline, PreTrainedModel
 
+from .captioning_mmcot import Captioner
 from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, as_pictures, read_answer
 
 
@@ -20,8 +21,9 @@ def run_stage(
     processor: MMCoTProcessor,
     stage: Stage,
     problems: list[dict],
-    images: list,
+    images: list | None,
     decode_answer: bool = False,
+    vision_inputs: dict[str, torch.Tensor] | None = None,
 ) -> list[dict]:
     """
     What a stage writes for a batch of problems.
@@ -30,6 +32,8 @@ def run_stage(
         problems (`list[dict]`): rows with the columns that the stage reads.
         images (`list`): each problem's picture or pictures, or None.
         decode_answer (`bool`): of an answer stage, generate "The answer is (B)." too and read it (the paper's way).
+        vision_inputs (`dict`, *optional*): `vision_features` and `vision_mask` that were computed before, in place of
+            `images`.
 
     Returns:
         For each problem the new columns. A stage that answers gives `answer` (index, -1 without choices),
@@ -40,7 +44,9 @@ def run_stage(
         leaked = [column for column in GOLD_COLUMNS if column in problem]
         if leaked:
             raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): take them away before predicting.")
-    inputs = processor(problems, stage=stage.name, images=images).to(model.device, model.dtype)
+    inputs = processor(problems, stage=stage.name, images=images)
+    inputs.update(vision_inputs or {})
+    inputs = inputs.to(model.device, model.dtype)
     if not stage.answers:
         return [{stage.writes: text} for text in generate_texts(model, processor, inputs)]
     columns = choose_answers(model, processor, stage, problems, inputs)
@@ -102,6 +108,10 @@ class MultimodalCoTPipeline(Pipeline):
     PIL image, a path, a URL, a list of them, or None). The result is a dict with what each stage wrote (`rationale`),
     `answer` (the choice's text; without choices the generated one), `answer_index` (-1 without choices) and `scores`
     (a probability per choice).
+
+    Args:
+        caption_model (`str`, *optional*): what captions the first picture of a problem that comes without a caption,
+            where a stage reads captions: a checkpoint, or a name in `captioning_mmcot.CAPTIONERS`.
     """
 
     _load_processor = True
@@ -110,10 +120,12 @@ class MultimodalCoTPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, caption_model: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         earlier, last = self.processor.stages[:-1], self.processor.stages[-1]
         self.models = {stage.name: self.load_stage(stage) for stage in earlier} | {last.name: self.model}
+        reads_captions = any("caption" in stage.reads for stage in self.processor.stages)
+        self.captioner = Captioner(caption_model, device=self.device) if caption_model and reads_captions else None
 
     def load_stage(self, stage: Stage) -> PreTrainedModel:
         """An earlier stage's model, from its subfolder, at the revision that this pipeline comes from."""
@@ -135,9 +147,16 @@ class MultimodalCoTPipeline(Pipeline):
         if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"`choices` of a problem is a list of str; found {choices!r}.")
         texts = {name: problem.get(name) or "" for name in ("question", "context", "caption")}
-        return {"problem": {**texts, "choices": list(choices)}, "images": as_pictures(problem.get("image"))}
+        images = as_pictures(problem.get("image"))
+        if len(images) > self.model.config.max_images:
+            raise ValueError(
+                f"`image` of a problem holds {len(images)} pictures; this model takes at most "
+                f"{self.model.config.max_images} (config.max_images)."
+            )
+        return {"problem": {**texts, "choices": list(choices)}, "images": images}
 
     def _forward(self, rows: list[dict], decode_answer: bool = False) -> list[dict]:
+        self.add_captions(rows)
         problems = [row["problem"] for row in rows]
         columns = run_stages(
             lambda stage: self.models[stage.name],
@@ -147,6 +166,13 @@ class MultimodalCoTPipeline(Pipeline):
             decode_answer,
         )
         return [{"choices": problem["choices"], **written} for problem, written in zip(problems, columns, strict=True)]
+
+    def add_captions(self, rows: list[dict]) -> None:
+        bare = [row for row in rows if row["images"] and not row["problem"]["caption"]]
+        if self.captioner is not None and bare:
+            captions = self.captioner([row["images"][0] for row in bare])
+            for row, caption in zip(bare, captions, strict=True):
+                row["problem"]["caption"] = caption
 
     def postprocess(self, columns: dict) -> dict:
         result = {name: value for name, value in columns.items() if name not in ("choices", "answer", "answer_text")}

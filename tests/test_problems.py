@@ -9,6 +9,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -26,6 +27,7 @@ from mmcot.problems import (
     require_answers,
     without_gold,
 )
+from modeling_mmcot.processing_mmcot import as_pictures
 
 ROW = {"id": "p1", "question": "Which color is it?", "choices": ["red", "blue"], "answer": 1, "split": "test"}
 
@@ -87,7 +89,12 @@ def test_the_real_scienceqa_folder(caplog):
     assert sum(map(bool, problems["images"])) == 167
     assert all(row["caption"] for row in problems if row["images"])
     pictures = [picture for images in problems["images"] for picture in images]
-    assert all(picture["bytes"] is None and picture["path"].endswith("/image.png") for picture in pictures)
+    assert all(picture["bytes"] is None for picture in pictures)
+    names = [[Path(picture["path"]).name for picture in images] for images in problems["images"] if images]
+    assert all(files == ["image.png", *(f"choice_{n}.png" for n in range(len(files) - 1))] for files in names)
+    assert max(map(len, names)) > 1
+    first = load_problems(str(shared("scienceqa")), "test", max_images=1)
+    assert {Path(picture["path"]).name for images in first["images"] for picture in images} == {"image.png"}
     check_pictures(problems)
     require_answers(problems)
 
@@ -400,7 +407,7 @@ def test_a_picture_too_large_to_decode_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
 def test_pictures_of_any_mode_are_read_as_rgb(tmp_path, mode):
     (tmp_path / "red.png").write_bytes(png("white", mode=mode))
-    (picture,) = read_pictures(load_problems(jsonl(tmp_path, {**ROW, "images": ["red.png"]}), "test")[0])
+    (picture,) = as_pictures(read_pictures(load_problems(jsonl(tmp_path, {**ROW, "images": ["red.png"]}), "test")[0]))
     assert (picture.mode, picture.size, picture.getpixel((3, 3))) == ("RGB", (64, 64), (255, 255, 255))
 
 
@@ -455,7 +462,7 @@ def test_a_joined_column_is_added_or_replaced(tmp_path, column):
     assert joined.to_list() == [{**row, column: text} for row, text in zip(problems, ("One.", "Two."), strict=True)]
 
 
-@pytest.mark.parametrize("absent, shown", [(3, "p0, p1, p2."), (7, "p0, p1, p2, p3, p4, ….")])
+@pytest.mark.parametrize("absent, shown", [(3, "p0, p1, p2."), (7, "p0, p1, p2, p3, p4 and 2 more.")])
 def test_ids_that_the_joined_file_lacks_are_counted_and_named(tmp_path, absent, shown):
     problems = load_problems(jsonl(tmp_path, *({**ROW, "id": f"p{number}"} for number in range(9))), "test")
     file = texts_file(tmp_path, {f"p{number}": "Text." for number in range(absent, 9)})

@@ -84,10 +84,11 @@ def test_the_answer_stage_is_trained_on_the_gold_rendering(tiny_dataset):
     problems = load_problems(str(tiny_dataset), "train")
     rows = with_gold_columns(problems, stages[:1])
     assert rows[0]["rationale"] == "Solution: " + problems[0]["solution"]
-    from transformers import T5Tokenizer
+    from transformers import T5Tokenizer, ViTImageProcessor
 
     tokenizer = T5Tokenizer(extra_ids=0).train_new_from_iterator([rows[0]["rationale"]], vocab_size=90)
-    labels = StageCollator(MMCoTProcessor(tokenizer, None, stages), stages[0])([rows[0], rows[1]])["labels"]
+    processor = MMCoTProcessor(tokenizer, ViTImageProcessor(), stages)
+    labels = StageCollator(processor, stages[0])([rows[0], rows[1]])["labels"]
     assert labels.shape[1] == 12 and (labels != -100).all()
 
 

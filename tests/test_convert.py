@@ -1,0 +1,271 @@
+"""The authors' model: our `gated_mha` with converted weights against numbers of their own code, and what is refused.
+
+The numbers (`../shared/fixtures/reference_model`) come from the original's model.py under transformers 4.30.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import run_script, shared, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM
+
+from mmcot import convert as convert_module
+from mmcot.convert import convert, read_tensors
+from modeling_mmcot import MMCoTForConditionalGeneration
+
+CASES = {"detr_t5v1_0": "detr", "vit_t5v1_1": "vit", "clip_t5v1_1": "clip"}
+FORMATS = ["model.safetensors", "pytorch_model.bin", "shards"]
+
+
+def original(case, file_format, folder):
+    """A folder as the authors published them, of one case, in one file format."""
+    source = shared(f"fixtures/reference_model/{case}")
+    folder.mkdir()
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    if file_format != "shards":
+        shutil.copyfile(source / file_format, folder / file_format)
+        return folder
+    tensors = torch.load(source / "pytorch_model.bin", weights_only=True)
+    names = sorted(tensors)
+    halves = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, part in halves.items():
+        torch.save({name: tensors[name].clone() for name in part}, folder / file)
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def converted(case, folder, file_format="model.safetensors"):
+    convert(str(original(case, file_format, folder / "original")), folder / "ours", CASES[case])
+    return MMCoTForConditionalGeneration.from_pretrained(folder / "ours").eval()
+
+
+def faults(model, case):
+    """Which of the reference's numbers the model does not give, to the tolerances that were agreed."""
+    reference = load_file(shared(f"fixtures/reference_model/{case}/cases.safetensors"))
+    inputs = {
+        "input_ids": reference["input_ids"],
+        "attention_mask": reference["attention_mask"],
+        "vision_features": reference["image_ids"],
+    }
+    outputs = model(**inputs, labels=reference["labels"])
+    outputs.loss.backward()
+    gradients = {
+        name: parameter.grad for name, parameter in model.named_parameters() if name.startswith("encoder.fusion.")
+    }
+    found = {
+        "encoder_last_hidden_state": (outputs.encoder_last_hidden_state, reference["encoder_last_hidden_state"]),
+        "logits": (outputs.logits, reference["logits"]),
+        "loss": (outputs.loss, reference["loss"][0]),
+    }
+    wrong = {name for name, (ours, theirs) in found.items() if not torch.allclose(ours, theirs, rtol=0, atol=1e-4)}
+    theirs = {name.removeprefix("grad."): value for name, value in reference.items() if name.startswith("grad.")}
+    assert len(theirs) == len(gradients) == 8
+    for name, gradient in theirs.items():
+        ours = gradients[convert_module.renamed(name)]
+        if (ours - gradient).norm() > 1e-4 * gradient.norm():
+            wrong.add(name)
+    if not torch.equal(model.generate(**inputs, max_length=12), reference["greedy"]):
+        wrong.add("greedy")
+    encoder_outputs = model.encoder(**inputs)
+    beams = [beam_search_of_4_30(model, encoder_outputs[0], inputs["attention_mask"], row) for row in range(6)]
+    if texts(beams) != texts(reference["beam4"].tolist()):
+        wrong.add("beam4")
+    return wrong
+
+
+def texts(sequences):
+    """Each sequence up to its end token."""
+    return [tokens[: tokens.index(1) + 1] if 1 in tokens else tokens for tokens in sequences]
+
+
+@torch.no_grad()
+def beam_search_of_4_30(model, states, attention_mask, row, num_beams=4, max_length=12):
+    """
+    The beam search of transformers 4.30, with which the reference was made, over our model's logits. Since then
+    transformers stops a step earlier, and no longer counts the start token in the length that an unfinished hypothesis
+    is divided by.
+    """
+    beams, finished = [(0.0, [0])], []
+    for length in range(1, max_length):
+        output = model(
+            encoder_outputs=(states[row : row + 1].expand(len(beams), -1, -1),),
+            attention_mask=attention_mask[row : row + 1].expand(len(beams), -1),
+            decoder_input_ids=torch.tensor([tokens for _, tokens in beams]),
+        )
+        scores = output.logits[:, -1].log_softmax(dim=-1) + torch.tensor([score for score, _ in beams])[:, None]
+        best = scores.flatten().topk(2 * num_beams)
+        candidates = [
+            (score, beams[index // scores.shape[1]][1], index % scores.shape[1])
+            for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        ended = [(score / length, [*tokens, 1]) for score, tokens, token in candidates[:num_beams] if token == 1]
+        finished = sorted(finished + ended, reverse=True)[:num_beams]
+        beams = [(score, [*tokens, token]) for score, tokens, token in candidates if token != 1][:num_beams]
+        if len(finished) == num_beams and finished[-1][0] >= candidates[0][0] / (length + 1):
+            return finished[0][1]
+    return max(finished + [(score / max_length, tokens) for score, tokens in beams])[1]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_converted_model_is_the_authors(case, file_format, tmp_path):
+    assert faults(converted(case, tmp_path, file_format), case) == set()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generate_finds_the_same_beams_when_it_is_not_stopped_early(case, tmp_path):
+    """As near as transformers 5 comes by itself: `early_stopping="never"`, and a token more for the start token."""
+    reference = load_file(shared(f"fixtures/reference_model/{case}/cases.safetensors"))
+    text = {name: reference[name] for name in ("input_ids", "attention_mask")}
+    tokens = converted(case, tmp_path).generate(
+        **text, vision_features=reference["image_ids"], num_beams=4, early_stopping="never", max_length=13
+    )
+    assert texts(tokens[:, :12].tolist()) == texts(reference["beam4"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("parameter", "seen_in"),
+    [
+        ("encoder.fusion.joint_gate.bias", {"encoder_last_hidden_state", "logits", "encoder.gate_dense.weight"}),
+        ("encoder.fusion.attention.out_proj.weight", {"encoder_last_hidden_state", "encoder.mha_layer.in_proj_weight"}),
+        ("decoder.final_layer_norm.weight", {"logits", "loss"}),
+        ("shared.weight", {"greedy", "beam4"}),
+    ],
+)
+def test_each_tolerance_can_fail(parameter, seen_in, tmp_path):
+    """One weight that is another is seen, by each kind of number."""
+    model = converted("vit_t5v1_1", tmp_path)
+    with torch.no_grad():
+        changed = model.get_parameter(parameter)
+        if parameter == "shared.weight":
+            changed[:] = changed.roll(1, dims=0)
+        else:
+            changed.view(-1)[0] += 0.5
+    assert seen_in <= faults(model, "vit_t5v1_1")
+
+
+def test_a_problem_without_picture_is_one_with_zeros_as_the_authors_trained_it(tmp_path):
+    """The last row of each case has an all-zero picture."""
+    model = converted("detr_t5v1_0", tmp_path)
+    reference = load_file(shared("fixtures/reference_model/detr_t5v1_0/cases.safetensors"))
+    text = {name: reference[name][-1:] for name in ("input_ids", "attention_mask")}
+    assert not reference["image_ids"][-1].any()
+    expected = reference["encoder_last_hidden_state"][-1:]
+    torch.testing.assert_close(model.encoder(**text).last_hidden_state, expected, rtol=0, atol=1e-4)
+    mask = torch.zeros(1, 7)
+    states = model.encoder(**text, vision_features=torch.randn(1, 7, 256), vision_mask=mask).last_hidden_state
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-4)
+
+
+def test_in_a_batch_only_the_row_without_picture_gets_zeros():
+    model = tiny_model(vision_config=None, vision_hidden_size=10, zeros_for_missing_pictures=True)
+    torch.manual_seed(1)
+    text = {"input_ids": torch.randint(3, 60, (2, 5)), "attention_mask": torch.ones(2, 5)}
+    features, mask = torch.randn(2, 3, 10), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    states = model.encoder(**text, vision_features=features, vision_mask=mask).last_hidden_state
+    features[1] = 0
+    expected = model.encoder(**text, vision_features=features).last_hidden_state
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
+
+
+def test_the_command_reports_what_was_mapped_and_the_folder_loads_by_auto_classes(tmp_path):
+    folder = original("detr_t5v1_0", "pytorch_model.bin", tmp_path / "original")
+    output = run_script("-m", "mmcot.convert", folder, tmp_path / "ours", "--vision", "detr").stdout
+    assert "encoder.image_dense.* -> encoder.fusion.vision_projection.* (2 tensors)" in output
+    assert "encoder.mha_layer.* -> encoder.fusion.attention.* (4 tensors)" in output
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours")
+    assert (model.config.fusion, model.config.num_vision_tokens, model.config.vision_hidden_size) == (
+        "gated_mha",
+        100,
+        256,
+    )
+    assert not list((tmp_path / "ours").glob("*.bin")) and (tmp_path / "ours" / "fusion_mmcot.py").exists()
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda f: change_weights(f, lambda t: t.pop("encoder.gate_dense.bias")),
+            "missing: encoder.fusion.joint_gate.bias",
+        ),
+        (lambda f: change_weights(f, lambda t: t.update(odd=torch.ones(1))), "surplus: odd"),
+        (
+            lambda f: change_weights(f, lambda t: t.update({"encoder.image_dense.weight": torch.ones(64, 99)})),
+            r"encoder.fusion.vision_projection.weight \(64, 99\) instead of \(64, 256\)",
+        ),
+        (
+            lambda f: change_weights(f, lambda t: t["lm_head.weight"].add_(1)),
+            "lm_head.weight differs from shared.weight",
+        ),
+        (lambda f: change_config(f, d_model=32), r"shared.weight \(96, 64\) instead of \(96, 32\)"),
+        (lambda f: change_config(f, num_layers=3), "missing: encoder.block.2"),
+        (lambda f: change_config(f, num_layers=1), "surplus: encoder.block.1"),
+        (lambda f: change_config(f, model_type="bart"), "model_type is 'bart'; expected 't5'"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights; expected"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"half"), "model.safetensors is not a whole file of tensors"),
+    ],
+)
+def test_a_folder_that_is_not_its_config_is_refused_and_nothing_is_written(break_it, message, tmp_path):
+    folder = original("detr_t5v1_0", "model.safetensors", tmp_path / "original")
+    break_it(folder)
+    with pytest.raises(ValueError, match=message):
+        convert(str(folder), tmp_path / "ours", "detr")
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_features_of_another_width_are_refused(tmp_path):
+    folder = original("detr_t5v1_0", "model.safetensors", tmp_path / "original")
+    with pytest.raises(ValueError, match=r"\(64, 256\) instead of \(64, 1024\)"):
+        convert(str(folder), tmp_path / "ours", "vit")
+
+
+class Planted:
+    """What a pickle may do when it is loaded: anything."""
+
+    def __reduce__(self):
+        return print, ("planted",)
+
+
+def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys):
+    torch.save({"shared.weight": Planted()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is not a whole file of tensors and nothing else"):
+        read_tensors(tmp_path)
+    assert "planted" not in capsys.readouterr().out
+
+
+def test_shards_that_lack_a_tensor_of_their_index(tmp_path):
+    folder = original("detr_t5v1_0", "shards", tmp_path / "original")
+    torch.save({}, folder / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(ValueError, match="index.json: the shards do not hold .* more"):
+        convert(str(folder), tmp_path / "ours", "detr")
+
+
+def test_a_folder_that_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "ours").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        convert("anything", tmp_path / "ours", "detr")
+
+
+def test_what_is_neither_a_folder_nor_on_the_hub_is_named(tmp_path):
+    result = run_script(
+        "-m", "mmcot.convert", "nobody/nothing", tmp_path / "ours", "--vision", "vit", check=False, HF_HUB_OFFLINE="1"
+    )
+    assert result.returncode == 1 and "nobody/nothing is neither a folder nor" in result.stderr
+    assert "Traceback" not in result.stderr
