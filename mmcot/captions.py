@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from mmcot.files import write_json
 from mmcot.problems import content_key, distinct_pictures, read_picture
 from modeling_mmcot.captioning_mmcot import Captioner
-from modeling_mmcot.processing_mmcot import as_rgb
+from modeling_mmcot.pictures_mmcot import as_rgb
 
 
 def write_captions(

@@ -19,16 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mmcot.features import load_image_processor
+from mmcot.features import AUTHORS_TOWERS, load_image_processor
 from mmcot.files import read_json
 from mmcot.hub import write_hub_folder
 from mmcot.problems import first_few
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
-
-# The authors' name of a kind of features -> the tower that makes them.
-VISION = {"detr": "detr", "vit": "vit", "clip": "clip", "resnet": "resnet_pooled"}
 
 RENAMED = {
     "encoder.image_dense.": "encoder.fusion.vision_projection.",
@@ -74,7 +71,7 @@ def convert(
     Args:
         source: a folder as the authors published them, or a Hub id, `USER/NAME` or `USER/NAME/FOLDER`.
         out_dir: the folder to write; it must not exist.
-        vision: the kind of features that the checkpoint was trained on, a name in `VISION`.
+        vision: the kind of features that the checkpoint was trained on, a name in `AUTHORS_TOWERS`.
         stage_folders: the rationale's and the answer's folder within `source`, for one folder in the Hub's layout.
         prompt_formats: the authors' names of the formats that they were trained on, with `stage_folders`.
         attach_tower: a checkpoint of the picture tower, to go from pixels to answer.
@@ -142,7 +139,7 @@ def convert_model(folder: Path, vision: str, tower, report: list[str]) -> MMCoTF
     model.load_state_dict(state)
     if tower is not None:
         model.config.freeze_vision = model.encoder.config.freeze_vision = True
-        model.attach_tower(tower, VISION[vision])
+        model.attach_tower(tower, AUTHORS_TOWERS[vision])
     return model.eval()
 
 
@@ -153,13 +150,13 @@ def read_config(folder: Path, vision: str) -> MMCoTConfig:
     original = read_json(file)
     if original.get("model_type") != "t5":
         raise ValueError(f"{file}: model_type is {original.get('model_type')!r}; expected 't5'.")
-    tower = TOWERS[VISION[vision]]
+    tower = TOWERS[AUTHORS_TOWERS[vision]]
     kept = {name: value for name, value in original.items() if name not in ("architectures", "model_type")}
     return MMCoTConfig.from_dict(
         {
             **kept,
             "fusion": "gated_mha",
-            "vision_tower": VISION[vision],
+            "vision_tower": AUTHORS_TOWERS[vision],
             "vision_hidden_size": tower.hidden_size,
             "num_vision_tokens": tower.num_patches,
             "zeros_for_missing_pictures": True,
@@ -259,7 +256,7 @@ def build_processor(folder: Path, stages: list[Stage], vision: str, attach_tower
         return None
     image_processor = None
     if attach_tower is not None:
-        published = TOWERS[VISION[vision]].paper_image_processor is not None
+        published = TOWERS[AUTHORS_TOWERS[vision]].paper_image_processor is not None
         image_processor = load_image_processor(attach_tower, "paper" if published else "checkpoint")
     return MMCoTProcessor(AutoTokenizer.from_pretrained(folder), image_processor, stages)
 
@@ -268,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mmcot.convert", description=__doc__.splitlines()[0])
     parser.add_argument("original_dir", help="the authors' folder, or a Hub id: USER/NAME or USER/NAME/FOLDER")
     parser.add_argument("out_dir", help="the folder to write")
-    parser.add_argument("--vision", required=True, choices=VISION, help="the features that it was trained on")
+    parser.add_argument("--vision", required=True, choices=AUTHORS_TOWERS, help="the features that it was trained on")
     parser.add_argument(
         "--stage_folders",
         nargs=2,

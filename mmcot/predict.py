@@ -15,12 +15,13 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from mmcot.features import FeatureStore
+from mmcot.feature_store import FeatureStore
 from mmcot.files import write_json
 from mmcot.problems import SPLITS, check_pictures, join_captions, load_problems, read_pictures, without_gold
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.pipeline_mmcot import run_stage
-from modeling_mmcot.processing_mmcot import Stage, as_pictures
+from modeling_mmcot.processing_mmcot import Stage
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 
 from mmcot.evaluate import format_table
-from mmcot.features import FeatureStore, load_image_processor
+from mmcot.feature_store import FeatureStore
+from mmcot.features import load_image_processor
 from mmcot.files import read_json, write_json
 from mmcot.hub import export
 from mmcot.metrics import score
@@ -37,15 +38,15 @@ from mmcot.predict import log_shortened, predict_stage, read_vision_inputs
 from mmcot.problems import SPLITS, check_pictures, join_captions, join_column, load_problems, require_answers
 from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.processing_mmcot import (
     ENVIRONMENT,
     GOLD_COLUMNS,
     LETTERS,
     PAPER_TEMPLATES,
     Stage,
-    build_image_processor,
 )
-from modeling_mmcot.vision_mmcot import load_vision_tower, tower_width
+from modeling_mmcot.vision_mmcot import load_vision_tower, tower_name, tower_width
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ def build_model(
             **fields,
         )
     if tower is not None:
-        model.attach_tower(tower, arguments.vision_tower)
+        model.attach_tower(tower, tower_name(arguments.vision_model_name_or_path, arguments.vision_tower))
     model.generation_config.update(max_new_tokens=stage.max_target_length, num_beams=stage.num_beams)
     return model
 

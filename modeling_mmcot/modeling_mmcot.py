@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mmcot import MMCoTConfig
 from .fusion_mmcot import Fusion, build_fusion
-from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_width
+from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 
 @dataclass
@@ -279,7 +279,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         """
         tower = load_vision_tower(vision_model)
         model = cls.from_pretrained(text_model, vision_hidden_size=tower_width(tower), **kwargs)
-        model.attach_tower(tower, vision_tower)
+        model.attach_tower(tower, tower_name(vision_model, vision_tower))
         return model
 
     def attach_tower(self, tower: PreTrainedModel, name: str | None = None) -> None:

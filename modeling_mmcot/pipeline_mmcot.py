@@ -12,7 +12,8 @@ import torch
 from transformers import Pipeline, PreTrainedModel
 
 from .captioning_mmcot import Captioner
-from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, as_pictures, read_answer
+from .pictures_mmcot import as_pictures
+from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, read_answer
 
 
 @torch.no_grad()

@@ -4,38 +4,28 @@ Notable:
 - a stage is data: which columns it reads, the one it writes, a source and a target template (Jinja, like chat
   templates), its lengths. The stages stand in the processor's own config and so travel with the weights;
 - a template sees only the columns that the stage reads; the target template sees the gold columns as well;
-- a source that is too long loses its least useful words, never the question, the choices or the cue;
-- pictures of every kind that Pillow reads become RGB here, one at a time and in bounded memory, and are always prepared
-  in Pillow's backend: the same numbers with and without torchvision.
+- a source that is too long loses its least useful words, never the question, the choices or the cue.
 
-It does not read datasets (`mmcot.problems`) and does not run the model (`pipeline_mmcot.py`).
+It does not read datasets (`mmcot.problems`), does not know the kinds of pictures (`pictures_mmcot.py`) and does not run
+the model (`pipeline_mmcot.py`).
 """
 
 import bisect
 import functools
-import math
-import os
 import re
 from dataclasses import asdict, dataclass
 
 import torch
-import transformers
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
+
+from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, stack_pixels
 
 GOLD_COLUMNS = ("answer", "lecture", "solution")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_PATTERN = re.compile(r"The answer is \(([A-Z])\)")
-
-# A larger picture is reduced by a whole factor as it is read, and a longer strip is made shorter and wider: no tower
-# sees the difference, and a resize by the shorter side would make either fill the memory.
-MAX_PIXELS = 16_000_000
-MAX_ASPECT = 32
-MAX_STRIP = 8192
 
 # What a source that is too long gives up, in this order: (column, whether its last words go first). A rationale begins
 # with the lecture and ends with the conclusion, so it is shortened from its start.
@@ -291,90 +281,6 @@ class MMCoTProcessor(ProcessorMixin):
     def pixels(self, picture: Image.Image) -> torch.FloatTensor:
         """One RGB picture as the tower reads it, `(3, height, width)`."""
         return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
-
-
-def stack_pixels(pixels: list[list[torch.FloatTensor]]) -> dict[str, torch.Tensor]:
-    """
-    Pictures of unlike sizes and numbers, each `(3, height, width)`, a list for each problem -> one batch; nothing where
-    there is not one picture. What is returned: [`MMCoTProcessor.prepare_pictures`].
-    """
-    num_images = max(len(entry) for entry in pixels)
-    if num_images == 0:
-        return {}
-    sizes = [picture.shape[1:] for entry in pixels for picture in entry]
-    height, width = (max(size[side] for size in sizes) for side in (0, 1))
-    values = torch.zeros(len(pixels), num_images, 3, height, width)
-    mask = torch.zeros(len(pixels), num_images, height, width, dtype=torch.bool)
-    for index, entry in enumerate(pixels):
-        for number, picture in enumerate(entry):
-            values[index, number, :, : picture.shape[1], : picture.shape[2]] = picture
-            mask[index, number, : picture.shape[1], : picture.shape[2]] = True
-    return {"pixel_values": values, "pixel_mask": mask}
-
-
-def build_image_processor(settings: dict) -> BaseImageProcessor:
-    """
-    An image processor of transformers from what its `to_dict` gave, in Pillow's backend where it has one.
-
-    Args:
-        settings (`dict`): `image_processor_type` names the class, the rest are its arguments.
-    """
-    settings = dict(settings)
-    name = settings.pop("image_processor_type", None)
-    if name == "TimmWrapperImageProcessor":
-        # It saves what it made of `pretrained_cfg`, which it takes for one again.
-        return transformers.TimmWrapperImageProcessor(pretrained_cfg=settings["data_config"])
-    name = str(name).removesuffix("Fast")
-    image_processor_class = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
-    if image_processor_class is None:
-        raise ValueError(f"image_processor_type is {name!r}; expected an image processor of transformers.")
-    return image_processor_class(**settings)
-
-
-def in_pillow_backend(image_processor: BaseImageProcessor) -> BaseImageProcessor:
-    """The same image processor as it will be when it is loaded again."""
-    has_two_backends = hasattr(transformers, f"{type(image_processor).__name__}Pil")
-    return build_image_processor(image_processor.to_dict()) if has_two_backends else image_processor
-
-
-def as_pictures(entry) -> list[Image.Image]:
-    """The pictures of one problem, given as none, one or a list of PIL images, paths or URLs, as RGB."""
-    if entry is None:
-        return []
-    entries = entry if isinstance(entry, (list, tuple)) else [entry]
-    return [as_rgb(open_picture(picture)) for picture in entries]
-
-
-def open_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
-    path = os.fspath(picture)
-    if not os.path.isfile(path):
-        return load_image(path)  # a URL or base64, or an error that lists what may be given
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {path} is not a whole image that Pillow reads, or is too large: {error}") from error
-
-
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """
-    As every tower takes a picture: upright, RGB, the first frame, of bounded size. Transparency is dropped, as the
-    original and transformers drop it; 16-bit grey is scaled, where Pillow's own conversion cuts it off at white.
-    """
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if picture.mode != "RGB":
-        picture = picture.convert("RGB")
-    if picture.width * picture.height > MAX_PIXELS:
-        picture = picture.reduce(math.ceil(math.sqrt(picture.width * picture.height / MAX_PIXELS)))
-    if max(picture.size) > MAX_ASPECT * min(picture.size):
-        sides = [min(side, MAX_STRIP) for side in picture.size]
-        picture = picture.resize(tuple(max(side, max(sides) // MAX_ASPECT) for side in sides))
-    return picture
 
 
 MMCoTProcessor.register_for_auto_class()

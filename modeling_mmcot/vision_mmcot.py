@@ -105,9 +105,9 @@ TOWERS: dict[str, VisionTower] = {
     ),
     "clip_vit": VisionTower(
         model_type="clip_vision_model",
-        checkpoint="openai/clip-vit-large-patch14",
-        num_patches=256,
-        hidden_size=1024,
+        checkpoint="openai/clip-vit-base-patch32",
+        num_patches=49,
+        hidden_size=768,
         patches=without_class_state,
         unread=("post_layernorm",),
     ),
@@ -172,6 +172,11 @@ def load_vision_tower(checkpoint: str, **kwargs) -> PreTrainedModel:
 def checkpoint_of(name_or_checkpoint: str) -> str:
     """The checkpoint that stands for a name in `TOWERS`; anything else is a checkpoint itself."""
     return TOWERS[name_or_checkpoint].checkpoint if name_or_checkpoint in TOWERS else name_or_checkpoint
+
+
+def tower_name(name_or_checkpoint: str, name: str | None = None) -> str | None:
+    """The tower's name in `TOWERS`: as given, or as which the checkpoint was given."""
+    return name or (name_or_checkpoint if name_or_checkpoint in TOWERS else None)
 
 
 def prepared(vision_config: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,10 +1,12 @@
 """What several test files need: the shared data, tiny models with random weights, a run of a tiny recipe."""
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from mmcot.demo import generate
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+from modeling_mmcot.fusion_mmcot import FUSIONS
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -54,6 +57,37 @@ def tiny_model(seed: int = 0, **config) -> MMCoTForConditionalGeneration:
     return model.eval()
 
 
+@pytest.fixture(params=FUSIONS)
+def build(request):
+    """`tiny_model` with each fusion in turn."""
+    return functools.partial(tiny_model, fusion=request.param)
+
+
+@pytest.fixture
+def batch():
+    """Three problems: the second has a shorter text, the third no picture."""
+    torch.manual_seed(2)
+    input_ids = torch.randint(3, 60, (3, 9))
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[1, 6:], attention_mask[1, 6:] = 0, 0
+    pixel_mask = torch.ones(3, 1, 32, 32, dtype=torch.bool)
+    pixel_mask[2] = False
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(3, 1, 3, 32, 32),
+        "pixel_mask": pixel_mask,
+    }
+
+
+@pytest.fixture
+def labels():
+    torch.manual_seed(3)
+    labels = torch.randint(3, 60, (3, 6))
+    labels[1, 2:] = -100
+    return labels
+
+
 def run_script(*command: str, check: bool = True, cwd: Path = REPOSITORY, **environment: str):
     """A command as a user runs it, in a process of its own."""
     result = subprocess.run(
@@ -68,6 +102,42 @@ def run_script(*command: str, check: bool = True, cwd: Path = REPOSITORY, **envi
             f"{command} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
         )
     return result
+
+
+# Nothing of ours, and of the libraries that training needs none, can be imported where this has run.
+STRANGER = """
+import importlib.util, json, sys
+not_needed = {"trl", "peft", "datasets", "accelerate", "nltk", "rouge", "torchvision", "timm"}
+for name in not_needed - set(sys.argv.pop().split()):
+    sys.modules[name] = None
+for name in ("mmcot", "modeling_mmcot", "configuration_mmcot"):
+    assert importlib.util.find_spec(name) is None, name
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import pipeline
+"""
+
+
+def as_a_stranger(code, cwd, *arguments, needs=""):
+    """
+    Run code isolated (`-I`), in another folder, offline, with nothing cached; what it prints last. `needs` names what a
+    tower wants of the libraries that are otherwise kept away.
+    """
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cwd / "hf_home"),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "2",
+    }
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER + textwrap.dedent(code), *map(str, arguments), needs],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

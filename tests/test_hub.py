@@ -2,46 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
-from conftest import run_script, tiny_model
+from conftest import as_a_stranger, run_script, tiny_model
 
 from mmcot.hub import shipped_code
 from modeling_mmcot import MMCoTProcessor
-
-# Nothing of ours, and of the libraries that training needs none, can be imported where this has run.
-STRANGER = """
-import importlib.util, json, sys
-for name in ("trl", "peft", "datasets", "accelerate", "nltk", "rouge", "torchvision"):
-    sys.modules[name] = None
-for name in ("mmcot", "modeling_mmcot", "configuration_mmcot"):
-    assert importlib.util.find_spec(name) is None, name
-import torch
-from transformers import *
-"""
-
-
-def as_a_stranger(code, cwd, *arguments):
-    """Run code isolated (`-I`), in another folder, offline, with nothing cached; what it prints last."""
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(cwd / "hf_home"),
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "2",
-    }
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER + textwrap.dedent(code), *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture

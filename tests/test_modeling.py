@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_TEXT, TINY_VISION, tiny_model
+from conftest import TINY_TEXT, TINY_VISION
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -21,31 +21,6 @@ from transformers import (
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 
 
-@pytest.fixture
-def batch():
-    """Three problems: the second has a shorter text, the third no picture."""
-    torch.manual_seed(2)
-    input_ids = torch.randint(3, 60, (3, 9))
-    attention_mask = torch.ones_like(input_ids)
-    input_ids[1, 6:], attention_mask[1, 6:] = 0, 0
-    pixel_mask = torch.ones(3, 1, 32, 32, dtype=torch.bool)
-    pixel_mask[2] = False
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "pixel_values": torch.randn(3, 1, 3, 32, 32),
-        "pixel_mask": pixel_mask,
-    }
-
-
-@pytest.fixture
-def labels():
-    torch.manual_seed(3)
-    labels = torch.randint(3, 60, (3, 6))
-    labels[1, 2:] = -100
-    return labels
-
-
 def row(batch, index):
     return {name: tensor[index : index + 1] for name, tensor in batch.items()}
 
@@ -58,8 +33,8 @@ def as_t5(model):
     return t5
 
 
-def test_a_row_without_picture_is_t5_to_the_bit(batch, labels):
-    model = tiny_model()
+def test_a_row_without_picture_is_t5_to_the_bit(build, batch, labels):
+    model = build()
     t5 = as_t5(model)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     fused = model.encoder(**batch).last_hidden_state
@@ -72,8 +47,8 @@ def test_a_row_without_picture_is_t5_to_the_bit(batch, labels):
     assert torch.equal(model.generate(**texts, num_beams=3), t5.generate(**texts, num_beams=3, max_new_tokens=12))
 
 
-def test_a_zero_vision_mask_means_no_picture(batch):
-    model = tiny_model(vision_config=None, vision_hidden_size=10)
+def test_a_zero_vision_mask_means_no_picture(build, batch):
+    model = build(vision_config=None, vision_hidden_size=10)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     features = torch.randn(3, 4, 10)
     vision_mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
@@ -83,15 +58,15 @@ def test_a_zero_vision_mask_means_no_picture(batch):
     assert not torch.equal(fused[0], plain[0]) and not torch.equal(fused[2], plain[2])
 
 
-def test_one_picture_each_may_come_without_the_images_dimension(batch):
-    model = tiny_model()
+def test_one_picture_each_may_come_without_the_images_dimension(build, batch):
+    model = build()
     squeezed = {**batch, "pixel_values": batch["pixel_values"][:, 0], "pixel_mask": batch["pixel_mask"][:, 0]}
     assert torch.equal(model.encoder(**batch).last_hidden_state, model.encoder(**squeezed).last_hidden_state)
 
 
-def test_padding_changes_no_output(batch, labels):
+def test_padding_changes_no_output(build, batch, labels):
     """Text padded left or right, patches padded, rows batched: the logits are those of the row alone."""
-    model = tiny_model()
+    model = build()
     together = model(**batch, labels=labels).logits
     for index, length in enumerate((9, 6, 9)):
         alone = row(batch, index)
@@ -105,9 +80,9 @@ def test_padding_changes_no_output(batch, labels):
         torch.testing.assert_close(padded_left, expected, rtol=0, atol=1e-5)
 
 
-def test_several_pictures_and_padding_pictures(batch):
+def test_several_pictures_and_padding_pictures(build, batch):
     """A second picture adds patches; a masked second picture adds none."""
-    model = tiny_model(max_images=2)
+    model = build(max_images=2)
     one = row(batch, 0)
     two = {**one, "pixel_values": torch.cat([one["pixel_values"], torch.randn(1, 1, 3, 32, 32)], dim=1)}
     states = model.encoder(**one).last_hidden_state
@@ -118,8 +93,8 @@ def test_several_pictures_and_padding_pictures(batch):
 
 
 @pytest.mark.parametrize("generation", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
-def test_cached_equals_uncached(batch, generation):
-    model = tiny_model(initializer_factor=2.0)
+def test_cached_equals_uncached(build, batch, generation):
+    model = build(initializer_factor=2.0)
     outputs = []
     for use_cache in (True, False):
         torch.manual_seed(4)
@@ -128,13 +103,13 @@ def test_cached_equals_uncached(batch, generation):
     assert len({tuple(tokens) for tokens in outputs[0].tolist()}) > 1
 
 
-def test_detr_as_the_tower_with_pictures_of_unlike_sizes():
+def test_detr_as_the_tower_with_pictures_of_unlike_sizes(build):
     """Any tower with a `last_hidden_state`; DETR's is its object queries', and it is told which pixels are real."""
     torch.manual_seed(0)
     backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     detr = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
-    model = tiny_model(vision_config={"model_type": "detr", "backbone_config": backbone, **detr, **heads})
+    model = build(vision_config={"model_type": "detr", "backbone_config": backbone, **detr, **heads})
     processor = MMCoTProcessor(
         PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())),
         DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}),
@@ -148,8 +123,8 @@ def test_detr_as_the_tower_with_pictures_of_unlike_sizes():
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
 
 
-def test_pictures_are_encoded_once_per_generate(batch):
-    model = tiny_model()
+def test_pictures_are_encoded_once_per_generate(build, batch):
+    model = build()
     calls = []
     model.encoder.vision_tower.register_forward_hook(lambda *_: calls.append("tower"))
     model.encoder.fusion.register_forward_hook(lambda *_: calls.append("fusion"))
@@ -157,16 +132,16 @@ def test_pictures_are_encoded_once_per_generate(batch):
     assert sorted(calls) == ["fusion", "tower"]
 
 
-def test_given_encoder_outputs_are_not_fused_again(batch, labels):
-    model = tiny_model()
+def test_given_encoder_outputs_are_not_fused_again(build, batch, labels):
+    model = build()
     encoder_outputs = model.encoder(**batch)
     given = model(encoder_outputs=encoder_outputs, attention_mask=batch["attention_mask"], labels=labels)
     assert torch.equal(given.logits, model(**batch, labels=labels).logits)
 
 
-def test_the_loss_honours_num_items_in_batch(batch, labels):
+def test_the_loss_honours_num_items_in_batch(build, batch, labels):
     """The mean over the tokens of a whole step equals the sum of its parts, each over the step's tokens."""
-    model = tiny_model()
+    model = build()
     logits = model(**batch, labels=labels).logits
     mean = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     torch.testing.assert_close(model(**batch, labels=labels).loss, mean)
@@ -175,15 +150,15 @@ def test_the_loss_honours_num_items_in_batch(batch, labels):
     torch.testing.assert_close(sum(parts), mean)
 
 
-def test_return_dict_both_ways(batch, labels):
-    model = tiny_model()
+def test_return_dict_both_ways(build, batch, labels):
+    model = build()
     as_dict = model(**batch, labels=labels)
     as_tuple = model(**batch, labels=labels, return_dict=False)
     assert torch.equal(as_tuple[0], as_dict.loss) and torch.equal(as_tuple[1], as_dict.logits)
 
 
-def test_scores_of_choices_are_log_probabilities_of_separate_passes(batch):
-    model = tiny_model()
+def test_scores_of_choices_are_log_probabilities_of_separate_passes(build, batch):
+    model = build()
     choices = [[[5, 6, 1], [7, 1], [8, 9, 10, 1]], [[11, 1], [12, 13, 1]], [[14, 1]]]
     choice_labels = torch.full((3, 3, 4), -100)
     for i, texts in enumerate(choices):
@@ -202,19 +177,33 @@ def test_scores_of_choices_are_log_probabilities_of_separate_passes(batch):
             torch.testing.assert_close(scores[i, j], expected, rtol=0, atol=1e-4)
 
 
-def test_both_kinds_of_picture_at_once_are_refused(batch):
+def test_both_kinds_of_picture_at_once_are_refused(build, batch):
     with pytest.raises(ValueError, match="pixel_values and vision_features were both given"):
-        tiny_model()(**batch, vision_features=torch.randn(3, 4, 24), labels=torch.ones(3, 1, dtype=torch.long))
+        build()(**batch, vision_features=torch.randn(3, 4, 24), labels=torch.ones(3, 1, dtype=torch.long))
 
 
-def test_features_of_another_width_are_refused(batch):
+def test_features_of_another_width_are_refused(build, batch):
     with pytest.raises(ValueError, match="vision_features are 7 wide, but config.vision_hidden_size is 24"):
-        tiny_model().encoder(input_ids=batch["input_ids"], vision_features=torch.randn(3, 4, 7))
+        build().encoder(input_ids=batch["input_ids"], vision_features=torch.randn(3, 4, 7))
 
 
-def test_pixels_without_a_tower_are_refused(batch):
+def test_pixels_without_a_tower_are_refused(build, batch):
     with pytest.raises(ValueError, match="no picture tower"):
-        tiny_model(vision_config=None, vision_hidden_size=24).encoder(**batch)
+        build(vision_config=None, vision_hidden_size=24).encoder(**batch)
+
+
+def test_more_pictures_than_the_limit_are_refused(build, batch):
+    batch["pixel_values"] = batch["pixel_values"].expand(-1, 3, -1, -1, -1)
+    with pytest.raises(ValueError, match="hold 3 pictures a problem, but config.max_images is 2"):
+        build(max_images=2).encoder(**batch)
+
+
+def test_masks_of_another_size_are_refused(build, batch):
+    with pytest.raises(ValueError, match=r"pixel_mask is of shape \(3, 1, 16, 32\).*\(3, 1, 32, 32\)"):
+        build().encoder(**{**batch, "pixel_mask": batch["pixel_mask"][:, :, :16]})
+    with pytest.raises(ValueError, match=r"vision_mask is of shape \(3, 5\).*\(3, 4\)"):
+        features = {"vision_features": torch.randn(3, 4, 24), "vision_mask": torch.ones(3, 5)}
+        build().encoder(input_ids=batch["input_ids"], **features)
 
 
 def test_a_tower_of_another_width_is_refused():
@@ -278,41 +267,45 @@ def test_an_untied_head_stays_untied(tmp_path):
     assert not again.config.scale_decoder_outputs
 
 
-def test_a_fresh_untied_model_is_untied_and_a_tied_one_tied():
-    untied = tiny_model(tie_word_embeddings=False)
+def test_a_fresh_untied_model_is_untied_and_a_tied_one_tied(build):
+    untied = build(tie_word_embeddings=False)
     assert untied.lm_head.weight is not untied.shared.weight
-    tied = tiny_model()
+    tied = build()
     assert tied.lm_head.weight is tied.shared.weight
     tied.resize_token_embeddings(70)
     assert tied.lm_head.weight is tied.shared.weight
 
 
-def test_fresh_weights_are_as_large_as_t5s():
+def test_fresh_weights_are_as_large_as_t5s(build):
     """Custom code is initialised by another path in transformers, which once left T5's layers at a deviation of 1."""
     theirs = dict(T5ForConditionalGeneration(T5Config(**TINY_TEXT)).named_parameters())
-    for name, parameter in tiny_model().named_parameters():
+    for name, parameter in build().named_parameters():
         if name in theirs and parameter.dim() == 2:
             assert parameter.std().item() == pytest.approx(theirs[name].std().item(), rel=0.25), name
+        elif "fusion" in name and parameter.dim() == 1:
+            assert not parameter.any(), name
         elif "fusion" in name:
             assert parameter.std().item() == pytest.approx(parameter.shape[1] ** -0.5, rel=0.25), name
 
 
-def test_initial_weights_come_from_the_seed():
-    first, second, other = (tiny_model(seed).state_dict() for seed in (0, 0, 1))
+def test_initial_weights_come_from_the_seed(build):
+    first, second, other = (build(seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["encoder.fusion.vision_gate.weight"], other["encoder.fusion.vision_gate.weight"])
+    assert not torch.equal(
+        first["encoder.fusion.vision_projection.weight"], other["encoder.fusion.vision_projection.weight"]
+    )
 
 
-def test_a_frozen_tower_gets_no_gradient_and_stays_in_evaluation_mode(batch, labels):
-    model = tiny_model(freeze_vision=True).train()
+def test_a_frozen_tower_gets_no_gradient_and_stays_in_evaluation_mode(build, batch, labels):
+    model = build(freeze_vision=True).train()
     model(**batch, labels=labels).loss.backward()
     tower = model.encoder.vision_tower
     assert not tower.training and all(parameter.grad is None for parameter in tower.parameters())
     assert model.encoder.fusion.vision_projection.weight.grad.abs().sum() > 0
 
 
-def test_training_reaches_every_parameter(batch, labels):
-    model = tiny_model().train()
+def test_training_reaches_every_parameter(build, batch, labels):
+    model = build().train()
     model(**batch, labels=labels).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []

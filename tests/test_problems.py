@@ -27,7 +27,7 @@ from mmcot.problems import (
     require_answers,
     without_gold,
 )
-from modeling_mmcot.processing_mmcot import as_pictures
+from modeling_mmcot.pictures_mmcot import as_pictures
 
 ROW = {"id": "p1", "question": "Which color is it?", "choices": ["red", "blue"], "answer": 1, "split": "test"}
 

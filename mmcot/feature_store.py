@@ -1,0 +1,258 @@
+"""The features of a dataset's pictures on disk: written batch by batch, read a row at a time.
+
+Notable:
+- a store is `manifest.json` (what made it), `rows.bin` (one record of fixed size a picture) and `rows.jsonl` (the keys
+  of each batch, a line a batch, written after its rows). A kill loses the batch in hand, and the same command goes on;
+- a row is found by its picture's content (or, of an imported file, by problem id), mapped into memory when it is read
+  and let go at once: reading all of a store keeps none of it resident;
+- a store that does not fit a model or a dataset is refused with what differs.
+
+How features are computed is `features.py`'s.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+
+from mmcot.files import read_json, write_json
+from mmcot.problems import content_key, first_few
+from modeling_mmcot.vision_mmcot import checkpoint_of
+
+MANIFEST, ROWS, KEYS = "manifest.json", "rows.bin", "rows.jsonl"
+
+
+class FeatureStore:
+    """
+    A finished store, to read from.
+
+    Args:
+        folder: where `python -m mmcot.features` wrote it.
+
+    Raises:
+        ValueError: a file that is missing, cut off or was edited, by name.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.record = record_type(self.manifest["record"])
+        keys = [key for batch in read_key_batches(self.folder) for key in batch]
+        expected, found = len(keys) * self.record.itemsize, file_size(self.folder / ROWS)
+        if expected != found:
+            raise ValueError(
+                f"{self.folder / ROWS} has {found} bytes; {len(keys)} rows of {self.record.itemsize} bytes are "
+                f"{expected}. The file was cut off or is still being written: run mmcot.features again."
+            )
+        self.rows = {key: row for row, key in enumerate(keys)}
+        self.contents: dict[str, str] = {}  # a file's key by its path, so that it is read once
+
+    @property
+    def hidden_size(self) -> int:
+        return self.record["features"].shape[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.record["features"].shape[0] * self.manifest["repeats"]
+
+    @property
+    def needs_files(self) -> bool:
+        """Whether rows are found by the pictures' content; those of an imported file go by problem id."""
+        return self.manifest["keys"] == "content"
+
+    def read(self, key: str) -> dict[str, np.ndarray]:
+        """One record, copied: `features`, and of a detector `boxes` and `class_scores` too."""
+        offset = self.rows[key] * self.record.itemsize
+        # Mapped for this row alone: pages of a mapping that lives on would stay resident, all of the store in the end.
+        row = np.memmap(self.folder / ROWS, dtype=self.record, mode="r", offset=offset, shape=(1,))[0]
+        return {name: np.array(row[name]) for name in self.record.names}
+
+    def keys_of(self, problem: dict[str, Any]) -> list[str]:
+        """The rows that a problem's pictures should have."""
+        if not self.needs_files:
+            return [problem["id"]] if problem["images"] or problem["id"] in self.rows else []
+        return [self.key_of(picture) for picture in problem["images"]]
+
+    def key_of(self, picture: dict[str, Any]) -> str:
+        path = picture["path"]
+        if path is None:
+            return content_key(picture)
+        if path not in self.contents:
+            self.contents[path] = content_key(picture)
+        return self.contents[path]
+
+    def features_of(self, problem: dict[str, Any]) -> torch.Tensor:
+        """`(num_images * num_patches, hidden_size)`, its pictures one after another."""
+        features = [torch.from_numpy(self.read(key)["features"]) for key in self.keys_of(problem)]
+        repeated = [patches.repeat(self.manifest["repeats"], 1) for patches in features]
+        return torch.cat(repeated) if repeated else torch.zeros(0, self.hidden_size)
+
+    def batch(self, problems: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `vision_features` `(batch_size, num_patches, hidden_size)` in float32 and `vision_mask`
+            `(batch_size, num_patches)`, or nothing where no problem of the batch has a picture.
+        """
+        features = [self.features_of(problem).float() for problem in problems]
+        if not any(len(patches) for patches in features):
+            return {}
+        masks = [torch.ones(len(patches), dtype=torch.bool) for patches in features]
+        return {
+            "vision_features": torch.nn.utils.rnn.pad_sequence(features, batch_first=True),
+            "vision_mask": torch.nn.utils.rnn.pad_sequence(masks, batch_first=True),
+        }
+
+    def check_problems(self, problems: Dataset) -> None:
+        """Every picture of the problems has its row, or a `ValueError` names those without."""
+        absent = [row["id"] for row in problems if not all(key in self.rows for key in self.keys_of(row))]
+        if absent:
+            raise ValueError(
+                f"{self.folder} has no features for the pictures of {len(absent)} of {len(problems)} problems: "
+                f"{first_few(absent)}. Run mmcot.features on this dataset."
+            )
+
+    def check_model(self, config: PreTrainedConfig, image_processor: BaseImageProcessor | None) -> None:
+        """The features are those that the model's own tower would give, as far as the model has one."""
+        self.compare("width of the patches", self.hidden_size, config.vision_hidden_size)
+        if config.num_vision_tokens is not None:
+            self.compare("patches of a picture", self.num_patches, config.num_vision_tokens)
+        if config.vision_tower is not None and self.manifest["vision_tower"] is not None:
+            self.compare("vision_tower", self.manifest["vision_tower"], config.vision_tower)
+        if config.vision_config is None or self.manifest["vision_config"] is None:
+            return
+        if not config.freeze_vision:
+            raise ValueError(
+                f"{self.folder} holds features of a fixed tower; this model trains its own: freeze_vision."
+            )
+        self.compare_fields("vision_config", self.manifest["vision_config"], tower_settings(config.vision_config))
+        self.compare_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
+
+    def check_tower(self, checkpoint: str, preprocessing: str) -> None:
+        """The features are of this checkpoint, where the store says of which they are."""
+        if self.manifest["tower"] is not None:
+            self.compare("tower", self.manifest["tower"], checkpoint_of(checkpoint))
+            self.compare("preprocessing", self.manifest["preprocessing"], preprocessing)
+
+    def compare_fields(self, name: str, here: dict, there: dict) -> None:
+        for field in sorted(here.keys() | there.keys()):
+            self.compare(f"{name}.{field}", here.get(field), there.get(field))
+
+    def compare(self, name: str, here: Any, there: Any) -> None:
+        if here != there:
+            raise ValueError(f"{self.folder} does not fit: {name} is {here!r} in the store, {there!r} in the model.")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{folder} is no feature store: it has no {MANIFEST}. python -m mmcot.features writes one.")
+    manifest = read_json(file)
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise ValueError(f"{file} was edited: its digest does not belong to what it says. Compute the store again.")
+    return manifest
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    said = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def record_type(fields: list[list]) -> np.dtype:
+    return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in fields])
+
+
+def read_key_batches(folder: Path) -> list[list[str]]:
+    """The keys of each whole batch; a last line that was cut off is one that was not written."""
+    file = folder / KEYS
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{file}: not a list of keys in each line ({error}). Compute the store again.") from error
+
+
+def file_size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+class FeatureWriter:
+    """Adds batches to a store, after those that are in it. A batch is there with all its rows or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        batches = read_key_batches(folder)
+        self.keys = {key for batch in batches for key in batch}
+        if self.keys:
+            self.manifest = read_manifest(folder)
+            size = len(self.keys) * record_type(self.manifest["record"]).itemsize
+            found = file_size(folder / ROWS)
+            if found < size:
+                raise ValueError(
+                    f"{folder / ROWS} has {found} bytes; its {len(self.keys)} rows are {size}. The file was cut off: "
+                    f"remove {folder} and compute it again."
+                )
+            # What a killed run left behind its last whole batch.
+            os.truncate(folder / ROWS, size)
+            os.truncate(folder / KEYS, sum(len(json.dumps(batch)) + 1 for batch in batches))
+        else:
+            self.manifest = None
+            for name in (ROWS, KEYS):
+                (folder / name).write_bytes(b"")
+
+    def claim(self, manifest: dict[str, Any]) -> None:
+        """This store is of that manifest; one with rows of another is a `ValueError` that names what differs."""
+        manifest = json.loads(json.dumps(manifest))
+        manifest["digest"] = manifest_digest(manifest)
+        if self.manifest is None:
+            write_json(self.folder / MANIFEST, manifest)
+            self.manifest = manifest
+        for name in manifest.keys() - {"digest"}:
+            if self.manifest.get(name) != manifest[name]:
+                raise ValueError(
+                    f"{self.folder} holds features of another kind: {name} is {self.manifest.get(name)!r} there, "
+                    f"{manifest[name]!r} here. Choose another --output."
+                )
+
+    def add(self, keys: list[str], rows: np.ndarray) -> None:
+        append(self.folder / ROWS, rows.tobytes())
+        append(self.folder / KEYS, json.dumps(keys).encode() + b"\n")
+        self.keys.update(keys)
+
+
+def append(file: Path, content: bytes) -> None:
+    with file.open("ab") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def tower_settings(vision_config: PreTrainedConfig) -> dict[str, Any]:
+    """What of a tower's configuration says which numbers it gives: not where it came from or in what it was saved."""
+    said = json.loads(vision_config.to_json_string())
+    for name in (
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+    ):
+        said.pop(name, None)
+    return said
+
+
+def settings_of(image_processor: BaseImageProcessor | None) -> dict[str, Any]:
+    return {} if image_processor is None else json.loads(json.dumps(image_processor.to_dict()))
+
+
+def fields_of(record: np.dtype) -> list[list]:
+    return [[name, record[name].base.str, list(record[name].shape)] for name in record.names]

@@ -1,0 +1,181 @@
+"""Pictures of every kind that users have: what becomes of them, by both ways in, within how much memory."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image
+from transformers import CLIPImageProcessor, DetrImageProcessor, ViTImageProcessor
+
+from mmcot.problems import load_problems, read_pictures
+from modeling_mmcot.pictures_mmcot import (
+    MAX_PIXELS,
+    as_pictures,
+    as_rgb,
+    build_image_processor,
+    in_pillow_backend,
+    stack_pixels,
+)
+from modeling_mmcot.vision_mmcot import TOWERS
+
+
+def by_both_ways(file):
+    """As the pipeline reads a path, and as training and prediction read a problem's picture."""
+    row = {"question": "What is it?", "images": [file.name]}
+    (file.parent / "problems.jsonl").write_text(json.dumps(row))
+    (problem,) = load_problems(str(file.parent / "problems.jsonl"), "test")
+    (from_path,), (from_problem,) = as_pictures(file), as_pictures(read_pictures(problem))
+    assert from_path.tobytes() == from_problem.tobytes() and from_path.size == from_problem.size
+    assert from_path.mode == "RGB"
+    return from_path
+
+
+def test_transparency_is_dropped(tmp_path):
+    picture = Image.new("RGBA", (8, 6), (10, 20, 30, 0))
+    picture.save(tmp_path / "x.png")
+    assert by_both_ways(tmp_path / "x.png").getpixel((3, 3)) == (10, 20, 30)
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_palette_becomes_its_colors(tmp_path, transparent):
+    picture = Image.new("P", (8, 6), 1)
+    picture.putpalette([0, 0, 0, 200, 100, 50])
+    picture.save(tmp_path / "x.png", **({"transparency": 0} if transparent else {}))
+    assert by_both_ways(tmp_path / "x.png").getpixel((3, 3)) == (200, 100, 50)
+
+
+def test_16_bit_grey_is_scaled_and_not_cut_off_at_white(tmp_path):
+    picture = Image.new("I;16", (3, 1))
+    for column, value in enumerate((0, 32768, 65535)):
+        picture.putpixel((column, 0), value)
+    picture.save(tmp_path / "x.png")
+    assert [by_both_ways(tmp_path / "x.png").getpixel((n, 0))[0] for n in range(3)] == [0, 127, 255]
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "x.jpg", quality=100)
+    red, green, blue = by_both_ways(tmp_path / "x.jpg").getpixel((9, 9))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_a_picture_that_its_camera_turned_stands_upright(tmp_path):
+    picture = Image.new("RGB", (40, 20), "white")
+    picture.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: its first column is the upper row
+    picture.save(tmp_path / "x.png", exif=exif)
+    upright = by_both_ways(tmp_path / "x.png")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5)) == (255, 0, 0) and upright.getpixel((10, 35)) == (255, 255, 255)
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    for name in ("x.gif", "x.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+        assert by_both_ways(tmp_path / name).getpixel((3, 3)) == (255, 0, 0)
+
+
+PROCESSORS = {
+    "paper_detr": TOWERS["detr"].paper_image_processor,
+    "paper_vit": TOWERS["vit"].paper_image_processor,
+    "detr": {"image_processor_type": "DetrImageProcessor"},
+    "clip": {"image_processor_type": "CLIPImageProcessor"},
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (20000, 30)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_of_extreme_shapes_become_pixels_of_bounded_size(tmp_path, name, size):
+    Image.new("RGB", size, "red").save(tmp_path / "x.png")
+    pixels = build_image_processor(PROCESSORS[name])(by_both_ways(tmp_path / "x.png"), return_tensors="pt")
+    assert pixels["pixel_values"].shape[1] == 3 and 0 < pixels["pixel_values"].numel() <= 3 * MAX_PIXELS
+
+
+MEMORY_OF_A_BATCH = """
+import resource, sys
+from transformers import ViTImageProcessor
+from modeling_mmcot.pictures_mmcot import as_pictures, build_image_processor, stack_pixels
+
+processor = build_image_processor(ViTImageProcessor().to_dict())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+problems = [as_pictures(path) for path in sys.argv[1:]]
+pixels = [[processor(picture, return_tensors="pt")["pixel_values"][0] for picture in problem] for problem in problems]
+stack_pixels(pixels)
+print(problems[0][0].size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_60_megapixels_are_read_in_bounded_memory(tmp_path):
+    """Eight of them in one batch: what is kept of one is bounded before the next is decoded."""
+    Image.new("RGB", (10_000, 6_000), "red").save(tmp_path / "x.jpg")
+    *size, mebibytes = run_script("-c", MEMORY_OF_A_BATCH, *[tmp_path / "x.jpg"] * 8).stdout.split()
+    assert size == ["(5000,", "3000)"]
+    assert int(mebibytes) < 800, "8 x 43 MiB that are kept, and one decoded; eight whole ones are 1,373 MiB"
+
+
+def test_a_decompression_bomb_is_a_clear_error(tmp_path, monkeypatch):
+    """By Pillow's own limit, twice which it refuses; lowered here, so that the picture need not be that large."""
+    file = tmp_path / "x.png"
+    Image.new("RGB", (300, 300)).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    with pytest.raises(ValueError, match="x.png.*too large.*90000 pixels"):
+        as_pictures(file)
+    with pytest.raises(ValueError, match="x.png is too large.*90000 pixels.*MAX_IMAGE_PIXELS"):
+        read_pictures({"id": "1", "images": [{"bytes": None, "path": str(file)}]})
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_what_is_no_whole_picture_is_named(tmp_path, content):
+    if content is None:
+        file = io.BytesIO()
+        Image.effect_noise((64, 64), 90).save(file, "PNG")
+        content = file.getvalue()[:2000]
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="picture .*x.png is not a whole image that Pillow reads"):
+        as_pictures(str(tmp_path / "x.png"))
+
+
+def test_what_is_neither_picture_nor_path():
+    with pytest.raises(ValueError, match="Incorrect image source"):
+        as_pictures("nowhere.png")
+
+
+def test_rgb_of_usual_size_is_left_as_it_is():
+    picture = Image.effect_noise((90, 70), 80).convert("RGB")
+    assert as_rgb(picture).tobytes() == picture.tobytes()
+
+
+# Pixels.
+
+
+def test_an_image_processor_is_always_pillows_own():
+    picture = Image.effect_noise((333, 222), 80).convert("RGB")
+    for processor in (
+        DetrImageProcessor(size={"shortest_edge": 50, "longest_edge": 99}),
+        ViTImageProcessor(),
+        CLIPImageProcessor(),
+    ):
+        ours = in_pillow_backend(processor)
+        assert type(ours).__name__ == f"{type(processor).__name__}Pil" and ours.to_dict() == processor.to_dict()
+        assert "torchvision" not in sys.modules[type(ours).__module__].__dict__
+        assert in_pillow_backend(ours) is ours
+        pixels, theirs = (p(picture, return_tensors="pt")["pixel_values"] for p in (ours, processor))
+        assert pixels.shape == theirs.shape and (pixels - theirs).abs().max() < 0.1
+
+
+def test_an_unknown_image_processor_is_named():
+    with pytest.raises(ValueError, match="image_processor_type is 'NoProcessor'"):
+        build_image_processor({"image_processor_type": "NoProcessor"})
+
+
+def test_pictures_of_unlike_sizes_and_numbers_become_one_batch():
+    first, second = torch.ones(3, 4, 6), torch.ones(3, 5, 2)
+    batch = stack_pixels([[first, second], [], [second]])
+    assert batch["pixel_values"].shape == (3, 2, 3, 5, 6) and batch["pixel_mask"].shape == (3, 2, 5, 6)
+    assert batch["pixel_mask"].sum(dim=(2, 3)).tolist() == [[24, 10], [0, 0], [10, 0]]
+    assert torch.equal(batch["pixel_values"], batch["pixel_mask"][:, :, None].expand(-1, -1, 3, -1, -1).float())
+    assert stack_pixels([[], []]) == {}
