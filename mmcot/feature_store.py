@@ -214,8 +214,8 @@ class FeatureWriter:
         if self.manifest is None:
             write_json(self.folder / MANIFEST, manifest)
             self.manifest = manifest
-        for name in manifest.keys() - {"digest"}:
-            if self.manifest.get(name) != manifest[name]:
+        for name in manifest:
+            if name != "digest" and self.manifest.get(name) != manifest[name]:
                 raise ValueError(
                     f"{self.folder} holds features of another kind: {name} is {self.manifest.get(name)!r} there, "
                     f"{manifest[name]!r} here. Choose another --output."

@@ -138,6 +138,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(predictions)} predictions: {arguments.output}")
 
 
+def reads_images(processor: MMCoTProcessor) -> bool:
+    return any("images" in stage.reads for stage in processor.stages)
+
+
 def load_inputs(
     arguments: argparse.Namespace, processor: MMCoTProcessor, models: dict[str, PreTrainedModel]
 ) -> tuple[Dataset, FeatureStore | None]:
@@ -149,6 +153,8 @@ def load_inputs(
     if arguments.captions is not None:
         problems = join_captions(problems, arguments.captions)
     if store is None:
+        if processor.image_processor is None and reads_images(processor) and any(problems["images"]):
+            raise ValueError(f"{arguments.model} has no picture tower, and problems have pictures: give --features.")
         check_pictures(problems)
         return problems, None
     store.check_problems(problems)

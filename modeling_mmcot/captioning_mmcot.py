@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 CAPTIONERS: dict[str, tuple[str, str]] = {
     "instructblip": ("Salesforce/instructblip-vicuna-7b", "Write a detailed description.")
 }
+MAX_NEW_TOKENS = 256  # as many as LAVIS gives the authors' captioner
 
 
 class Captioner:
@@ -56,7 +57,7 @@ class Captioner:
     def __call__(self, pictures: list[Image.Image]) -> list[str]:
         """A caption for each RGB picture, greedily; white space folded."""
         inputs = self.prepare(pictures).to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, do_sample=False, num_beams=1)
+        tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)
         prompt = inputs.get("input_ids")
         if prompt is not None and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]

@@ -8,13 +8,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script, shared, tiny_model
+from conftest import as_a_stranger, run_script, shared, tiny_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, ViTConfig, ViTModel, pipeline
 
 from mmcot import convert as convert_module
 from mmcot.convert import convert, read_tensors
-from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.vision_mmcot import TOWERS
 
 CASES = {"detr_t5v1_0": "detr", "vit_t5v1_1": "vit", "clip_t5v1_1": "clip"}
 FORMATS = ["model.safetensors", "pytorch_model.bin", "shards"]
@@ -184,6 +189,100 @@ def test_the_command_reports_what_was_mapped_and_the_folder_loads_by_auto_classe
         256,
     )
     assert not list((tmp_path / "ours").glob("*.bin")) and (tmp_path / "ours" / "fusion_mmcot.py").exists()
+
+
+# Two stages, a tower, a tokenizer: a converted system that answers.
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Both stages as the authors published theirs, with a tokenizer; a picture tower of the width of their features."""
+    for name in ("rationale", "answer"):
+        folder = original("vit_t5v1_1", "pytorch_model.bin", tmp_path / name)
+        words = [
+            "<pad>",
+            "</s>",
+            "<unk>",
+            *"Question Context Options Answer Solution N A B is it what red blue".split(),
+        ]
+        tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ).save_pretrained(folder)
+    change_bin(tmp_path / "answer", lambda tensors: tensors["decoder.final_layer_norm.weight"].mul_(1.5))
+    vision = {"image_size": 384, "patch_size": 32, "hidden_size": 1024, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**vision, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path / "tower")
+    return tmp_path
+
+
+def change_bin(folder, change):
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    change(tensors)
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def test_two_stages_and_a_tower_become_a_folder_that_answers_from_pixels(published):
+    options = ["--vision", "vit", "--stage_folders", "rationale", "answer", "--attach_tower", published / "tower"]
+    output = run_script("-m", "mmcot.convert", published, published / "ours", *options).stdout
+    assert output.index("rationale: the rationale stage") < output.index("answer: the answer stage")
+    ours = published / "ours"
+    names = {file.relative_to(ours).as_posix() for file in ours.rglob("*") if file.is_file()}
+    assert {"model.safetensors", "rationale/model.safetensors", "pipeline_mmcot.py", "README.md"} <= names
+    processor = MMCoTProcessor.from_pretrained(ours)
+    assert [stage.name for stage in processor.stages] == ["rationale", "answer"]
+    paper = TOWERS["vit"].paper_image_processor["data_config"]
+    assert json.loads(json.dumps(processor.image_processor.data_config)) == paper
+    models = {"rationale": MMCoTForConditionalGeneration.from_pretrained(ours, subfolder="rationale")}
+    models["answer"] = MMCoTForConditionalGeneration.from_pretrained(ours)
+    for name, model in models.items():
+        theirs = torch.load(published / name / "pytorch_model.bin", weights_only=True)
+        assert torch.equal(model.decoder.final_layer_norm.weight, theirs["decoder.final_layer_norm.weight"])
+        assert model.config.freeze_vision and model.config.vision_config.hidden_size == 1024
+    tower = ViTModel.from_pretrained(published / "tower").state_dict()
+    attached = models["answer"].encoder.vision_tower.state_dict()
+    assert all(torch.equal(attached[name], tower[name]) for name in attached)
+    (answer,) = as_a_stranger(
+        """
+        from PIL import Image
+        answer = pipeline("multimodal-cot", model="ours", trust_remote_code=True)
+        picture = Image.new("RGB", (50, 40), "red")
+        print(json.dumps([answer({"question": "what is it", "choices": ["red", "blue"], "image": picture})]))
+        """,
+        published,
+        needs="timm torchvision",
+    )
+    assert isinstance(answer["rationale"], str) and sum(answer["scores"]) == pytest.approx(1)
+
+
+def test_a_converted_model_without_tower_says_so_when_it_is_given_a_picture(published):
+    convert(str(published), published / "ours", "vit", ["rationale", "answer"])
+    answer = pipeline("multimodal-cot", model=str(published / "ours"), trust_remote_code=True)
+    assert answer({"question": "what is it", "choices": ["red", "blue"]})["answer"] in ("red", "blue")
+    with pytest.raises(ValueError, match="this model has no picture tower"):
+        answer({"question": "what is it", "choices": ["red"], "image": Image.new("RGB", (50, 40))})
+
+
+def test_a_tower_of_another_width_is_not_attached(published):
+    ViTModel(ViTConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=1)).save_pretrained(
+        published / "narrow"
+    )
+    with pytest.raises(ValueError, match="patches are 24 wide, but vision_hidden_size is 1024"):
+        convert(str(published / "answer"), published / "ours", "vit", attach_tower=str(published / "narrow"))
+    assert not (published / "ours").exists()
+
+
+def test_stages_without_a_tokenizer_are_refused(published):
+    (published / "answer" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="answer has no tokenizer"):
+        convert(str(published), published / "ours", "vit", ["rationale", "answer"])
+
+
+def test_one_checkpoint_with_its_tokenizer_gets_a_processor_for_ready_made_text(published):
+    convert(str(published / "answer"), published / "ours", "vit")
+    processor = MMCoTProcessor.from_pretrained(published / "ours")
+    assert processor.stages == [] and processor(text="what is it")["input_ids"].shape == (1, 3)
 
 
 def change_weights(folder, change):

@@ -1,0 +1,208 @@
+"""Captions: any image-text-to-text checkpoint, a whole dataset, a kill in between, recipes and the pipeline."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_VISION, run_script, tiny_model
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    PreTrainedTokenizerFast,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from mmcot import features, training
+from mmcot.files import read_json
+from mmcot.problems import join_captions, load_problems
+from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
+from modeling_mmcot.captioning_mmcot import CAPTIONERS, Captioner
+from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "red", "blue", "square", "circle", "."]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+VISION = {**SMALL, "image_size": 32, "patch_size": 16}
+SPECIAL = {"bos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 3}
+
+
+def tokenizer(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    return BertTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory):
+    """A captioner with random weights, large enough to say unlike things of unlike pictures."""
+    folder = tmp_path_factory.mktemp("captioners") / "blip"
+    text = {"vocab_size": len(WORDS), **SMALL, **SPECIAL, "encoder_hidden_size": 16, "projection_dim": 8}
+    torch.manual_seed(1)
+    model = BlipForConditionalGeneration(
+        BlipConfig(text_config={**text, "initializer_range": 2.0}, vision_config={**VISION, "initializer_range": 2.0})
+    )
+    model.save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer(folder)).save_pretrained(folder)
+    return folder
+
+
+PICTURES = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")] + [
+    Image.effect_noise((30, 30), 90).convert("RGB")
+]
+
+
+def test_a_caption_is_what_the_model_generates(blip):
+    captioner = Captioner(str(blip))
+    model, processor = BlipForConditionalGeneration.from_pretrained(blip).eval(), BlipProcessor.from_pretrained(blip)
+    for picture, caption in zip(PICTURES, captioner(PICTURES), strict=True):
+        expected = model.generate(**processor(images=picture, return_tensors="pt"), max_new_tokens=256)
+        assert caption == processor.decode(expected[0], skip_special_tokens=True) != ""
+
+
+def test_a_prompt_is_given_to_the_model(blip):
+    captions = Captioner(str(blip), prompt="a picture of")(PICTURES)
+    assert all(caption.startswith("a picture of") for caption in captions), "a BLIP goes on with its prompt"
+    assert captions != Captioner(str(blip))(PICTURES)
+
+
+def test_the_authors_captioner_and_prompt_are_a_preset():
+    assert CAPTIONERS["instructblip"] == ("Salesforce/instructblip-vicuna-7b", "Write a detailed description.")
+
+
+def test_a_model_of_an_encoder_and_a_decoder_captions_too(tmp_path):
+    """It has no processor, but an image processor and a tokenizer."""
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        ViTConfig(**VISION), BertConfig(vocab_size=len(WORDS), **SMALL, is_decoder=True, add_cross_attention=True)
+    )
+    torch.manual_seed(0)
+    model = VisionEncoderDecoderModel(config)
+    model.generation_config.update(decoder_start_token_id=2, pad_token_id=0, eos_token_id=3)
+    model.save_pretrained(tmp_path)
+    tokenizer(tmp_path).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    captions = Captioner(str(tmp_path))(PICTURES)
+    assert len(captions) == 3 and all(set(caption.split()) <= set(WORDS) for caption in captions) and any(captions)
+
+
+def test_a_checkpoint_that_writes_no_text_is_refused(tmp_path):
+    ViTModel(ViTConfig(**VISION)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'vit', which writes no text from a picture"):
+        Captioner(str(tmp_path))
+
+
+# A dataset.
+
+
+def test_every_problem_with_a_picture_gets_its_caption(blip, tiny_dataset, tmp_path):
+    run_script("-m", "mmcot.features", tiny_dataset, "--captions", blip, "--output", tmp_path / "captions")
+    written = read_json(tmp_path / "captions/captions.json")
+    assert written["model"] == str(blip)
+    captioner = Captioner(str(blip))
+    for split in ("train", "val", "test"):
+        problems = load_problems(str(tiny_dataset), split)
+        joined = join_captions(problems, str(tmp_path / "captions/captions.json"))
+        assert joined.column_names.count("caption") == 1 and joined["id"] == problems["id"]
+        shown = [row for row in joined if row["images"]]
+        captions = captioner([Image.open(row["images"][0]["path"]).convert("RGB") for row in shown])
+        assert [row["caption"] for row in shown] == captions
+        assert {row["caption"] for row in joined if not row["images"]} == {""}
+
+
+def write_captions(problems_file, blip, output, *options):
+    features.main([str(problems_file), "--captions", str(blip), "--output", str(output), *options])
+
+
+@pytest.fixture
+def colors(tmp_path):
+    """Six problems of five pictures, the last two of one."""
+    for number in range(5):
+        Image.effect_noise((30, 30), 20 * number + 5).convert("RGB").save(tmp_path / f"{number}.png")
+    rows = [{"question": "?", "images": [f"{min(number, 4)}.png"], "split": "test"} for number in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "p.jsonl"
+
+
+def test_what_a_kill_left_is_gone_on_with(colors, blip, tmp_path, monkeypatch):
+    write_captions(colors, blip, tmp_path / "whole", "--batch_size", "2")
+    log = (tmp_path / "whole/captions.jsonl").read_text()
+    assert log.count("\n") == 1 + 5, "a line that says by what, and one a picture"
+    captioned = []
+    original = Captioner.__call__
+    monkeypatch.setattr(Captioner, "__call__", lambda self, batch: captioned.extend(batch) or original(self, batch))
+    lines = log.splitlines(keepends=True)
+    for kept, cut in ((3, 10), (0, 5), (1, 0), (6, 0)):
+        (tmp_path / "killed").mkdir(exist_ok=True)
+        (tmp_path / "killed/captions.jsonl").write_text("".join(lines[:kept]) + "".join(lines[kept : kept + 1])[:cut])
+        captioned.clear()
+        write_captions(colors, blip, tmp_path / "killed", "--batch_size", "2")
+        assert (tmp_path / "killed/captions.json").read_bytes() == (tmp_path / "whole/captions.json").read_bytes()
+        assert len(captioned) == 6 - max(kept, 1)
+
+
+def test_captions_of_another_model_are_not_mixed(colors, blip, tmp_path):
+    write_captions(colors, blip, tmp_path / "out")
+    with pytest.raises(SystemExit, match="captions.jsonl holds captions of .*'prompt': None.*not of .*'a picture of'"):
+        write_captions(colors, blip, tmp_path / "out", "--prompt", "a picture of")
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_and_the_others_are_captioned(colors, blip, tmp_path):
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[:200])
+    with pytest.raises(SystemExit, match="(?s)2.png .*1 pictures were left out"):
+        write_captions(colors, blip, tmp_path / "out")
+    captions = read_json(tmp_path / "out/captions.json")["captions"]
+    assert len(captions) == 5 and "test-2" not in captions
+    with pytest.raises(ValueError, match="captions.json: 1 problems with a picture have no caption there: test-2"):
+        join_captions(load_problems(str(colors), "test"), str(tmp_path / "out/captions.json"))
+
+
+def test_a_recipe_that_reads_captions_is_given_them(tiny_dataset, blip, tmp_path, monkeypatch):
+    from conftest import TINY_RECIPE
+
+    write_captions(tiny_dataset, blip, tmp_path / "captions")
+    recipe = TINY_RECIPE.read_text().replace("reads: [question, context,", "reads: [question, context, caption,")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset), "--max_steps", "1"]
+    captions = str(tmp_path / "captions/captions.json")
+    training.main([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
+    prepared = training.prepare(
+        training.parse_recipe([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
+    )
+    row = next(row for row in prepared.problems["train"] if row["images"])
+    caption = read_json(captions)["captions"][row["id"]]
+    assert row["caption"] == caption != "" and caption in prepared.stages[0].render_source(row)
+
+
+# The pipeline.
+
+
+def test_the_pipeline_captions_a_picture_that_comes_without_a_caption(blip, tmp_path):
+    columns = ["question", "context", "choices", "caption", "images"]
+    stage = Stage("answer", columns, "answer_text", **PAPER_TEMPLATES["QCM-A"])
+    words = tokenizer(tmp_path / "words")
+    processor = MMCoTProcessor(
+        PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer, pad_token="[PAD]", eos_token="[SEP]"),
+        ViTImageProcessor(size={"height": 32, "width": 32}),
+        [stage],
+    )
+    parts = {"model": tiny_model(initializer_factor=2.0, vision_config=TINY_VISION), "processor": processor}
+    problem = {"question": "a picture of", "choices": ["red", "blue"], "image": PICTURES[2]}
+    plain = MultimodalCoTPipeline(**parts)
+    captioned = MultimodalCoTPipeline(**parts, caption_model=str(blip))
+    (caption,) = Captioner(str(blip))([problem["image"]])
+    assert captioned(problem) == plain({**problem, "caption": caption}) != plain(problem)
+    own = {**problem, "caption": "a red square"}
+    assert captioned(own) == plain(own), "a caption that is there is kept"
+    without = {**problem, "image": None}
+    assert captioned(without) == plain(without)
+    together = captioned([problem, own, without], batch_size=3)
+    for result, alone in zip(together, [captioned(p) for p in (problem, own, without)], strict=True):
+        assert result["scores"] == pytest.approx(alone["scores"], abs=1e-5)

@@ -1,0 +1,517 @@
+"""Features: computed once, killed and resumed, from pixels or from a store the same, imported, and what is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY_RECIPE, TINY_VISION, run_script
+from PIL import Image
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    DetrImageProcessorPil,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from mmcot import predict, training
+from mmcot.feature_store import FeatureStore
+from mmcot.features import compute, import_authors_features, load_all_splits, main, open_authors_features
+from mmcot.files import read_json
+from mmcot.problems import content_key, load_problems
+from modeling_mmcot import MMCoTConfig
+from modeling_mmcot.pictures_mmcot import as_pictures
+from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
+
+DETR = {
+    "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    **{"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_labels": 7},
+}
+
+
+@pytest.fixture(scope="module")
+def detr(tmp_path_factory):
+    """A detection checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("detr")
+    torch.manual_seed(0)
+    DetrForObjectDetection(DetrConfig(**DETR)).save_pretrained(folder)
+    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**{name: value for name, value in TINY_VISION.items() if name != "model_type"})).save_pretrained(
+        folder
+    )
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def problems(tiny_dataset):
+    return load_all_splits(str(tiny_dataset), ("train", "val", "test"), 1, True)
+
+
+@pytest.fixture(scope="module")
+def store(detr, problems, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores") / "detr"
+    assert compute(problems, folder, str(detr), dtype="float32", batch_size=4) == []
+    return folder
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in ("manifest.json", "rows.bin", "rows.jsonl")}
+
+
+def test_a_row_is_what_the_detector_says_of_its_picture(store, detr, problems):
+    detector = DetrForObjectDetection.from_pretrained(detr).eval()
+    processor = DetrImageProcessorPil.from_pretrained(detr)
+    features = FeatureStore(store)
+    for problem in [row for row in problems if row["images"]][:5]:
+        (picture,) = as_pictures(problem["images"][0]["path"])
+        with torch.no_grad():
+            expected = detector(**processor(picture, return_tensors="pt"))
+        row = features.read(features.keys_of(problem)[0])
+        torch.testing.assert_close(torch.from_numpy(row["features"]), expected.last_hidden_state[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(row["boxes"]), expected.pred_boxes[0], rtol=0, atol=1e-5)
+        scores = processor.post_process_object_detection(expected, threshold=0.0)[0]["scores"]
+        torch.testing.assert_close(torch.from_numpy(row["class_scores"]), scores, rtol=0, atol=1e-5)
+
+
+def test_each_distinct_picture_has_one_row_and_a_manifest_says_what_made_it(store, detr, problems):
+    features = FeatureStore(store)
+    pictures = {content_key(picture) for row in problems for picture in row["images"]}
+    assert set(features.rows) == pictures and features.num_patches == 5 and features.hidden_size == 24
+    manifest = read_json(store / "manifest.json")
+    assert (
+        manifest["tower"] == str(detr) and manifest["dtype"] == "float32" and manifest["preprocessing"] == "checkpoint"
+    )
+    assert manifest["vision_config"]["model_type"] == "detr"
+    assert manifest["image_processor"]["size"] == {"shortest_edge": 64, "longest_edge": 128}
+
+
+def test_the_same_picture_of_several_problems_is_computed_once(tmp_path, vit):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    rows = [{"question": "?", "images": [name]} for name in ("a.png", "b.png", "a.png")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store")])
+    features = FeatureStore(tmp_path / "store")
+    assert len(features.rows) == 1
+    batch = features.batch(list(load_problems(str(tmp_path / "p.jsonl"), "test")))
+    assert batch["vision_features"].shape == (3, 5, 24)
+    assert (
+        batch["vision_features"].dtype == torch.float32
+        and read_json(features.folder / "manifest.json")["dtype"] == "float16"
+    )
+
+
+def test_a_problem_without_picture_and_one_with_several_are_masked(tmp_path, vit):
+    for color in ("red", "blue"):
+        Image.new("RGB", (9, 9), color).save(tmp_path / f"{color}.png")
+    rows = [{"question": "?", "images": names} for names in ([], ["red.png", "blue.png"], ["blue.png"])]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store"), "--max_images", "2"])
+    features, (none, both, one) = FeatureStore(tmp_path / "store"), load_problems(str(tmp_path / "p.jsonl"), "test")
+    batch = features.batch([none, both, one])
+    assert batch["vision_mask"].sum(dim=1).tolist() == [0, 10, 5] and not batch["vision_features"][0].any()
+    assert torch.equal(batch["vision_features"][1, 5:], batch["vision_features"][2, :5])
+    assert features.batch([none]) == {}
+
+
+# Killed and resumed.
+
+
+def run_until(command, folder, batches):
+    """Start the command and kill it once so many batches are in the store; its exit code."""
+    process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    keys = folder / "rows.jsonl"
+    while process.poll() is None:
+        if batches is not None and keys.exists() and keys.read_bytes().count(b"\n") >= batches:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.002)
+    return process.returncode
+
+
+def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, problems, tiny_dataset, tmp_path):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    compute(problems, uninterrupted, str(detr), batch_size=2)
+    total = content(uninterrupted)["rows.jsonl"].count(b"\n")
+    command = [
+        "-m",
+        "mmcot.features",
+        str(tiny_dataset),
+        "--vision",
+        str(detr),
+        "--batch_size",
+        "2",
+        "--output",
+        str(killed),
+    ]
+    codes = [run_until(command, killed, batches) for batches in (2, total // 2, None)]
+    assert codes[0] == codes[1] == -signal.SIGKILL and codes[2] == 0
+    assert content(killed) == content(uninterrupted)
+
+
+@pytest.mark.parametrize("cut", [1, 100, 2000])
+def test_what_a_kill_leaves_behind_a_whole_batch_is_dropped(cut, detr, problems, store, tmp_path):
+    """At any moment: rows that are written in part, rows without their keys, keys that are written in part."""
+    whole = content(store)
+    keys = whole["rows.jsonl"].splitlines(keepends=True)
+    for rows, last_key in (
+        (whole["rows.bin"][:-cut], b""),
+        (whole["rows.bin"], b""),
+        (whole["rows.bin"], keys[-1][:cut]),
+    ):
+        folder = tmp_path / f"{len(rows)}-{len(last_key)}"
+        folder.mkdir()
+        (folder / "manifest.json").write_bytes(whole["manifest.json"])
+        (folder / "rows.bin").write_bytes(rows)
+        (folder / "rows.jsonl").write_bytes(b"".join(keys[:-1]) + (last_key if last_key != keys[-1] else b""))
+        if cut < 2000:
+            with pytest.raises(ValueError, match="cut off or is still being written"):
+                FeatureStore(folder)
+        compute(problems, folder, str(detr), dtype="float32", batch_size=4)
+        assert content(folder) == whole
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_and_the_rest_is_computed(vit, tmp_path):
+    for number in range(5):
+        Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[:3000])
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(json.dumps({"question": "?", "images": [f"{n}.png"]}) for n in range(5))
+    )
+    command = ("-m", "mmcot.features", tmp_path / "p.jsonl", "--vision", vit, "--output", tmp_path / "store")
+    result = run_script(*command, "--batch_size", "2", check=False)
+    assert result.returncode == 1 and "2.png" in result.stderr and "1 pictures were left out" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(FeatureStore(tmp_path / "store").rows) == 4
+    problems = load_problems(str(tmp_path / "p.jsonl"), "test")
+    with pytest.raises(ValueError, match="no features for the pictures of 1 of 5 problems: test-2"):
+        FeatureStore(tmp_path / "store").check_problems(problems)
+    (tmp_path / "2.png").write_bytes(whole)
+    main([str(argument) for argument in command[2:]])
+    FeatureStore(tmp_path / "store").check_problems(load_problems(str(tmp_path / "p.jsonl"), "test"))
+
+
+# From a store or from pixels.
+
+
+@pytest.fixture(scope="module")
+def runs(detr, tiny_dataset, tmp_path_factory):
+    """One recipe trained from pixels, and from a store of either precision."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = [
+        line
+        for line in TINY_RECIPE.read_text().splitlines()
+        if not line.startswith(("image_processor", "vision_config", "   "))
+    ]
+    recipe += ["vision_model_name_or_path: " + str(detr), "freeze_vision: true"]
+    text = TINY_RECIPE.read_text()
+    stages = text[text.index("stages:") : text.index("max_steps")]
+    recipe = [line for line in recipe if line != "stages:" and not line.startswith("  - ")]
+    (folder / "recipe.yaml").write_text("\n".join(recipe) + "\n" + stages)
+    finished = {}
+    for name in ("pixels", "float32", "float16"):
+        options = []
+        if name != "pixels":
+            main([str(tiny_dataset), "--vision", str(detr), "--dtype", name, "--output", str(folder / f"{name}.store")])
+            options = ["--features", str(folder / f"{name}.store")]
+        finished[name] = folder / name
+        command = ["--config", str(folder / "recipe.yaml"), "--dataset", str(tiny_dataset), "--output_dir"]
+        training.main([*command, str(finished[name]), *options])
+    return finished
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
+def test_training_from_a_store_is_training_from_pixels(runs, precision, tolerance):
+    for stage in ("rationale", "answer"):
+        pixels, stored = (
+            [
+                entry.get("loss", entry.get("eval_loss"))
+                for entry in read_json(runs[name] / stage / "train_results.json")["log_history"]
+            ]
+            for name in ("pixels", precision)
+        )
+        assert len(pixels) > 20
+        np.testing.assert_allclose(stored, pixels, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
+def test_prediction_from_a_store_is_prediction_from_pixels(runs, tiny_dataset, tmp_path, precision, tolerance):
+    """With one and the same model."""
+    command = [str(runs["pixels"]), "--dataset", str(tiny_dataset)]
+    predict.main([*command, "--output", str(tmp_path / "pixels.json")])
+    store = runs["pixels"].parent / f"{precision}.store"
+    predict.main([*command, "--output", str(tmp_path / "stored.json"), "--features", str(store)])
+    pixels, stored = read_json(tmp_path / "pixels.json"), read_json(tmp_path / "stored.json")
+    assert pixels.keys() == stored.keys()
+    for id_ in pixels:
+        np.testing.assert_allclose(stored[id_]["scores"], pixels[id_]["scores"], rtol=0, atol=tolerance)
+        assert stored[id_]["rationale"] == pixels[id_]["rationale"] or precision == "float16"
+
+
+def test_a_run_from_a_store_exports_its_tower_and_goes_from_pixels_to_answer(runs, detr):
+    from transformers import pipeline
+
+    answer = pipeline("multimodal-cot", model=str(runs["float32"] / "hub"), trust_remote_code=True)
+    tower = load_vision_tower(str(detr)).state_dict()
+    exported = answer.model.encoder.vision_tower.state_dict()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in tower.items())
+    result = answer({"question": "Which?", "choices": ["a", "b"], "image": Image.new("RGB", (80, 50), "red")})
+    assert sum(result["scores"]) == pytest.approx(1)
+
+
+def test_without_a_tower_the_store_gives_the_width(runs, tiny_dataset, tmp_path):
+    recipe = (runs["pixels"].parent / "recipe.yaml").read_text()
+    lines = [line for line in recipe.splitlines() if not line.startswith(("vision_model", "freeze_vision"))]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    store = runs["pixels"].parent / "float16.store"
+    command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset), "--max_steps", "1"]
+    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", str(store)])
+    config = read_json(tmp_path / "run/hub/config.json")
+    assert config["vision_hidden_size"] == 24 and config["vision_config"] is None
+    with pytest.raises(SystemExit, match="has no picture tower.*--features"):
+        predict.main([str(tmp_path / "run"), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")])
+
+
+# What does not fit.
+
+
+def edit(folder, tmp_path, name, change):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    return copy
+
+
+def test_a_truncated_file_is_refused_with_both_sizes(store, tmp_path):
+    copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
+    size = (store / "rows.bin").stat().st_size
+    with pytest.raises(ValueError, match=f"rows.bin has {size - 1} bytes; .* are {size}"):
+        FeatureStore(copy)
+
+
+def test_a_store_with_a_truncated_file_is_not_gone_on_with(store, detr, problems, tmp_path):
+    copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
+    with pytest.raises(ValueError, match="The file was cut off: remove"):
+        compute(problems, copy, str(detr), dtype="float32")
+
+
+def test_an_edited_manifest_is_refused(store, tmp_path):
+    copy = edit(store, tmp_path, "manifest.json", lambda text: text.replace(b'"checkpoint"', b'"paper"'))
+    with pytest.raises(ValueError, match="manifest.json was edited"):
+        FeatureStore(copy)
+
+
+def test_a_folder_without_manifest_is_no_store(store, tmp_path):
+    copy = edit(store, tmp_path, "manifest.json", lambda text: text)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="is no feature store: it has no manifest.json"):
+        FeatureStore(copy)
+
+
+def test_other_features_are_not_added_to_a_store(store, detr, vit, problems, tmp_path):
+    copy = edit(store, tmp_path, "rows.jsonl", lambda lines: b"".join(lines.splitlines(keepends=True)[:1]))
+    with pytest.raises(ValueError, match="features of another kind: .*dtype is 'float32' there, 'float16' here"):
+        compute(problems, copy, str(detr), dtype="float16")
+    with pytest.raises(ValueError, match="features of another kind"):
+        compute(problems, copy, str(vit), dtype="float32")
+
+
+def model_config(detr, **changes):
+    config = load_vision_tower(str(detr)).config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return MMCoTConfig(d_model=8, vision_config=config, freeze_vision=True)
+
+
+def test_a_store_is_refused_by_a_model_that_differs_and_says_in_what(store, detr):
+    features = FeatureStore(store)
+    processor = DetrImageProcessorPil.from_pretrained(detr)
+    features.check_model(model_config(detr), processor)
+    for config, image_processor, message in (
+        (MMCoTConfig(vision_hidden_size=99), None, "width of the patches is 24 in the store, 99 in the model"),
+        (MMCoTConfig(vision_hidden_size=24, num_vision_tokens=9), None, "patches of a picture is 5 .*9 in the model"),
+        (model_config(detr, num_queries=6), processor, "vision_config.num_queries is 5 in the store, 6 in the model"),
+        (
+            model_config(detr),
+            DetrImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 128}),
+            "image_processor.size is .*64.* in the store, .*32.* in the model",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            features.check_model(config, image_processor)
+    trained = model_config(detr)
+    trained.freeze_vision = False
+    with pytest.raises(ValueError, match="features of a fixed tower; this model trains its own"):
+        features.check_model(trained, processor)
+    with pytest.raises(ValueError, match="tower is '.*detr.*' in the store, 'other' in the model"):
+        features.check_tower("other", "checkpoint")
+    with pytest.raises(ValueError, match="preprocessing is 'checkpoint' in the store, 'paper' in the model"):
+        features.check_tower(str(detr), "paper")
+
+
+def test_features_that_overflow_float16_are_refused(vit, tmp_path):
+    model = ViTModel.from_pretrained(vit)
+    with torch.no_grad():
+        model.layernorm.weight.fill_(1e6)
+    model.save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    Image.effect_noise((9, 9), 90).save(tmp_path / "a.png")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "?", "images": ["a.png"]}))
+    with pytest.raises(SystemExit, match="do not fit into float16; take --dtype float32"):
+        main([str(tmp_path / "p.jsonl"), "--vision", str(tmp_path / "vit"), "--output", str(tmp_path / "store")])
+
+
+def test_a_dataset_without_pictures_has_nothing_to_compute(vit, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "?"}))
+    with pytest.raises(SystemExit, match="None of the 3 problems has a picture"):
+        main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store")])
+
+
+def test_a_recipe_whose_tower_is_another_than_the_stores_is_refused(runs, store, vit, tiny_dataset, tmp_path):
+    command = ["--config", str(runs["pixels"].parent / "recipe.yaml"), "--dataset", str(tiny_dataset)]
+    command += ["--output_dir", str(tmp_path / "run"), "--features", str(store)]
+    with pytest.raises(SystemExit, match="tower is '.*' in the store, '.*vit.*' in the model"):
+        training.main([*command, "--vision_model_name_or_path", str(vit)])
+    with pytest.raises(SystemExit, match="features are those of a fixed tower; they want freeze_vision"):
+        training.main([*command, "--freeze_vision", "false"])
+    assert not (tmp_path / "run").exists()
+
+
+# The authors' own files.
+
+
+@pytest.fixture
+def scienceqa(tmp_path):
+    """A folder in ScienceQA's layout, without the pictures that its problems name: who has the features needs none."""
+    folder = tmp_path / "scienceqa"
+    folder.mkdir()
+    problem = {"question": "?", "choices": ["a", "b"], "answer": 0, "hint": "", "split": "test"}
+    problems = {
+        "1": {**problem, "image": "image.png"},
+        "2": {**problem, "image": None},
+        "3": {**problem, "image": "image.png"},
+    }
+    (folder / "problems.json").write_text(json.dumps(problems))
+    (folder / "pid_splits.json").write_text(json.dumps({"train": [], "val": [], "test": list(problems)}))
+    (tmp_path / "name_map.json").write_text(json.dumps({"3": "0", "1": "2"}))
+    return folder
+
+
+AUTHORS = {
+    "detr": ("detr.npy", (4, 100, 256), 100),
+    "clip": ("clip.npy", (4, 49, 2048), 49),
+    "resnet": ("resnet.npy", (4, 2048), 512),
+    "vit": ("vit.pth", (4, 145, 1024), 145),
+}
+
+
+def authors_file(folder, kind):
+    name, shape, _ = AUTHORS[kind]
+    array = np.random.default_rng(0).normal(size=shape).astype("float32")
+    if name.endswith(".npy"):
+        np.save(folder / name, array)
+    else:
+        torch.save(torch.from_numpy(array), folder / name)
+    return folder / name, array
+
+
+@pytest.mark.parametrize("kind", AUTHORS)
+def test_the_authors_files_are_taken_over_by_problem(kind, scienceqa, tmp_path):
+    file, array = authors_file(tmp_path, kind)
+    command = [
+        str(scienceqa),
+        "--vision",
+        kind,
+        "--import_features",
+        str(file),
+        "--name_map",
+        str(tmp_path / "name_map.json"),
+    ]
+    main([*command, "--dtype", "float32", "--output", str(tmp_path / "store")])
+    features = FeatureStore(tmp_path / "store")
+    problems = load_problems(str(scienceqa), "test", pictures=features.needs_files)
+    features.check_problems(problems)
+    tower = TOWERS[features.manifest["vision_tower"]]
+    assert (features.num_patches, features.hidden_size) == (tower.num_patches, tower.hidden_size)
+    batch = features.batch(list(problems))
+    expected = array[:, None].repeat(512, axis=1) if kind == "resnet" else array  # as in the original's utils_data.py
+    assert batch["vision_features"].shape == (3, AUTHORS[kind][2], array.shape[-1])
+    assert batch["vision_mask"].all(dim=1).tolist() == [True, False, True]
+    np.testing.assert_array_equal(batch["vision_features"][0], expected[2])
+    np.testing.assert_array_equal(batch["vision_features"][2], expected[0])
+    config = MMCoTConfig(vision_hidden_size=tower.hidden_size, num_vision_tokens=tower.num_patches)
+    features.check_model(config, None)
+
+
+@pytest.mark.parametrize("kind", ["detr", "vit"])
+def test_the_authors_files_are_mapped_and_not_read(kind, tmp_path):
+    file, _ = authors_file(tmp_path, kind)
+    features = open_authors_features(str(file))
+    assert features.shape == AUTHORS[kind][1]
+    mapped = [line for line in open("/proc/self/maps") if str(file) in line]
+    assert mapped, "the rows lie in the file"
+
+
+def test_an_authors_file_that_does_not_fit_is_refused(scienceqa, tmp_path):
+    file, _ = authors_file(tmp_path, "detr")
+    problems = load_all_splits(str(scienceqa), ("test",), 1, False)
+
+    def error_of(vision="detr", file=file, name_map=None):
+        if name_map is not None:
+            (tmp_path / "name_map.json").write_text(json.dumps(name_map))
+        with pytest.raises(ValueError) as error:
+            import_authors_features(problems, tmp_path / "store", vision, str(file), str(tmp_path / "name_map.json"))
+        assert not (tmp_path / "store").exists()
+        return str(error.value)
+
+    assert "rows of shape (100, 256); expected (145, 1024) for vit features" in error_of("vit")
+    assert "name_map.json: '3' is '9'; expected a row of the file, 0 to 3" in error_of(name_map={"1": "0", "3": "9"})
+    assert "lacks 1 problems that have a picture: 3." in error_of(name_map={"1": "0"})
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    assert "detr.npy is not a whole file of features" in error_of(name_map={"1": "0", "3": "1"})
+    vit, _ = authors_file(tmp_path, "vit")
+    vit.write_bytes(vit.read_bytes()[:9999])
+    assert "vit.pth is not a whole file of features" in error_of("vit", vit)
+
+
+def test_an_npy_of_objects_is_not_unpickled(tmp_path):
+    np.save(tmp_path / "detr.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not a whole file of features"):
+        open_authors_features(str(tmp_path / "detr.npy"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vision", "detr", "--import_features", "x.npy"], "--import_features and --name_map go together"),
+        (
+            ["--vision", "google/vit", "--import_features", "x.npy", "--name_map", "m.json"],
+            "--vision is one of detr, vit",
+        ),
+        (["--vision", "detr", "--captions", "blip"], "not allowed with argument"),
+        ([], "one of the arguments --vision --captions is required"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--output", "x", *options])
+    assert message in capsys.readouterr().err
