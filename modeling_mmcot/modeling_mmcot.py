@@ -233,11 +233,6 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
 
     >>> # one picture as DETR sees it: 100 patches, 256 wide
     >>> vision_features = torch.randn(1, 100, 256)
-    >>> labels = torch.tensor([[8, 9, 1]])
-    >>> outputs = model(**text, vision_features=vision_features, labels=labels, output_attentions=True)
-    >>> outputs.logits.shape, outputs.fusion_attentions.shape
-    (torch.Size([1, 3, 64]), torch.Size([1, 4, 100]))
-
     >>> model.generate(**text, vision_features=vision_features, max_new_tokens=4, min_new_tokens=4).shape
     torch.Size([1, 5])
 
@@ -360,6 +355,43 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             `(batch_size, target_length, vocab_size)`, `encoder_last_hidden_state` of shape
             `(batch_size, sequence_length, hidden_size)`, fused, `fusion_attentions` of shape
             `(batch_size, sequence_length, num_patches)` with `output_attentions=True`, and T5's other fields.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+
+        >>> config = MMCoTConfig(
+        ...     vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, max_images=2,
+        ...     decoder_start_token_id=0,
+        ...     vision_config={
+        ...         "model_type": "vit", "image_size": 32, "patch_size": 16, "hidden_size": 24,
+        ...         "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        ...     },
+        ... )
+        >>> model = MMCoTForConditionalGeneration(config).eval()
+
+        >>> # two problems: the first has two pictures, the second none
+        >>> input_ids = torch.tensor([[5, 6, 7, 1], [5, 1, 0, 0]])
+        >>> pixel_mask = torch.ones(2, 2, 32, 32)
+        >>> pixel_mask[1] = 0
+        >>> outputs = model(
+        ...     input_ids=input_ids,
+        ...     attention_mask=(input_ids != 0).long(),
+        ...     pixel_values=torch.randn(2, 2, 3, 32, 32),
+        ...     pixel_mask=pixel_mask,
+        ...     labels=torch.tensor([[8, 9, 1], [8, 1, -100]]),
+        ...     output_attentions=True,
+        ... )
+        >>> outputs.loss.shape, outputs.logits.shape, outputs.encoder_last_hidden_state.shape
+        (torch.Size([]), torch.Size([2, 3, 64]), torch.Size([2, 4, 32]))
+
+        >>> # 5 patches a picture; a problem without picture attends to none
+        >>> outputs.fusion_attentions.shape, outputs.fusion_attentions[1].sum().item()
+        (torch.Size([2, 4, 10]), 0.0)
+
+        ```
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -405,6 +437,22 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, num_choices)`; `-inf` where there is no choice.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+
+        >>> size = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+        >>> config = MMCoTConfig(**size, decoder_start_token_id=0)
+        >>> model = MMCoTForConditionalGeneration(config).eval()
+        >>> choice_labels = torch.tensor([[[8, 9, 1], [10, 1, -100]]])  # one problem, two choices
+        >>> scores = model.score_choices(choice_labels, torch.ones(1, 3), input_ids=torch.tensor([[5, 6, 1]]))
+        >>> scores.shape, bool((scores < 0).all())
+        (torch.Size([1, 2]), True)
+
+        ```
         """
         num_choices = choice_labels.shape[1]
         encoder_outputs = self.encoder(attention_mask=attention_mask, **encoder_inputs)

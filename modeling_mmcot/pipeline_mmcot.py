@@ -113,6 +113,31 @@ class MultimodalCoTPipeline(Pipeline):
     Args:
         caption_model (`str`, *optional*): what captions the first picture of a problem that comes without a caption,
             where a stage reads captions: a checkpoint, or a name in `captioning_mmcot.CAPTIONERS`.
+
+    Example, with one stage and random weights:
+
+    ```python
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor, MultimodalCoTPipeline
+
+    >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3}, unk_token="<unk>"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    >>> stage = {
+    ...     "name": "answer", "reads": ["question", "choices"], "writes": "answer_text",
+    ...     "source": "Question: {{ question }} Answer:", "target": "{{ choices[answer] }}",
+    ... }
+    >>> size = {"vocab_size": 4, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    >>> config = MMCoTConfig(**size, decoder_start_token_id=0)
+    >>> answer = MultimodalCoTPipeline(
+    ...     model=MMCoTForConditionalGeneration(config), processor=MMCoTProcessor(tokenizer, None, [stage])
+    ... )
+    >>> result = answer({"question": "Which color is it?", "choices": ["red", "blue"]})
+    >>> sorted(result), result["answer"] in ("red", "blue"), round(sum(result["scores"]), 3)
+    (['answer', 'answer_index', 'scores'], True, 1.0)
+
+    ```
     """
 
     _load_processor = True

@@ -130,6 +130,30 @@ class MMCoTProcessor(ProcessorMixin):
         tokenizer: T5's, or one that ends a text with eos as T5's does.
         image_processor (*optional*): the picture tower's; None for a model without tower.
         stages (`list[dict]` or `list[Stage]`, *optional*): the stages in their order.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+    >>> from modeling_mmcot import MMCoTProcessor
+
+    >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "bar": 3}, unk_token="<unk>"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    >>> stage = {
+    ...     "name": "rationale", "reads": ["question", "images"], "writes": "rationale",
+    ...     "source": "Question: {{ question }} Solution:", "target": "{{ solution }}",
+    ... }
+    >>> processor = MMCoTProcessor(tokenizer, ViTImageProcessor(size={"height": 32, "width": 32}), [stage])
+
+    >>> problems = [{"question": "Which bar is the tallest?"}, {"question": "Why?"}]
+    >>> inputs = processor(problems, stage="rationale", images=[Image.new("RGB", (90, 60)), None])
+    >>> sorted(inputs), inputs["pixel_values"].shape
+    (['attention_mask', 'input_ids', 'pixel_mask', 'pixel_values'], torch.Size([2, 1, 3, 32, 32]))
+
+    ```
     """
 
     def __init__(self, tokenizer, image_processor=None, stages=None, chat_template=None):

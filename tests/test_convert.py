@@ -256,6 +256,20 @@ def test_two_stages_and_a_tower_become_a_folder_that_answers_from_pixels(publish
     assert isinstance(answer["rationale"], str) and sum(answer["scores"]) == pytest.approx(1)
 
 
+def test_a_hub_id_with_a_folder_within_is_converted(published):
+    """From a cached snapshot, as a download leaves it."""
+    snapshot = published / "hf_home/hub/models--user--mm-cot/snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (published / "answer").rename(snapshot / "mm-cot-answer")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("a" * 40)
+    command = ("-m", "mmcot.convert", "user/mm-cot/mm-cot-answer", published / "ours", "--vision", "vit")
+    run_script(*command, HF_HUB_OFFLINE="1", HF_HOME=str(published / "hf_home"))
+    ours = MMCoTForConditionalGeneration.from_pretrained(published / "ours")
+    theirs = torch.load(snapshot / "mm-cot-answer/pytorch_model.bin", weights_only=True)
+    assert torch.equal(ours.encoder.fusion.joint_gate.weight, theirs["encoder.gate_dense.weight"])
+
+
 def test_a_converted_model_without_tower_says_so_when_it_is_given_a_picture(published):
     convert(str(published), published / "ours", "vit", ["rationale", "answer"])
     answer = pipeline("multimodal-cot", model=str(published / "ours"), trust_remote_code=True)
