@@ -24,6 +24,7 @@ from mmcot.files import read_json
 from mmcot.hub import write_hub_folder
 from mmcot.problems import first_few
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
 
@@ -139,7 +140,9 @@ def convert_model(folder: Path, vision: str, tower, report: list[str]) -> MMCoTF
     model.load_state_dict(state)
     if tower is not None:
         model.config.freeze_vision = model.encoder.config.freeze_vision = True
-        model.attach_tower(tower, AUTHORS_TOWERS[vision])
+        name = AUTHORS_TOWERS[vision]
+        # Another build of the same tower, timm's ViT for one, goes by its own kind.
+        model.attach_tower(tower, name if TOWERS[name].model_type == tower.config.model_type else None)
     return model.eval()
 
 
@@ -256,8 +259,8 @@ def build_processor(folder: Path, stages: list[Stage], vision: str, attach_tower
         return None
     image_processor = None
     if attach_tower is not None:
-        published = TOWERS[AUTHORS_TOWERS[vision]].paper_image_processor is not None
-        image_processor = load_image_processor(attach_tower, "paper" if published else "checkpoint")
+        paper = TOWERS[AUTHORS_TOWERS[vision]].paper_image_processor
+        image_processor = build_image_processor(paper) if paper else load_image_processor(attach_tower)
     return MMCoTProcessor(AutoTokenizer.from_pretrained(folder), image_processor, stages)
 
 

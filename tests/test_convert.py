@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, ViTConfig, ViTModel, pipeline
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+    ViTConfig,
+    ViTModel,
+    pipeline,
+)
 
 from mmcot import convert as convert_module
 from mmcot.convert import convert, read_tensors
@@ -254,6 +262,17 @@ def test_two_stages_and_a_tower_become_a_folder_that_answers_from_pixels(publish
         needs="timm torchvision",
     )
     assert isinstance(answer["rationale"], str) and sum(answer["scores"]) == pytest.approx(1)
+
+
+def test_timms_own_vit_is_attached_as_well(published):
+    config = TimmWrapperConfig(architecture="vit_large_patch32_384", model_args={"depth": 1})
+    TimmWrapperModel(config).save_pretrained(published / "timm")
+    convert(str(published / "answer"), published / "ours", "vit", attach_tower=str(published / "timm"))
+    model = MMCoTForConditionalGeneration.from_pretrained(published / "ours").eval()
+    inputs = MMCoTProcessor.from_pretrained(published / "ours")(text=["what"], images=[Image.new("RGB", (50, 40))])
+    assert inputs["pixel_values"].shape == (1, 1, 3, 384, 384)
+    patches, _ = model.encoder.picture_patches(inputs["pixel_values"], inputs["pixel_mask"], None, None)
+    assert patches.shape == (1, 145, 1024) and model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
 
 
 def test_a_hub_id_with_a_folder_within_is_converted(published):
