@@ -31,7 +31,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
-from mmcot.feature_store import FeatureStore, FeatureWriter, fields_of
+from mmcot.feature_store import FeatureStore, FeatureWriter
 from mmcot.features import load_all_splits, load_image_processor
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
@@ -110,12 +110,11 @@ def kills(dataset: str, output: Path) -> dict:
 
 def memory(rows: int, output: Path) -> dict:
     record = np.dtype([("features", "<f2", (100, 256)), ("boxes", "<f4", (100, 4)), ("class_scores", "<f4", (100,))])
-    writer = FeatureWriter(output / "synthetic")
-    writer.claim({"record": fields_of(record), "repeats": 1, "keys": "id"})
     batch = np.zeros(1000, dtype=record)
     batch["features"] = np.random.default_rng(0).normal(size=(1000, 100, 256)).astype("<f2")
-    for start in tqdm(range(0, rows, len(batch)), desc="writing"):
-        writer.add([str(row) for row in range(start, start + len(batch))], batch)
+    with FeatureWriter(output / "synthetic", {"repeats": 1, "keys": "id"}) as writer:
+        for start in tqdm(range(0, rows, len(batch)), desc="writing"):
+            writer.add([str(row) for row in range(start, start + len(batch))], batch)
     store = FeatureStore(output / "synthetic")
     order = np.random.default_rng(1).permutation(rows)
     process = psutil.Process()
@@ -182,7 +181,7 @@ def numbers_from(rows: list[dict], processor: MMCoTProcessor, checkpoint: Path, 
     model.attach_tower(load_vision_tower(str(checkpoint)))
     model.train()
     if store is not None:
-        store.check_model(model.config, processor.image_processor)
+        store.check_model(model, processor.image_processor)
 
     def inputs(batch: list[dict], stage: str, **kwargs) -> dict:
         images = None if store else [as_pictures([p["path"] for p in row["images"]]) for row in batch]

@@ -1,11 +1,12 @@
 """Pictures -> the caption column of a dataset, written once: `python -m mmcot.features DATASET --captions MODEL`.
 
 A folder with `captions.json` (`{"captions": {id: text}}`, the original's form, so that it may lie in a ScienceQA
-folder) and `captions.jsonl`, a line a picture as it is captioned: a kill loses the batch in hand, and the same command
-goes on. `train.py` and `mmcot.predict` take the former as `--captions`.
+folder that has none) and `captions.jsonl`, a line a picture as it is captioned: a kill loses the batch in hand, and the
+same command goes on. `train.py` and `mmcot.predict` take the former as `--captions`.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from mmcot.files import write_json
-from mmcot.problems import content_key, distinct_pictures, read_picture
+from mmcot.files import read_json, write_json
+from mmcot.pictures import decode
+from mmcot.problems import content_key, distinct_pictures
 from modeling_mmcot.captioning_mmcot import Captioner
-from modeling_mmcot.pictures_mmcot import as_rgb
 
 
 def write_captions(
@@ -30,28 +31,36 @@ def write_captions(
     """
     folder = Path(folder)
     captioner = Captioner(model, prompt, "cuda" if torch.cuda.is_available() else "cpu")
-    log = folder / "captions.jsonl"
-    captions = read_log(log, {"model": captioner.checkpoint, "prompt": captioner.prompt})
+    header = {"model": captioner.checkpoint, "prompt": captioner.prompt}
+    log, result = folder / "captions.jsonl", folder / "captions.json"
+    finished = read_finished(result, header)
+    captions = read_log(log, header)
     todo = [picture for picture in distinct_pictures(problems, first_only=True) if picture[0] not in captions]
     failed: list[str] = []
     for start in tqdm(range(0, len(todo), batch_size), desc="captions", unit="batch"):
-        decoded = []
-        for key, picture, problem_id in todo[start : start + batch_size]:
-            try:
-                decoded.append((key, as_rgb(read_picture(picture, problem_id))))
-            except ValueError as error:
-                failed.append(str(error))
+        decoded, errors = decode(todo[start : start + batch_size])
+        failed.extend(errors)
         if decoded:
-            texts = captioner([picture for _, picture in decoded])
-            written = dict(zip([key for key, _ in decoded], texts, strict=True))
+            written = dict(zip(decoded, captioner(list(decoded.values())), strict=True))
             with log.open("a") as file:
                 file.write("".join(json.dumps({"picture": key, "caption": written[key]}) + "\n" for key in written))
             captions.update(written)
     rows = problems.select_columns(["id", "images"])
     keys = {row["id"]: content_key(row["images"][0]) for row in rows if row["images"]}
     by_id = {id_: captions[key] for id_, key in keys.items() if key in captions}
-    write_json(folder / "captions.json", {"captions": by_id, "model": captioner.checkpoint, "prompt": captioner.prompt})
+    write_json(result, {"captions": {**finished, **by_id}, **header})
     return failed
+
+
+def read_finished(result: Path, header: dict[str, Any]) -> dict[str, str]:
+    """The captions that an earlier call wrote by the same model, of other splits for one."""
+    if not result.exists():
+        return {}
+    earlier = read_json(result)
+    origin = {name: earlier.get(name) for name in header}
+    if origin != header:
+        raise ValueError(f"{result} holds captions of {origin}, not of {header}. Choose another --output.")
+    return earlier["captions"]
 
 
 def read_log(log: Path, header: dict[str, Any]) -> dict[str, str]:
@@ -60,14 +69,17 @@ def read_log(log: Path, header: dict[str, Any]) -> dict[str, str]:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(json.dumps(header) + "\n")
         return {}
-    # What a killed run left of a line is taken away.
-    lines = log.read_text().split("\n")[:-1]
-    log.write_text("".join(f"{line}\n" for line in lines) or json.dumps(header) + "\n")
+    content = log.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
     try:
-        first, *entries = [json.loads(line) for line in lines] or [header]
+        first, *entries = [json.loads(line) for line in whole.splitlines()] or [header]
         captions = {entry["picture"]: entry["caption"] for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{log}: not a log of captions ({error!r}). Choose another --output.") from error
-    if first != header:
+    if first != header or (not whole and not json.dumps(header).encode().startswith(content)):
         raise ValueError(f"{log} holds captions of {first}, not of {header}. Choose another --output.")
+    # What a killed run left of a line is taken away.
+    os.truncate(log, len(whole))
+    if not whole:
+        log.write_text(json.dumps(header) + "\n")
     return captions

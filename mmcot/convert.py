@@ -109,7 +109,7 @@ def convert(
             model.generation_config.update(max_new_tokens=stage.max_target_length)
             model.save_pretrained(Path(temporary) / stage.name)
         saved = {stage.name: Path(temporary) / stage.name for stage in stages}
-        write_hub_folder(out_dir, processor, saved, CARD.format(source=source))
+        write_hub_folder(Path(temporary) / "hub", processor, saved, CARD.format(source=source)).rename(out_dir)
     return report
 
 

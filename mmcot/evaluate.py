@@ -35,7 +35,7 @@ def read_predictions(path: str | Path) -> dict[str, dict[str, Any]]:
 
 def load_answered_problems(dataset: str, split: str):
     """The problems of a split, all with a known answer: without it there is nothing to score against."""
-    problems = load_problems(dataset, split)
+    problems = load_problems(dataset, split, pictures=False)
     require_answers(problems)
     return problems
 

@@ -5,7 +5,7 @@ Notable:
   of each batch, a line a batch, written after its rows). A kill loses the batch in hand, and the same command goes on;
 - a row is found by its picture's content (or, of an imported file, by problem id), mapped into memory when it is read
   and let go at once: reading all of a store keeps none of it resident;
-- a store that does not fit a model or a dataset is refused with what differs.
+- a store that does not fit a model or a dataset is refused with what differs; its tower is told by its weights.
 
 How features are computed is `features.py`'s.
 """
@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig
+from filelock import FileLock, Timeout
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.files import read_json, write_json
 from mmcot.problems import content_key, first_few
-from modeling_mmcot.vision_mmcot import checkpoint_of
+from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot.vision_mmcot import checkpoint_of, resolved_name
 
 MANIFEST, ROWS, KEYS = "manifest.json", "rows.bin", "rows.jsonl"
 
@@ -118,14 +120,23 @@ class FeatureStore:
                 f"{first_few(absent)}. Run mmcot.features on this dataset."
             )
 
-    def check_model(self, config: PreTrainedConfig, image_processor: BaseImageProcessor | None) -> None:
+    def check_tower(self, checkpoint: str, preprocessing: str, image_processor: BaseImageProcessor) -> None:
+        """The features are of this checkpoint and of pictures so prepared, where the store says of which they are."""
+        if self.manifest["tower"] is not None:
+            self.compare("tower", self.manifest["tower"], tower_source(checkpoint))
+            self.compare("preprocessing", self.manifest["preprocessing"], preprocessing)
+            self.compare_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
+
+    def check_model(self, model: MMCoTForConditionalGeneration, image_processor: BaseImageProcessor | None) -> None:
         """The features are those that the model's own tower would give, as far as the model has one."""
+        config, tower = model.config, model.encoder.vision_tower
         self.compare("width of the patches", self.hidden_size, config.vision_hidden_size)
+        name = config.vision_tower if tower is None else resolved_name(config.vision_config, config.vision_tower)
+        if name is not None:
+            self.compare("vision_tower", self.manifest["vision_tower"], name)
         if config.num_vision_tokens is not None:
             self.compare("patches of a picture", self.num_patches, config.num_vision_tokens)
-        if config.vision_tower is not None and self.manifest["vision_tower"] is not None:
-            self.compare("vision_tower", self.manifest["vision_tower"], config.vision_tower)
-        if config.vision_config is None or self.manifest["vision_config"] is None:
+        if tower is None or self.manifest["vision_config"] is None:
             return
         if not config.freeze_vision:
             raise ValueError(
@@ -133,12 +144,8 @@ class FeatureStore:
             )
         self.compare_fields("vision_config", self.manifest["vision_config"], tower_settings(config.vision_config))
         self.compare_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
-
-    def check_tower(self, checkpoint: str, preprocessing: str) -> None:
-        """The features are of this checkpoint, where the store says of which they are."""
-        if self.manifest["tower"] is not None:
-            self.compare("tower", self.manifest["tower"], checkpoint_of(checkpoint))
-            self.compare("preprocessing", self.manifest["preprocessing"], preprocessing)
+        if tower.dtype != torch.float16:  # rounding it to bfloat16 rounds a second time
+            self.compare("weights of the tower", self.manifest["weights"], weights_digest(tower))
 
     def compare_fields(self, name: str, here: dict, there: dict) -> None:
         for field in sorted(here.keys() | there.keys()):
@@ -183,48 +190,81 @@ def file_size(file: Path) -> int:
 
 
 class FeatureWriter:
-    """Adds batches to a store, after those that are in it. A batch is there with all its rows or not at all."""
+    """
+    Adds batches to a store, after those that are in it. A batch is there with all its rows or not at all. A context
+    manager: the store is this process's until it is left.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: the store, begun by the same call or new.
+        said: what the manifest says of the features, but for `record`, which the first batch shows.
+
+    Raises:
+        ValueError: another process writes there, or the rows that are there are of another kind.
+    """
+
+    def __init__(self, folder: Path, said: dict[str, Any]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        batches = read_key_batches(folder)
-        self.keys = {key for batch in batches for key in batch}
-        if self.keys:
-            self.manifest = read_manifest(folder)
-            size = len(self.keys) * record_type(self.manifest["record"]).itemsize
-            found = file_size(folder / ROWS)
-            if found < size:
-                raise ValueError(
-                    f"{folder / ROWS} has {found} bytes; its {len(self.keys)} rows are {size}. The file was cut off: "
-                    f"remove {folder} and compute it again."
-                )
-            # What a killed run left behind its last whole batch.
-            os.truncate(folder / ROWS, size)
-            os.truncate(folder / KEYS, sum(len(json.dumps(batch)) + 1 for batch in batches))
-        else:
-            self.manifest = None
-            for name in (ROWS, KEYS):
-                (folder / name).write_bytes(b"")
+        self.lock = FileLock(folder / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"{folder} is being written by another process.") from error
+        self.said = json.loads(json.dumps(said))
+        self.record: np.dtype | None = None
+        self.keys: set[str] = set()
 
-    def claim(self, manifest: dict[str, Any]) -> None:
-        """This store is of that manifest; one with rows of another is a `ValueError` that names what differs."""
-        manifest = json.loads(json.dumps(manifest))
-        manifest["digest"] = manifest_digest(manifest)
-        if self.manifest is None:
-            write_json(self.folder / MANIFEST, manifest)
-            self.manifest = manifest
-        for name in manifest:
-            if name != "digest" and self.manifest.get(name) != manifest[name]:
-                raise ValueError(
-                    f"{self.folder} holds features of another kind: {name} is {self.manifest.get(name)!r} there, "
-                    f"{manifest[name]!r} here. Choose another --output."
-                )
+    def __enter__(self) -> "FeatureWriter":
+        try:
+            batches = read_key_batches(self.folder)
+            self.keys.update(key for batch in batches for key in batch)
+            if self.keys:
+                self.go_on(batches)
+            else:
+                for name in (ROWS, KEYS):
+                    (self.folder / name).write_bytes(b"")
+        except ValueError:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lock.release()
+
+    def go_on(self, batches: list[list[str]]) -> None:
+        """Take away what a killed run left behind its last whole batch."""
+        manifest = read_manifest(self.folder)
+        for name in self.said.keys() - {"versions"}:
+            self.compare(name, manifest.get(name), self.said[name])
+        self.record = record_type(manifest["record"])
+        size = sum(map(len, batches)) * self.record.itemsize
+        found = file_size(self.folder / ROWS)
+        if found < size:
+            raise ValueError(
+                f"{self.folder / ROWS} has {found} bytes; its {len(self.keys)} rows are {size}. The file was cut off: "
+                f"remove {self.folder} and compute it again."
+            )
+        os.truncate(self.folder / ROWS, size)
+        os.truncate(self.folder / KEYS, sum(len(json.dumps(batch)) + 1 for batch in batches))
 
     def add(self, keys: list[str], rows: np.ndarray) -> None:
+        if not np.isfinite(rows["features"]).all():
+            raise ValueError(f"The features do not fit into {rows['features'].dtype}; take --dtype float32.")
+        if self.record is None:
+            manifest = {**self.said, "record": fields_of(rows.dtype)}
+            write_json(self.folder / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
+            self.record = rows.dtype
+        self.compare("record", fields_of(self.record), fields_of(rows.dtype))
         append(self.folder / ROWS, rows.tobytes())
         append(self.folder / KEYS, json.dumps(keys).encode() + b"\n")
         self.keys.update(keys)
+
+    def compare(self, name: str, there: Any, here: Any) -> None:
+        if there != here:
+            raise ValueError(
+                f"{self.folder} holds features of another kind: {name} is {there!r} there, {here!r} here. Choose "
+                f"another --output."
+            )
 
 
 def append(file: Path, content: bytes) -> None:
@@ -232,6 +272,22 @@ def append(file: Path, content: bytes) -> None:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
+
+
+def tower_source(checkpoint: str) -> str:
+    """Where a tower comes from, however its folder was written."""
+    source = checkpoint_of(checkpoint)
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def weights_digest(tower: PreTrainedModel) -> str:
+    """Of the weights as bfloat16, so that a model which holds them in that precision is known by it too."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        rounded = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        digest.update(name.encode())
+        digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tower_settings(vision_config: PreTrainedConfig) -> dict[str, Any]:

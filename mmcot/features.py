@@ -10,6 +10,7 @@ and left out, and the exit code says so. Captions are `captions.py`'s, towers `v
 
 import argparse
 import logging
+import pickle
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,21 +22,24 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mmcot.captions import write_captions
-from mmcot.feature_store import FeatureWriter, fields_of, settings_of, tower_settings
+from mmcot.feature_store import FeatureWriter, settings_of, tower_settings, tower_source, weights_digest
 from mmcot.files import read_json
-from mmcot.problems import SPLITS, distinct_pictures, first_few, load_problems, read_picture
-from modeling_mmcot.pictures_mmcot import as_rgb, build_image_processor, stack_pixels
+from mmcot.pictures import decode
+from mmcot.problems import SPLITS, distinct_pictures, first_few, load_problems
+from modeling_mmcot.pictures_mmcot import build_image_processor, picture_pixels, stack_pixels
 from modeling_mmcot.vision_mmcot import (
     TOWERS,
     checkpoint_of,
     encode_pictures,
     find_tower,
     load_vision_tower,
+    resolved_name,
+    tower_config,
     tower_name,
     without_unread_parts,
 )
@@ -70,7 +74,7 @@ class Featurizer:
     @torch.no_grad()
     def __call__(self, pictures: list, dtype: str) -> np.ndarray:
         """A record for each RGB picture."""
-        pixels = [[self.image_processor(picture, return_tensors="pt")["pixel_values"][0]] for picture in pictures]
+        pixels = [[picture_pixels(self.image_processor, picture)] for picture in pictures]
         inputs = {name: value.to(self.tower.device) for name, value in stack_pixels(pixels).items()}
         patches, _ = encode_pictures(self.tower, self.name, **inputs)
         patches = patches[:, : patches.shape[1] // self.repeats]
@@ -84,8 +88,6 @@ class Featurizer:
         rows = np.zeros(len(pictures), dtype=record)
         for name, (_, values) in columns.items():
             rows[name] = values.float().cpu().numpy()
-        if not np.isfinite(rows["features"]).all():
-            raise ValueError(f"The tower's features do not fit into {dtype}; take --dtype float32.")
         return rows
 
     @property
@@ -111,7 +113,7 @@ def load_featurizer(vision: str, preprocessing: str = "checkpoint", revision: st
 
 def load_detector(checkpoint: str, revision: str | None) -> PreTrainedModel | None:
     """The detection model that the tower is part of, if the checkpoint is of one and holds its heads."""
-    if type(AutoConfig.from_pretrained(checkpoint, revision=revision)) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
+    if not find_tower(tower_config(checkpoint, revision)).detects:
         return None
     detector, info = AutoModelForObjectDetection.from_pretrained(
         checkpoint, revision=revision, output_loading_info=True
@@ -126,11 +128,12 @@ def load_image_processor(
     vision: str, preprocessing: str = "checkpoint", revision: str | None = None
 ) -> BaseImageProcessor:
     """What prepares a picture for a tower: the checkpoint's own, or what the authors' extract_features.py does."""
-    checkpoint = checkpoint_of(vision)
+    if preprocessing not in PREPROCESSINGS:
+        raise ValueError(f"preprocessing is {preprocessing!r}; expected {' or '.join(PREPROCESSINGS)}.")
     if preprocessing == "checkpoint":
-        return AutoImageProcessor.from_pretrained(checkpoint, revision=revision, backend="pil")
-    config = AutoConfig.from_pretrained(checkpoint, revision=revision)
-    settings = find_tower(getattr(config, "vision_config", config)).paper_image_processor
+        return AutoImageProcessor.from_pretrained(checkpoint_of(vision), revision=revision, backend="pil")
+    config = tower_config(vision, revision)
+    settings = find_tower(config).paper_image_processor
     if settings is None:
         published = [name for name, tower in TOWERS.items() if tower.paper_image_processor is not None]
         raise ValueError(
@@ -155,42 +158,41 @@ def compute(
     Returns:
         The pictures that could not be decoded, an error message each. All others are in the store.
     """
-    featurizer = load_featurizer(vision, preprocessing, revision)
-    writer = FeatureWriter(Path(folder))
     pictures = distinct_pictures(problems)
     if not pictures:
         raise ValueError(f"None of the {len(problems)} problems has a picture: there is nothing to compute.")
+    featurizer = load_featurizer(vision, preprocessing, revision)
+    said = {
+        "tower": tower_source(vision),
+        "revision": commit_of(vision, revision),
+        "weights": weights_digest(featurizer.tower),
+        "vision_tower": resolved_name(featurizer.tower.config, featurizer.name),
+        "vision_config": tower_settings(featurizer.tower.config),
+        "preprocessing": preprocessing,
+        "image_processor": settings_of(featurizer.image_processor),
+        "dtype": dtype,
+        "repeats": featurizer.repeats,
+        "keys": "content",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
     failed: list[str] = []
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    for batch in tqdm(batches, desc="features", unit="batch"):
-        decoded = []
-        for key, picture, problem_id in batch:
-            if key in writer.keys:
-                continue
-            try:
-                decoded.append((key, as_rgb(read_picture(picture, problem_id))))
-            except ValueError as error:
-                failed.append(str(error))
-        if not decoded:
-            continue
-        rows = featurizer([picture for _, picture in decoded], dtype)
-        writer.claim(
-            {
-                "tower": checkpoint_of(vision),
-                "revision": getattr(featurizer.tower.config, "_commit_hash", None),
-                "vision_tower": featurizer.name,
-                "vision_config": tower_settings(featurizer.tower.config),
-                "preprocessing": preprocessing,
-                "image_processor": settings_of(featurizer.image_processor),
-                "dtype": dtype,
-                "record": fields_of(rows.dtype),
-                "repeats": featurizer.repeats,
-                "keys": "content",
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            }
-        )
-        writer.add([key for key, _ in decoded], rows)
+    with FeatureWriter(Path(folder), said) as writer:
+        for batch in tqdm(batches, desc="features", unit="batch"):
+            todo = [entry for entry in batch if entry[0] not in writer.keys]
+            decoded, errors = decode(todo)
+            failed.extend(errors)
+            if decoded:
+                writer.add(list(decoded), featurizer(list(decoded.values()), dtype))
     return failed
+
+
+def commit_of(checkpoint: str, revision: str | None) -> str | None:
+    """The commit of a checkpoint of the Hub; None of a folder."""
+    source = checkpoint_of(checkpoint)
+    if Path(source).is_dir():
+        return None
+    return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
 
 
 def import_authors_features(
@@ -204,46 +206,37 @@ def import_authors_features(
         name_map_file: their name_map.json, problem id -> row of the file.
     """
     tower = TOWERS[AUTHORS_TOWERS[vision]]
-    features = open_authors_features(features_file)
     shape = (tower.num_patches // tower.repeats, tower.hidden_size)
+    num_rows, *found = open_authors_features(features_file).shape
     # One pooled vector a picture comes without a dimension for patches.
-    if features.shape[1:] not in (shape, shape[-1:] if shape[0] == 1 else shape):
-        raise ValueError(
-            f"{features_file} holds rows of shape {features.shape[1:]}; expected {shape} for {vision} features."
-        )
+    if tuple(found) not in (shape, shape[-1:] if shape[0] == 1 else shape):
+        raise ValueError(f"{features_file} holds rows of shape {tuple(found)}; expected {shape} for {vision} features.")
     name_map = read_json(name_map_file)
-    absent = [
-        row["id"] for row in problems.select_columns(["id", "images"]) if row["images"] and row["id"] not in name_map
-    ]
+    rows = problems.select_columns(["id", "images"])
+    absent = [row["id"] for row in rows if row["images"] and row["id"] not in name_map]
     if absent:
         raise ValueError(f"{name_map_file} lacks {len(absent)} problems that have a picture: {first_few(absent)}.")
-    rows_by_id = {
-        id_: row_number(name_map, id_, len(features), name_map_file) for id_ in problems["id"] if id_ in name_map
+    sources = {id_: row_number(name_map, id_, num_rows, name_map_file) for id_ in problems["id"] if id_ in name_map}
+    said = {
+        "tower": None,
+        "vision_tower": AUTHORS_TOWERS[vision],
+        "vision_config": None,
+        "dtype": dtype,
+        "repeats": tower.repeats,
+        "keys": "id",
+        "source": Path(features_file).name,
     }
-    record = np.dtype([("features", DTYPES[dtype], shape)])
-    writer = FeatureWriter(Path(folder))
-    writer.claim(
-        {
-            "tower": None,
-            "revision": None,
-            "vision_tower": AUTHORS_TOWERS[vision],
-            "vision_config": None,
-            "preprocessing": None,
-            "image_processor": None,
-            "dtype": dtype,
-            "record": fields_of(record),
-            "repeats": tower.repeats,
-            "keys": "id",
-            "source": Path(features_file).name,
-        }
-    )
-    todo = [id_ for id_ in rows_by_id if id_ not in writer.keys]
-    for start in tqdm(range(0, len(todo), 64), desc="importing", unit="batch"):
-        ids = todo[start : start + 64]
-        rows = np.zeros(len(ids), dtype=record)
-        for index, id_ in enumerate(ids):
-            rows["features"][index] = features[rows_by_id[id_]].reshape(shape)
-        writer.add(ids, rows)
+    with FeatureWriter(Path(folder), said) as writer:
+        todo = [id_ for id_ in sources if id_ not in writer.keys]
+        for start in tqdm(range(0, len(todo), 64), desc="importing", unit="batch"):
+            ids = todo[start : start + 64]
+            # Opened anew for each batch: pages of a mapping that lives on would stay resident, in the end all of them.
+            features = open_authors_features(features_file)
+            batch = np.zeros(len(ids), dtype=[("features", DTYPES[dtype], shape)])
+            with np.errstate(over="ignore"):  # what does not fit is refused by the writer
+                for index, id_ in enumerate(ids):
+                    batch["features"][index] = features[sources[id_]].reshape(shape)
+            writer.add(ids, batch)
 
 
 def open_authors_features(file: str) -> np.ndarray:
@@ -252,11 +245,11 @@ def open_authors_features(file: str) -> np.ndarray:
         if Path(file).suffix == ".npy":
             return np.load(file, mmap_mode="r", allow_pickle=False)
         tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        if isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} is not a whole file of features: {error}") from error
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{file} holds a {type(tensor).__name__}; expected one tensor.")
-    return tensor.numpy()
+    raise ValueError(f"{file} holds a {type(tensor).__name__}; expected one tensor.")
 
 
 def row_number(name_map: dict[str, Any], problem_id: str, num_rows: int, file: str) -> int:
@@ -286,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--max_images", type=int, default=1, help="of a ScienceQA problem's pictures, the first so many"
     )
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="checkpoint")
     parser.add_argument("--revision", help="of the checkpoint")
@@ -298,6 +291,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if (arguments.import_features is None) != (arguments.name_map is None):
         parser.error("--import_features and --name_map go together")
+    if arguments.batch_size < 1:
+        parser.error(f"--batch_size is {arguments.batch_size}; expected 1 or more")
+    if arguments.prompt is not None and arguments.captions is None:
+        parser.error("--prompt goes with --captions")
     if arguments.import_features is not None and arguments.vision not in AUTHORS_TOWERS:
         parser.error(f"with --import_features, --vision is one of {', '.join(AUTHORS_TOWERS)}")
     try:

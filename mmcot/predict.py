@@ -159,7 +159,7 @@ def load_inputs(
         return problems, None
     store.check_problems(problems)
     for model in models.values():
-        store.check_model(model.config, processor.image_processor)
+        store.check_model(model, processor.image_processor)
     return problems, store
 
 

@@ -70,11 +70,11 @@ class RecipeArguments:
     Args:
         dataset: `demo`, a ScienceQA folder, or a `.jsonl` / `.parquet` file of problems.
         stages: the stages in order (in the recipe only, see [`StageArguments`]).
-        fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`.
+        fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`. By default the model's, `gated` for a new one.
         vision_model_name_or_path: a pre-trained picture tower: a checkpoint, or a name in `vision_mmcot.TOWERS`.
         vision_tower: how its output becomes patches, a name in `vision_mmcot.TOWERS`.
         vision_preprocessing: `checkpoint` (its own), or `paper` (as the authors prepared pictures for it).
-        freeze_vision: leave the tower as it is.
+        freeze_vision: leave the tower as it is. By default as the model says, false for a new one.
         max_images: the most pictures of one problem.
         features: a folder of features of the pictures, as mmcot.features wrote it, in place of a run of the tower.
         captions: a captions.json, as `mmcot.features --captions` wrote it, in place of the problems' captions.
@@ -87,11 +87,11 @@ class RecipeArguments:
 
     dataset: str = field(default="", metadata={"help": "`demo`, a ScienceQA folder, or a .jsonl / .parquet file."})
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
-    fusion: str = field(default="gated", metadata={"help": "How the picture enters the text."})
+    fusion: str | None = field(default=None, metadata={"help": "How the picture enters the text."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})
     vision_tower: str | None = field(default=None, metadata={"help": "How the tower's output becomes patches."})
     vision_preprocessing: str = field(default="checkpoint", metadata={"help": "`checkpoint` or `paper`."})
-    freeze_vision: bool = field(default=False, metadata={"help": "Leave the picture tower as it is."})
+    freeze_vision: bool | None = field(default=None, metadata={"help": "Leave the picture tower as it is."})
     max_images: int = field(default=1, metadata={"help": "The most pictures of one problem."})
     features: str | None = field(default=None, metadata={"help": "Features of the pictures, computed before."})
     captions: str | None = field(default=None, metadata={"help": "A captions.json, in place of the captions."})
@@ -234,6 +234,12 @@ def check_parts(
             f"{config}: a stage reads `images`, but neither `vision_model_name_or_path` nor `image_processor` says how "
             f"pictures are prepared, and `features` are not given."
         )
+    if arguments.vision_preprocessing != "checkpoint":
+        if arguments.vision_model_name_or_path is None or arguments.image_processor is not None:
+            raise ValueError(
+                f"{config}: vision_preprocessing is {arguments.vision_preprocessing!r}, which goes with "
+                f"vision_model_name_or_path and without image_processor."
+            )
     if arguments.max_images < 1:
         raise ValueError(f"{config}: max_images is {arguments.max_images}; expected 1 or more.")
 

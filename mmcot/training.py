@@ -19,6 +19,7 @@ from datasets import Dataset
 from jinja2 import meta
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -46,7 +47,7 @@ from modeling_mmcot.processing_mmcot import (
     PAPER_TEMPLATES,
     Stage,
 )
-from modeling_mmcot.vision_mmcot import load_vision_tower, tower_name, tower_width
+from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
 
 logger = logging.getLogger(__name__)
 
@@ -61,24 +62,29 @@ class Run:
     stages: list[Stage]
     problems: dict[str, Dataset]  # by split
     folder: Path
+    processor: MMCoTProcessor
     store: FeatureStore | None  # features of the problems' pictures, where they were computed before
 
 
 def prepare(recipe: Recipe) -> Run:
     """All that can be wrong with recipe and data is a `ValueError` here, before anything is trained or written."""
     stages = [build_stage(arguments) for arguments in recipe.stages]
-    store = open_store(recipe)
+    check_tower_name(recipe)
+    store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
+    processor = build_processor(recipe, stages, problems["train"])
+    vision = recipe.arguments.vision_model_name_or_path
+    if store is not None and vision is not None:
+        store.check_tower(vision, recipe.arguments.vision_preprocessing, processor.image_processor)
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
-    return Run(recipe, stages, problems, folder, store)
+    return Run(recipe, stages, problems, folder, processor, store)
 
 
 def run(prepared: Run) -> None:
     """Train, predict, score and export, into the run's folder."""
     recipe, stages, problems, folder = prepared.recipe, prepared.stages, prepared.problems, prepared.folder
-    store = prepared.store
-    processor = build_processor(recipe, stages, problems["train"])
+    processor, store = prepared.processor, prepared.store
     predictions = {split: read_predictions(folder, split) for split in ("val", "test")}
     for stage, arguments in zip(stages, recipe.stages, strict=True):
         model = train_stage(recipe, arguments, stage, processor, problems, folder, store)
@@ -108,15 +114,18 @@ def build_stage(arguments: StageArguments) -> Stage:
     )
 
 
-def open_store(recipe: Recipe) -> FeatureStore | None:
-    """The features that the recipe names, found to be those of the tower that it names."""
+def check_tower_name(recipe: Recipe) -> None:
+    """`vision_tower` is a name that there is, and goes with the tower that the recipe describes."""
     arguments = recipe.arguments
-    if arguments.features is None:
-        return None
-    store = FeatureStore(arguments.features)
+    if arguments.vision_tower is None:
+        return
     if arguments.vision_model_name_or_path is not None:
-        store.check_tower(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
-    return store
+        vision_config = tower_config(arguments.vision_model_name_or_path)
+    elif arguments.vision_config is not None:
+        vision_config = AutoConfig.for_model(**arguments.vision_config)
+    else:
+        raise ValueError(f"vision_tower is {arguments.vision_tower!r}, but the recipe has no picture tower.")
+    find_tower(vision_config, arguments.vision_tower)
 
 
 def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
@@ -222,19 +231,23 @@ def build_model(
     arguments, model_config = recipe.arguments, recipe.model_config
     set_seed(recipe.training_arguments.seed)
     tower = None
-    fields = {"fusion": arguments.fusion, "freeze_vision": arguments.freeze_vision, "max_images": arguments.max_images}
+    fields = {"max_images": arguments.max_images}
+    for name in ("fusion", "freeze_vision"):
+        if getattr(arguments, name) is not None:
+            fields[name] = getattr(arguments, name)
     if arguments.vision_model_name_or_path is not None:
         tower = load_vision_tower(arguments.vision_model_name_or_path)
         fields["vision_hidden_size"] = tower_width(tower)
     elif store is not None:
         fields["vision_hidden_size"] = store.hidden_size
+        fields["num_vision_tokens"] = store.num_patches
+        fields["vision_tower"] = store.manifest["vision_tower"]
     if model_config.model_name_or_path is None:
         config = MMCoTConfig(
             vocab_size=len(tokenizer),
             decoder_start_token_id=tokenizer.pad_token_id,
             vision_config=arguments.vision_config,
-            vision_tower=arguments.vision_tower,
-            **fields,
+            **{"vision_tower": arguments.vision_tower, **fields},
             **(arguments.text_config or {}),
         )
         model = MMCoTForConditionalGeneration(config)
@@ -289,7 +302,7 @@ def train_stage(
         checkpoint = last_whole_checkpoint(stage_folder)
     model = build_model(recipe, arguments, processor.tokenizer, store)
     if store is not None:
-        store.check_model(model.config, processor.image_processor)
+        store.check_model(model, processor.image_processor)
     if checkpoint is not None:
         # The Trainer resumes by parameter names, and a ViT is saved under older names than it has in memory: its
         # weights would silently stay fresh (transformers 5.23). `from_pretrained` knows both. Copied, because a run

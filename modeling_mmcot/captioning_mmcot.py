@@ -4,6 +4,8 @@ Used where a recipe reads captions: by `MultimodalCoTPipeline` for a problem tha
 `python -m mmcot.features --captions` for a dataset. It does not know problems or stages.
 """
 
+from dataclasses import dataclass
+
 import torch
 from PIL import Image
 from transformers import (
@@ -17,11 +19,25 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-# name -> (checkpoint, prompt); the prompt of "instructblip" is that of the authors' extract_caption.py.
-CAPTIONERS: dict[str, tuple[str, str]] = {
-    "instructblip": ("Salesforce/instructblip-vicuna-7b", "Write a detailed description.")
+
+@dataclass(frozen=True)
+class CaptionerPreset:
+    """A captioner as somebody used it."""
+
+    checkpoint: str
+    prompt: str
+    generation: dict
+
+
+CAPTIONERS: dict[str, CaptionerPreset] = {
+    # The authors' extract_caption.py, with the decoding that LAVIS gives it by default.
+    "instructblip": CaptionerPreset(
+        "Salesforce/instructblip-vicuna-7b",
+        "Write a detailed description.",
+        {"num_beams": 5, "repetition_penalty": 1.5, "max_new_tokens": 256},
+    )
 }
-MAX_NEW_TOKENS = 256  # as many as LAVIS gives the authors' captioner
+GENERATION = {"num_beams": 1, "max_new_tokens": 256}
 
 
 class Captioner:
@@ -36,14 +52,15 @@ class Captioner:
     """
 
     def __init__(self, model: str, prompt: str | None = None, device: torch.device | str = "cpu"):
-        checkpoint, preset = CAPTIONERS.get(model, (model, None))
+        preset = CAPTIONERS.get(model, CaptionerPreset(model, "", GENERATION))
+        checkpoint = preset.checkpoint
         model_type = AutoConfig.from_pretrained(checkpoint).model_type
         if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise ValueError(
                 f"{checkpoint} is of model_type {model_type!r}, which writes no text from a picture; expected a "
                 f"checkpoint of AutoModelForImageTextToText."
             )
-        self.checkpoint, self.prompt = checkpoint, prompt or preset
+        self.checkpoint, self.prompt, self.generation = checkpoint, prompt or preset.prompt, preset.generation
         self.model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(checkpoint).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.image_processor = None
@@ -55,9 +72,9 @@ class Captioner:
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> list[str]:
-        """A caption for each RGB picture, greedily; white space folded."""
+        """A caption for each RGB picture, without sampling; white space folded."""
         inputs = self.prepare(pictures).to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)
+        tokens = self.model.generate(**inputs, do_sample=False, **self.generation)
         prompt = inputs.get("input_ids")
         if prompt is not None and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]

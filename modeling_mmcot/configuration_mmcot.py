@@ -23,7 +23,7 @@ class MMCoTConfig(T5Config):
             Width of one picture patch. Taken from `vision_config` where that says it (timm's does not); `None` without
             a tower makes a model that reads text only.
         num_vision_tokens (`int`, *optional*):
-            Patches of one picture. Informative: nothing is computed from it.
+            Patches of one picture. Nothing is computed from it; a feature store of another number is refused.
         max_images (`int`, defaults to 1):
             The most pictures that one problem may have.
         freeze_vision (`bool`, defaults to `False`):

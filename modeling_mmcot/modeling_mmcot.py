@@ -4,7 +4,7 @@ Notable:
 - the picture is seen once per problem: the encoder returns states that are fused already, so `generate`, its cache,
   beams and the scoring of choices need nothing of their own;
 - T5's parameters keep T5's names; ours are `encoder.fusion` and `encoder.vision_tower`;
-- a row without picture is T5, to the bit;
+- a row without picture is T5, to the bit (but for `zeros_for_missing_pictures`, of converted checkpoints);
 - an output head that its checkpoint left untied (T5 v1.1, FLAN-T5) stays untied.
 """
 
@@ -36,8 +36,9 @@ class MMCoTEncoderOutput(BaseModelOutput):
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
             T5's, one of shape `(batch_size, num_heads, sequence_length, sequence_length)` for each layer.
         fusion_attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, *optional*):
-            How much each token attended to each patch; 0 for a problem without picture. Returned with
-            `output_attentions=True` where the batch has a picture.
+            How much each token attended to each patch; 0 for a problem without picture, unless that is fused with
+            zeros (`config.zeros_for_missing_pictures`). Returned with `output_attentions=True` where the batch has a
+            picture.
     """
 
     fusion_attentions: torch.FloatTensor | None = None
@@ -91,6 +92,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         super().__init__(config)
         self.vision_tower = None
         if config.vision_config is not None:
+            find_tower(config.vision_config, config.vision_tower)
             self.vision_tower = build_vision_tower(config.vision_config)
             check_width(self.vision_tower, config.vision_hidden_size)
         self.fusion = None
@@ -324,11 +326,13 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
                 Pictures for the tower, at most `config.max_images` a problem; their patches are read in this order. One
                 picture each may come as `(batch_size, 3, height, width)`.
             pixel_mask (`torch.Tensor` of shape `(batch_size, num_images, height, width)`, *optional*):
-                1 for a real pixel; all zero where there is no picture. Without it every pixel is real.
+                1 for a real pixel, which are at the left and above, as image processors pad; all zero where there is no
+                picture. Without it every pixel is real.
             vision_features (`torch.FloatTensor` of shape `(batch_size, num_patches, vision_hidden_size)`, *optional*):
                 Patches that were computed before.
             vision_mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*):
-                1 for a real patch; a row of zeros is a problem without picture, which plain T5 answers.
+                1 for a real patch; a row of zeros is a problem without picture, which plain T5 answers (unless
+                `config.zeros_for_missing_pictures`).
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 The target so far; made from `labels` where those are given.
             decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, *optional*):

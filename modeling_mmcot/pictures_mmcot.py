@@ -90,6 +90,11 @@ def in_pillow_backend(image_processor: BaseImageProcessor) -> BaseImageProcessor
     return build_image_processor(image_processor.to_dict()) if has_two_backends else image_processor
 
 
+def picture_pixels(image_processor: BaseImageProcessor, picture: Image.Image) -> torch.FloatTensor:
+    """One RGB picture as a tower reads it, `(3, height, width)`."""
+    return image_processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
 def stack_pixels(pixels: list[list[torch.FloatTensor]]) -> dict[str, torch.Tensor]:
     """
     Pictures of unlike sizes and numbers, each `(3, height, width)`, a list for each problem -> one batch; nothing where

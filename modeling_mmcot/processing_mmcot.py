@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass
 import torch
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, stack_pixels
+from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
 
 GOLD_COLUMNS = ("answer", "lecture", "solution")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -299,12 +298,8 @@ class MMCoTProcessor(ProcessorMixin):
                 "A picture was given, but there is no image processor: this model has no picture tower, and its "
                 "pictures come as vision_features that were computed before."
             )
-        pixels = [[self.pixels(picture) for picture in as_pictures(entry)] for entry in images]
+        pixels = [[picture_pixels(self.image_processor, picture) for picture in as_pictures(entry)] for entry in images]
         return stack_pixels(pixels)
-
-    def pixels(self, picture: Image.Image) -> torch.FloatTensor:
-        """One RGB picture as the tower reads it, `(3, height, width)`."""
-        return self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
 MMCoTProcessor.register_for_auto_class()

@@ -48,6 +48,7 @@ class VisionTower:
         repeats (`int`): how often each of them is given.
         settings: fields of its configuration that are set, so that nothing is computed that is not read.
         unread: parts whose output is not read. They are taken out: they would never get a gradient.
+        detects (`bool`): the checkpoint is a detection model's, whose heads say what each patch found.
         paper_image_processor: how the authors' extract_features.py prepared a picture, where they published it.
     """
 
@@ -59,6 +60,7 @@ class VisionTower:
     repeats: int = 1
     settings: dict = field(default_factory=dict)
     unread: tuple[str, ...] = ("pooler",)
+    detects: bool = False
     paper_image_processor: dict | None = None
 
 
@@ -69,8 +71,9 @@ TOWERS: dict[str, VisionTower] = {
         checkpoint="facebook/detr-resnet-101-dc5",
         num_patches=100,
         hidden_size=256,
+        detects=True,
         # The shorter side to 224, no crop. `longest_edge` keeps a strip of a picture from filling the memory; the
-        # authors have no such bound, and no picture of ScienceQA comes near it.
+        # authors have no such bound. The longest of the ScienceQA pictures tried (915) comes to 2206.
         paper_image_processor={
             "image_processor_type": "DetrImageProcessor",
             "size": {"shortest_edge": 224, "longest_edge": 4096},
@@ -163,10 +166,25 @@ def load_vision_tower(checkpoint: str, **kwargs) -> PreTrainedModel:
         checkpoint (`str`): a name in `TOWERS`, a folder or a Hub id; of a CLIP or SigLIP model its picture tower.
         kwargs: passed to `from_pretrained`.
     """
-    checkpoint = checkpoint_of(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint, revision=kwargs.get("revision"))
-    config = prepared(getattr(config, "vision_config", config))
-    return without_unread_parts(AutoModel.from_pretrained(checkpoint, config=config, **kwargs))
+    config = prepared(tower_config(checkpoint, kwargs.get("revision")))
+    tower, info = AutoModel.from_pretrained(
+        checkpoint_of(checkpoint), config=config, output_loading_info=True, **kwargs
+    )
+    unread = find_tower(config).unread
+    missing = [name for name in info["missing_keys"] if not name.startswith(unread)]
+    if missing:
+        # transformers only warns, and goes on with random weights.
+        raise ValueError(
+            f"{checkpoint} does not hold a picture tower of model_type {config.model_type!r}: {len(missing)} of its "
+            f"tensors are missing, {sorted(missing)[0]} for one."
+        )
+    return without_unread_parts(tower)
+
+
+def tower_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:
+    """A checkpoint's configuration; of a CLIP or SigLIP model that of its picture tower."""
+    config = AutoConfig.from_pretrained(checkpoint_of(checkpoint), revision=revision)
+    return getattr(config, "vision_config", config)
 
 
 def checkpoint_of(name_or_checkpoint: str) -> str:
@@ -177,6 +195,12 @@ def checkpoint_of(name_or_checkpoint: str) -> str:
 def tower_name(name_or_checkpoint: str, name: str | None = None) -> str | None:
     """The tower's name in `TOWERS`: as given, or as which the checkpoint was given."""
     return name or (name_or_checkpoint if name_or_checkpoint in TOWERS else None)
+
+
+def resolved_name(vision_config: PreTrainedConfig, name: str | None = None) -> str:
+    """The name of what `find_tower` finds; of a tower that is in no table its model type."""
+    fitting = (known for known, tower in TOWERS.items() if tower.model_type == vision_config.model_type)
+    return name or next(fitting, vision_config.model_type)
 
 
 def prepared(vision_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -208,7 +232,8 @@ def encode_pictures(
         pixel_values (`torch.FloatTensor` of shape `(batch_size, num_images, 3, height, width)`):
             One picture each may come as `(batch_size, 3, height, width)`.
         pixel_mask (`torch.Tensor` of shape `(batch_size, num_images, height, width)`, *optional*):
-            1 for a real pixel; all zero where there is no picture. Without it every pixel is real.
+            1 for a real pixel, which are at the left and above, as image processors pad; all zero where there is no
+            picture. Without it every pixel is real.
 
     Returns:
         The patches, `(batch_size, num_images * num_patches, width)`, zero where there is no picture, and their mask,
@@ -248,4 +273,9 @@ def encode_pictures(
 
 def real_sizes(pixel_mask: torch.BoolTensor) -> torch.LongTensor:
     """Height and width of each picture, `(num_pictures, 2)`, within its padding, which is at the right and below."""
-    return torch.stack([pixel_mask.any(dim=2).sum(dim=1), pixel_mask.any(dim=1).sum(dim=1)], dim=1)
+    heights, widths = pixel_mask.any(dim=2).sum(dim=1), pixel_mask.any(dim=1).sum(dim=1)
+    rows, columns = (torch.arange(size, device=pixel_mask.device) for size in pixel_mask.shape[1:])
+    rectangle = (rows[None, :, None] < heights[:, None, None]) & (columns[None, None, :] < widths[:, None, None])
+    if not torch.equal(rectangle, pixel_mask):
+        raise ValueError("pixel_mask: the real pixels of a picture are not a rectangle at its left upper corner.")
+    return torch.stack([heights, widths], dim=1)

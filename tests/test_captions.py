@@ -74,7 +74,9 @@ def test_a_prompt_is_given_to_the_model(blip):
 
 
 def test_the_authors_captioner_and_prompt_are_a_preset():
-    assert CAPTIONERS["instructblip"] == ("Salesforce/instructblip-vicuna-7b", "Write a detailed description.")
+    preset = CAPTIONERS["instructblip"]
+    assert (preset.checkpoint, preset.prompt) == ("Salesforce/instructblip-vicuna-7b", "Write a detailed description.")
+    assert preset.generation["num_beams"] == 5, "LAVIS's own default, with which the authors ran it"
 
 
 def test_a_model_of_an_encoder_and_a_decoder_captions_too(tmp_path):
@@ -147,9 +149,28 @@ def test_what_a_kill_left_is_gone_on_with(colors, blip, tmp_path, monkeypatch):
         assert len(captioned) == 6 - max(kept, 1)
 
 
+def test_captions_of_several_splits_stand_together(tiny_dataset, blip, tmp_path):
+    for split in ("val", "test"):
+        write_captions(tiny_dataset, blip, tmp_path / "out", "--splits", split)
+    write_captions(tiny_dataset, blip, tmp_path / "both", "--splits", "val", "test")
+    together = read_json(tmp_path / "both/captions.json")["captions"]
+    assert read_json(tmp_path / "out/captions.json")["captions"] == together
+
+
+def test_captions_of_another_origin_are_not_written_over(colors, blip, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name, content in (("captions.json", '{"captions": {"1": "theirs"}}'), ("captions.jsonl", '{"1": "theirs"}')):
+        file = tmp_path / "out" / name
+        file.write_text(content)
+        with pytest.raises(SystemExit, match=f"{name}.* Choose another --output"):
+            write_captions(colors, blip, tmp_path / "out")
+        assert file.read_text() == content
+        file.unlink()
+
+
 def test_captions_of_another_model_are_not_mixed(colors, blip, tmp_path):
     write_captions(colors, blip, tmp_path / "out")
-    with pytest.raises(SystemExit, match="captions.jsonl holds captions of .*'prompt': None.*not of .*'a picture of'"):
+    with pytest.raises(SystemExit, match="holds captions of .*'prompt': ''.*not of .*'a picture of'"):
         write_captions(colors, blip, tmp_path / "out", "--prompt", "a picture of")
 
 
@@ -203,6 +224,8 @@ def test_the_pipeline_captions_a_picture_that_comes_without_a_caption(blip, tmp_
     assert captioned(own) == plain(own), "a caption that is there is kept"
     without = {**problem, "image": None}
     assert captioned(without) == plain(without)
+    with pytest.raises(ValueError, match="`image` of a problem holds 2 pictures; this model takes at most 1"):
+        plain({**problem, "image": PICTURES[:2]})
     together = captioned([problem, own, without], batch_size=3)
     for result, alone in zip(together, [captioned(p) for p in (problem, own, without)], strict=True):
         assert result["scores"] == pytest.approx(alone["scores"], abs=1e-5)

@@ -17,20 +17,24 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
+    Seq2SeqTrainingArguments,
     TimmWrapperConfig,
     TimmWrapperModel,
     ViTConfig,
     ViTModel,
     pipeline,
 )
+from trl import ModelConfig
 
 from mmcot import convert as convert_module
 from mmcot.convert import convert, read_tensors
+from mmcot.recipes import Recipe, RecipeArguments, StageArguments
+from mmcot.training import build_model
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.vision_mmcot import TOWERS
 
 CASES = {"detr_t5v1_0": "detr", "vit_t5v1_1": "vit", "clip_t5v1_1": "clip"}
-FORMATS = ["model.safetensors", "pytorch_model.bin", "shards"]
+FORMATS = ["model.safetensors", "pytorch_model.bin", "shards of pytorch_model.bin", "shards of model.safetensors"]
 
 
 def original(case, file_format, folder):
@@ -38,16 +42,17 @@ def original(case, file_format, folder):
     source = shared(f"fixtures/reference_model/{case}")
     folder.mkdir()
     shutil.copyfile(source / "config.json", folder / "config.json")
-    if file_format != "shards":
+    if not file_format.startswith("shards of "):
         shutil.copyfile(source / file_format, folder / file_format)
         return folder
-    tensors = torch.load(source / "pytorch_model.bin", weights_only=True)
-    names = sorted(tensors)
-    halves = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    whole = file_format.removeprefix("shards of ")
+    tensors = read_tensors(source)
+    names, (stem, suffix) = sorted(tensors), whole.split(".")
+    halves = {f"{stem}-0000{n + 1}-of-00002.{suffix}": names[n::2] for n in range(2)}
     for file, part in halves.items():
-        torch.save({name: tensors[name].clone() for name in part}, folder / file)
+        (torch.save if suffix == "bin" else save_file)({name: tensors[name].clone() for name in part}, folder / file)
     weight_map = {name: file for file, part in halves.items() for name in part}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -275,6 +280,15 @@ def test_timms_own_vit_is_attached_as_well(published):
     assert patches.shape == (1, 145, 1024) and model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
 
 
+def test_a_converted_model_is_trained_on_with_its_own_fusion(published):
+    convert(str(published / "answer"), published / "ours", "vit")
+    recipe = Recipe(RecipeArguments(), [], Seq2SeqTrainingArguments(), ModelConfig(str(published / "ours")), {})
+    model = build_model(recipe, StageArguments("answer", [], "answer_text"), None, None)
+    assert model.config.fusion == "gated_mha" and model.config.zeros_for_missing_pictures
+    theirs = torch.load(published / "answer/pytorch_model.bin", weights_only=True)
+    assert torch.equal(model.encoder.fusion.joint_gate.weight, theirs["encoder.gate_dense.weight"])
+
+
 def test_a_hub_id_with_a_folder_within_is_converted(published):
     """From a cached snapshot, as a download leaves it."""
     snapshot = published / "hf_home/hub/models--user--mm-cot/snapshots" / ("a" * 40)
@@ -383,7 +397,7 @@ def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys):
 
 
 def test_shards_that_lack_a_tensor_of_their_index(tmp_path):
-    folder = original("detr_t5v1_0", "shards", tmp_path / "original")
+    folder = original("detr_t5v1_0", "shards of pytorch_model.bin", tmp_path / "original")
     torch.save({}, folder / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(ValueError, match="index.json: the shards do not hold .* more"):
         convert(str(folder), tmp_path / "ours", "detr")

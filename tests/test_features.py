@@ -1,15 +1,17 @@
 """Features: computed once, killed and resumed, from pixels or from a store the same, imported, and what is refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, TINY_RECIPE, TINY_VISION, run_script
+from conftest import REPOSITORY, TINY_RECIPE, TINY_VISION, run_script, tiny_model
 from PIL import Image
 from transformers import (
     DetrConfig,
@@ -22,11 +24,11 @@ from transformers import (
 )
 
 from mmcot import predict, training
-from mmcot.feature_store import FeatureStore
-from mmcot.features import compute, import_authors_features, load_all_splits, main, open_authors_features
+from mmcot.evaluate import evaluate
+from mmcot.feature_store import FeatureStore, FeatureWriter
+from mmcot.features import commit_of, compute, import_authors_features, load_all_splits, main, open_authors_features
 from mmcot.files import read_json
 from mmcot.problems import content_key, load_problems
-from modeling_mmcot import MMCoTConfig
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
 
@@ -267,10 +269,11 @@ def test_prediction_from_a_store_is_prediction_from_pixels(runs, tiny_dataset, t
 def test_a_run_from_a_store_exports_its_tower_and_goes_from_pixels_to_answer(runs, detr):
     from transformers import pipeline
 
-    answer = pipeline("multimodal-cot", model=str(runs["float32"] / "hub"), trust_remote_code=True)
     tower = load_vision_tower(str(detr)).state_dict()
-    exported = answer.model.encoder.vision_tower.state_dict()
-    assert all(torch.equal(exported[name], tensor) for name, tensor in tower.items())
+    for name in ("pixels", "float32"):
+        answer = pipeline("multimodal-cot", model=str(runs[name] / "hub"), trust_remote_code=True)
+        exported = answer.model.encoder.vision_tower.state_dict()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in tower.items()), "frozen, it was not trained"
     result = answer({"question": "Which?", "choices": ["a", "b"], "image": Image.new("RGB", (80, 50), "red")})
     assert sum(result["scores"]) == pytest.approx(1)
 
@@ -284,6 +287,7 @@ def test_without_a_tower_the_store_gives_the_width(runs, tiny_dataset, tmp_path)
     training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", str(store)])
     config = read_json(tmp_path / "run/hub/config.json")
     assert config["vision_hidden_size"] == 24 and config["vision_config"] is None
+    assert (config["num_vision_tokens"], config["vision_tower"]) == (5, "detr")
     with pytest.raises(SystemExit, match="has no picture tower.*--features"):
         predict.main([str(tmp_path / "run"), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")])
 
@@ -326,45 +330,106 @@ def test_a_folder_without_manifest_is_no_store(store, tmp_path):
         FeatureStore(copy)
 
 
-def test_other_features_are_not_added_to_a_store(store, detr, vit, problems, tmp_path):
-    copy = edit(store, tmp_path, "rows.jsonl", lambda lines: b"".join(lines.splitlines(keepends=True)[:1]))
-    with pytest.raises(ValueError, match="features of another kind: .*dtype is 'float32' there, 'float16' here"):
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_features_are_not_added_to_a_store(store, detr, vit, problems, tmp_path, finished):
+    copy = edit(store, tmp_path, "rows.jsonl", lambda lines: lines if finished else lines.splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="features of another kind: dtype is 'float32' there, 'float16' here"):
         compute(problems, copy, str(detr), dtype="float16")
     with pytest.raises(ValueError, match="features of another kind"):
         compute(problems, copy, str(vit), dtype="float32")
 
 
-def model_config(detr, **changes):
-    config = load_vision_tower(str(detr)).config
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return MMCoTConfig(d_model=8, vision_config=config, freeze_vision=True)
+def test_one_process_at_a_time_writes_a_store(store, detr, problems):
+    with FeatureWriter(store, {}):
+        with pytest.raises(ValueError, match="is being written by another process"):
+            compute(problems, store, str(detr), dtype="float32")
+    assert compute(problems, store, str(detr), dtype="float32") == []
+
+
+def test_the_commit_of_a_hub_checkpoint_is_written_down(vit, tmp_path, monkeypatch):
+    cache = tmp_path / "hub/models--user--vit"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(vit, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("b" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert commit_of("user/vit", None) == "b" * 40 and commit_of("user/vit", "a" * 40) == "a" * 40
+    assert commit_of(str(vit), None) is None
+
+
+def model_of(detr, **fields):
+    """A tiny model with the store's tower."""
+    model = tiny_model(**{"vision_config": None, "vision_hidden_size": 24, "freeze_vision": True, **fields})
+    model.attach_tower(load_vision_tower(str(detr)))
+    return model
 
 
 def test_a_store_is_refused_by_a_model_that_differs_and_says_in_what(store, detr):
-    features = FeatureStore(store)
-    processor = DetrImageProcessorPil.from_pretrained(detr)
-    features.check_model(model_config(detr), processor)
-    for config, image_processor, message in (
-        (MMCoTConfig(vision_hidden_size=99), None, "width of the patches is 24 in the store, 99 in the model"),
-        (MMCoTConfig(vision_hidden_size=24, num_vision_tokens=9), None, "patches of a picture is 5 .*9 in the model"),
-        (model_config(detr, num_queries=6), processor, "vision_config.num_queries is 5 in the store, 6 in the model"),
+    features, processor = FeatureStore(store), DetrImageProcessorPil.from_pretrained(detr)
+    features.check_model(model_of(detr), processor)
+    features.check_model(model_of(detr).to(torch.bfloat16), processor)
+    other_config, other_weights = model_of(detr), model_of(detr)
+    other_config.config.vision_config.num_queries = 6
+    with torch.no_grad():
+        other_weights.encoder.vision_tower.query_position_embeddings.weight[0, 0] += 1
+    without_tower = {"vision_config": None, "vision_hidden_size": 24}
+    for model, image_processor, message in (
+        (tiny_model(**{**without_tower, "vision_hidden_size": 99}), None, "width of the patches is 24 .*, 99 in the"),
         (
-            model_config(detr),
+            tiny_model(**without_tower, num_vision_tokens=9),
+            None,
+            "patches of a picture is 5 in the store, 9 in the model",
+        ),
+        (
+            tiny_model(**without_tower, vision_tower="vit"),
+            None,
+            "vision_tower is 'detr' in the store, 'vit' in the model",
+        ),
+        (other_config, processor, "vision_config.num_queries is 5 in the store, 6 in the model"),
+        (other_weights, processor, "weights of the tower is"),
+        (model_of(detr, freeze_vision=False), processor, "features of a fixed tower; this model trains its own"),
+        (
+            model_of(detr),
             DetrImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 128}),
             "image_processor.size is .*64.* in the store, .*32.* in the model",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            features.check_model(config, image_processor)
-    trained = model_config(detr)
-    trained.freeze_vision = False
-    with pytest.raises(ValueError, match="features of a fixed tower; this model trains its own"):
-        features.check_model(trained, processor)
+            features.check_model(model, image_processor)
     with pytest.raises(ValueError, match="tower is '.*detr.*' in the store, 'other' in the model"):
-        features.check_tower("other", "checkpoint")
+        features.check_tower("other", "checkpoint", processor)
     with pytest.raises(ValueError, match="preprocessing is 'checkpoint' in the store, 'paper' in the model"):
-        features.check_tower(str(detr), "paper")
+        features.check_tower(str(detr), "paper", processor)
+
+
+def test_prediction_refuses_a_store_of_another_tower(runs, detr, tiny_dataset, tmp_path):
+    other = DetrForObjectDetection.from_pretrained(detr)
+    with torch.no_grad():
+        other.model.query_position_embeddings.weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    DetrImageProcessor.from_pretrained(detr).save_pretrained(tmp_path / "other")
+    main([str(tiny_dataset), "--vision", str(tmp_path / "other"), "--output", str(tmp_path / "store")])
+    command = [str(runs["pixels"]), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")]
+    with pytest.raises(SystemExit, match="error: .*store does not fit: weights of the tower"):
+        predict.main([*command, "--features", str(tmp_path / "store")])
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vision_tower", "clip"], "'clip', a tower of model_type 'timm_wrapper'; vision_config is of .*'detr'"),
+        (["--vision_preprocessing", "chekpoint"], "preprocessing is 'chekpoint'; expected checkpoint or paper"),
+    ],
+)
+def test_what_a_recipe_says_wrong_of_its_tower_is_found_before_the_folder_is_taken(
+    runs, tiny_dataset, tmp_path, options, message
+):
+    command = ["--config", str(runs["pixels"].parent / "recipe.yaml"), "--dataset", str(tiny_dataset)]
+    with pytest.raises(SystemExit, match=message):
+        training.main([*command, "--output_dir", str(tmp_path / "run"), *options])
+    assert not (tmp_path / "run").exists()
 
 
 def test_features_that_overflow_float16_are_refused(vit, tmp_path):
@@ -457,17 +522,36 @@ def test_the_authors_files_are_taken_over_by_problem(kind, scienceqa, tmp_path):
     assert batch["vision_mask"].all(dim=1).tolist() == [True, False, True]
     np.testing.assert_array_equal(batch["vision_features"][0], expected[2])
     np.testing.assert_array_equal(batch["vision_features"][2], expected[0])
-    config = MMCoTConfig(vision_hidden_size=tower.hidden_size, num_vision_tokens=tower.num_patches)
-    features.check_model(config, None)
+    fields = {"vision_hidden_size": tower.hidden_size, "num_vision_tokens": tower.num_patches}
+    features.check_model(tiny_model(vision_config=None, vision_tower=features.manifest["vision_tower"], **fields), None)
 
 
 @pytest.mark.parametrize("kind", ["detr", "vit"])
-def test_the_authors_files_are_mapped_and_not_read(kind, tmp_path):
-    file, _ = authors_file(tmp_path, kind)
-    features = open_authors_features(str(file))
-    assert features.shape == AUTHORS[kind][1]
-    mapped = [line for line in open("/proc/self/maps") if str(file) in line]
-    assert mapped, "the rows lie in the file"
+def test_the_authors_files_are_never_in_memory_whole(kind, scienceqa, tmp_path, monkeypatch):
+    """A file of some 500 MB, all of whose rows are taken over."""
+    name, shape, _ = AUTHORS[kind]
+    rows = 5000 if kind == "detr" else 850
+    if kind == "detr":
+        np.lib.format.open_memmap(tmp_path / name, mode="w+", dtype="float32", shape=(rows, *shape[1:]))
+    else:
+        torch.save(torch.zeros(rows, *shape[1:]), tmp_path / name)
+    ids = [str(number) for number in range(rows)]
+    problems = load_all_splits(str(scienceqa), ("test",), 1, False).select([1] * rows)
+    problems = problems.remove_columns("id").add_column("id", ids)
+    (tmp_path / "name_map.json").write_text(json.dumps(dict(zip(ids, ids, strict=True))))
+    process, grown = psutil.Process(), []
+    before = process.memory_info().rss
+    original = FeatureWriter.add
+
+    def add(*arguments):
+        grown.append(process.memory_info().rss - before)
+        original(*arguments)
+
+    monkeypatch.setattr(FeatureWriter, "add", add)
+    import_authors_features(problems, tmp_path / "store", kind, str(tmp_path / name), str(tmp_path / "name_map.json"))
+    assert len(grown) == -(-rows // 64) and max(grown) < 200e6
+    assert (tmp_path / name).stat().st_size > 500e6 or kind == "vit" and (tmp_path / name).stat().st_size > 490e6
+    (tmp_path / name).unlink()
 
 
 def test_an_authors_file_that_does_not_fit_is_refused(scienceqa, tmp_path):
@@ -482,6 +566,11 @@ def test_an_authors_file_that_does_not_fit_is_refused(scienceqa, tmp_path):
         assert not (tmp_path / "store").exists()
         return str(error.value)
 
+    np.save(tmp_path / "large.npy", np.full((3, 100, 256), 1e5, dtype="float32"))
+    with pytest.raises(ValueError, match="do not fit into float16; take --dtype float32"):
+        import_authors_features(
+            problems, tmp_path / "large", "detr", str(tmp_path / "large.npy"), str(tmp_path / "name_map.json")
+        )
     assert "rows of shape (100, 256); expected (145, 1024) for vit features" in error_of("vit")
     assert "name_map.json: '3' is '9'; expected a row of the file, 0 to 3" in error_of(name_map={"1": "0", "3": "9"})
     assert "lacks 1 problems that have a picture: 3." in error_of(name_map={"1": "0"})
@@ -499,6 +588,30 @@ def test_an_npy_of_objects_is_not_unpickled(tmp_path):
         open_authors_features(str(tmp_path / "detr.npy"))
 
 
+def test_with_imported_features_a_system_is_trained_predicts_and_is_scored_without_any_picture(scienceqa, tmp_path):
+    file, _ = authors_file(tmp_path, "detr")
+    problems = read_json(scienceqa / "problems.json")
+    (scienceqa / "problems.json").write_text(
+        json.dumps({id_: {**row, "solution": "It is a.", "split": None} for id_, row in problems.items()})
+        .replace('"split": null, ', "")
+        .replace(', "split": null', "")
+    )
+    (scienceqa / "pid_splits.json").write_text(json.dumps(dict.fromkeys(("train", "val", "test"), list(problems))))
+    name_map, store = str(tmp_path / "name_map.json"), str(tmp_path / "store")
+    options = ["--import_features", str(file), "--name_map", name_map, "--splits", "test", "--output", store]
+    main([str(scienceqa), "--vision", "detr", *options])
+    without = ("image_processor", "vision_config")
+    lines = [line for line in TINY_RECIPE.read_text().splitlines() if not line.startswith(without)]
+    (tmp_path / "recipe.yaml").write_text("\n".join(line for line in lines if not line.startswith("          ")))
+    command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(scienceqa), "--max_steps", "1"]
+    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", store])
+    predict.main(
+        [str(tmp_path / "run"), "--dataset", str(scienceqa), "--features", store, "--output", str(tmp_path / "p.json")]
+    )
+    scores = evaluate(tmp_path / "p.json", str(scienceqa), "test")
+    assert scores["n"] == 3 and scores["accuracy"]["Avg"] is not None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -508,6 +621,8 @@ def test_an_npy_of_objects_is_not_unpickled(tmp_path):
             "--vision is one of detr, vit",
         ),
         (["--vision", "detr", "--captions", "blip"], "not allowed with argument"),
+        (["--vision", "detr", "--prompt", "Describe."], "--prompt goes with --captions"),
+        (["--vision", "detr", "--batch_size", "-1"], "--batch_size is -1; expected 1 or more"),
         ([], "one of the arguments --vision --captions is required"),
     ],
 )

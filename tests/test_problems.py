@@ -411,6 +411,30 @@ def test_pictures_of_any_mode_are_read_as_rgb(tmp_path, mode):
     assert (picture.mode, picture.size, picture.getpixel((3, 3))) == ("RGB", (64, 64), (255, 255, 255))
 
 
+def test_more_pictures_than_the_limit_are_an_error_that_names_the_problem_and_both_numbers(tmp_path):
+    (tmp_path / "red.png").write_bytes(png())
+    file = jsonl(tmp_path, {**ROW, "images": ["red.png"] * 3})
+    assert len(load_problems(file, "test", max_images=3)[0]["images"]) == 3
+    assert says(error_of(load_problems, file, "test", 2), "problem p1", "3 pictures", "max_images is 2")
+
+
+def test_without_pictures_their_files_are_not_looked_for(tmp_path):
+    file = jsonl(tmp_path, {**ROW, "images": ["nowhere.png"]})
+    assert says(error_of(load_problems, file, "test"), "nowhere.png is missing")
+    assert load_problems(file, "test", pictures=False)[0]["images"] == [{"bytes": None, "path": "nowhere.png"}]
+
+
+def test_a_scienceqa_problem_whose_choices_alone_have_pictures(tmp_path):
+    """The original takes the first of them, `choice_0.png`."""
+    folder = scienceqa(tmp_path)
+    for number in range(2):
+        (tmp_path / "images/test/2").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"images/test/2/choice_{number}.png").write_bytes(png())
+    names = [Path(picture["path"]).name for picture in load_problems(folder, "test")[1]["images"]]
+    assert names == ["choice_0.png", "choice_1.png"]
+    assert [Path(p["path"]).name for p in load_problems(folder, "test", max_images=1)[1]["images"]] == ["choice_0.png"]
+
+
 def test_a_problem_without_picture_has_none(tmp_path):
     assert read_pictures(load_problems(jsonl(tmp_path, ROW), "test")[0]) == []
 

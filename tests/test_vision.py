@@ -25,6 +25,7 @@ from modeling_mmcot.vision_mmcot import (
     encode_pictures,
     find_tower,
     load_vision_tower,
+    resolved_name,
     tower_width,
 )
 
@@ -242,6 +243,24 @@ def test_a_tower_of_a_clip_or_siglip_model_is_its_picture_half(tmp_path):
         expected = whole.vision_model(pixel_values=pixels).last_hidden_state
         assert torch.equal(tower(pixel_values=pixels).last_hidden_state, expected)
         assert find_tower(tower.config) is TOWERS[name] and tower_width(tower) == 16
+
+
+def test_a_folder_that_does_not_hold_the_tower_is_refused_and_not_filled_with_random_weights(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not hold a picture tower of model_type 'vit': .* tensors are missing"):
+        load_vision_tower(str(tmp_path))
+
+
+def test_a_pixel_mask_that_is_no_rectangle_at_the_corner_is_refused(batch):
+    batch["pixel_mask"][0, 0, :9, :9] = False
+    with pytest.raises(ValueError, match="not a rectangle at its left upper corner"):
+        tiny_model().encoder(**batch)
+
+
+def test_an_unnamed_tower_goes_by_the_first_name_of_its_kind():
+    config = MMCoTConfig(vision_config=SMALL["resnet"]).vision_config
+    assert resolved_name(config) == "resnet" and resolved_name(config, "resnet_pooled") == "resnet_pooled"
+    assert find_tower(config) is TOWERS["resnet"]
 
 
 def test_a_name_stands_for_its_checkpoint():
