@@ -286,7 +286,7 @@ def weights_digest(tower: PreTrainedModel) -> str:
     for name, tensor in sorted(tower.state_dict().items()):
         rounded = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
         digest.update(name.encode())
-        digest.update(rounded.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(rounded.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 from conftest import TINY_VISION, run_script, tiny_model
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -13,6 +16,12 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipImageProcessor,
     BlipProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
@@ -92,6 +101,50 @@ def test_a_model_of_an_encoder_and_a_decoder_captions_too(tmp_path):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     captions = Captioner(str(tmp_path))(PICTURES)
     assert len(captions) == 3 and all(set(caption.split()) <= set(WORDS) for caption in captions) and any(captions)
+
+
+def test_a_chat_model_is_asked_by_its_template_and_its_question_is_no_part_of_the_caption(tmp_path):
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<image>",
+        "USER:",
+        "ASSISTANT:",
+        "Describe",
+        "the",
+        "picture.",
+        "red",
+        "a",
+    ]
+    vocabulary = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    template = (
+        "USER: {% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}<image> {% else %}"
+        "{{ part['text'] }} {% endif %}{% endfor %}ASSISTANT:"
+    )
+    text = LlamaConfig(**SMALL, vocab_size=len(words), num_key_value_heads=2)
+    torch.manual_seed(1)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_id=4)
+    ).eval()
+    model.generation_config.update(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special, additional_special_tokens=["<image>"]),
+        **{"patch_size": 16, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        chat_template=template,
+    ).save_pretrained(tmp_path)
+    captioner = Captioner(str(tmp_path))
+    asked = captioner.prepare(PICTURES)
+    question = [5, 4, 4, 4, 4, 7, 8, 9, 6]  # a picture is four patches
+    assert asked["input_ids"].tolist() == [question] * 3
+    tokens = model.generate(**asked, do_sample=False, max_new_tokens=256)[:, len(question) :]
+    assert captioner(PICTURES) == captioner.processor.batch_decode(tokens, skip_special_tokens=True)
+    assert any(captioner(PICTURES))
 
 
 def test_a_checkpoint_that_writes_no_text_is_refused(tmp_path):

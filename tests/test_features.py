@@ -10,6 +10,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+import timm
 import torch
 from conftest import REPOSITORY, TINY_RECIPE, TINY_VISION, run_script, tiny_model
 from PIL import Image
@@ -18,6 +19,8 @@ from transformers import (
     DetrForObjectDetection,
     DetrImageProcessor,
     DetrImageProcessorPil,
+    TimmWrapperConfig,
+    TimmWrapperModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -130,6 +133,38 @@ def test_a_problem_without_picture_and_one_with_several_are_masked(tmp_path, vit
     assert batch["vision_mask"].sum(dim=1).tolist() == [0, 10, 5] and not batch["vision_features"][0].any()
     assert torch.equal(batch["vision_features"][1, 5:], batch["vision_features"][2, :5])
     assert features.batch([none]) == {}
+
+
+def test_timms_clip_resnet_is_a_tower_with_its_own_preprocessing(tiny_dataset, tmp_path):
+    config = timm.get_pretrained_cfg("resnet50_clip.openai").to_dict()
+    torch.manual_seed(0)
+    tower = TimmWrapperModel(TimmWrapperConfig(architecture="resnet50_clip", pretrained_cfg=config)).eval()
+    tower.save_pretrained(tmp_path / "clip")
+    rows = [row for row in map(json.loads, tiny_dataset.read_text().splitlines()) if row["images"]][:2]
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"question": "?", "images": [str(tiny_dataset.parent / rows[0]["images"][0])]})
+    )
+    main(
+        [
+            str(tmp_path / "p.jsonl"),
+            "--vision",
+            str(tmp_path / "clip"),
+            "--output",
+            str(tmp_path / "store"),
+            "--dtype",
+            "float32",
+        ]
+    )
+    features = FeatureStore(tmp_path / "store")
+    picture = Image.open(tiny_dataset.parent / rows[0]["images"][0]).convert("RGB")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=config))
+    with torch.no_grad():
+        grid = tower(pixel_values=transform(picture)[None]).last_hidden_state[0]
+    assert (features.num_patches, features.hidden_size) == (49, 2048)
+    (key,) = features.rows
+    torch.testing.assert_close(
+        torch.from_numpy(features.read(key)["features"]), grid.flatten(1).T, rtol=1e-4, atol=1e-5
+    )
 
 
 # Killed and resumed.

@@ -13,7 +13,17 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModel, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel, ViTConfig
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+)
 
 from mmcot.features import load_image_processor
 from modeling_mmcot import MMCoTConfig, MMCoTProcessor
@@ -203,6 +213,16 @@ def test_batch_norm_statistics_move_only_where_the_tower_is_trained(freeze, batc
     kept = [torch.equal(weights[name], parameter) for name, parameter in tower.named_parameters()]
     assert tower.training is not freeze
     assert all(statistics + kept) if freeze else not any(statistics + kept)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_tower_is_not_in_the_trainers_optimizer(freeze, tmp_path):
+    model = tiny_model(freeze_vision=freeze)
+    arguments = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    groups = Seq2SeqTrainer(model, arguments).create_optimizer().param_groups
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    assert {id(parameter) in trained for parameter in model.encoder.vision_tower.parameters()} == {not freeze}
+    assert all(id(parameter) in trained for parameter in model.encoder.fusion.parameters())
 
 
 def test_a_pictures_patches_do_not_depend_on_the_batch():
