@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
 from mmcot.demo import generate
+from mmcot.features import compute, load_all_splits
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
 from modeling_mmcot.fusion_mmcot import FUSIONS
 
@@ -154,6 +156,51 @@ def tiny_dataset(tmp_path_factory) -> Path:
             split = "train" if number < 40 else "val" if number < 52 else "test"
             file.write(json.dumps({**row, "images": names, "split": split}) + "\n")
     return folder / "problems.jsonl"
+
+
+DETR = {
+    "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    **{"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_labels": 7},
+}
+
+
+@pytest.fixture(scope="session")
+def detr(tmp_path_factory):
+    """A detection checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("detr")
+    torch.manual_seed(0)
+    DetrForObjectDetection(DetrConfig(**DETR)).save_pretrained(folder)
+    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**{name: value for name, value in TINY_VISION.items() if name != "model_type"})).save_pretrained(
+        folder
+    )
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def all_problems(tiny_dataset):
+    return load_all_splits(str(tiny_dataset), ("train", "val", "test"), 1, True)
+
+
+@pytest.fixture(scope="session")
+def store(detr, all_problems, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores") / "detr"
+    assert compute(all_problems, folder, str(detr), dtype="float32", batch_size=4) == []
+    return folder
+
+
+def content(folder):
+    """The bytes of a feature store."""
+    return {name: (folder / name).read_bytes() for name in ("manifest.json", "rows.bin", "rows.jsonl")}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Features: computed once, killed and resumed, from pixels or from a store the same, imported, and what is refused."""
+"""Features: computed once, killed and resumed, from pixels or a store the same, taken over from the authors' files."""
 
 import json
 import shutil
@@ -12,16 +12,14 @@ import psutil
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY, TINY_RECIPE, TINY_VISION, run_script, tiny_model
+from conftest import REPOSITORY, TINY_RECIPE, content, run_script, tiny_model
 from PIL import Image
 from transformers import (
-    DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
     DetrImageProcessorPil,
     TimmWrapperConfig,
     TimmWrapperModel,
-    ViTConfig,
     ViTImageProcessor,
     ViTModel,
 )
@@ -35,55 +33,12 @@ from mmcot.problems import content_key, load_problems
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
 
-DETR = {
-    "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
-    **{"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
-    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_labels": 7},
-}
 
-
-@pytest.fixture(scope="module")
-def detr(tmp_path_factory):
-    """A detection checkpoint with random weights."""
-    folder = tmp_path_factory.mktemp("detr")
-    torch.manual_seed(0)
-    DetrForObjectDetection(DetrConfig(**DETR)).save_pretrained(folder)
-    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    ViTModel(ViTConfig(**{name: value for name, value in TINY_VISION.items() if name != "model_type"})).save_pretrained(
-        folder
-    )
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def problems(tiny_dataset):
-    return load_all_splits(str(tiny_dataset), ("train", "val", "test"), 1, True)
-
-
-@pytest.fixture(scope="module")
-def store(detr, problems, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stores") / "detr"
-    assert compute(problems, folder, str(detr), dtype="float32", batch_size=4) == []
-    return folder
-
-
-def content(folder):
-    return {name: (folder / name).read_bytes() for name in ("manifest.json", "rows.bin", "rows.jsonl")}
-
-
-def test_a_row_is_what_the_detector_says_of_its_picture(store, detr, problems):
+def test_a_row_is_what_the_detector_says_of_its_picture(store, detr, all_problems):
     detector = DetrForObjectDetection.from_pretrained(detr).eval()
     processor = DetrImageProcessorPil.from_pretrained(detr)
     features = FeatureStore(store)
-    for problem in [row for row in problems if row["images"]][:5]:
+    for problem in [row for row in all_problems if row["images"]][:5]:
         (picture,) = as_pictures(problem["images"][0]["path"])
         with torch.no_grad():
             expected = detector(**processor(picture, return_tensors="pt"))
@@ -94,9 +49,9 @@ def test_a_row_is_what_the_detector_says_of_its_picture(store, detr, problems):
         torch.testing.assert_close(torch.from_numpy(row["class_scores"]), scores, rtol=0, atol=1e-5)
 
 
-def test_each_distinct_picture_has_one_row_and_a_manifest_says_what_made_it(store, detr, problems):
+def test_each_distinct_picture_has_one_row_and_a_manifest_says_what_made_it(store, detr, all_problems):
     features = FeatureStore(store)
-    pictures = {content_key(picture) for row in problems for picture in row["images"]}
+    pictures = {content_key(picture) for row in all_problems for picture in row["images"]}
     assert set(features.rows) == pictures and features.num_patches == 5 and features.hidden_size == 24
     manifest = read_json(store / "manifest.json")
     assert (
@@ -120,19 +75,6 @@ def test_the_same_picture_of_several_problems_is_computed_once(tmp_path, vit):
         batch["vision_features"].dtype == torch.float32
         and read_json(features.folder / "manifest.json")["dtype"] == "float16"
     )
-
-
-def test_a_problem_without_picture_and_one_with_several_are_masked(tmp_path, vit):
-    for color in ("red", "blue"):
-        Image.new("RGB", (9, 9), color).save(tmp_path / f"{color}.png")
-    rows = [{"question": "?", "images": names} for names in ([], ["red.png", "blue.png"], ["blue.png"])]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store"), "--max_images", "2"])
-    features, (none, both, one) = FeatureStore(tmp_path / "store"), load_problems(str(tmp_path / "p.jsonl"), "test")
-    batch = features.batch([none, both, one])
-    assert batch["vision_mask"].sum(dim=1).tolist() == [0, 10, 5] and not batch["vision_features"][0].any()
-    assert torch.equal(batch["vision_features"][1, 5:], batch["vision_features"][2, :5])
-    assert features.batch([none]) == {}
 
 
 def test_timms_clip_resnet_is_a_tower_with_its_own_preprocessing(tiny_dataset, tmp_path):
@@ -181,9 +123,9 @@ def run_until(command, folder, batches):
     return process.returncode
 
 
-def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, problems, tiny_dataset, tmp_path):
+def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, all_problems, tiny_dataset, tmp_path):
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    compute(problems, uninterrupted, str(detr), batch_size=2)
+    compute(all_problems, uninterrupted, str(detr), batch_size=2)
     total = content(uninterrupted)["rows.jsonl"].count(b"\n")
     command = [
         "-m",
@@ -199,28 +141,6 @@ def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, problems, 
     codes = [run_until(command, killed, batches) for batches in (2, total // 2, None)]
     assert codes[0] == codes[1] == -signal.SIGKILL and codes[2] == 0
     assert content(killed) == content(uninterrupted)
-
-
-@pytest.mark.parametrize("cut", [1, 100, 2000])
-def test_what_a_kill_leaves_behind_a_whole_batch_is_dropped(cut, detr, problems, store, tmp_path):
-    """At any moment: rows that are written in part, rows without their keys, keys that are written in part."""
-    whole = content(store)
-    keys = whole["rows.jsonl"].splitlines(keepends=True)
-    for rows, last_key in (
-        (whole["rows.bin"][:-cut], b""),
-        (whole["rows.bin"], b""),
-        (whole["rows.bin"], keys[-1][:cut]),
-    ):
-        folder = tmp_path / f"{len(rows)}-{len(last_key)}"
-        folder.mkdir()
-        (folder / "manifest.json").write_bytes(whole["manifest.json"])
-        (folder / "rows.bin").write_bytes(rows)
-        (folder / "rows.jsonl").write_bytes(b"".join(keys[:-1]) + (last_key if last_key != keys[-1] else b""))
-        if cut < 2000:
-            with pytest.raises(ValueError, match="cut off or is still being written"):
-                FeatureStore(folder)
-        compute(problems, folder, str(detr), dtype="float32", batch_size=4)
-        assert content(folder) == whole
 
 
 def test_a_picture_that_cannot_be_decoded_is_named_and_the_rest_is_computed(vit, tmp_path):
@@ -330,57 +250,6 @@ def test_without_a_tower_the_store_gives_the_width(runs, tiny_dataset, tmp_path)
 # What does not fit.
 
 
-def edit(folder, tmp_path, name, change):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    (copy / name).write_bytes(change((copy / name).read_bytes()))
-    return copy
-
-
-def test_a_truncated_file_is_refused_with_both_sizes(store, tmp_path):
-    copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
-    size = (store / "rows.bin").stat().st_size
-    with pytest.raises(ValueError, match=f"rows.bin has {size - 1} bytes; .* are {size}"):
-        FeatureStore(copy)
-
-
-def test_a_store_with_a_truncated_file_is_not_gone_on_with(store, detr, problems, tmp_path):
-    copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
-    with pytest.raises(ValueError, match="The file was cut off: remove"):
-        compute(problems, copy, str(detr), dtype="float32")
-
-
-def test_an_edited_manifest_is_refused(store, tmp_path):
-    copy = edit(store, tmp_path, "manifest.json", lambda text: text.replace(b'"checkpoint"', b'"paper"'))
-    with pytest.raises(ValueError, match="manifest.json was edited"):
-        FeatureStore(copy)
-
-
-def test_a_folder_without_manifest_is_no_store(store, tmp_path):
-    copy = edit(store, tmp_path, "manifest.json", lambda text: text)
-    (copy / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="is no feature store: it has no manifest.json"):
-        FeatureStore(copy)
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_other_features_are_not_added_to_a_store(store, detr, vit, problems, tmp_path, finished):
-    copy = edit(store, tmp_path, "rows.jsonl", lambda lines: lines if finished else lines.splitlines(keepends=True)[0])
-    with pytest.raises(ValueError, match="features of another kind: dtype is 'float32' there, 'float16' here"):
-        compute(problems, copy, str(detr), dtype="float16")
-    with pytest.raises(ValueError, match="features of another kind"):
-        compute(problems, copy, str(vit), dtype="float32")
-
-
-def test_one_process_at_a_time_writes_a_store(store, detr, problems):
-    with FeatureWriter(store, {}):
-        with pytest.raises(ValueError, match="is being written by another process"):
-            compute(problems, store, str(detr), dtype="float32")
-    assert compute(problems, store, str(detr), dtype="float32") == []
-
-
 def test_the_commit_of_a_hub_checkpoint_is_written_down(vit, tmp_path, monkeypatch):
     cache = tmp_path / "hub/models--user--vit"
     for commit in ("a" * 40, "b" * 40):
@@ -391,51 +260,6 @@ def test_the_commit_of_a_hub_checkpoint_is_written_down(vit, tmp_path, monkeypat
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert commit_of("user/vit", None) == "b" * 40 and commit_of("user/vit", "a" * 40) == "a" * 40
     assert commit_of(str(vit), None) is None
-
-
-def model_of(detr, **fields):
-    """A tiny model with the store's tower."""
-    model = tiny_model(**{"vision_config": None, "vision_hidden_size": 24, "freeze_vision": True, **fields})
-    model.attach_tower(load_vision_tower(str(detr)))
-    return model
-
-
-def test_a_store_is_refused_by_a_model_that_differs_and_says_in_what(store, detr):
-    features, processor = FeatureStore(store), DetrImageProcessorPil.from_pretrained(detr)
-    features.check_model(model_of(detr), processor)
-    features.check_model(model_of(detr).to(torch.bfloat16), processor)
-    other_config, other_weights = model_of(detr), model_of(detr)
-    other_config.config.vision_config.num_queries = 6
-    with torch.no_grad():
-        other_weights.encoder.vision_tower.query_position_embeddings.weight[0, 0] += 1
-    without_tower = {"vision_config": None, "vision_hidden_size": 24}
-    for model, image_processor, message in (
-        (tiny_model(**{**without_tower, "vision_hidden_size": 99}), None, "width of the patches is 24 .*, 99 in the"),
-        (
-            tiny_model(**without_tower, num_vision_tokens=9),
-            None,
-            "patches of a picture is 5 in the store, 9 in the model",
-        ),
-        (
-            tiny_model(**without_tower, vision_tower="vit"),
-            None,
-            "vision_tower is 'detr' in the store, 'vit' in the model",
-        ),
-        (other_config, processor, "vision_config.num_queries is 5 in the store, 6 in the model"),
-        (other_weights, processor, "weights of the tower is"),
-        (model_of(detr, freeze_vision=False), processor, "features of a fixed tower; this model trains its own"),
-        (
-            model_of(detr),
-            DetrImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 128}),
-            "image_processor.size is .*64.* in the store, .*32.* in the model",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            features.check_model(model, image_processor)
-    with pytest.raises(ValueError, match="tower is '.*detr.*' in the store, 'other' in the model"):
-        features.check_tower("other", "checkpoint", processor)
-    with pytest.raises(ValueError, match="preprocessing is 'checkpoint' in the store, 'paper' in the model"):
-        features.check_tower(str(detr), "paper", processor)
 
 
 def test_prediction_refuses_a_store_of_another_tower(runs, detr, tiny_dataset, tmp_path):
