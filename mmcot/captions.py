@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from mmcot.files import read_json, write_json
+from mmcot.files import read_json, resolved, write_json
 from mmcot.pictures import decode
 from mmcot.problems import content_key, distinct_pictures
 from modeling_mmcot.captioning_mmcot import Captioner
@@ -31,7 +31,7 @@ def write_captions(
     """
     folder = Path(folder)
     captioner = Captioner(model, prompt, "cuda" if torch.cuda.is_available() else "cpu")
-    header = {"model": captioner.checkpoint, "prompt": captioner.prompt}
+    header = {"model": resolved(captioner.checkpoint), "prompt": captioner.prompt}
     log, result = folder / "captions.jsonl", folder / "captions.json"
     finished = read_finished(result, header)
     captions = read_log(log, header)

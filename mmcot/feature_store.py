@@ -26,7 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mmcot.files import read_json, write_json
 from mmcot.problems import content_key, first_few
 from modeling_mmcot import MMCoTForConditionalGeneration
-from modeling_mmcot.vision_mmcot import checkpoint_of, resolved_name
+from modeling_mmcot.vision_mmcot import resolved_name
 
 MANIFEST, ROWS, KEYS = "manifest.json", "rows.bin", "rows.jsonl"
 
@@ -117,15 +117,8 @@ class FeatureStore:
         if absent:
             raise ValueError(
                 f"{self.folder} has no features for the pictures of {len(absent)} of {len(problems)} problems: "
-                f"{first_few(absent)}. Run mmcot.features on this dataset."
+                f"{first_few(absent)}. Run mmcot.features on this dataset, with the same --max_images."
             )
-
-    def check_tower(self, checkpoint: str, preprocessing: str, image_processor: BaseImageProcessor) -> None:
-        """The features are of this checkpoint and of pictures so prepared, where the store says of which they are."""
-        if self.manifest["tower"] is not None:
-            self.compare("tower", self.manifest["tower"], tower_source(checkpoint))
-            self.compare("preprocessing", self.manifest["preprocessing"], preprocessing)
-            self.compare_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
 
     def check_model(self, model: MMCoTForConditionalGeneration, image_processor: BaseImageProcessor | None) -> None:
         """The features are those that the model's own tower would give, as far as the model has one."""
@@ -162,7 +155,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no feature store: it has no {MANIFEST}. python -m mmcot.features writes one.")
     manifest = read_json(file)
     if manifest.get("digest") != manifest_digest(manifest):
-        raise ValueError(f"{file} was edited: its digest does not belong to what it says. Compute the store again.")
+        raise ValueError(
+            f"{file} was edited: its digest does not belong to what it says. Remove {folder} and compute it again."
+        )
     return manifest
 
 
@@ -182,7 +177,9 @@ def read_key_batches(folder: Path) -> list[list[str]]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise ValueError(f"{file}: not a list of keys in each line ({error}). Compute the store again.") from error
+        raise ValueError(
+            f"{file}: not a list of keys in each line ({error}). Remove {folder} and compute it again."
+        ) from error
 
 
 def file_size(file: Path) -> int:
@@ -233,8 +230,11 @@ class FeatureWriter:
 
     def go_on(self, batches: list[list[str]]) -> None:
         """Take away what a killed run left behind its last whole batch."""
+        if not (self.folder / MANIFEST).exists():
+            raise ValueError(f"{self.folder} has rows and no {MANIFEST}: remove it and compute it again.")
         manifest = read_manifest(self.folder)
-        for name in self.said.keys() - {"versions"}:
+        # The weights tell a tower, wherever it lies and whatever else its repository was given since.
+        for name in self.said.keys() - {"tower", "revision", "versions"}:
             self.compare(name, manifest.get(name), self.said[name])
         self.record = record_type(manifest["record"])
         size = sum(map(len, batches)) * self.record.itemsize
@@ -272,12 +272,6 @@ def append(file: Path, content: bytes) -> None:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
-
-
-def tower_source(checkpoint: str) -> str:
-    """Where a tower comes from, however its folder was written."""
-    source = checkpoint_of(checkpoint)
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def weights_digest(tower: PreTrainedModel) -> str:

@@ -27,7 +27,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mmcot.captions import write_captions
-from mmcot.feature_store import FeatureWriter, settings_of, tower_settings, tower_source, weights_digest
+from mmcot.feature_store import FeatureWriter, settings_of, tower_settings, weights_digest
 from mmcot.files import read_json
 from mmcot.pictures import decode
 from mmcot.problems import SPLITS, distinct_pictures, first_few, load_problems
@@ -95,10 +95,13 @@ class Featurizer:
         return find_tower(self.tower.config, self.name).repeats
 
 
-def load_featurizer(vision: str, preprocessing: str = "checkpoint", revision: str | None = None) -> Featurizer:
+def load_featurizer(
+    vision: str, preprocessing: str = "checkpoint", revision: str | None = None, vision_tower: str | None = None
+) -> Featurizer:
     """
     Args:
         vision: a checkpoint of a picture tower, or a name in `TOWERS`.
+        vision_tower: how its output becomes patches, a name in `TOWERS`.
         preprocessing: `checkpoint` (its own image processor) or `paper` (as the authors' extract_features.py).
     """
     checkpoint = checkpoint_of(vision)
@@ -108,7 +111,7 @@ def load_featurizer(vision: str, preprocessing: str = "checkpoint", revision: st
         tower = without_unread_parts(detector.model)
     else:
         tower = load_vision_tower(checkpoint, revision=revision).eval().to(DEVICE)
-    return Featurizer(tower, tower_name(vision), image_processor, detector)
+    return Featurizer(tower, tower_name(vision, vision_tower), image_processor, detector)
 
 
 def load_detector(checkpoint: str, revision: str | None) -> PreTrainedModel | None:
@@ -151,6 +154,7 @@ def compute(
     dtype: str = "float16",
     batch_size: int = 8,
     revision: str | None = None,
+    vision_tower: str | None = None,
 ) -> list[str]:
     """
     Write the features of all distinct pictures of the problems, or those that the store lacks.
@@ -161,9 +165,9 @@ def compute(
     pictures = distinct_pictures(problems)
     if not pictures:
         raise ValueError(f"None of the {len(problems)} problems has a picture: there is nothing to compute.")
-    featurizer = load_featurizer(vision, preprocessing, revision)
+    featurizer = load_featurizer(vision, preprocessing, revision, vision_tower)
     said = {
-        "tower": tower_source(vision),
+        "tower": checkpoint_of(vision),
         "revision": commit_of(vision, revision),
         "weights": weights_digest(featurizer.tower),
         "vision_tower": resolved_name(featurizer.tower.config, featurizer.name),
@@ -282,6 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="checkpoint")
+    parser.add_argument("--vision_tower", choices=TOWERS, help="how the checkpoint's output becomes patches")
     parser.add_argument("--revision", help="of the checkpoint")
     parser.add_argument(
         "--import_features", metavar="FILE", help="the authors' detr.npy, clip.npy, resnet.npy, vit.pth"
@@ -331,6 +336,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         arguments.dtype,
         arguments.batch_size,
         arguments.revision,
+        arguments.vision_tower,
     )
 
 

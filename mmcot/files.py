@@ -34,3 +34,8 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def resolved(path_or_id: str) -> str:
+    """A path of something that is there in full, so that two ways to write it are one; anything else as it is."""
+    return str(Path(path_or_id).resolve()) if Path(path_or_id).exists() else path_or_id

@@ -14,6 +14,7 @@ import yaml
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig, TrlParser
 
+from mmcot.files import resolved
 from mmcot.problems import FEATURES, GOLD_COLUMNS
 
 # Where and how a run is run, not what is run: these may change between two calls that go on with one run.
@@ -135,6 +136,9 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     for name in ("use_peft", "load_in_8bit", "load_in_4bit"):
         if getattr(model_config, name):
             raise ValueError(f"{config}: {name} is set, but stages are trained whole here; leave it out.")
+    for name in ("features", "captions"):
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, resolved(getattr(arguments, name)))
     stages = [read_stage(entry, config) for entry in arguments.stages]
     check_stages(stages, config)
     check_parts(arguments, model_config, stages, config)
@@ -228,8 +232,9 @@ def check_parts(
     if arguments.features is not None and arguments.vision_model_name_or_path and not arguments.freeze_vision:
         raise ValueError(f"{config}: features are those of a fixed tower; they want freeze_vision: true.")
     sees = any("images" in stage.reads for stage in stages)
-    ways = (arguments.image_processor, arguments.vision_model_name_or_path, arguments.features)
-    if sees and all(way is None for way in ways):
+    # A checkpoint may bring a tower of its own, which is looked at when it is loaded.
+    ways = ("image_processor", "vision_model_name_or_path", "features", "model_name_or_path")
+    if sees and all(said[way] is None for way in ways):
         raise ValueError(
             f"{config}: a stage reads `images`, but neither `vision_model_name_or_path` nor `image_processor` says how "
             f"pictures are prepared, and `features` are not given."

@@ -28,6 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import TrainerState
+from trl import ModelConfig
 
 from mmcot.evaluate import format_table
 from mmcot.feature_store import FeatureStore
@@ -73,9 +74,14 @@ def prepare(recipe: Recipe) -> Run:
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
     processor = build_processor(recipe, stages, problems["train"])
-    vision = recipe.arguments.vision_model_name_or_path
-    if store is not None and vision is not None:
-        store.check_tower(vision, recipe.arguments.vision_preprocessing, processor.image_processor)
+    if store is not None:
+        model = build_model(recipe, recipe.stages[0], processor.tokenizer, store)
+        store.check_model(model, processor.image_processor)
+    elif processor.image_processor is None and any("images" in stage.reads for stage in stages):
+        raise ValueError(
+            f"A stage reads `images`, but {recipe.model_config.model_name_or_path} has no picture tower: name one "
+            f"(vision_model_name_or_path), or features."
+        )
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
     return Run(recipe, stages, problems, folder, processor, store)
@@ -190,7 +196,17 @@ def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset
         image_processor = build_image_processor(arguments.image_processor)
     elif arguments.vision_model_name_or_path is not None:
         image_processor = load_image_processor(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
+    elif own_config(model_config) is not None:
+        image_processor = MMCoTProcessor.from_pretrained(model_config.model_name_or_path).image_processor
     return MMCoTProcessor(tokenizer, image_processor, stages)
+
+
+def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
+    """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
+    if model_config.model_name_or_path is None:
+        return None
+    config = AutoConfig.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
+    return config if isinstance(config, MMCoTConfig) else None
 
 
 def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -237,11 +253,15 @@ def build_model(
             fields[name] = getattr(arguments, name)
     if arguments.vision_model_name_or_path is not None:
         tower = load_vision_tower(arguments.vision_model_name_or_path)
-        fields["vision_hidden_size"] = tower_width(tower)
-    elif store is not None:
-        fields["vision_hidden_size"] = store.hidden_size
-        fields["num_vision_tokens"] = store.num_patches
-        fields["vision_tower"] = store.manifest["vision_tower"]
+    own = own_config(model_config)
+    if own is None or own.vision_hidden_size is None:
+        # A model that has a width of its own keeps it, to be held against the tower or the store.
+        if tower is not None:
+            fields["vision_hidden_size"] = tower_width(tower)
+        elif store is not None:
+            fields["vision_hidden_size"] = store.hidden_size
+            fields["num_vision_tokens"] = store.num_patches
+            fields["vision_tower"] = tower_name(store.manifest["vision_tower"])
     if model_config.model_name_or_path is None:
         config = MMCoTConfig(
             vocab_size=len(tokenizer),
@@ -301,8 +321,6 @@ def train_stage(
     with PartialState().main_process_first():
         checkpoint = last_whole_checkpoint(stage_folder)
     model = build_model(recipe, arguments, processor.tokenizer, store)
-    if store is not None:
-        store.check_model(model, processor.image_processor)
     if checkpoint is not None:
         # The Trainer resumes by parameter names, and a ViT is saved under older names than it has in memory: its
         # weights would silently stay fresh (transformers 5.23). `from_pretrained` knows both. Copied, because a run

@@ -139,6 +139,10 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         patches, mask = self.picture_patches(pixel_values, pixel_mask, vision_features, vision_mask)
         if self.config.zeros_for_missing_pictures and self.fusion is not None:
             patches, mask = self.zeros_where_missing(patches, mask, states)
+        if patches is None and self.fusion is not None and self.training:
+            # No picture in the batch: the fusion changes nothing, and still has its part in the step, as DDP wants.
+            patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
+            mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
         if patches is not None:
             states, weights = self.fusion(states, patches.to(states), mask)
         return MMCoTEncoderOutput(

@@ -76,7 +76,7 @@ def build_image_processor(settings: dict) -> BaseImageProcessor:
     name = settings.pop("image_processor_type", None)
     if name == "TimmWrapperImageProcessor":
         # It saves what it made of `pretrained_cfg`, which it takes for one again.
-        return transformers.TimmWrapperImageProcessor(pretrained_cfg=settings["data_config"])
+        return transformers.TimmWrapperImageProcessor(settings["data_config"], settings.get("architecture"))
     name = str(name).removesuffix("Fast")
     image_processor_class = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
     if image_processor_class is None:

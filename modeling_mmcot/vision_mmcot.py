@@ -266,6 +266,11 @@ def encode_pictures(
             if patches is None:
                 patches = group_patches.new_zeros(len(pixels), *group_patches.shape[1:])
             patches[group] = group_patches
+    if patches.shape[-1] != tower_width(tower):
+        raise ValueError(
+            f"The tower's last states become patches {patches.shape[-1]} wide, where it is {tower_width(tower)} wide: "
+            f"expected states (batch_size, num_patches, width) or (batch_size, width, rows, columns)."
+        )
     patches = patches.repeat(1, kind.repeats, 1)
     mask = is_real[:, None].expand(-1, patches.shape[1])
     return patches.reshape(batch_size, -1, patches.shape[-1]), mask.reshape(batch_size, -1)

@@ -139,7 +139,3 @@ def test_a_store_is_refused_by_a_model_that_differs_and_says_in_what(store, detr
     ):
         with pytest.raises(ValueError, match=message):
             features.check_model(model, image_processor)
-    with pytest.raises(ValueError, match="tower is '.*detr.*' in the store, 'other' in the model"):
-        features.check_tower("other", "checkpoint", processor)
-    with pytest.raises(ValueError, match="preprocessing is 'checkpoint' in the store, 'paper' in the model"):
-        features.check_tower(str(detr), "paper", processor)

@@ -1,6 +1,7 @@
 """Features: computed once, killed and resumed, from pixels or a store the same, taken over from the authors' files."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from transformers import (
     DetrForObjectDetection,
     DetrImageProcessor,
     DetrImageProcessorPil,
+    ResNetConfig,
+    ResNetModel,
     TimmWrapperConfig,
     TimmWrapperModel,
     ViTImageProcessor,
@@ -27,9 +30,17 @@ from transformers import (
 from mmcot import predict, training
 from mmcot.evaluate import evaluate
 from mmcot.feature_store import FeatureStore, FeatureWriter
-from mmcot.features import commit_of, compute, import_authors_features, load_all_splits, main, open_authors_features
+from mmcot.features import (
+    commit_of,
+    compute,
+    import_authors_features,
+    load_all_splits,
+    main,
+    open_authors_features,
+)
 from mmcot.files import read_json
 from mmcot.problems import content_key, load_problems
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
 
@@ -312,11 +323,73 @@ def test_a_dataset_without_pictures_has_nothing_to_compute(vit, tmp_path):
 def test_a_recipe_whose_tower_is_another_than_the_stores_is_refused(runs, store, vit, tiny_dataset, tmp_path):
     command = ["--config", str(runs["pixels"].parent / "recipe.yaml"), "--dataset", str(tiny_dataset)]
     command += ["--output_dir", str(tmp_path / "run"), "--features", str(store)]
-    with pytest.raises(SystemExit, match="tower is '.*' in the store, '.*vit.*' in the model"):
+    with pytest.raises(SystemExit, match="vision_tower is 'detr' in the store, 'vit' in the model"):
         training.main([*command, "--vision_model_name_or_path", str(vit)])
     with pytest.raises(SystemExit, match="features are those of a fixed tower; they want freeze_vision"):
         training.main([*command, "--freeze_vision", "false"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_goes_on_with_its_own_tower_and_a_store_of_it(runs, tiny_dataset, tmp_path):
+    """Named in full or not, and from another folder: a tower is told by its weights."""
+    recipe = (runs["pixels"].parent / "recipe.yaml").read_text()
+    recipe = "\n".join(
+        line for line in recipe.splitlines() if not line.startswith(("vision_model", "text_config", "tokenizer_vocab"))
+    )
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}\nmodel_name_or_path: {runs['pixels'] / 'hub'}\n")
+    command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset), "--max_steps", "1"]
+    store = runs["pixels"].parent / "float16.store"
+    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", str(store)])
+    relative = os.path.relpath(store)
+    assert relative != str(store)
+    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", relative])
+    before, after = (
+        MMCoTForConditionalGeneration.from_pretrained(folder / "hub") for folder in (runs["pixels"], tmp_path / "run")
+    )
+    assert torch.equal(
+        before.encoder.vision_tower.query_position_embeddings.weight,
+        after.encoder.vision_tower.query_position_embeddings.weight,
+    )
+    assert MMCoTProcessor.from_pretrained(tmp_path / "run/hub").image_processor is not None
+
+
+def test_a_model_keeps_what_it_says_of_its_pictures_and_refuses_another_store(runs, tiny_dataset, tmp_path):
+    recipe = (runs["pixels"].parent / "recipe.yaml").read_text()
+    dropped = ("vision_model", "text_config", "tokenizer_vocab", "freeze_vision")
+    recipe = "\n".join(line for line in recipe.splitlines() if not line.startswith(dropped))
+    for fields, message in (
+        ({"vision_tower": "vit"}, "vision_tower is 'detr' in the store, 'vit' in the model"),
+        ({"num_vision_tokens": 145}, "patches of a picture is 5 in the store, 145 in the model"),
+        ({"vision_hidden_size": 99}, "width of the patches is 24 in the store, 99 in the model"),
+    ):
+        folder = tmp_path / next(iter(fields))
+        tiny_model(**{"vision_config": None, "vision_hidden_size": 24, "vocab_size": 300, **fields}).save_pretrained(
+            folder
+        )
+        MMCoTProcessor.from_pretrained(runs["pixels"] / "hub").save_pretrained(folder)
+        (tmp_path / "recipe.yaml").write_text(f"{recipe}\nmodel_name_or_path: {folder}\n")
+        command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset)]
+        command += ["--output_dir", str(tmp_path / "run"), "--features", str(runs["pixels"].parent / "float16.store")]
+        with pytest.raises(SystemExit, match=message):
+            training.main(command)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_local_resnet_gives_pooled_features_by_name(tiny_dataset, tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "resnet")
+    options = [
+        "--vision",
+        str(tmp_path / "resnet"),
+        "--vision_tower",
+        "resnet_pooled",
+        "--output",
+        str(tmp_path / "store"),
+    ]
+    main([str(tiny_dataset), *options])
+    features = FeatureStore(tmp_path / "store")
+    assert (features.num_patches, features.record["features"].shape) == (512, (1, 16))
 
 
 # The authors' own files.

@@ -304,6 +304,17 @@ def test_a_frozen_tower_gets_no_gradient_and_stays_in_evaluation_mode(build, bat
     assert model.encoder.fusion.vision_projection.weight.grad.abs().sum() > 0
 
 
+def test_a_step_without_any_picture_still_reaches_the_fusion_and_changes_nothing(build, batch, labels):
+    """DDP waits for a gradient of every parameter in every step."""
+    model = build(vision_config=None, vision_hidden_size=24).train()
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    in_training = model(**text, labels=labels)
+    in_training.loss.backward()
+    gradients = [parameter.grad for parameter in model.encoder.fusion.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+    assert torch.equal(in_training.logits, as_t5(model)(**text, labels=labels).logits)
+
+
 def test_training_reaches_every_parameter(build, batch, labels):
     model = build().train()
     model(**batch, labels=labels).loss.backward()

@@ -295,6 +295,18 @@ def test_a_tower_that_is_in_no_table_is_used_by_its_last_states():
     assert patches.shape == (1, 5, 16)
 
 
+def test_a_tower_whose_states_are_of_another_form_is_refused():
+    """timm's Swin gives its channels last."""
+    config = {
+        "model_type": "timm_wrapper",
+        "architecture": "swin_tiny_patch4_window7_224",
+        "model_args": {"depths": [1] * 4},
+    }
+    tower = build_vision_tower(MMCoTConfig(vision_config=config, vision_hidden_size=768).vision_config).eval()
+    with pytest.raises(ValueError, match="patches 7 wide, where it is 768 wide"):
+        encode_pictures(tower, None, torch.randn(1, 3, 224, 224), None)
+
+
 def test_a_tower_whose_width_is_not_the_configs_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="patches are 2048 wide, but vision_hidden_size is 1024"):
         tiny_model(vision_config=SMALL["clip"], vision_hidden_size=1024)
