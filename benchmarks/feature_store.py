@@ -7,7 +7,7 @@
 `kills`: DETR-ResNet-101-DC5 with random weights and the paper's preprocessing over every picture of the dataset, once
 uninterrupted, and once killed five times at random moments; the content of both stores is compared, byte for byte.
 `memory`: resident memory while synthetic DETR features are read at random.
-`pixels`: a stage's training losses and choice scores from the stores and from pixels.
+`pixels`: training losses and choice scores from the stores and from pixels.
 Each prints a JSON object. Random weights: the pre-trained ones are not needed for any of it.
 """
 
@@ -134,7 +134,7 @@ def memory(rows: int, output: Path) -> dict:
 
 
 def pixels(dataset: str, output: Path) -> dict:
-    """Training losses of 20 steps and choice scores of 16 problems, from pixels and from either store."""
+    """Losses of 20 training steps, and choice scores of 16 problems by one and the same model, from each source."""
     checkpoint = detr_checkpoint(output / "detr")
     problems = load_all_splits(dataset, ("val",), 1, True)
     chosen = [row for row in problems if row["images"]][:12] + [row for row in problems if not row["images"]][:4]
@@ -151,23 +151,23 @@ def pixels(dataset: str, output: Path) -> dict:
         Stage("answer", columns, "answer_text", **PAPER_TEMPLATES["QCM-A"]),
     ]
     processor = MMCoTProcessor(tokenizer, load_image_processor(str(checkpoint), "paper"), stages)
-    numbers = {}
-    for source in ("pixels", "float32", "float16"):
-        store = None
-        if source != "pixels":
-            subprocess.run(features_command(str(subset), checkpoint, output / source, source), check=True)
-            store = FeatureStore(output / source)
-        numbers[source] = numbers_from(chosen, processor, checkpoint, store)
-    return {
-        source: {
-            name: float(np.abs(np.array(numbers[source][name]) - np.array(numbers["pixels"][name])).max())
-            for name in ("losses", "scores")
+    losses, model = train(chosen, processor, checkpoint, None)
+    probabilities = score(model, chosen, processor, None)
+    result = {}
+    for dtype in ("float32", "float16"):
+        subprocess.run(features_command(str(subset), checkpoint, output / dtype, dtype), check=True)
+        store = FeatureStore(output / dtype)
+        store.check_model(model, processor.image_processor)
+        result[dtype] = {
+            "losses": float((train(chosen, processor, checkpoint, store)[0] - losses).abs().max()),
+            "scores": float((score(model, chosen, processor, store) - probabilities).abs().max()),
         }
-        for source in ("float32", "float16")
-    }
+    return result
 
 
-def numbers_from(rows: list[dict], processor: MMCoTProcessor, checkpoint: Path, store: FeatureStore | None) -> dict:
+def train(
+    rows: list[dict], processor: MMCoTProcessor, checkpoint: Path, store: FeatureStore | None
+) -> tuple[torch.Tensor, MMCoTForConditionalGeneration]:
     torch.manual_seed(0)
     size = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
     config = MMCoTConfig(
@@ -179,26 +179,29 @@ def numbers_from(rows: list[dict], processor: MMCoTProcessor, checkpoint: Path, 
     )
     model = MMCoTForConditionalGeneration(config)
     model.attach_tower(load_vision_tower(str(checkpoint)))
-    model.train()
-    if store is not None:
-        store.check_model(model, processor.image_processor)
-
-    def inputs(batch: list[dict], stage: str, **kwargs) -> dict:
-        images = None if store else [as_pictures([p["path"] for p in row["images"]]) for row in batch]
-        return {**processor(batch, stage=stage, images=images, **kwargs), **(store.batch(batch) if store else {})}
-
-    losses, optimizer = [], torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses, optimizer = [], torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-3)
     for step in tqdm(range(20), desc="training"):
         batch = rows[step % 4 * 4 :][:4]
-        loss = model(**inputs(batch, "rationale", with_targets=True)).loss
+        loss = model(**inputs(batch, processor, "rationale", store, with_targets=True)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    model.eval()
+    return torch.tensor(losses), model.eval()
+
+
+def score(
+    model: MMCoTForConditionalGeneration, rows: list[dict], processor: MMCoTProcessor, store: FeatureStore | None
+) -> torch.Tensor:
     labels = processor.choice_labels(rows, "answer")
-    scores = model.score_choices(labels, **inputs(rows, "answer")).softmax(dim=-1)
-    return {"losses": losses, "scores": scores.tolist()}
+    return model.score_choices(labels, **inputs(rows, processor, "answer", store)).softmax(dim=-1)
+
+
+def inputs(rows: list[dict], processor: MMCoTProcessor, stage: str, store: FeatureStore | None, **kwargs) -> dict:
+    if store is not None:
+        return {**processor(rows, stage=stage, **kwargs), **store.batch(rows)}
+    images = [as_pictures([picture["path"] for picture in row["images"]]) for row in rows]
+    return dict(processor(rows, stage=stage, images=images, **kwargs))
 
 
 def main() -> None:
