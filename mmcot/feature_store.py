@@ -194,17 +194,18 @@ class FeatureWriter:
     Args:
         folder: the store, begun by the same call or new.
         said: what the manifest says of the features, but for `record`, which the first batch shows.
+        wait: where another process writes there, wait until it has finished.
 
     Raises:
         ValueError: another process writes there, or the rows that are there are of another kind.
     """
 
-    def __init__(self, folder: Path, said: dict[str, Any]):
+    def __init__(self, folder: Path, said: dict[str, Any], wait: bool = False):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder / ".lock")
         try:
-            self.lock.acquire(timeout=0)
+            self.lock.acquire(timeout=-1 if wait else 0)
         except Timeout as error:
             raise ValueError(f"{folder} is being written by another process.") from error
         self.said = json.loads(json.dumps(said))

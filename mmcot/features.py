@@ -9,6 +9,7 @@ and left out, and the exit code says so. Captions are `captions.py`'s, towers `v
 """
 
 import argparse
+import itertools
 import logging
 import pickle
 import sys
@@ -21,17 +22,20 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mmcot.captions import write_captions
-from mmcot.feature_store import FeatureWriter, settings_of, tower_settings, weights_digest
-from mmcot.files import read_json
-from mmcot.pictures import decode
-from mmcot.problems import SPLITS, distinct_pictures, first_few, load_problems
-from modeling_mmcot.pictures_mmcot import build_image_processor, picture_pixels, stack_pixels
+from mmcot.feature_store import FeatureStore, FeatureWriter, settings_of, tower_settings, weights_digest
+from mmcot.files import cache_folder, read_json
+from mmcot.pictures import PixelStore
+from mmcot.problems import SPLITS, Picture, distinct_pictures, first_few, load_problems, picture_size, read_picture
+from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot.pictures_mmcot import as_rgb, build_image_processor, picture_pixels, stack_pixels
 from modeling_mmcot.vision_mmcot import (
     TOWERS,
     checkpoint_of,
@@ -72,10 +76,9 @@ class Featurizer:
     detector: PreTrainedModel | None = None
 
     @torch.no_grad()
-    def __call__(self, pictures: list, dtype: str) -> np.ndarray:
-        """A record for each RGB picture."""
-        pixels = [[picture_pixels(self.image_processor, picture)] for picture in pictures]
-        inputs = {name: value.to(self.tower.device) for name, value in stack_pixels(pixels).items()}
+    def __call__(self, pixels: list[torch.FloatTensor], dtype: str) -> np.ndarray:
+        """A record for each picture, given as its pixels `(3, height, width)`."""
+        inputs = {name: value.to(self.tower.device) for name, value in stack_pixels([[one] for one in pixels]).items()}
         patches, _ = encode_pictures(self.tower, self.name, **inputs)
         patches = patches[:, : patches.shape[1] // self.repeats]
         columns = {"features": (DTYPES[dtype], patches)}
@@ -85,7 +88,7 @@ class Featurizer:
             columns["boxes"] = (DTYPES["float32"], boxes)
             columns["class_scores"] = (DTYPES["float32"], probabilities[..., :-1].amax(dim=-1))  # the last: no object
         record = np.dtype([(name, dtype, tuple(values.shape[1:])) for name, (dtype, values) in columns.items()])
-        rows = np.zeros(len(pictures), dtype=record)
+        rows = np.zeros(len(pixels), dtype=record)
         for name, (_, values) in columns.items():
             rows[name] = values.float().cpu().numpy()
         return rows
@@ -96,13 +99,18 @@ class Featurizer:
 
 
 def load_featurizer(
-    vision: str, preprocessing: str = "checkpoint", revision: str | None = None, vision_tower: str | None = None
+    vision: str,
+    preprocessing: str = "checkpoint",
+    revision: str | None = None,
+    vision_tower: str | None = None,
+    bf16: bool = False,
 ) -> Featurizer:
     """
     Args:
         vision: a checkpoint of a picture tower, or a name in `TOWERS`.
         vision_tower: how its output becomes patches, a name in `TOWERS`.
         preprocessing: `checkpoint` (its own image processor) or `paper` (as the authors' extract_features.py).
+        bf16: run the tower in bfloat16.
     """
     checkpoint = checkpoint_of(vision)
     image_processor = load_image_processor(vision, preprocessing, revision)
@@ -111,6 +119,8 @@ def load_featurizer(
         tower = without_unread_parts(detector.model)
     else:
         tower = load_vision_tower(checkpoint, revision=revision).eval().to(DEVICE)
+    if bf16:
+        (detector or tower).to(torch.bfloat16)
     return Featurizer(tower, tower_name(vision, vision_tower), image_processor, detector)
 
 
@@ -146,6 +156,24 @@ def load_image_processor(
     return build_image_processor(settings)
 
 
+class Pixels(torch.utils.data.Dataset):
+    """Pictures -> their pixels; for one that cannot be decoded, the error. What the DataLoader's workers do."""
+
+    def __init__(self, pictures: list[Picture], image_processor: BaseImageProcessor):
+        self.pictures = pictures
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> torch.FloatTensor | str:
+        _, picture, problem_id = self.pictures[index]
+        try:
+            return picture_pixels(self.image_processor, as_rgb(read_picture(picture, problem_id)))
+        except ValueError as error:
+            return str(error)
+
+
 def compute(
     problems: Dataset,
     folder: str | Path,
@@ -155,6 +183,8 @@ def compute(
     batch_size: int = 8,
     revision: str | None = None,
     vision_tower: str | None = None,
+    num_workers: int = 0,
+    bf16: bool = False,
 ) -> list[str]:
     """
     Write the features of all distinct pictures of the problems, or those that the store lacks.
@@ -162,33 +192,86 @@ def compute(
     Returns:
         The pictures that could not be decoded, an error message each. All others are in the store.
     """
-    pictures = distinct_pictures(problems)
-    if not pictures:
+    if not any(problems["images"]):
         raise ValueError(f"None of the {len(problems)} problems has a picture: there is nothing to compute.")
-    featurizer = load_featurizer(vision, preprocessing, revision, vision_tower)
+    featurizer = load_featurizer(vision, preprocessing, revision, vision_tower, bf16)
     said = {
         "tower": checkpoint_of(vision),
         "revision": commit_of(vision, revision),
-        "weights": weights_digest(featurizer.tower),
-        "vision_tower": resolved_name(featurizer.tower.config, featurizer.name),
-        "vision_config": tower_settings(featurizer.tower.config),
         "preprocessing": preprocessing,
+        **described(featurizer, dtype),
+    }
+    with FeatureWriter(Path(folder), said) as writer:
+        return complete(writer, problems, featurizer, dtype, batch_size, num_workers)
+
+
+def described(featurizer: Featurizer, dtype: str) -> dict[str, Any]:
+    """What of a featurizer decides the numbers that it gives, and in what they are kept."""
+    tower = featurizer.tower
+    return {
+        "weights": weights_digest(tower),
+        "vision_tower": resolved_name(tower.config, featurizer.name),
+        "vision_config": tower_settings(tower.config),
         "image_processor": settings_of(featurizer.image_processor),
+        "computed_in": str(tower.dtype).removeprefix("torch."),
         "dtype": dtype,
         "repeats": featurizer.repeats,
         "keys": "content",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    failed: list[str] = []
+
+
+def complete(
+    writer: FeatureWriter, problems: Dataset, featurizer: Featurizer, dtype: str, batch_size: int, num_workers: int
+) -> list[str]:
+    """Add what the store lacks of the problems' pictures; what could not be decoded is returned, an error each."""
+    # Pictures of one size beside each other: those of a batch then pass the tower together.
+    pictures = sorted(distinct_pictures(problems), key=lambda picture: picture_size(picture[1]))
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    with FeatureWriter(Path(folder), said) as writer:
-        for batch in tqdm(batches, desc="features", unit="batch"):
-            todo = [entry for entry in batch if entry[0] not in writer.keys]
-            decoded, errors = decode(todo)
-            failed.extend(errors)
+    todo = [[picture for picture in batch if picture[0] not in writer.keys] for batch in batches]
+    todo = [batch for batch in todo if batch]
+    starts = itertools.accumulate(map(len, todo), initial=0)
+    loader = DataLoader(
+        Pixels(list(itertools.chain(*todo)), featurizer.image_processor),
+        batch_sampler=[range(start, start + len(batch)) for start, batch in zip(starts, todo, strict=False)],
+        collate_fn=list,
+        num_workers=num_workers,
+    )
+    failed: list[str] = []
+    progress = tqdm(desc="features", unit="picture", total=len(pictures), initial=len(pictures) - sum(map(len, todo)))
+    with progress:
+        for batch, results in zip(todo, loader, strict=True):
+            decoded = {
+                key: pixels
+                for (key, *_), pixels in zip(batch, results, strict=True)
+                if isinstance(pixels, torch.Tensor)
+            }
+            failed.extend(result for result in results if isinstance(result, str))
             if decoded:
                 writer.add(list(decoded), featurizer(list(decoded.values()), dtype))
+            progress.update(len(batch))
     return failed
+
+
+def vision_source(
+    model: MMCoTForConditionalGeneration, image_processor: BaseImageProcessor | None, problems: Dataset
+) -> FeatureStore | PixelStore | None:
+    """
+    Where a model takes the problems' pictures from, each decoded once: of a fixed tower the features, computed once for
+    all models and runs that have it; else the pixels. None for a model that has no tower, or problems without pictures.
+    """
+    if model.encoder.vision_tower is None or image_processor is None or not any(problems["images"]):
+        return None
+    if not model.config.freeze_vision:
+        return PixelStore(problems, image_processor)
+    featurizer = Featurizer(model.encoder.vision_tower.eval(), model.config.vision_tower, image_processor)
+    said = described(featurizer, "float32")
+    folder = cache_folder() / "features" / Hasher.hash({**said, "versions": None})
+    with FeatureWriter(folder, said, wait=True) as writer:
+        failed = complete(writer, problems, featurizer, "float32", batch_size=8, num_workers=0)
+    if failed:
+        raise ValueError(failed[0])
+    return FeatureStore(folder)
 
 
 def commit_of(checkpoint: str, revision: str | None) -> str | None:
@@ -285,6 +368,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that read and prepare pictures ahead")
+    parser.add_argument("--bf16", action="store_true", help="run the tower in bfloat16")
     parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="checkpoint")
     parser.add_argument("--vision_tower", choices=TOWERS, help="how the checkpoint's output becomes patches")
     parser.add_argument("--revision", help="of the checkpoint")
@@ -337,6 +422,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
         arguments.batch_size,
         arguments.revision,
         arguments.vision_tower,
+        arguments.num_workers,
+        arguments.bf16,
     )
 
 

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in `path`; a ValueError names the file, and the line where its text breaks."""
@@ -34,6 +36,11 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where what was computed once is kept, beside what `datasets` keeps."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "mmcot"
 
 
 def resolved(path_or_id: str) -> str:

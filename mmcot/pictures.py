@@ -1,14 +1,34 @@
-"""A dataset's pictures, decoded where a broken one must not stop the work. What becomes of them is the model's side."""
+"""A dataset's pictures, decoded: where a broken one must not stop the work, and once for all epochs and stages.
 
+What becomes of them is the model's side (`modeling_mmcot.pictures_mmcot`).
+"""
+
+import inspect
+import logging
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor
 
-from mmcot.problems import read_picture
-from modeling_mmcot.pictures_mmcot import as_rgb
+from mmcot.files import cache_folder
+from mmcot.problems import Picture, content_key, distinct_pictures, read_picture
+from modeling_mmcot import pictures_mmcot
+from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, stack_pixels
+
+logger = logging.getLogger(__name__)
+
+# Pixels that would take more of the disk are not kept but decoded anew for each batch.
+MAX_KEPT = 8e9
 
 
-def decode(pictures: list[tuple[str, dict[str, Any], str]]) -> tuple[dict[str, Image.Image], list[str]]:
+def decode(pictures: list[Picture]) -> tuple[dict[str, Image.Image], list[str]]:
     """RGB pictures by key (see `problems.distinct_pictures`), and an error message for each that cannot be decoded."""
     decoded, errors = {}, []
     for key, picture, problem_id in pictures:
@@ -17,3 +37,68 @@ def decode(pictures: list[tuple[str, dict[str, Any], str]]) -> tuple[dict[str, I
         except ValueError as error:
             errors.append(str(error))
     return decoded, errors
+
+
+class PixelStore:
+    """
+    The pixels of the problems' pictures, prepared for a tower and kept on disk by `datasets`; mapped, not loaded.
+
+    Raises:
+        ValueError: a picture that cannot be decoded, by name.
+    """
+
+    def __init__(self, problems: Dataset, image_processor: BaseImageProcessor):
+        pictures = distinct_pictures(problems)
+        self.rows = {key: row for row, (key, *_) in enumerate(pictures)}
+        self.image_processor = image_processor
+        self.contents: dict[str, str] = {}  # a file's key by its path, so that it is read once
+        self.kept = self.keep(pictures)
+
+    def keep(self, pictures: list[Picture]) -> Dataset | None:
+        if not pictures or len(pictures) * self.prepare(pictures[0]).nbytes > MAX_KEPT:
+            for picture in pictures:
+                self.prepare(picture)
+            return None
+        made_from = (list(self.rows), self.image_processor.to_dict(), inspect.getsource(pictures_mmcot))
+        try:
+            kept = Dataset.from_generator(
+                self.generate,
+                features=Features({"pixels": Value("binary"), "shape": List(Value("int64"))}),
+                gen_kwargs={"pictures": pictures},
+                fingerprint=Hasher.hash((made_from, transformers.__version__)),
+                cache_dir=str(cache_folder() / "pixels"),
+                writer_batch_size=100,
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ from None  # which picture, and what is wrong with it
+        return kept.with_format("arrow")
+
+    def generate(self, pictures: list[Picture]) -> Iterator[dict[str, Any]]:
+        for picture in pictures:
+            pixels = self.prepare(picture)
+            yield {"pixels": pixels.astype("<f4").tobytes(), "shape": pixels.shape}
+
+    def prepare(self, picture: Picture) -> np.ndarray:
+        _, content, problem_id = picture
+        return picture_pixels(self.image_processor, as_rgb(read_picture(content, problem_id))).numpy()
+
+    def read(self, picture: dict[str, Any], problem_id: str) -> torch.FloatTensor:
+        """`(3, height, width)`."""
+        if self.kept is None:
+            return torch.from_numpy(self.prepare(("", picture, problem_id)))
+        row = self.kept[self.rows[self.key_of(picture)]]
+        pixels = np.frombuffer(row["pixels"][0].as_buffer(), dtype="<f4").reshape(row["shape"][0].as_py())
+        return torch.from_numpy(pixels.copy())
+
+    def key_of(self, picture: dict[str, Any]) -> str:
+        path = picture["path"]
+        if path is None:
+            return content_key(picture)
+        if path not in self.contents:
+            self.contents[path] = content_key(picture)
+        return self.contents[path]
+
+    def batch(self, problems: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`pixel_values` and `pixel_mask`, as the processor gives them; nothing where no problem has a picture."""
+        pixels = [[self.read(picture, problem["id"]) for picture in problem["images"]] for problem in problems]
+        return stack_pixels(pixels)

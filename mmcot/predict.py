@@ -1,7 +1,8 @@
 """Runs the stages over a split: `python -m mmcot.predict RUN_OR_HUB_DIR --dataset demo --split test --output FILE`.
 
 Free-running: the gold columns are taken away before anything else happens, so no prompt can hold one. What a stage does
-with a batch is `pipeline_mmcot.run_stage`; this file only walks over problems, on one process or several.
+with a batch is `pipeline_mmcot.write_column`; this file walks over problems, on one process or several, in batches of
+like lengths, and gives what was written in the order of the problems.
 """
 
 import argparse
@@ -12,15 +13,26 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from mmcot.batching import length_batches, shares
+from mmcot.examples import StageCollator, lengths_of, tokenized
 from mmcot.feature_store import FeatureStore
+from mmcot.features import vision_source
 from mmcot.files import write_json
-from mmcot.problems import SPLITS, check_pictures, join_captions, load_problems, read_pictures, without_gold
+from mmcot.pictures import PixelStore
+from mmcot.problems import (
+    SPLITS,
+    first_few,
+    join_captions,
+    load_problems,
+    with_column,
+    without_gold,
+)
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.pictures_mmcot import as_pictures
-from modeling_mmcot.pipeline_mmcot import run_stage
+from modeling_mmcot.pipeline_mmcot import write_column
 from modeling_mmcot.processing_mmcot import Stage
 
 logger = logging.getLogger(__name__)
@@ -34,7 +46,8 @@ def predict_stage(
     predictions: dict[str, dict],
     batch_size: int = 32,
     decode_answer: bool = False,
-    store: FeatureStore | None = None,
+    pictures: FeatureStore | PixelStore | None = None,
+    num_workers: int = 0,
 ) -> None:
     """
     Add the columns that a stage writes to `predictions`, for every problem, on every process alike.
@@ -42,35 +55,54 @@ def predict_stage(
     Args:
         problems: rows of the schema; gold columns may be there and are not looked at.
         predictions: by problem id, what the earlier stages wrote; a missing id is a problem with nothing written yet.
-        store: features of the problems' pictures, in place of the pictures.
+        batch_size: problems of a batch, on average: batches are of like lengths and of equal cost (`batching.py`).
+        pictures: where the problems' pictures are taken from; by default `features.vision_source`.
+        num_workers: processes that read pictures or features ahead.
     """
     model.eval()
-    problems = without_gold(problems)
     state = PartialState()
-    with state.split_between_processes(list(range(len(problems)))) as indices:
-        written, shortened = [], 0
-        starts = range(0, len(indices), batch_size)
-        for start in tqdm(starts, desc=f"{stage.name} stage", disable=not state.is_main_process, leave=False):
-            rows = [problems[index] for index in indices[start : start + batch_size]]
-            pictures = read_vision_inputs(rows, stage, store)
-            rows = [{**row, **predictions.get(row["id"], {})} for row in rows]
-            shortened += sum(processor.is_too_long(stage.render_source(row), stage) for row in rows)
-            ids = [row["id"] for row in rows]
-            columns = run_stage(model, processor, stage, rows, decode_answer=decode_answer, **pictures)
-            written.extend(zip(ids, columns, strict=True))
-    log_shortened(stage, sum(gather_object([shortened])), len(problems), "problems to predict")
-    for problem_id, columns in gather_object(written):
-        predictions.setdefault(problem_id, {}).update(columns)
+    earlier = processor.stages[: processor.stages.index(stage)]
+    problems = with_columns(without_gold(problems), predictions, earlier)
+    with state.main_process_first():
+        examples = tokenized(problems, stage, processor, with_targets=False)
+    log_shortened(stage, sum(examples["is_shortened"]), len(problems), "problems to predict")
+    if pictures is None and "images" in stage.reads:
+        pictures = vision_source(model, processor.image_processor, problems)
+    lengths = lengths_of(examples)
+    batches = shares(length_batches(lengths, batch_size), lengths, state.num_processes)[state.process_index]
+    loader = DataLoader(
+        examples, batch_sampler=batches, collate_fn=StageCollator(processor, stage, pictures), num_workers=num_workers
+    )
+    written = []
+    progress = tqdm(
+        total=sum(map(len, batches)), desc=f"{stage.name} stage", disable=not state.is_main_process, leave=False
+    )
+    rows = problems.remove_columns("images")
+    with progress:
+        for batch, inputs in zip(batches, loader, strict=True):
+            columns = write_column(
+                model, processor, stage, [rows[index] for index in batch], inputs, decode_answer=decode_answer
+            )
+            written.extend(zip([rows[index]["id"] for index in batch], columns, strict=True))
+            progress.update(len(batch))
+    by_id = dict(gather_object(written))
+    for problem_id in problems["id"]:
+        predictions.setdefault(problem_id, {}).update(by_id[problem_id])
 
 
-def read_vision_inputs(rows: list[dict], stage: Stage, store: FeatureStore | None) -> dict:
-    """What `run_stage` is given of the pictures of a batch: themselves, or their features out of a store."""
-    if "images" not in stage.reads:
-        return {"images": None}
-    if store is not None:
-        return {"images": None, "vision_inputs": store.batch(rows)}
-    # One problem after another: what is kept of a picture is bounded, what it is decoded from is not.
-    return {"images": [as_pictures(read_pictures(row)) for row in rows]}
+def with_columns(problems: Dataset, predictions: dict[str, dict], earlier: list[Stage]) -> Dataset:
+    """The problems with the texts that earlier stages wrote for them, as far as they did."""
+    for stage in earlier:
+        texts = [predictions.get(problem_id, {}).get(stage.writes) for problem_id in problems["id"]]
+        absent = [problem_id for problem_id, text in zip(problems["id"], texts, strict=True) if text is None]
+        if len(absent) == len(texts):
+            continue
+        if absent:
+            raise ValueError(
+                f"{len(absent)} problems have no {stage.writes!r} from an earlier stage: {first_few(absent)}."
+            )
+        problems = with_column(problems, stage.writes, texts)
+    return problems
 
 
 def log_shortened(stage: Stage, count: int, total: int, which: str) -> None:
@@ -155,7 +187,8 @@ def load_inputs(
     if store is None:
         if processor.image_processor is None and reads_images(processor) and any(problems["images"]):
             raise ValueError(f"{arguments.model} has no picture tower, and problems have pictures: give --features.")
-        check_pictures(problems)
+        for model in models.values():
+            vision_source(model, processor.image_processor, problems)
         return problems, None
     store.check_problems(problems)
     for model in models.values():

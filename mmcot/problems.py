@@ -6,6 +6,7 @@ Pictures stay on disk until `read_pictures`. Nothing here knows the model, templ
 import difflib
 import hashlib
 import inspect
+import io
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,7 @@ FEATURES = datasets.Features(
     }
 )
 GOLD_COLUMNS = ("answer", "lecture", "solution")
+Picture = tuple[str, dict[str, Any], str]  # its content's key, itself, and the first problem that shows it
 SPLITS = ("train", "val", "test")
 
 
@@ -292,9 +294,9 @@ def content_key(picture: dict[str, Any]) -> str:
     return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
 
 
-def distinct_pictures(problems: datasets.Dataset, first_only: bool = False) -> list[tuple[str, dict[str, Any], str]]:
-    """Each picture once, in the order of the problems: its key, itself, and the first problem that shows it."""
-    found: dict[str, tuple[str, dict[str, Any], str]] = {}
+def distinct_pictures(problems: datasets.Dataset, first_only: bool = False) -> list[Picture]:
+    """Each picture once, in the order of the problems."""
+    found: dict[str, Picture] = {}
     for problem in tqdm(problems.select_columns(["id", "images"]), desc="reading pictures", leave=False):
         for picture in problem["images"][: 1 if first_only else None]:
             key = content_key(picture)
@@ -302,11 +304,13 @@ def distinct_pictures(problems: datasets.Dataset, first_only: bool = False) -> l
     return list(found.values())
 
 
-def check_pictures(problems: datasets.Dataset) -> None:
-    """Decode every picture once, so that a bad one is found before a long run and not in its middle."""
-    columns = problems.select_columns(["id", "images"])
-    for problem in tqdm(columns, desc="checking pictures", leave=False):
-        read_pictures(problem)
+def picture_size(picture: dict[str, Any]) -> tuple[int, int]:
+    """Width and height as the file's header says; (0, 0) where that cannot be read."""
+    try:
+        with Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as opened:
+            return opened.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0, 0
 
 
 def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:
@@ -318,8 +322,7 @@ def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:
     absent = [row["id"] for row in rows if row["images"] and not isinstance(captions.get(row["id"]), str)]
     if absent:
         raise ValueError(f"{path}: {len(absent)} problems with a picture have no caption there: {first_few(absent)}.")
-    texts = [captions.get(problem_id) or "" for problem_id in problems["id"]]
-    return problems.remove_columns("caption").add_column("caption", texts, feature=_TEXT)
+    return with_column(problems, "caption", [captions.get(problem_id) or "" for problem_id in problems["id"]])
 
 
 def join_column(problems: datasets.Dataset, column: str, path: str) -> datasets.Dataset:
@@ -330,6 +333,11 @@ def join_column(problems: datasets.Dataset, column: str, path: str) -> datasets.
     absent = [problem_id for problem_id in problems["id"] if not isinstance(texts.get(problem_id), str)]
     if absent:
         raise ValueError(f"{path}: {len(absent)} of {len(problems)} problems have no text there: {first_few(absent)}.")
+    return with_column(problems, column, [texts[problem_id] for problem_id in problems["id"]])
+
+
+def with_column(problems: datasets.Dataset, column: str, texts: list[str]) -> datasets.Dataset:
+    """The problems with these texts in that column, whether they have it or not."""
     if column in problems.column_names:
         problems = problems.remove_columns(column)
-    return problems.add_column(column, [texts[problem_id] for problem_id in problems["id"]], feature=_TEXT)
+    return problems.add_column(column, texts, feature=_TEXT)

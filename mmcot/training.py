@@ -7,6 +7,7 @@ with a batch (`pipeline_mmcot.py`).
 """
 
 import copy
+import functools
 import json
 import logging
 import shutil
@@ -14,10 +15,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from jinja2 import meta
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -25,19 +28,30 @@ from transformers import (
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    TrainerCallback,
     set_seed,
 )
 from transformers.trainer_callback import TrainerState
 from trl import ModelConfig
 
+from mmcot.batching import LengthBatchSampler, by_both_lengths
 from mmcot.evaluate import format_table
+from mmcot.examples import StageCollator, lengths_of, tokenized
 from mmcot.feature_store import FeatureStore
-from mmcot.features import load_image_processor
+from mmcot.features import load_image_processor, vision_source
 from mmcot.files import read_json, write_json
 from mmcot.hub import export
 from mmcot.metrics import score
-from mmcot.predict import log_shortened, predict_stage, read_vision_inputs
-from mmcot.problems import SPLITS, check_pictures, join_captions, join_column, load_problems, require_answers
+from mmcot.pictures import PixelStore
+from mmcot.predict import log_shortened, predict_stage
+from mmcot.problems import (
+    SPLITS,
+    join_captions,
+    join_column,
+    load_problems,
+    require_answers,
+    with_column,
+)
 from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
@@ -64,7 +78,8 @@ class Run:
     problems: dict[str, Dataset]  # by split
     folder: Path
     processor: MMCoTProcessor
-    store: FeatureStore | None  # features of the problems' pictures, where they were computed before
+    store: FeatureStore | None  # features of the problems' pictures that the recipe names
+    pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -82,25 +97,47 @@ def prepare(recipe: Recipe) -> Run:
             f"A stage reads `images`, but {recipe.model_config.model_name_or_path} has no picture tower: name one "
             f"(vision_model_name_or_path), or features."
         )
+    pictures = store or prepare_pictures(recipe, stages, processor, problems)
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
-    return Run(recipe, stages, problems, folder, processor, store)
+    return Run(recipe, stages, problems, folder, processor, store, pictures)
 
 
 def run(prepared: Run) -> None:
     """Train, predict, score and export, into the run's folder."""
     recipe, stages, problems, folder = prepared.recipe, prepared.stages, prepared.problems, prepared.folder
-    processor, store = prepared.processor, prepared.store
+    processor = prepared.processor
     predictions = {split: read_predictions(folder, split) for split in ("val", "test")}
     for stage, arguments in zip(stages, recipe.stages, strict=True):
-        model = train_stage(recipe, arguments, stage, processor, problems, folder, store)
+        model = train_stage(prepared, arguments, stage)
         for split, columns in predictions.items():
-            write_column(model, processor, stage, problems[split], columns, folder, split, recipe, store)
+            predict_split(prepared, model, stage, split, columns)
     if PartialState().is_main_process:
         for split, columns in predictions.items():
             write_json(folder / "scores" / f"{split}.json", score(problems[split], columns))
         export(folder, processor)
     PartialState().wait_for_everyone()
+
+
+def prepare_pictures(
+    recipe: Recipe, stages: list[Stage], processor: MMCoTProcessor, problems: dict[str, Dataset]
+) -> FeatureStore | PixelStore | None:
+    """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
+    every = concatenate_datasets(list(problems.values()))
+    if processor.image_processor is None or not any("images" in stage.reads for stage in stages):
+        return None
+    if not is_frozen(recipe):
+        return PixelStore(every, processor.image_processor)
+    model = build_model(recipe, recipe.stages[0], processor.tokenizer, None).to(recipe.training_arguments.device)
+    return vision_source(model, processor.image_processor, every)
+
+
+def is_frozen(recipe: Recipe) -> bool:
+    """Whether the picture tower is left as it is."""
+    if recipe.arguments.freeze_vision is not None:
+        return recipe.arguments.freeze_vision
+    own = own_config(recipe.model_config)
+    return own is not None and own.freeze_vision
 
 
 def build_stage(arguments: StageArguments) -> Stage:
@@ -135,7 +172,7 @@ def check_tower_name(recipe: Recipe) -> None:
 
 
 def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
-    """A split's problems, checked to the last picture, so that no run dies of bad data half-way."""
+    """A split's problems, checked, so that no run dies of bad data half-way."""
     source = recipe.arguments.dataset
     needs_files = store is None or store.needs_files
     with PartialState().main_process_first():
@@ -145,11 +182,8 @@ def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: Fea
     require_answers(problems)
     if recipe.arguments.captions is not None:
         problems = join_captions(problems, recipe.arguments.captions)
-    if any("images" in stage.reads for stage in stages):
-        if store is not None:
-            store.check_problems(problems)
-        else:
-            check_pictures(problems)
+    if store is not None and any("images" in stage.reads for stage in stages):
+        store.check_problems(problems)
     if split == "train":
         if recipe.arguments.target_column is not None:
             problems = join_target_column(problems, recipe.arguments.target_column, stages)
@@ -285,54 +319,80 @@ def build_model(
     return model
 
 
-class StageCollator:
-    """Problems of a training batch -> tensors, by the stage's templates; pictures or their features are read here."""
+class StageTrainer(Seq2SeqTrainer):
+    """Batches by length, and the loss without logits of padding. The loss is the mean over all target tokens."""
 
-    def __init__(self, processor: MMCoTProcessor, stage: Stage, store: FeatureStore | None = None):
-        self.processor = processor
-        self.stage = stage
-        self.store = store
+    def get_train_dataloader(self) -> DataLoader:
+        """Of all batches; `prepare` leaves this process its own."""
+        arguments = self.args
+        batches_per_step = self.accelerator.num_processes * arguments.gradient_accumulation_steps
+        step_size = arguments.train_batch_size * batches_per_step
+        sampler = LengthBatchSampler(lengths_of(self.train_dataset), step_size, batches_per_step, arguments.seed)
+        self.add_callback(EpochOf(sampler))
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
 
-    def __call__(self, problems: list[dict]) -> dict:
-        pictures = read_vision_inputs(problems, self.stage, self.store)
-        batch = self.processor(problems, stage=self.stage.name, images=pictures["images"], with_targets=True)
-        return {**batch, **pictures.get("vision_inputs", {})}
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            num_items_in_batch = self.evaluation_weight(inputs)
+        return super().compute_loss(model, {**inputs, "skip_logits": True}, return_outputs, num_items_in_batch)
+
+    def evaluation_weight(self, inputs: dict[str, torch.Tensor]) -> float:
+        """The Trainer averages batches by their number of problems: with this, to the mean over all target tokens."""
+        # It multiplies the loss by the number of processes, to undo an average over them that evaluation has not.
+        return self.mean_target_length * len(inputs["labels"]) * self.accelerator.num_processes
+
+    @functools.cached_property
+    def mean_target_length(self) -> float:
+        return sum(target for _, target in lengths_of(self.eval_dataset)) / len(self.eval_dataset)
 
 
-def train_stage(
-    recipe: Recipe,
-    arguments: StageArguments,
-    stage: Stage,
-    processor: MMCoTProcessor,
-    problems: dict[str, Dataset],
-    folder: Path,
-    store: FeatureStore | None,
-) -> MMCoTForConditionalGeneration:
+class EpochOf(TrainerCallback):
+    """Tells a batch sampler the epoch, in a resumed run too, where accelerate's wrappers hide the sampler."""
+
+    def __init__(self, sampler: LengthBatchSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.sampler.set_epoch(int(state.epoch))
+
+
+def train_stage(prepared: Run, arguments: StageArguments, stage: Stage) -> MMCoTForConditionalGeneration:
     """The trained model of a stage: from its folder where it is finished, else trained from where it stands."""
-    stage_folder = folder / stage.name
+    recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder / stage.name
     if (stage_folder / FINISHED).exists():
         logger.info("stage %s is trained already: %s", stage.name, stage_folder)
         return MMCoTForConditionalGeneration.from_pretrained(stage_folder).to(recipe.training_arguments.device)
     earlier = processor.stages[: processor.stages.index(stage)]
-    datasets = {split: with_gold_columns(problems[split], earlier) for split in ("train", "val")}
-    for split, rows in datasets.items():
-        count = sum(processor.is_too_long(stage.render_source(row), stage) for row in rows.remove_columns("images"))
-        log_shortened(stage, count, len(rows), f"{split} problems")
+    examples = {}
     with PartialState().main_process_first():
+        for split in ("train", "val"):
+            rows = with_gold_columns(prepared.problems[split], earlier)
+            examples[split] = tokenized(rows, stage, processor, with_targets=True)
         checkpoint = last_whole_checkpoint(stage_folder)
-    model = build_model(recipe, arguments, processor.tokenizer, store)
+    for split, rows in examples.items():
+        log_shortened(stage, sum(rows["is_shortened"]), len(rows), f"{split} problems")
+    model = build_model(recipe, arguments, processor.tokenizer, prepared.store)
     if checkpoint is not None:
         # The Trainer resumes by parameter names, and a ViT is saved under older names than it has in memory: its
         # weights would silently stay fresh (transformers 5.23). `from_pretrained` knows both. Copied, because a run
         # that went on with its tensors themselves differed from the uninterrupted one in last bits.
         saved = MMCoTForConditionalGeneration.from_pretrained(checkpoint, dtype=recipe.model_config.dtype)
         model.load_state_dict(saved.state_dict())
-    trainer = Seq2SeqTrainer(
+    trainer = StageTrainer(
         model=model,
         args=training_arguments(recipe.training_arguments, arguments, stage_folder),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["val"],
-        data_collator=StageCollator(processor, stage, store),
+        train_dataset=examples["train"],
+        eval_dataset=by_length(examples["val"]),
+        data_collator=StageCollator(processor, stage, prepared.pictures),
         processing_class=processor,
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -359,14 +419,15 @@ def training_arguments(
 
 def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
     """The columns that earlier stages would have written, rendered from gold: what a later stage is trained on."""
-    rows = problems.remove_columns("images").to_list()
     for stage in earlier:
-        texts = [stage.render_target(row) for row in rows]
-        rows = [{**row, stage.writes: text} for row, text in zip(rows, texts, strict=True)]
-        if stage.writes in problems.column_names:
-            problems = problems.remove_columns(stage.writes)
-        problems = problems.add_column(stage.writes, texts)
+        texts = [stage.render_target(row) for row in problems.remove_columns("images")]
+        problems = with_column(problems, stage.writes, texts)
     return problems
+
+
+def by_length(examples: Dataset) -> Dataset:
+    """The same examples, neighbours of like lengths, so that batches of a fixed size hold little padding."""
+    return examples.select(by_both_lengths(lengths_of(examples)))
 
 
 def last_whole_checkpoint(stage_folder: Path) -> str | None:
@@ -390,32 +451,26 @@ def read_predictions(folder: Path, split: str) -> dict[str, dict]:
     return read_json(file) if file.exists() else {}
 
 
-def write_column(
-    model: MMCoTForConditionalGeneration,
-    processor: MMCoTProcessor,
-    stage: Stage,
-    problems: Dataset,
-    predictions: dict[str, dict],
-    folder: Path,
-    split: str,
-    recipe: Recipe,
-    store: FeatureStore | None,
+def predict_split(
+    prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str, predictions: dict[str, dict]
 ) -> None:
     """The stage's column for a split, into `predictions` and the predictions file, unless it is there."""
+    recipe, problems = prepared.recipe, prepared.problems[split]
     if all(stage.writes in predictions.get(problem_id, {}) for problem_id in problems["id"]):
         return
     predict_stage(
         model,
-        processor,
+        prepared.processor,
         stage,
         problems,
         predictions,
         batch_size=recipe.training_arguments.per_device_eval_batch_size,
         decode_answer=recipe.arguments.decode_answer,
-        store=store,
+        pictures=prepared.pictures,
+        num_workers=recipe.training_arguments.dataloader_num_workers,
     )
     if PartialState().is_main_process:
-        write_json(folder / "predictions" / f"{split}.json", predictions)
+        write_json(prepared.folder / "predictions" / f"{split}.json", predictions)
 
 
 def describe_result(folder: Path, problems: Dataset) -> str:

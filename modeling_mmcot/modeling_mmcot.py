@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mmcot import MMCoTConfig
 from .fusion_mmcot import Fusion, build_fusion
+from .generation_mmcot import PackedChoices, pack_choices
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 
@@ -154,10 +155,10 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
 
     def picture_patches(
         self,
-        pixel_values: torch.FloatTensor | None,
-        pixel_mask: torch.Tensor | None,
-        vision_features: torch.FloatTensor | None,
-        vision_mask: torch.Tensor | None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        vision_mask: torch.Tensor | None = None,
     ) -> tuple[torch.FloatTensor | None, torch.BoolTensor | None]:
         """Patches `(batch_size, num_patches, vision_hidden_size)` and their mask; None, None without any picture."""
         if pixel_values is not None and vision_features is not None:
@@ -316,6 +317,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> MMCoTSeq2SeqLMOutput:
         r"""
@@ -357,6 +359,9 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             num_items_in_batch (`int`, *optional*):
                 Target tokens of the whole optimisation step, over all its batches and processes: the summed loss is
                 divided by it. Without it the loss is the mean over this batch. (T5's own forward ignores it.)
+            skip_logits (`bool`, *optional*):
+                With `labels`, give the loss without `logits`: the output head then runs over the real target tokens
+                only, never over padding.
 
         Returns:
             [`MMCoTSeq2SeqLMOutput`]: `loss` (a scalar, with `labels`), `logits` of shape
@@ -415,6 +420,20 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             )
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(labels)
+        if skip_logits and labels is not None:
+            outputs = self.decoder(
+                input_ids=decoder_input_ids,
+                attention_mask=decoder_attention_mask,
+                inputs_embeds=decoder_inputs_embeds,
+                encoder_hidden_states=encoder_outputs[0],
+                encoder_attention_mask=attention_mask,
+                use_cache=False,
+                **kwargs,
+            )
+            is_target = labels != -100
+            logits = self.next_token_logits(outputs.last_hidden_state[is_target])
+            loss = token_loss(logits, labels[is_target], num_items_in_batch)
+            return MMCoTSeq2SeqLMOutput(loss=loss, encoder_last_hidden_state=encoder_outputs[0])
         outputs = super().forward(
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
@@ -426,21 +445,29 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             return_dict=True,
             **kwargs,
         )
-        loss = None if labels is None else token_loss(outputs.logits, labels, num_items_in_batch)
+        loss = (
+            None if labels is None else token_loss(outputs.logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
+        )
         weights = getattr(encoder_outputs, "fusion_attentions", None)
         return MMCoTSeq2SeqLMOutput(loss=loss, fusion_attentions=weights, **outputs)
 
     @torch.no_grad()
     def score_choices(
-        self, choice_labels: torch.LongTensor, attention_mask: torch.Tensor, **encoder_inputs
+        self,
+        choice_labels: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        encoder_outputs: BaseModelOutput | None = None,
+        **encoder_inputs,
     ) -> torch.FloatTensor:
         """
-        The log-probability of each choice's target text, given the source (and the picture).
+        The log-probability of each choice's target text, given the source (and the picture). One pass of the decoder:
+        the choices of a problem share its encoder's states, and what their targets begin with is computed once.
 
         Args:
             choice_labels (`torch.LongTensor` of shape `(batch_size, num_choices, target_length)`):
                 Each choice's target, padded with -100. A problem with fewer choices has rows of -100 only.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`)
+            encoder_outputs (`MMCoTEncoderOutput`, *optional*): of this model's encoder, in place of `encoder_inputs`.
             encoder_inputs: the other inputs of `forward` that the encoder reads.
 
         Returns:
@@ -462,21 +489,46 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
 
         ```
         """
-        num_choices = choice_labels.shape[1]
-        encoder_outputs = self.encoder(attention_mask=attention_mask, **encoder_inputs)
-        states = encoder_outputs.last_hidden_state.repeat_interleave(num_choices, dim=0)
-        labels = choice_labels.flatten(0, 1)
-        logits = self(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=attention_mask.repeat_interleave(num_choices, dim=0),
-            decoder_input_ids=self._shift_right(labels),
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(attention_mask=attention_mask, **encoder_inputs)
+        packed = pack_choices(choice_labels, self.config.decoder_start_token_id)
+        states = self.decoder(
+            input_ids=packed.input_ids,
+            attention_mask=self.packed_mask(packed),
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
             use_cache=False,
-            return_dict=True,
-        ).logits
-        is_target = labels != -100
-        token_log_probs = logits.float().log_softmax(dim=-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        log_probs = (token_log_probs * is_target).sum(dim=-1)
-        return log_probs.masked_fill(~is_target.any(dim=-1), -math.inf).view(-1, num_choices)
+        ).last_hidden_state
+        positions, inverse = packed.position.unique(return_inverse=True)
+        log_probs = self.next_token_logits(states.flatten(0, 1)[positions]).float().log_softmax(dim=-1)
+        scores = log_probs.new_zeros(choice_labels.shape[:2]).flatten()
+        scores.index_add_(0, packed.choice, log_probs[inverse, packed.label])
+        is_choice = (choice_labels != -100).any(dim=-1)
+        return scores.view(is_choice.shape).masked_fill(~is_choice, -math.inf)
+
+    def packed_mask(self, packed: PackedChoices) -> torch.FloatTensor:
+        """
+        What T5 adds to the decoder's attention, beyond its own bias, so that each token of a packed sequence is where
+        it is in its own target: `(batch_size, num_heads, packed_length, packed_length)`.
+        """
+        attention = self.decoder.block[0].layer[0].SelfAttention
+        distance = packed.depth[:, None, :] - packed.depth[:, :, None]
+        bucket = attention._relative_position_bucket(
+            distance,
+            bidirectional=False,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        bias = attention.relative_attention_bias(bucket).permute(0, 3, 1, 2)
+        length = packed.input_ids.shape[1]
+        mask = bias - attention.compute_bias(length, length)
+        return mask.masked_fill(~packed.attention()[:, None], torch.finfo(mask.dtype).min)
+
+    def next_token_logits(self, states: torch.FloatTensor) -> torch.FloatTensor:
+        """Of the decoder's last states."""
+        if self.config.scale_decoder_outputs:
+            states = states * self.model_dim**-0.5
+        return self.lm_head(states)
 
 
 def token_loss(
@@ -485,7 +537,7 @@ def token_loss(
     """Cross-entropy over the real target tokens: their mean, or their sum over `num_items_in_batch`."""
     reduction = "mean" if num_items_in_batch is None else "sum"
     labels = labels.to(logits.device)
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
+    loss = nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

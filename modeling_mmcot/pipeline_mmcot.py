@@ -1,7 +1,7 @@
 """Runs the stages: a problem with a picture -> its rationale and its answer.
 
-`run_stage` is the one place where a stage's column is written; `mmcot.predict` uses it as well. Everything is generated
-freely from the problem, with no gold column in sight.
+`write_column` is the one place where a stage's column is written; `mmcot.predict` uses it as well. Everything is
+generated freely from the problem, with no gold column in sight.
 """
 
 import itertools
@@ -9,32 +9,31 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from transformers import Pipeline, PreTrainedModel
+from transformers import BatchFeature, Pipeline, PreTrainedModel
+from transformers.generation import GenerationMode
 
 from .captioning_mmcot import Captioner
+from .generation_mmcot import greedy_search
 from .pictures_mmcot import as_pictures
 from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, read_answer
 
 
-@torch.no_grad()
-def run_stage(
+def write_column(
     model: PreTrainedModel,
     processor: MMCoTProcessor,
     stage: Stage,
     problems: list[dict],
-    images: list | None,
+    inputs: dict[str, torch.Tensor],
     decode_answer: bool = False,
-    vision_inputs: dict[str, torch.Tensor] | None = None,
 ) -> list[dict]:
     """
     What a stage writes for a batch of problems.
 
     Args:
         problems (`list[dict]`): rows with the columns that the stage reads.
-        images (`list`): each problem's picture or pictures, or None.
+        inputs (`dict`): their tensors, as the processor gives them, or with `vision_features` and `vision_mask` in
+            place of pixels.
         decode_answer (`bool`): of an answer stage, generate "The answer is (B)." too and read it (the paper's way).
-        vision_inputs (`dict`, *optional*): `vision_features` and `vision_mask` that were computed before, in place of
-            `images`.
 
     Returns:
         For each problem the new columns. A stage that answers gives `answer` (index, -1 without choices),
@@ -45,15 +44,13 @@ def run_stage(
         leaked = [column for column in GOLD_COLUMNS if column in problem]
         if leaked:
             raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): take them away before predicting.")
-    inputs = processor(problems, stage=stage.name, images=images)
-    inputs.update(vision_inputs or {})
-    inputs = inputs.to(model.device, model.dtype)
+    encoded = encode(model, inputs)
     if not stage.answers:
-        return [{stage.writes: text} for text in generate_texts(model, processor, inputs)]
-    columns = choose_answers(model, processor, stage, problems, inputs)
+        return [{stage.writes: text} for text in generate_texts(model, processor, encoded)]
+    columns = choose_answers(model, processor, stage, problems, encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
     if decode_answer or open_ended:
-        for index, text in enumerate(generate_texts(model, processor, inputs)):
+        for index, text in enumerate(generate_texts(model, processor, encoded)):
             if index in open_ended:
                 columns[index]["answer_text"] = text
             if decode_answer:
@@ -61,19 +58,28 @@ def run_stage(
     return columns
 
 
-def generate_texts(model: PreTrainedModel, processor: MMCoTProcessor, inputs: dict) -> list[str]:
+@torch.no_grad()
+def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
+    """The batch as the decoder reads it: seen and read once, however often it is decoded."""
+    inputs = BatchFeature(inputs).to(model.device, model.dtype)
+    return {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
+
+
+def generate_texts(model: PreTrainedModel, processor: MMCoTProcessor, encoded: dict) -> list[str]:
     """By the model's own generation config."""
-    return processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+    is_greedy = model.generation_config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+    tokens = model.generate(**encoded, custom_generate=greedy_search if is_greedy else None)
+    return processor.batch_decode(tokens, skip_special_tokens=True)
 
 
 def choose_answers(
-    model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], inputs: dict
+    model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], encoded: dict
 ) -> list[dict]:
     """The answer by scoring the choices: softmax over each problem's own of their targets' log-probabilities."""
     if not any(problem["choices"] for problem in problems):
         return [{"answer": -1, "answer_text": "", "scores": []} for _ in problems]
     labels = processor.choice_labels(problems, stage.name).to(model.device)
-    log_probs = model.score_choices(labels, **inputs)
+    log_probs = model.score_choices(labels, **encoded)
     columns = []
     for problem, problem_log_probs in zip(problems, log_probs, strict=True):
         choices = problem["choices"]
@@ -91,14 +97,46 @@ def run_stages(
     images: list,
     decode_answer: bool = False,
 ) -> list[dict]:
-    """All stages in order; for each problem the columns that they wrote."""
+    """
+    All stages in order; for each problem the columns that they wrote. Pictures are prepared once, and seen once by each
+    tower: stages whose models have one tower between them share its patches.
+    """
     columns: list[dict] = [{} for _ in problems]
+    pixels = {}
+    if any("images" in stage.reads for stage in processor.stages):
+        pixels = processor.prepare_pictures(images, len(problems))
+    patches: dict[int, dict[str, torch.Tensor]] = {}
     for stage in processor.stages:
+        model = get_model(stage)
         rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
-        new = run_stage(get_model(stage), processor, stage, rows, images, decode_answer)
+        inputs = processor(rows, stage=stage.name)
+        if "images" in stage.reads and pixels:
+            tower = model.get_encoder().vision_tower
+            if id(tower) not in patches:
+                patches[id(tower)] = see(model, pixels)
+            inputs.update(patches[id(tower)])
+        new = write_column(model, processor, stage, rows, inputs, decode_answer)
         for written, column in zip(columns, new, strict=True):
             written.update(column)
     return columns
+
+
+@torch.no_grad()
+def see(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The pictures of a batch as the model's tower sees them, in place of `pixel_values` and `pixel_mask`."""
+    pixels = BatchFeature(pixels).to(model.device, model.dtype)
+    features, mask = model.get_encoder().picture_patches(**pixels)
+    return {"vision_features": features, "vision_mask": mask}
+
+
+def share_tower(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Let `model` use the other's tower where its own is the same, weight for weight: it is held and run once."""
+    own, tower = model.get_encoder().vision_tower, other.get_encoder().vision_tower
+    if own is None or tower is None or model.config.vision_tower != other.config.vision_tower:
+        return
+    weights, others = own.state_dict(), tower.state_dict()
+    if weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights):
+        model.get_encoder().vision_tower = tower
 
 
 class MultimodalCoTPipeline(Pipeline):
@@ -161,7 +199,9 @@ class MultimodalCoTPipeline(Pipeline):
         model = type(self.model).from_pretrained(
             repository, subfolder=stage.name, revision=revision, dtype=self.model.dtype
         )
-        return model.to(self.device).eval()
+        model = model.to(self.device).eval()
+        share_tower(model, self.model)
+        return model
 
     def _sanitize_parameters(self, decode_answer: bool = False):
         return {}, {"decode_answer": decode_answer}, {}

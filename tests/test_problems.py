@@ -20,7 +20,6 @@ from mmcot import demo
 from mmcot.problems import (
     FEATURES,
     GOLD_COLUMNS,
-    check_pictures,
     join_column,
     load_problems,
     read_pictures,
@@ -38,6 +37,11 @@ def png(color: str = "red", mode: str = "RGB") -> bytes:
     picture = Image.effect_noise(size, 90) if color == "noise" else Image.new("RGB", size, color)
     picture.convert(mode).save(file, "PNG")
     return file.getvalue()
+
+
+def check_pictures(problems) -> None:
+    for problem in problems:
+        read_pictures(problem)
 
 
 def jsonl(folder, *rows) -> str:

@@ -1,0 +1,143 @@
+"""Decoding without needless work: texts that are finished leave the batch, targets share what they begin with.
+
+`greedy_search` is given to `generate` as `custom_generate`; what `pack_choices` gives is decoded by `score_choices`.
+Nothing here knows of pictures: the encoder's states come fused.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+# Finished rows leave together, when they are this share of the batch: each leaving copies the cache of those that stay.
+LEAVING_SHARE = 1 / 8
+
+
+def greedy_search(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs,
+) -> torch.LongTensor:
+    """
+    What transformers' own greedy decoding gives, token for token; but a row that is finished leaves the batch.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, 1)`): the decoder's start tokens.
+        logits_processor, stopping_criteria: see every row of the batch, finished or not, as in transformers.
+        model_kwargs: as `generate` prepares them; `encoder_outputs` and their `attention_mask` are used.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, length)`: start token, text, eos, and pad tokens after it.
+    """
+    sequences, tokens = input_ids, input_ids
+    rows = torch.arange(len(input_ids), device=input_ids.device)  # those in the batch, by their number in `sequences`
+    is_open = torch.ones_like(rows, dtype=torch.bool)  # of those in the batch, which are not finished
+    states, attention_mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    while is_open.any():
+        logits = (
+            model(
+                encoder_outputs=BaseModelOutput(states),
+                attention_mask=attention_mask,
+                decoder_input_ids=tokens,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
+        if logits_processor:
+            every = logits.new_zeros(len(sequences), logits.shape[-1])
+            every[rows] = logits
+            logits = logits_processor(sequences, every)[rows]
+        tokens = logits.argmax(dim=-1).masked_fill(~is_open, generation_config.pad_token_id)
+        column = sequences.new_full((len(sequences), 1), generation_config.pad_token_id)
+        column[rows, 0] = tokens
+        sequences = torch.cat([sequences, column], dim=1)
+        is_open = is_open & ~stopping_criteria(sequences, None)[rows]
+        tokens = tokens[:, None]
+        if (~is_open).sum() >= LEAVING_SHARE * len(rows):
+            stay = is_open.nonzero()[:, 0]
+            rows, tokens, is_open, attention_mask = rows[stay], tokens[stay], is_open[stay], attention_mask[stay]
+            states = states[stay]
+            cache.batch_select_indices(stay)
+    return sequences
+
+
+@dataclass
+class PackedChoices:
+    """
+    The targets of each problem's choices as one sequence: what all of them begin with once, then each one's own rest.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): for the decoder.
+        depth (`torch.LongTensor` of shape `(batch_size, packed_length)`): a token's position in its own target.
+        branch (`torch.LongTensor` of shape `(batch_size, packed_length)`): its choice; -1 in what all share, -2 where
+            there is nothing.
+        position, label, choice (`torch.LongTensor` of shape `(num_labels,)`): each target token, after which token of
+            `input_ids.flatten()` it stands, and the number of its choice in `(batch_size, num_choices)`, flattened.
+    """
+
+    input_ids: torch.LongTensor
+    depth: torch.LongTensor
+    branch: torch.LongTensor
+    position: torch.LongTensor
+    label: torch.LongTensor
+    choice: torch.LongTensor
+
+    def attention(self) -> torch.BoolTensor:
+        """Which token sees which, `(batch_size, packed_length, packed_length)`: its own target so far."""
+        query, key = self.branch[:, :, None], self.branch[:, None, :]
+        is_own_target = (key == -1) | (key == query)
+        return is_own_target & (self.depth[:, None, :] <= self.depth[:, :, None])
+
+
+def pack_choices(choice_labels: torch.LongTensor, start_token_id: int) -> PackedChoices:
+    """
+    Args:
+        choice_labels (`torch.LongTensor` of shape `(batch_size, num_choices, target_length)`):
+            Each choice's target, padded with -100. A problem with fewer choices has rows of -100 only.
+    """
+    num_choices = choice_labels.shape[1]
+    packed, targets = [], []
+    for number, rows in enumerate(choice_labels.tolist()):
+        labels = {choice: [token for token in row if token != -100] for choice, row in enumerate(rows)}
+        labels = {choice: tokens for choice, tokens in labels.items() if tokens}
+        shared = shared_prefix(list(labels.values()))
+        tokens = [(start_token_id, 0, -1), *((token, depth + 1, -1) for depth, token in enumerate(shared))]
+        for choice, own in labels.items():
+            flat = number * num_choices + choice
+            targets.extend((number, depth, token, flat) for depth, token in enumerate(shared))
+            before = len(shared)  # the token after which the next one of this target stands
+            for depth in range(len(shared), len(own)):
+                targets.append((number, before, own[depth], flat))
+                if depth + 1 < len(own):
+                    before = len(tokens)
+                    tokens.append((own[depth], depth + 1, choice))
+        packed.append(tokens)
+    length = max(map(len, packed))
+    filled = [tokens + [(start_token_id, 0, -2)] * (length - len(tokens)) for tokens in packed]
+    input_ids, depth, branch = torch.tensor(filled, device=choice_labels.device).unbind(-1)
+    number, position, label, choice = torch.tensor(targets, device=choice_labels.device).view(-1, 4).unbind(-1)
+    return PackedChoices(input_ids, depth, branch, number * length + position, label, choice)
+
+
+def shared_prefix(targets: list[list[int]]) -> list[int]:
+    """What all targets begin with, short of the whole of the shortest one."""
+    prefix: list[int] = []
+    for tokens in zip(*(target[:-1] for target in targets), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        prefix.append(tokens[0])
+    return prefix
