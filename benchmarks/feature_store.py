@@ -13,7 +13,6 @@ Each prints a JSON object. Random weights: the pre-trained ones are not needed f
 
 import argparse
 import json
-import platform
 import random
 import shutil
 import signal
@@ -21,16 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
+from benchmarks.setting import machine
 from mmcot.feature_store import FeatureStore, FeatureWriter
 from mmcot.features import load_all_splits, load_image_processor
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
@@ -40,16 +38,6 @@ from modeling_mmcot.vision_mmcot import load_vision_tower
 
 FILES = ("manifest.json", "rows.bin", "rows.jsonl")
 KILLS = 5
-
-
-def machine() -> dict:
-    return {
-        "date": date.today().isoformat(),
-        "cpus": psutil.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def detr_checkpoint(folder: Path) -> Path:

@@ -49,10 +49,10 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
     return datasets.concatenate_datasets([problems.select_columns(["id", "images"]), examples], axis=1)
 
 
-def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     """What decides the tokens of a text: not how the last texts were padded or cut."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {**state, "truncation": None, "padding": None}
+    return json.dumps({**state, "truncation": None, "padding": None})
 
 
 def tokenize(columns: dict[str, list], stage: Stage, processor: MMCoTProcessor, with_targets: bool) -> dict[str, list]:

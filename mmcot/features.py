@@ -32,8 +32,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from mmcot.captions import write_captions
 from mmcot.feature_store import FeatureStore, FeatureWriter, settings_of, tower_settings, weights_digest
 from mmcot.files import cache_folder, read_json
-from mmcot.pictures import PixelStore
-from mmcot.problems import SPLITS, Picture, distinct_pictures, first_few, load_problems, picture_size, read_picture
+from mmcot.pictures import PixelStore, read_picture
+from mmcot.problems import SPLITS, Picture, distinct_pictures, first_few, load_problems, picture_size
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.pictures_mmcot import as_rgb, build_image_processor, picture_pixels, stack_pixels
 from modeling_mmcot.vision_mmcot import (

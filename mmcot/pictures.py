@@ -1,11 +1,13 @@
-"""A dataset's pictures, decoded: where a broken one must not stop the work, and once for all epochs and stages.
+"""A dataset's pictures, read: one that is broken is named, and its pixels are kept for all epochs and stages.
 
 What becomes of them is the model's side (`modeling_mmcot.pictures_mmcot`).
 """
 
 import inspect
+import io
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,18 +16,41 @@ import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.files import cache_folder
-from mmcot.problems import Picture, content_key, distinct_pictures, read_picture
+from mmcot.problems import Picture, check_file, content_key, distinct_pictures
 from modeling_mmcot import pictures_mmcot
-from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, stack_pixels
+from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, shrink_while_reading, stack_pixels
 
 logger = logging.getLogger(__name__)
 
 # Pixels that would take more of the disk are not kept but decoded anew for each batch.
 MAX_KEPT = 8e9
+
+
+def read_pictures(problem: dict[str, Any]) -> list[Image.Image]:
+    """The problem's pictures, decoded to the end and upright, in the mode of their files."""
+    return [read_picture(picture, problem["id"]) for picture in problem["images"]]
+
+
+def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
+    if not picture["bytes"]:
+        check_file(Path(picture["path"]), f"problem {problem_id}")
+    where = f"problem {problem_id}: picture {picture['path'] or 'given as bytes'}"
+    try:
+        with Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as opened:
+            shrink_while_reading(opened)
+            return ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{where} is not an image that Pillow can read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{where} is too large: {error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS where you trust it."
+        ) from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise errors of many kinds, SyntaxError too
+        raise ValueError(f"{where} is truncated or damaged ({error}); expected a whole image file.") from error
 
 
 def decode(pictures: list[Picture]) -> tuple[dict[str, Image.Image], list[str]]:

@@ -10,6 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -32,6 +33,7 @@ from mmcot.problems import (
     without_gold,
 )
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.pipeline_mmcot import write_column
 from modeling_mmcot.processing_mmcot import Stage
 
@@ -78,7 +80,7 @@ def predict_stage(
         total=sum(map(len, batches)), desc=f"{stage.name} stage", disable=not state.is_main_process, leave=False
     )
     rows = problems.remove_columns("images")
-    with progress:
+    with progress, packed_linears(model):
         for batch, inputs in zip(batches, loader, strict=True):
             columns = write_column(
                 model, processor, stage, [rows[index] for index in batch], inputs, decode_answer=decode_answer
@@ -113,7 +115,7 @@ def log_shortened(stage: Stage, count: int, total: int, which: str) -> None:
         )
 
 
-def load_system(model: str) -> tuple[MMCoTProcessor, dict[str, PreTrainedModel]]:
+def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTProcessor, dict[str, PreTrainedModel]]:
     """The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id."""
     folder = Path(model)
     if (folder / "hub").is_dir():
@@ -127,7 +129,9 @@ def load_system(model: str) -> tuple[MMCoTProcessor, dict[str, PreTrainedModel]]
     subfolders = dict.fromkeys(names[-1:], "") | {name: name for name in names[:-1]}
     state = PartialState()
     models = {
-        name: MMCoTForConditionalGeneration.from_pretrained(model, subfolder=subfolders[name]).to(state.device)
+        name: MMCoTForConditionalGeneration.from_pretrained(model, subfolder=subfolders[name], dtype=dtype).to(
+            state.device
+        )
         for name in names
     }
     return processor, models
@@ -140,11 +144,22 @@ def predict(
     batch_size: int = 32,
     decode_answer: bool = False,
     store: FeatureStore | None = None,
+    num_workers: int = 0,
 ) -> dict[str, dict]:
     """The predictions of all stages, by problem id, in the order of the dataset."""
     predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
     for stage in processor.stages:
-        predict_stage(models[stage.name], processor, stage, problems, predictions, batch_size, decode_answer, store)
+        predict_stage(
+            models[stage.name],
+            processor,
+            stage,
+            problems,
+            predictions,
+            batch_size,
+            decode_answer,
+            store,
+            num_workers,
+        )
     return predictions
 
 
@@ -156,15 +171,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="the predictions file to write")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--decode_answer", action="store_true", help='read a generated "The answer is (B)." too')
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures or features ahead")
+    parser.add_argument("--bf16", action="store_true", help="run the models in bfloat16")
     parser.add_argument("--features", metavar="DIR", help="features of the pictures, as mmcot.features wrote them")
     parser.add_argument("--captions", metavar="FILE", help="captions.json, as mmcot.features --captions wrote it")
     arguments = parser.parse_args(argv)
+    PartialState(cpu=not torch.accelerator.is_available())  # else processes without accelerator know nothing of others
     try:
-        processor, models = load_system(arguments.model)
+        processor, models = load_system(arguments.model, torch.bfloat16 if arguments.bf16 else "auto")
         problems, store = load_inputs(arguments, processor, models)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    predictions = predict(processor, models, problems, arguments.batch_size, arguments.decode_answer, store)
+    predictions = predict(
+        processor,
+        models,
+        problems,
+        arguments.batch_size,
+        arguments.decode_answer,
+        store,
+        arguments.num_workers,
+    )
     if PartialState().is_main_process:
         write_json(arguments.output, predictions)
         print(f"{len(predictions)} predictions: {arguments.output}")

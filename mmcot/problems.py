@@ -1,6 +1,6 @@
 """Sources of problems -> `datasets.Dataset` of the one schema, and the checks that a run makes before it starts.
 
-Pictures stay on disk until `read_pictures`. Nothing here knows the model, templates or stages.
+Pictures stay on disk (`pictures.py` reads them). Nothing here knows the model, templates or stages.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.parquet
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from mmcot.files import read_json
@@ -266,27 +266,6 @@ def require_answers(problems: datasets.Dataset) -> None:
                 f"problem {problem_id}: answer is {answer}; training and scoring need an index from 0 to "
                 f"{len(choices) - 1}."
             )
-
-
-def read_pictures(problem: dict[str, Any]) -> list[Image.Image]:
-    """The problem's pictures, decoded to the end and upright, in the mode of their files."""
-    return [read_picture(picture, problem["id"]) for picture in problem["images"]]
-
-
-def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
-    if not picture["bytes"]:
-        check_file(Path(picture["path"]), f"problem {problem_id}")
-    where = f"problem {problem_id}: picture {picture['path'] or 'given as bytes'}"
-    try:
-        return datasets.Image().decode_example(picture)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{where} is not an image that Pillow can read.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{where} is too large: {error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS where you trust it."
-        ) from error
-    except Exception as error:  # a damaged file makes Pillow's decoders raise errors of many kinds, SyntaxError too
-        raise ValueError(f"{where} is truncated or damaged ({error}); expected a whole image file.") from error
 
 
 def content_key(picture: dict[str, Any]) -> str:

@@ -335,6 +335,7 @@ class StageTrainer(Seq2SeqTrainer):
             collate_fn=self.data_collator,
             num_workers=arguments.dataloader_num_workers,
             prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
             pin_memory=arguments.dataloader_pin_memory,
             persistent_workers=arguments.dataloader_persistent_workers,
         )

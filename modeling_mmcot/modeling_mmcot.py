@@ -4,7 +4,8 @@ Notable:
 - the picture is seen once per problem: the encoder returns states that are fused already, so `generate`, its cache,
   beams and the scoring of choices need nothing of their own;
 - T5's parameters keep T5's names; ours are `encoder.fusion` and `encoder.vision_tower`;
-- a row without picture is T5, to the bit (but for `zeros_for_missing_pictures`, of converted checkpoints);
+- a row without picture is T5, to the bit (but for `zeros_for_missing_pictures`, of converted checkpoints, and the
+  rounding of FLAN-T5's activation, which is computed in one operation);
 - an output head that its checkpoint left untied (T5 v1.1, FLAN-T5) stays untied.
 """
 
@@ -22,6 +23,7 @@ from transformers.utils import can_return_tuple
 from .configuration_mmcot import MMCoTConfig
 from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
+from .layers_mmcot import use_fast_layers
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 
@@ -91,6 +93,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
 
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
+        use_fast_layers(self)
         self.vision_tower = None
         if config.vision_config is not None:
             find_tower(config.vision_config, config.vision_tower)
@@ -253,6 +256,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
         self.encoder = MMCoTEncoder(self.encoder.config)
+        use_fast_layers(self.decoder)
         if config.vision_config is not None:
             # transformers notes a part's dtype when it loads it; noted from the start, a saved model saves alike again.
             config.vision_config.dtype = self.encoder.vision_tower.dtype

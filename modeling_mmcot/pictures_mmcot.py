@@ -40,10 +40,22 @@ def open_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
         return load_image(path)  # a URL or base64, or an error that lists what may be given
     try:
         with Image.open(path) as opened:
+            shrink_while_reading(opened)
             opened.load()
             return opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {path} is not a whole image that Pillow reads, or is too large: {error}") from error
+
+
+def surplus(picture: Image.Image) -> int:
+    """By which whole factor its sides are larger than any tower needs."""
+    return math.ceil(math.sqrt(picture.width * picture.height / MAX_PIXELS))
+
+
+def shrink_while_reading(opened: Image.Image) -> None:
+    """Of a JPEG that is too large, let only a half, a quarter or an eighth of its sides be decoded."""
+    if surplus(opened) > 1:
+        opened.draft(None, (opened.width // surplus(opened), opened.height // surplus(opened)))
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -57,8 +69,8 @@ def as_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if picture.mode != "RGB":
         picture = picture.convert("RGB")
-    if picture.width * picture.height > MAX_PIXELS:
-        picture = picture.reduce(math.ceil(math.sqrt(picture.width * picture.height / MAX_PIXELS)))
+    if surplus(picture) > 1:
+        picture = picture.reduce(surplus(picture))
     if max(picture.size) > MAX_ASPECT * min(picture.size):
         sides = [min(side, MAX_STRIP) for side in picture.size]
         picture = picture.resize(tuple(max(side, max(sides) // MAX_ASPECT) for side in sides))

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from transformers import BatchFeature, Pipeline, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.modeling_outputs import BaseModelOutput
 
 from .captioning_mmcot import Captioner
-from .generation_mmcot import greedy_search
+from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
 from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, read_answer
 
@@ -60,9 +61,31 @@ def write_column(
 
 @torch.no_grad()
 def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
-    """The batch as the decoder reads it: seen and read once, however often it is decoded."""
+    """
+    The batch as the decoder reads it: seen and read once, however often it is decoded. Sources of like lengths pass the
+    encoder together, so that a long one does not pad all others; a decoder's batch does not mind.
+    """
     inputs = BatchFeature(inputs).to(model.device, model.dtype)
-    return {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
+    mask = inputs["attention_mask"].bool()
+    states = torch.zeros(*mask.shape, model.config.d_model, dtype=model.dtype, device=model.device)
+    for rows in rows_of_like_lengths(mask.sum(dim=1).tolist()):
+        columns = mask[rows].any(dim=0).nonzero()[:, 0]
+        part = {name: tensor[rows] for name, tensor in inputs.items()}
+        part.update({name: part[name][:, columns] for name in ("input_ids", "attention_mask")})
+        states[torch.tensor(rows)[:, None], columns] = model.get_encoder()(**part).last_hidden_state.to(states)
+    encoder_outputs = BaseModelOutput(last_hidden_state=states)
+    return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"]}
+
+
+def rows_of_like_lengths(lengths: list[int]) -> list[list[int]]:
+    """The rows in groups, in none of which one is more than half as long again as another."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if groups and lengths[row] <= 1.5 * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def generate_texts(model: PreTrainedModel, processor: MMCoTProcessor, encoded: dict) -> list[str]:
@@ -115,7 +138,8 @@ def run_stages(
             if id(tower) not in patches:
                 patches[id(tower)] = see(model, pixels)
             inputs.update(patches[id(tower)])
-        new = write_column(model, processor, stage, rows, inputs, decode_answer)
+        with packed_linears(model):
+            new = write_column(model, processor, stage, rows, inputs, decode_answer)
         for written, column in zip(columns, new, strict=True):
             written.update(column)
     return columns

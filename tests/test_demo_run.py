@@ -5,10 +5,11 @@ import random
 
 import pytest
 from conftest import run_script
+from test_predict import plainly
 
 from mmcot.demo import PICTURE_SKILLS, seen
 from mmcot.predict import load_system, predict_stage
-from mmcot.problems import load_problems
+from mmcot.problems import load_problems, without_gold
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +54,19 @@ def of_skill(problems, skill):
 def test_both_stages_answer_held_out_problems(demo):
     _, _, scores = demo
     assert scores["accuracy"]["IMG"] >= 95 and scores["accuracy"]["Avg"] >= 95
+
+
+def test_the_predictions_are_those_of_each_problem_alone(demo, problems):
+    """Every tenth problem, by transformers' own decoding and a separate pass for each choice."""
+    folder, predictions, _ = demo
+    processor, models = load_system(str(folder))
+    for problem in without_gold(problems.select(range(0, len(problems), 10))):
+        columns = predictions[problem["id"]]
+        rationale = plainly(models["rationale"], processor, processor.stages[0], problem)
+        assert rationale == columns["rationale"]
+        scores = plainly(models["answer"], processor, processor.stages[1], {**problem, "rationale": rationale})
+        assert int(scores.argmax()) == columns["answer"]
+        assert scores.tolist() == pytest.approx(columns["scores"], abs=1e-4)
 
 
 def test_the_rationales_name_what_is_drawn(demo, picture_problems):

@@ -150,6 +150,30 @@ def test_the_loss_honours_num_items_in_batch(build, batch, labels):
     torch.testing.assert_close(sum(parts), mean)
 
 
+def test_a_step_without_logits_of_padding_is_the_unbatched_step(build, batch, labels):
+    """Loss and gradients of a batch, the head run over real targets only, are those of its rows one by one."""
+
+    def gradients(model):
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    model, items = build(), int((labels != -100).sum())
+    outputs = model(**batch, labels=labels, num_items_in_batch=items, skip_logits=True)
+    outputs.loss.backward()
+    assert outputs.logits is None
+    together = gradients(model)
+    model.zero_grad()
+    losses = []
+    for index in range(3):
+        target = labels[index : index + 1]
+        logits = model(**row(batch, index), labels=target[target != -100][None]).logits
+        losses.append(cross_entropy(logits[0], target[target != -100], reduction="sum") / items)
+        losses[-1].backward()
+    torch.testing.assert_close(outputs.loss, sum(losses))
+    assert together.keys() == gradients(model).keys()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_return_dict_both_ways(build, batch, labels):
     model = build()
     as_dict = model(**batch, labels=labels)

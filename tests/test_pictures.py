@@ -4,13 +4,15 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import CLIPImageProcessor, DetrImageProcessor, ViTImageProcessor
 
-from mmcot.problems import load_problems, read_pictures
+from mmcot.pictures import read_pictures
+from mmcot.problems import load_problems
 from modeling_mmcot.pictures_mmcot import (
     MAX_PIXELS,
     as_pictures,
@@ -115,6 +117,20 @@ def test_60_megapixels_are_read_in_bounded_memory(tmp_path):
     *size, mebibytes = run_script("-c", MEMORY_OF_A_BATCH, *[tmp_path / "x.jpg"] * 8).stdout.split()
     assert size == ["(5000,", "3000)"]
     assert int(mebibytes) < 800, "8 x 43 MiB that are kept, and one decoded; eight whole ones are 1,373 MiB"
+
+
+def test_of_a_large_jpeg_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
+    """By both ways in; and it looks as when it is decoded whole and made smaller then."""
+    smooth = Image.linear_gradient("L").resize((6000, 4500))
+    picture = Image.merge("RGB", (smooth, smooth, smooth.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
+    picture.save(tmp_path / "x.jpg", quality=95)
+    whole = as_rgb(Image.open(tmp_path / "x.jpg"))
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.size) or load(self))
+    shrunk = by_both_ways(tmp_path / "x.jpg")
+    assert set(decoded) == {(3000, 2250)} and shrunk.size == whole.size == (3000, 2250)
+    assert np.abs(np.asarray(shrunk, dtype=int) - np.asarray(whole)).max() <= 4
 
 
 def test_a_decompression_bomb_is_a_clear_error(tmp_path, monkeypatch):

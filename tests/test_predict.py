@@ -4,7 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import run_script
+
+from mmcot.pictures import read_pictures
+from mmcot.predict import load_system, predict_stage
+from mmcot.problems import load_problems, without_gold
+from modeling_mmcot.pictures_mmcot import as_pictures
 
 
 def predict(model, dataset, output, *options):
@@ -52,6 +58,59 @@ def test_problems_without_choices_or_with_one(tiny_run, tiny_dataset, tmp_path):
             assert (columns["answer"] == -1) == (row["choices"] == [])
             if len(row["choices"]) == 1:
                 assert columns["answer"] == 0 and columns["scores"] == [1.0]
+
+
+def plainly(model, processor, stage, problem):
+    """What a stage writes for one problem, by transformers' own decoding and a pass of its own for each choice."""
+    images = [as_pictures(read_pictures(problem))]
+    inputs = processor([problem], stage=stage.name, images=images)
+    if not stage.answers:
+        return processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0]
+    scores = []
+    for labels in processor.choice_labels([problem], stage.name)[0]:
+        labels = labels[labels != -100]
+        with torch.no_grad():
+            log_probs = model(**inputs, labels=labels[None]).logits[0].log_softmax(dim=-1)
+        scores.append(log_probs.gather(1, labels[:, None]).sum())
+    return torch.stack(scores).softmax(dim=0)
+
+
+def test_predictions_are_those_of_each_problem_alone(tiny_run, tiny_dataset):
+    """Sorted by length, in batches, finished texts gone, choices packed, pictures kept: all of it changes nothing."""
+    processor, models = load_system(str(tiny_run))
+    predictions = json.loads((tiny_run / "predictions/test.json").read_text())
+    for problem in without_gold(load_problems(str(tiny_dataset), "test")):
+        columns = predictions[problem["id"]]
+        rationale = plainly(models["rationale"], processor, processor.stages[0], problem)
+        assert rationale == columns["rationale"]
+        problem = {**problem, "rationale": rationale}
+        scores = plainly(models["answer"], processor, processor.stages[1], problem)
+        assert scores.tolist() == pytest.approx(columns["scores"], abs=1e-5)
+        assert int(scores.argmax()) == columns["answer"]
+
+
+def test_two_processes_predict_what_one_does(tiny_run, tiny_dataset, tmp_path):
+    """Whoever got which problems, every one of them is there, in the order of the dataset."""
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    options = ("--dataset", tiny_dataset, "--split", "test", "--batch_size", "4", "--decode_answer")
+    command = (*launch, "-m", "mmcot.predict", tiny_run, *options, "--output", tmp_path / "two.json")
+    run_script(*command)
+    two = json.loads((tmp_path / "two.json").read_text())
+    one = json.loads((tiny_run / "predictions/test.json").read_text())
+    assert list(two) == list(one)
+    for problem_id, columns in one.items():
+        scores = two[problem_id].pop("scores")
+        assert scores == pytest.approx(columns.pop("scores"), abs=1e-5)
+        assert two[problem_id] == columns
+
+
+def test_a_problem_that_an_earlier_stage_left_out_is_named(tiny_run, tiny_dataset):
+    processor, models = load_system(str(tiny_run))
+    problems = load_problems(str(tiny_dataset), "test")
+    first = problems["id"][0]
+    predictions = {problem_id: {"rationale": "so"} for problem_id in problems["id"] if problem_id != first}
+    with pytest.raises(ValueError, match=f"1 problems have no 'rationale' from an earlier stage: {first}"):
+        predict_stage(models["answer"], processor, processor.stages[1], problems, predictions)
 
 
 def test_pictures_change_what_is_predicted(tiny_run, tiny_dataset, tmp_path):

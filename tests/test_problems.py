@@ -17,12 +17,12 @@ from conftest import REPOSITORY, shared
 from PIL import Image, ImageFile
 
 from mmcot import demo
+from mmcot.pictures import read_pictures
 from mmcot.problems import (
     FEATURES,
     GOLD_COLUMNS,
     join_column,
     load_problems,
-    read_pictures,
     require_answers,
     without_gold,
 )

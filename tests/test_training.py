@@ -13,9 +13,12 @@ import yaml
 from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from safetensors.torch import load_file
 
+from mmcot.pictures import read_pictures
 from mmcot.problems import load_problems
 from mmcot.recipes import parse_recipe
 from mmcot.training import build_stage, with_gold_columns
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pictures_mmcot import as_pictures
 
 STAGES = ("rationale", "answer")
 
@@ -83,6 +86,22 @@ def test_the_answer_stage_is_trained_on_the_gold_rendering(tiny_dataset):
     problems = load_problems(str(tiny_dataset), "train")
     rows = with_gold_columns(problems, stages[:1])
     assert rows[0]["rationale"] == "Solution: " + problems[0]["solution"]
+
+
+def test_the_validation_loss_is_the_mean_over_all_target_tokens(tiny_run, tiny_dataset):
+    """In whatever batches they come; against the model's own loss of each problem alone."""
+    processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
+    problems = load_problems(str(tiny_dataset), "val")
+    log = json.loads((tiny_run / "rationale/train_results.json").read_text())["log_history"]
+    model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "rationale").eval()
+    losses, items = 0.0, 0
+    for problem in problems:
+        images = [as_pictures(read_pictures(problem))]
+        inputs = processor([problem], stage="rationale", images=images, with_targets=True)
+        with torch.no_grad():
+            losses += float(model(**inputs, num_items_in_batch=1).loss)
+        items += int((inputs["labels"] != -100).sum())
+    assert [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1] == pytest.approx(losses / items, abs=1e-5)
 
 
 def is_whole(checkpoint, seconds_later=0.0):

@@ -1,0 +1,249 @@
+"""Training steps: against the original's way, plain T5 on the same batches, and the machine; and the start of train.py.
+
+    python -m benchmarks.training                      # everything but what follows
+    python -m benchmarks.training --original DIR       # the authors' own code too: DIR holds it and its .venv
+    python -m benchmarks.training --scale              # cost and memory from 250 to 4,000 problems instead
+
+A step is forward, backward, clipping and AdamW over 8 problems on average, dropout as published. Prints a JSON object.
+`--original DIR` wants the files of amazon-science/mm-cot in DIR, and DIR/.venv with transformers 4.30 and a torch.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+from benchmarks import original
+from benchmarks.setting import (
+    BATCH_SIZE,
+    DATASET,
+    DETR,
+    REPEATS,
+    SHAPES,
+    TOKENIZER,
+    RandomFeatures,
+    gemm_flops,
+    our_model,
+    padded,
+    plain_t5,
+    problems,
+    processor,
+    ratio,
+    report,
+    summary,
+    timed,
+)
+from mmcot.batching import LengthBatchSampler
+from mmcot.examples import StageCollator, lengths_of, tokenized
+from mmcot.problems import with_column
+
+STEPS = 4  # of ours and of plain T5 in a repeat, for their batches differ; the original's are all alike
+SIZES = (250, 4000)
+
+
+def examples_of(stage: str):
+    """The training split's sources and gold targets."""
+    rows = problems("train")
+    if stage == "answer":
+        rows = with_column(rows, "rationale", list(rows["gold_rationale"]))
+    return tokenized(rows, processor().stage(stage), processor(), with_targets=True)
+
+
+def batches_of(examples, stage: str, num_batches: int) -> list[dict[str, torch.Tensor]]:
+    """The first batches of an epoch, as the Trainer gets them."""
+    collate = StageCollator(processor(), processor().stage(stage), RandomFeatures())
+    sampler = LengthBatchSampler(lengths_of(examples), BATCH_SIZE, batches_per_step=1, seed=0)
+    batches = [indices for indices, _ in zip(sampler, range(num_batches), strict=False)]
+    return [collate([examples[index] for index in indices]) for indices in batches]
+
+
+def stepper(model, **settings) -> Callable[[dict[str, torch.Tensor]], None]:
+    """One optimisation step of a model, as the Trainer makes it."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        model(**batch, **settings).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def original_batch(examples, stage: str) -> dict[str, torch.Tensor]:
+    """The original's: 8 sources padded to 512, targets to 512 or 64 with the padding counted, zeros as no picture."""
+    rows = [examples[index] for index in range(BATCH_SIZE)]
+    sources = padded([row["input_ids"] for row in rows], 0, 512)
+    targets = padded([row["labels"] for row in rows], 0, 512 if stage == "rationale" else 64)
+    features = RandomFeatures()
+    pictures = [features.features_of(row["id"]) if row["images"] else torch.zeros(DETR) for row in rows]
+    return {
+        "input_ids": sources,
+        "attention_mask": (sources != 0).long(),
+        "labels": targets,
+        "vision_features": torch.stack(pictures),
+    }
+
+
+def measure_stage(stage: str, directory: str | None) -> dict:
+    examples = examples_of(stage)
+    batches = batches_of(examples, stage, STEPS)
+    num_problems = sum(len(batch["labels"]) for batch in batches)
+    texts = [{name: batch[name] for name in ("input_ids", "attention_mask", "labels")} for batch in batches]
+    slow_batch = original_batch(examples, stage)
+    ours = stepper(our_model("small"), skip_logits=True)
+    t5 = stepper(plain_t5("small"))
+    original_way = stepper(our_model("small", fusion="gated_mha", zeros_for_missing_pictures=True))
+    seconds = timed(
+        {
+            "ours": lambda: [ours(batch) for batch in batches],
+            "plain T5": lambda: [t5(batch) for batch in texts],
+            "original's way": lambda: original_way(slow_batch),
+        }
+    )
+    per_step = {
+        "ours": [value / num_problems * BATCH_SIZE for value in seconds["ours"]],
+        "plain T5": [value / num_problems * BATCH_SIZE for value in seconds["plain T5"]],
+        "original's way": seconds["original's way"],
+    }
+    result = {
+        "problems": num_problems,
+        "seconds_of_8_problems": {name: summary(values) for name, values in per_step.items()},
+        "original's way / ours": ratio(per_step["original's way"], per_step["ours"]),
+        "ours / plain T5": ratio(per_step["ours"], per_step["plain T5"]),
+    }
+    if directory is not None:
+        theirs = original.run(directory, "training", slow_batch, SHAPES["small"])
+        result["seconds_of_8_problems"]["the original itself"] = summary(theirs)
+        result["our baseline / the original itself"] = ratio(per_step["original's way"], theirs)
+    return result
+
+
+def forward_flops(shape: dict, sources: list[int], targets: list[int], num_pictures: int) -> float:
+    """Of the matrix products of a forward pass over real tokens only, two for each multiplication and addition."""
+    d, inner, ff = shape["d_model"], shape["num_heads"] * shape["d_kv"], shape["d_ff"]
+    encoder = shape["num_layers"] * sum(
+        length * (4 * d * inner + 3 * d * ff) + 2 * length * length * inner for length in sources
+    )
+    decoder = shape["num_decoder_layers"] * sum(
+        target * (6 * d * inner + 3 * d * ff)
+        + source * 2 * d * inner
+        + target * target * inner  # causal: half of the square
+        + 2 * target * source * inner
+        for source, target in zip(sources, targets, strict=True)
+    )
+    head = sum(targets) * d * 32128
+    patches, width = DETR
+    fusion = num_pictures * patches * width * d + 2 * sum(sources) / len(sources) * num_pictures * (d * d + patches * d)
+    return 2 * (encoder + decoder + head + fusion)
+
+
+def measure_utilization() -> dict:
+    """Model FLOPs of a step (three forward passes) at FLAN-T5-base's shape, against a product of matrices."""
+    batches = batches_of(examples_of("rationale"), "rationale", 3)
+    step = stepper(our_model("base"), skip_logits=True)
+    flops = 0.0
+    for batch in batches:
+        sources = batch["attention_mask"].sum(dim=1).tolist()
+        targets = (batch["labels"] != -100).sum(dim=1).tolist()
+        pictures = int(batch["vision_mask"].any(dim=1).sum()) if "vision_mask" in batch else 0
+        flops += 3 * forward_flops(SHAPES["base"], sources, targets, pictures)
+    seconds = timed({"base": lambda: [step(batch) for batch in batches]})["base"]
+    machine_flops = gemm_flops()
+    return {
+        "seconds_of_a_step": summary([value / len(batches) for value in seconds]),
+        "gemm_gflops": round(machine_flops / 1e9, 1),
+        "model_gflops": round(flops / statistics.median(seconds) / 1e9, 1),
+        "mfu": round(flops / statistics.median(seconds) / machine_flops, 3),
+    }
+
+
+START = """
+import os, sys, time
+from transformers import TrainerCallback
+from mmcot import training
+class FirstStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        print("FIRST STEP", time.time(), flush=True)
+        os._exit(0)
+train = training.StageTrainer.train
+training.StageTrainer.train = lambda self, **kwargs: (self.add_callback(FirstStep()), train(self, **kwargs))
+training.main(sys.argv[1:])
+"""
+
+
+def measure_start() -> dict:
+    """From the command to the first step of a run on the real problems, what can be kept being kept already."""
+    recipe = yaml.safe_load(Path("configs/scienceqa_smoke.yaml").read_text())
+    recipe.update(dataset=str(Path(DATASET).resolve()), tokenizer_name_or_path=str(Path(TOKENIZER).resolve()))
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "recipe.yaml"
+        config.write_text(yaml.safe_dump(recipe))
+        for number in tqdm(range(1 + REPEATS), desc="start of train.py", leave=False):
+            start = time.time()
+            options = ["--config", config, "--output_dir", Path(folder) / f"run{number}"]
+            output = subprocess.run([sys.executable, "-c", START, *options], capture_output=True, text=True).stdout
+            seconds.append(float(output.split("FIRST STEP")[1].split()[0]) - start)
+    return {"first_time": round(seconds[0], 1), "seconds": summary(seconds[1:])}
+
+
+def measure_scale() -> dict:
+    """Cost of a real token, and memory, over so many problems of real lengths, in one pass each."""
+    data = json.loads((Path(DATASET) / "problems_trainval_qa.json").read_text())
+    tokenizer, stage = processor().tokenizer, processor().stage("rationale")
+    drawn = random.Random(0)
+    gold = [length for _, length in lengths_of(examples_of("rationale"))]
+    rows = drawn.sample(list(data.values()), max(SIZES))
+    texts = [stage.render_source({**row, "context": row["hint"], "caption": ""}) for row in rows]
+    sources = tokenizer(texts, truncation=True, max_length=512)["input_ids"]
+    targets = [[drawn.randrange(3, 32000) for _ in range(drawn.choice(gold))] for _ in rows]
+    step, result = stepper(our_model("small"), skip_logits=True), {}
+    for size in SIZES:
+        lengths = [(len(source), len(target)) for source, target in zip(sources[:size], targets[:size], strict=True)]
+        sampler = LengthBatchSampler(lengths, BATCH_SIZE, batches_per_step=1, seed=0)
+        peak, start = 0, time.perf_counter()
+        for indices in tqdm(sampler, desc=f"{size} problems", leave=False):
+            ids = padded([sources[index] for index in indices], 0)
+            labels = padded([targets[index] for index in indices], -100)
+            step({"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels})
+            peak = max(peak, psutil.Process().memory_info().rss)
+        seconds = time.perf_counter() - start
+        tokens = sum(map(sum, lengths))
+        result[size] = {
+            "microseconds_a_token": round(seconds / tokens * 1e6, 1),
+            "peak_resident_gb": round(peak / 1e9, 2),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", metavar="DIR", help="the authors' code, with an environment of its own")
+    parser.add_argument("--scale", action="store_true", help="only cost and memory by the number of problems")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if arguments.scale:
+        result = {"scale": measure_scale()}
+    else:
+        result = {stage: measure_stage(stage, arguments.original) for stage in ("rationale", "answer")}
+        result.update(utilization=measure_utilization(), start=measure_start())
+    report("training", result, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Pictures to features: DETR-ResNet-101-DC5 over real picture files, against one picture at a time in one process.
+
+    python -m benchmarks.vision [--pictures 96] [--output FILE]
+
+Random weights, the paper's preprocessing, float16 in the store. Ours is what `mmcot.features` does: pictures of one
+size together, decoded by a worker, the tower in float32 and in bfloat16. Prints a JSON object.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.feature_store import detr_checkpoint
+from benchmarks.setting import DATASET, problems, ratio, report, summary, timed
+from mmcot.feature_store import FeatureStore, FeatureWriter
+from mmcot.features import Featurizer, complete, described, load_featurizer
+from mmcot.pictures import read_picture
+from mmcot.problems import distinct_pictures
+from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels
+
+
+def one_at_a_time(featurizer: Featurizer, pictures: list) -> None:
+    """As the authors' extract_features.py: read, prepare, run, keep."""
+    features = []
+    with torch.no_grad():
+        for _, picture, problem_id in pictures:
+            pixels = picture_pixels(featurizer.image_processor, as_rgb(read_picture(picture, problem_id)))
+            states = featurizer.tower(pixel_values=pixels[None]).last_hidden_state
+            features.append(states[0].numpy().astype("<f2"))
+
+
+def store_all(featurizer: Featurizer, rows, num_workers: int) -> dict[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as folder:
+        with FeatureWriter(Path(folder) / "store", described(featurizer, "float16")) as writer:
+            complete(writer, rows, featurizer, "float16", batch_size=8, num_workers=num_workers)
+        return {key: FeatureStore(Path(folder) / "store").read(key)["features"] for key in writer.keys}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=96, help="the first so many of the test split")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    rows = problems("test")
+    rows = rows.select([index for index in range(len(rows)) if rows[index]["images"]][: arguments.pictures])
+    pictures = distinct_pictures(rows)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = str(detr_checkpoint(Path(folder)))
+        single, half = (load_featurizer(checkpoint, "paper", bf16=bf16) for bf16 in (False, True))
+    work = {
+        "one at a time": lambda: one_at_a_time(single, pictures),
+        "float32": lambda: store_all(single, rows, num_workers=1),
+        "float32, no worker": lambda: store_all(single, rows, num_workers=0),
+        "bfloat16": lambda: store_all(half, rows, num_workers=1),
+    }
+    seconds = timed(work, warm_up=0)
+    exact, rounded = store_all(single, rows, 0), store_all(half, rows, 0)
+    errors = [np.linalg.norm(exact[key] - rounded[key].astype("f4")) / np.linalg.norm(exact[key]) for key in exact]
+    result = {
+        "dataset": DATASET,
+        "pictures": len(pictures),
+        "seconds_a_picture": {name: summary([v / len(pictures) for v in values]) for name, values in seconds.items()},
+        "one at a time / ours": {name: ratio(seconds["one at a time"], seconds[name]) for name in list(work)[1:]},
+        "relative error of bfloat16": {"median": float(np.median(errors)), "max": float(max(errors))},
+    }
+    report("vision", result, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""T5's activation and dropout with fewer passes over memory: the same function, and the same distribution.
+
+On two CPU cores both together are a tenth of a training step at FLAN-T5-base's shape (benchmarks/README.md).
+"""
+
+import torch
+from torch import nn
+from transformers.activations import GELUTanh, NewGELUActivation
+
+
+class UniformDropout(nn.Dropout):
+    """`nn.Dropout`; on a CPU its mask is made from uniform numbers, drawn in half the time of Bernoulli's."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0 or inputs.device.type != "cpu":
+            return super().forward(inputs)
+        mask = torch.rand_like(inputs).ge_(self.p).div_(1 - self.p)
+        return inputs * mask
+
+
+def use_fast_layers(model: nn.Module) -> None:
+    """Put them in the places of `NewGELUActivation` (eight operations; PyTorch has it as one) and `nn.Dropout`."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, GELUTanh())
+            elif type(child) is nn.Dropout:
+                setattr(module, name, UniformDropout(child.p))

@@ -1,0 +1,157 @@
+"""Tokens and pixels made once: found again while nothing changed, made anew where something did."""
+
+import io
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from datasets import Dataset
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+from mmcot import pictures
+from mmcot.examples import StageCollator, tokenized
+from mmcot.features import vision_source
+from mmcot.pictures import PixelStore
+from mmcot.problems import load_problems
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """A cache of this test's own, to see what comes into it."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def tokenizer(*words):
+    pieces = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    model = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def processor(words=("red", "blue", "color"), source=PAPER_TEMPLATES["QCM-E"]["source"], **lengths):
+    stage = Stage(
+        "rationale", ["question", "context", "choices", "images"], "rationale", source, "{{ solution }}", **lengths
+    )
+    size = {"height": 32, "width": 32}
+    return MMCoTProcessor(tokenizer(*words), ViTImageProcessor(size=size), [stage])
+
+
+def problems(folder, question="Which color is it?", color="red"):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), color).save(file, "PNG")
+    (folder / f"{color}.png").write_bytes(file.getvalue())
+    row = {"question": question, "choices": ["red", "blue"], "answer": 0, "solution": "red , so red", "split": "train"}
+    rows = [{**row, "id": "with", "images": [f"{color}.png"]}, {**row, "id": "without", "images": []}]
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_problems(str(path), "train")
+
+
+def made(monkeypatch, owner, name):
+    """How often a function of a module or class is called from here on."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
+    return calls
+
+
+def tokens(rows, tools):
+    return tokenized(rows, tools.stages[0], tools, with_targets=True)
+
+
+def test_examples_are_the_processors_tensors(tmp_path):
+    rows, tools = problems(tmp_path), processor()
+    collate = StageCollator(tools, tools.stages[0], PixelStore(rows, tools.image_processor))
+    batch = collate(list(tokens(rows, tools)))
+    images = [Image.open(tmp_path / "red.png"), None]
+    expected = tools(list(rows.remove_columns("images")), stage="rationale", images=images, with_targets=True)
+    assert set(batch) == set(expected)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_a_second_run_tokenizes_nothing_and_gets_the_same(tmp_path, own_cache, monkeypatch):
+    first = list(tokens(problems(tmp_path), processor()))
+    calls = made(monkeypatch, Stage, "render_source")
+    files = sorted(own_cache.rglob("*.arrow"))
+    tools = processor()
+    tools.tokenizer(["red", "red blue"], padding=True, truncation=True, max_length=3)  # leaves its mark on it
+    assert list(tokens(problems(tmp_path), tools)) == first
+    assert not calls and sorted(own_cache.rglob("*.arrow")) == files
+
+
+@pytest.mark.parametrize(
+    ("data", "tools"),
+    [
+        ({"question": "Is it blue ?"}, {}),
+        ({}, {"source": "{{ question }}"}),
+        ({}, {"max_source_length": 5}),
+        ({}, {"words": ("blue", "red", "color")}),
+    ],
+    ids=["data", "template", "length", "tokenizer"],
+)
+def test_whatever_changes_tokens_makes_them_anew(tmp_path, data, tools):
+    first = tokens(problems(tmp_path), processor())
+    changed = tokens(problems(tmp_path, **data), processor(**tools))
+    assert list(changed.remove_columns("images")) != list(first.remove_columns("images"))
+
+
+def test_pixels_are_prepared_once_and_anew_for_another_picture_or_preparation(tmp_path, monkeypatch):
+    rows, tools = problems(tmp_path), processor()
+    first = PixelStore(rows, tools.image_processor).batch(list(rows))
+    expected = tools.prepare_pictures([Image.open(tmp_path / "red.png"), None], 2)
+    assert all(torch.equal(first[name], expected[name]) for name in expected)
+    calls = made(monkeypatch, pictures, "read_picture")
+    again = PixelStore(rows, tools.image_processor).batch(list(rows))
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert len(calls) == 1  # to see how large one is
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "red.png")  # the same name, another picture
+    other = PixelStore(rows, tools.image_processor).batch(list(rows))
+    assert not torch.equal(other["pixel_values"], first["pixel_values"])
+    smaller = PixelStore(rows, ViTImageProcessor(size={"height": 16, "width": 16}))
+    assert smaller.batch(list(rows))["pixel_values"].shape[-1] == 16
+
+
+def test_pixels_that_would_fill_the_disk_are_prepared_for_each_batch(tmp_path, own_cache, monkeypatch):
+    rows, tools = problems(tmp_path), processor()
+    kept = PixelStore(rows, tools.image_processor).batch(list(rows))
+    monkeypatch.setattr(pictures, "MAX_KEPT", 100)
+    files = sorted(own_cache.rglob("*.arrow"))
+    fresh = PixelStore(rows, tools.image_processor).batch(list(rows))
+    assert all(torch.equal(fresh[name], kept[name]) for name in kept)
+    assert sorted(own_cache.rglob("*.arrow")) == files
+
+
+def test_a_fixed_towers_features_are_computed_once_and_anew_for_another_tower(tmp_path):
+    rows, tools = problems(tmp_path), processor()
+    images = tools.prepare_pictures([Image.open(tmp_path / "red.png"), None], 2)
+
+    def seen_by(model):
+        calls = []
+        hook = model.encoder.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+        batch = vision_source(model, tools.image_processor, rows).batch(list(rows))
+        hook.remove()
+        with torch.no_grad():
+            patches, mask = model.encoder.picture_patches(**images)
+        assert torch.equal(batch["vision_mask"], mask)
+        torch.testing.assert_close(batch["vision_features"], patches, rtol=0, atol=1e-6)
+        return batch["vision_features"], len(calls)
+
+    model = tiny_model(freeze_vision=True)
+    features, computed = seen_by(model)
+    again, computed_again = seen_by(tiny_model(freeze_vision=True))
+    assert torch.equal(again, features) and (computed, computed_again) == (1, 0)
+    other, computed = seen_by(tiny_model(seed=1, freeze_vision=True))
+    assert not torch.allclose(other, features) and computed == 1
+
+
+def test_a_tower_that_is_trained_gets_pixels(tmp_path):
+    rows, tools = problems(tmp_path), processor()
+    assert isinstance(vision_source(tiny_model(), tools.image_processor, rows), PixelStore)
+    assert vision_source(tiny_model(vision_config=None), tools.image_processor, rows) is None
+    assert vision_source(tiny_model(), tools.image_processor, rows.select([1])) is None
+    assert isinstance(rows, Dataset)
