@@ -11,6 +11,7 @@ and left out, and the exit code says so. Captions are `captions.py`'s, towers `v
 import argparse
 import itertools
 import logging
+import os
 import pickle
 import sys
 from collections.abc import Iterable
@@ -368,7 +369,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    parser.add_argument("--num_workers", type=int, default=1, help="processes that read and prepare pictures ahead")
+    # Two processes on two cores would wait for each other.
+    spare = max(0, min(4, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--num_workers", type=int, default=spare, help="processes that read and prepare pictures ahead")
     parser.add_argument("--bf16", action="store_true", help="run the tower in bfloat16")
     parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="checkpoint")
     parser.add_argument("--vision_tower", choices=TOWERS, help="how the checkpoint's output becomes patches")

@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
 # Finished rows leave together, when they are this share of the batch: each leaving copies the cache of those that stay.
 LEAVING_SHARE = 1 / 8
@@ -46,39 +45,37 @@ def greedy_search(
     Returns:
         `torch.LongTensor` of shape `(batch_size, length)`: start token, text, eos, and pad tokens after it.
     """
-    sequences, tokens = input_ids, input_ids
-    rows = torch.arange(len(input_ids), device=input_ids.device)  # those in the batch, by their number in `sequences`
-    is_open = torch.ones_like(rows, dtype=torch.bool)  # of those in the batch, which are not finished
-    states, attention_mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    while is_open.any():
-        logits = (
-            model(
-                encoder_outputs=BaseModelOutput(states),
-                attention_mask=attention_mask,
-                decoder_input_ids=tokens,
+    with torch.inference_mode():
+        sequences, tokens = input_ids, input_ids
+        rows = torch.arange(len(input_ids), device=input_ids.device)  # those in the batch, by number in `sequences`
+        is_open = torch.ones_like(rows, dtype=torch.bool)  # of those in the batch, which are not finished
+        states, attention_mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        while is_open.any():
+            outputs = model.decoder(
+                input_ids=tokens,
+                encoder_hidden_states=states,
+                encoder_attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
             )
-            .logits[:, -1]
-            .float()
-        )
-        if logits_processor:
-            every = logits.new_zeros(len(sequences), logits.shape[-1])
-            every[rows] = logits
-            logits = logits_processor(sequences, every)[rows]
-        tokens = logits.argmax(dim=-1).masked_fill(~is_open, generation_config.pad_token_id)
-        column = sequences.new_full((len(sequences), 1), generation_config.pad_token_id)
-        column[rows, 0] = tokens
-        sequences = torch.cat([sequences, column], dim=1)
-        is_open = is_open & ~stopping_criteria(sequences, None)[rows]
-        tokens = tokens[:, None]
-        if (~is_open).sum() >= LEAVING_SHARE * len(rows):
-            stay = is_open.nonzero()[:, 0]
-            rows, tokens, is_open, attention_mask = rows[stay], tokens[stay], is_open[stay], attention_mask[stay]
-            states = states[stay]
-            cache.batch_select_indices(stay)
-    return sequences
+            logits = model.next_token_logits(outputs.last_hidden_state[:, -1]).float()
+            if logits_processor:
+                every = logits.new_zeros(len(sequences), logits.shape[-1])
+                every[rows] = logits
+                logits = logits_processor(sequences, every)[rows]
+            tokens = logits.argmax(dim=-1).masked_fill(~is_open, generation_config.pad_token_id)
+            column = sequences.new_full((len(sequences), 1), generation_config.pad_token_id)
+            column[rows, 0] = tokens
+            sequences = torch.cat([sequences, column], dim=1)
+            is_open = is_open & ~stopping_criteria(sequences, None)[rows]
+            tokens = tokens[:, None]
+            if (~is_open).sum() >= LEAVING_SHARE * len(rows):
+                stay = is_open.nonzero()[:, 0]
+                rows, tokens, is_open, attention_mask = rows[stay], tokens[stay], is_open[stay], attention_mask[stay]
+                states = states[stay]
+                cache.batch_select_indices(stay)
+    return sequences.clone()  # outside of inference mode: a tensor like any other
 
 
 @contextlib.contextmanager
