@@ -7,6 +7,7 @@ like lengths, and gives what was written in the order of the problems.
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from mmcot.batching import length_batches, shares
 from mmcot.examples import StageCollator, lengths_of, tokenized
@@ -134,6 +135,11 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
         )
         for name in names
     }
+    for name, stage_model in models.items():
+        # transformers 5.23 reads the root's for a subfolder: the last stage's lengths for every stage.
+        stage_model.generation_config = GenerationConfig.from_pretrained(
+            model, os.path.join(subfolders[name], "generation_config.json")
+        )
     return processor, models
 
 

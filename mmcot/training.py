@@ -323,7 +323,9 @@ class StageTrainer(Seq2SeqTrainer):
     """Batches by length, and the loss without logits of padding. The loss is the mean over all target tokens."""
 
     def get_train_dataloader(self) -> DataLoader:
-        """Of all batches; `prepare` leaves this process its own."""
+        """With `train_sampling_strategy: group_by_length` ours (`batching.py`), else the Trainer's own."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super().get_train_dataloader()
         arguments = self.args
         batches_per_step = self.accelerator.num_processes * arguments.gradient_accumulation_steps
         step_size = arguments.train_batch_size * batches_per_step

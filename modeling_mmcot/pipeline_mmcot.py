@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from transformers import BatchFeature, Pipeline, PreTrainedModel
+from transformers import BatchFeature, GenerationConfig, Pipeline, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -222,6 +222,10 @@ class MultimodalCoTPipeline(Pipeline):
         revision = None if os.path.isdir(repository) else type(self).__module__.split(".")[-2]
         model = type(self.model).from_pretrained(
             repository, subfolder=stage.name, revision=revision, dtype=self.model.dtype
+        )
+        # transformers 5.23 reads the root's for a subfolder: the last stage's lengths for every stage.
+        model.generation_config = GenerationConfig.from_pretrained(
+            repository, f"{stage.name}/generation_config.json", revision=revision
         )
         model = model.to(self.device).eval()
         share_tower(model, self.model)
