@@ -10,9 +10,7 @@ a whole run of the authors' code, over 8 problems.
 Prints a JSON object. DIR: see benchmarks.training.
 """
 
-import argparse
 import json
-import os
 import random
 import resource
 import time
@@ -36,6 +34,7 @@ from benchmarks.setting import (
     RandomFeatures,
     our_model,
     padded,
+    parse_arguments,
     plain_t5,
     problems,
     processor,
@@ -81,10 +80,10 @@ def first_problems(count: int, with_pictures: bool):
     return rows.select([index for index in range(len(rows)) if rows[index]["images"] or not with_pictures][:count])
 
 
-def ours(rows, batch_size: int, shape: str = "small") -> Callable[[], dict]:
+def ours(rows, batch_size: int) -> Callable[[], dict]:
     """Both stages as `mmcot.predict` runs them."""
     tools, texts = processor(), Texts(rows)
-    model = our_model(shape, Paced).pace(tools.tokenizer, texts.sources["rationale"], list(rows["gold_rationale"]))
+    model = our_model("small", Paced).pace(tools.tokenizer, texts.sources["rationale"], list(rows["gold_rationale"]))
     given = without_gold(rows).remove_columns("gold_rationale")
 
     def run() -> dict:
@@ -233,22 +232,26 @@ def measure_scoring() -> dict:
         for source, row in zip(texts.sources["answer"], rows, strict=True)
     ]
     given = [{**row, "rationale": row["gold_rationale"]} for row in rows.remove_columns("images")]
-    result = {}
-    for size in (BATCH_SIZE, 1):
-        inputs = StageCollator(tools, stage, RandomFeatures())(examples[:size])
-        encoded = encode(model, inputs)
-        work = {
-            "scored": lambda: choose_answers(model, tools, stage, given[:size], encoded),  # noqa: B023
-            "generated": lambda: generate_texts(model, tools, encoded),  # noqa: B023
-            "encoded": lambda: encode(model, inputs),  # noqa: B023
-        }
-        with packed_linears(model):  # as both are run by mmcot.predict
-            seconds = timed(work, repeats=15, warm_up=3)
-        result[f"batch of {size}"] = {
-            "seconds": {name: summary(values) for name, values in seconds.items()},
-            "generated / scored": ratio(seconds["generated"], seconds["scored"]),
-        }
-    return result
+    return {
+        f"batch of {size}": score_and_generate(model, tools, stage, given[:size], examples[:size])
+        for size in (BATCH_SIZE, 1)
+    }
+
+
+def score_and_generate(model, tools, stage: Stage, given: list[dict], examples: list[dict]) -> dict:
+    inputs = StageCollator(tools, stage, RandomFeatures())(examples)
+    encoded = encode(model, inputs)
+    work = {
+        "scored": lambda: choose_answers(model, tools, stage, given, encoded),
+        "generated": lambda: generate_texts(model, tools, encoded),
+        "encoded": lambda: encode(model, inputs),
+    }
+    with packed_linears(model):  # as both are run by mmcot.predict
+        seconds = timed(work, repeats=15, warm_up=3)
+    return {
+        "seconds": {name: summary(values) for name, values in seconds.items()},
+        "generated / scored": ratio(seconds["generated"], seconds["scored"]),
+    }
 
 
 def measure_scale() -> dict:
@@ -288,12 +291,7 @@ def one_pass(rows: list[dict], stage: Stage) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--original", metavar="DIR", help="the authors' code, with an environment of its own")
-    parser.add_argument("--scale", action="store_true", help="only cost and memory by the number of problems")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    arguments = parse_arguments(__doc__)
     if arguments.scale:
         result = {"scale": measure_scale()}
     else:

@@ -5,7 +5,9 @@ pictures DETR-shaped random features. Random weights never end a text: each rati
 its gold rationale, and says what that says, so that the answer stage reads texts of the real lengths too.
 """
 
+import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -35,7 +37,6 @@ ANSWER_LENGTH = 8  # tokens of "The answer is (A).", with eos
 SHAPES = {
     "small": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8, "num_heads": 6},
     "base": {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12},
-    "xl": {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 32},
 }
 FLAN_T5 = {"vocab_size": 32128, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1, "decoder_start_token_id": 0}
 DETR = (100, 256)
@@ -167,6 +168,16 @@ class Paced(MMCoTForConditionalGeneration):
 def padded(rows: list[list[int]], value: int, length: int | None = None) -> torch.LongTensor:
     length = length or max(map(len, rows))
     return torch.tensor([row[:length] + [value] * (length - len(row)) for row in rows])
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Of the benchmarks that the authors' code can be run beside, and that can be run by the number of problems."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", metavar="DIR", help="the authors' code, with an environment of its own")
+    parser.add_argument("--scale", action="store_true", help="only cost and memory by the number of problems")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return parser.parse_args()
 
 
 def report(name: str, result: dict, output: str | None) -> None:

@@ -8,9 +8,7 @@ A step is forward, backward, clipping and AdamW over 8 problems on average, drop
 `--original DIR` wants the files of amazon-science/mm-cot in DIR, and DIR/.venv with transformers 4.30 and a torch.
 """
 
-import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -37,6 +35,7 @@ from benchmarks.setting import (
     gemm_flops,
     our_model,
     padded,
+    parse_arguments,
     plain_t5,
     problems,
     processor,
@@ -231,12 +230,7 @@ def measure_scale() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--original", metavar="DIR", help="the authors' code, with an environment of its own")
-    parser.add_argument("--scale", action="store_true", help="only cost and memory by the number of problems")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    arguments = parse_arguments(__doc__)
     if arguments.scale:
         result = {"scale": measure_scale()}
     else:

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.files import read_json, write_json
-from mmcot.problems import content_key, first_few
+from mmcot.problems import ContentKeys, first_few
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.vision_mmcot import resolved_name
 
@@ -54,7 +54,7 @@ class FeatureStore:
                 f"{expected}. The file was cut off or is still being written: run mmcot.features again."
             )
         self.rows = {key: row for row, key in enumerate(keys)}
-        self.contents: dict[str, str] = {}  # a file's key by its path, so that it is read once
+        self.key_of = ContentKeys()
 
     @property
     def hidden_size(self) -> int:
@@ -81,14 +81,6 @@ class FeatureStore:
         if not self.needs_files:
             return [problem["id"]] if problem["images"] or problem["id"] in self.rows else []
         return [self.key_of(picture) for picture in problem["images"]]
-
-    def key_of(self, picture: dict[str, Any]) -> str:
-        path = picture["path"]
-        if path is None:
-            return content_key(picture)
-        if path not in self.contents:
-            self.contents[path] = content_key(picture)
-        return self.contents[path]
 
     def features_of(self, problem: dict[str, Any]) -> torch.Tensor:
         """`(num_images * num_patches, hidden_size)`, its pictures one after another."""

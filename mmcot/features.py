@@ -5,7 +5,8 @@
     python -m mmcot.features DATASET --captions MODEL --output DIR
 
 Each distinct picture is computed once, by its content, whatever problems show it. One that cannot be decoded is named
-and left out, and the exit code says so. Captions are `captions.py`'s, towers `vision_mmcot`'s.
+and left out, and the exit code says so. Training and prediction ask `vision_source` for a dataset's pictures. Captions
+are `captions.py`'s, towers `vision_mmcot`'s.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.files import cache_folder
-from mmcot.problems import Picture, check_file, content_key, distinct_pictures
+from mmcot.problems import ContentKeys, Picture, check_file, distinct_pictures
 from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, shrink_while_reading, stack_pixels
 
@@ -76,7 +76,7 @@ class PixelStore:
         pictures = distinct_pictures(problems)
         self.rows = {key: row for row, (key, *_) in enumerate(pictures)}
         self.image_processor = image_processor
-        self.contents: dict[str, str] = {}  # a file's key by its path, so that it is read once
+        self.key_of = ContentKeys()
         self.kept = self.keep(pictures)
 
     def keep(self, pictures: list[Picture]) -> Dataset | None:
@@ -114,14 +114,6 @@ class PixelStore:
         row = self.kept[self.rows[self.key_of(picture)]]
         pixels = np.frombuffer(row["pixels"][0].as_buffer(), dtype="<f4").reshape(row["shape"][0].as_py())
         return torch.from_numpy(pixels.copy())
-
-    def key_of(self, picture: dict[str, Any]) -> str:
-        path = picture["path"]
-        if path is None:
-            return content_key(picture)
-        if path not in self.contents:
-            self.contents[path] = content_key(picture)
-        return self.contents[path]
 
     def batch(self, problems: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`pixel_values` and `pixel_mask`, as the processor gives them; nothing where no problem has a picture."""

@@ -7,7 +7,6 @@ like lengths, and gives what was written in the order of the problems.
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mmcot.batching import length_batches, shares
 from mmcot.examples import StageCollator, lengths_of, tokenized
@@ -35,7 +34,7 @@ from mmcot.problems import (
 )
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
-from modeling_mmcot.pipeline_mmcot import write_column
+from modeling_mmcot.pipeline_mmcot import load_stage_model, write_column
 from modeling_mmcot.processing_mmcot import Stage
 
 logger = logging.getLogger(__name__)
@@ -130,16 +129,9 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
     subfolders = dict.fromkeys(names[-1:], "") | {name: name for name in names[:-1]}
     state = PartialState()
     models = {
-        name: MMCoTForConditionalGeneration.from_pretrained(model, subfolder=subfolders[name], dtype=dtype).to(
-            state.device
-        )
+        name: load_stage_model(MMCoTForConditionalGeneration, model, subfolders[name], dtype=dtype).to(state.device)
         for name in names
     }
-    for name, stage_model in models.items():
-        # transformers 5.23 reads the root's for a subfolder: the last stage's lengths for every stage.
-        stage_model.generation_config = GenerationConfig.from_pretrained(
-            model, os.path.join(subfolders[name], "generation_config.json")
-        )
     return processor, models
 
 
@@ -161,10 +153,10 @@ def predict(
             stage,
             problems,
             predictions,
-            batch_size,
-            decode_answer,
-            store,
-            num_workers,
+            batch_size=batch_size,
+            decode_answer=decode_answer,
+            pictures=store,
+            num_workers=num_workers,
         )
     return predictions
 
@@ -192,10 +184,10 @@ def main(argv: list[str] | None = None) -> None:
         processor,
         models,
         problems,
-        arguments.batch_size,
-        arguments.decode_answer,
-        store,
-        arguments.num_workers,
+        batch_size=arguments.batch_size,
+        decode_answer=arguments.decode_answer,
+        store=store,
+        num_workers=arguments.num_workers,
     )
     if PartialState().is_main_process:
         write_json(arguments.output, predictions)
@@ -219,7 +211,7 @@ def load_inputs(
     if store is None:
         if processor.image_processor is None and reads_images(processor) and any(problems["images"]):
             raise ValueError(f"{arguments.model} has no picture tower, and problems have pictures: give --features.")
-        for model in models.values():
+        for model in models.values():  # kept on disk; here, so that a broken picture is named before any work
             vision_source(model, processor.image_processor, problems)
         return problems, None
     store.check_problems(problems)

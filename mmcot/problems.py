@@ -273,6 +273,21 @@ def content_key(picture: dict[str, Any]) -> str:
     return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
 
 
+class ContentKeys:
+    """The pictures' keys, of each file read once."""
+
+    def __init__(self):
+        self.by_path: dict[str, str] = {}
+
+    def __call__(self, picture: dict[str, Any]) -> str:
+        path = picture["path"]
+        if path is None:
+            return content_key(picture)
+        if path not in self.by_path:
+            self.by_path[path] = content_key(picture)
+        return self.by_path[path]
+
+
 def distinct_pictures(problems: datasets.Dataset, first_only: bool = False) -> list[Picture]:
     """Each picture once, in the order of the problems."""
     found: dict[str, Picture] = {}

@@ -7,7 +7,6 @@ with a batch (`pipeline_mmcot.py`).
 """
 
 import copy
-import functools
 import json
 import logging
 import shutil
@@ -15,26 +14,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from jinja2 import meta
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    TrainerCallback,
     set_seed,
 )
 from transformers.trainer_callback import TrainerState
 from trl import ModelConfig
 
-from mmcot.batching import LengthBatchSampler, by_both_lengths
+from mmcot.batching import by_both_lengths
 from mmcot.evaluate import format_table
 from mmcot.examples import StageCollator, lengths_of, tokenized
 from mmcot.feature_store import FeatureStore
@@ -53,6 +48,7 @@ from mmcot.problems import (
     with_column,
 )
 from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
+from mmcot.trainer import StageTrainer
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.processing_mmcot import (
@@ -317,55 +313,6 @@ def build_model(
         model.attach_tower(tower, tower_name(arguments.vision_model_name_or_path, arguments.vision_tower))
     model.generation_config.update(max_new_tokens=stage.max_target_length, num_beams=stage.num_beams)
     return model
-
-
-class StageTrainer(Seq2SeqTrainer):
-    """Batches by length, and the loss without logits of padding. The loss is the mean over all target tokens."""
-
-    def get_train_dataloader(self) -> DataLoader:
-        """With `train_sampling_strategy: group_by_length` ours (`batching.py`), else the Trainer's own."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super().get_train_dataloader()
-        arguments = self.args
-        batches_per_step = self.accelerator.num_processes * arguments.gradient_accumulation_steps
-        step_size = arguments.train_batch_size * batches_per_step
-        sampler = LengthBatchSampler(lengths_of(self.train_dataset), step_size, batches_per_step, arguments.seed)
-        self.add_callback(EpochOf(sampler))
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=arguments.dataloader_num_workers,
-            prefetch_factor=arguments.dataloader_prefetch_factor,
-            multiprocessing_context=arguments.dataloader_multiprocessing_context,
-            pin_memory=arguments.dataloader_pin_memory,
-            persistent_workers=arguments.dataloader_persistent_workers,
-        )
-        return self.accelerator.prepare(loader)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:
-            num_items_in_batch = self.evaluation_weight(inputs)
-        return super().compute_loss(model, {**inputs, "skip_logits": True}, return_outputs, num_items_in_batch)
-
-    def evaluation_weight(self, inputs: dict[str, torch.Tensor]) -> float:
-        """The Trainer averages batches by their number of problems: with this, to the mean over all target tokens."""
-        # It multiplies the loss by the number of processes, to undo an average over them that evaluation has not.
-        return self.mean_target_length * len(inputs["labels"]) * self.accelerator.num_processes
-
-    @functools.cached_property
-    def mean_target_length(self) -> float:
-        return sum(target for _, target in lengths_of(self.eval_dataset)) / len(self.eval_dataset)
-
-
-class EpochOf(TrainerCallback):
-    """Tells a batch sampler the epoch, in a resumed run too, where accelerate's wrappers hide the sampler."""
-
-    def __init__(self, sampler: LengthBatchSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        self.sampler.set_epoch(int(state.epoch))
 
 
 def train_stage(prepared: Run, arguments: StageArguments, stage: Stage) -> MMCoTForConditionalGeneration:

@@ -72,7 +72,8 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
         columns = mask[rows].any(dim=0).nonzero()[:, 0]
         part = {name: tensor[rows] for name, tensor in inputs.items()}
         part.update({name: part[name][:, columns] for name in ("input_ids", "attention_mask")})
-        states[torch.tensor(rows)[:, None], columns] = model.get_encoder()(**part).last_hidden_state.to(states)
+        places = torch.tensor(rows, device=columns.device)[:, None], columns
+        states[places] = model.get_encoder()(**part).last_hidden_state.to(states)
     encoder_outputs = BaseModelOutput(last_hidden_state=states)
     return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"]}
 
@@ -163,6 +164,17 @@ def share_tower(model: PreTrainedModel, other: PreTrainedModel) -> None:
         model.get_encoder().vision_tower = tower
 
 
+def load_stage_model(
+    model_class: type[PreTrainedModel], repository: str, subfolder: str, revision: str | None = None, **kwargs
+) -> PreTrainedModel:
+    """A stage's model from its subfolder, with the generation config that lies there."""
+    model = model_class.from_pretrained(repository, subfolder=subfolder, revision=revision, **kwargs)
+    # Of a local folder transformers 5.23 takes the root's: every stage would write as long as the last one does.
+    file = os.path.join(subfolder, "generation_config.json")
+    model.generation_config = GenerationConfig.from_pretrained(repository, file, revision=revision)
+    return model
+
+
 class MultimodalCoTPipeline(Pipeline):
     """
     `pipeline("multimodal-cot", model=REPO, trust_remote_code=True)`: one problem or many -> rationale and answer.
@@ -220,13 +232,7 @@ class MultimodalCoTPipeline(Pipeline):
         repository = self.model.name_or_path
         # Pipelines are not told their revision; the loader files remote code under the commit that it comes from.
         revision = None if os.path.isdir(repository) else type(self).__module__.split(".")[-2]
-        model = type(self.model).from_pretrained(
-            repository, subfolder=stage.name, revision=revision, dtype=self.model.dtype
-        )
-        # transformers 5.23 reads the root's for a subfolder: the last stage's lengths for every stage.
-        model.generation_config = GenerationConfig.from_pretrained(
-            repository, f"{stage.name}/generation_config.json", revision=revision
-        )
+        model = load_stage_model(type(self.model), repository, stage.name, revision, dtype=self.model.dtype)
         model = model.to(self.device).eval()
         share_tower(model, self.model)
         return model

@@ -90,6 +90,13 @@ def labels():
     return labels
 
 
+@torch.no_grad()
+def log_probability(model, inputs, target):
+    """Of a target's tokens, `(target_length,)`, by a pass of their own; `inputs` are of one problem."""
+    log_probs = model(**inputs, labels=target[None]).logits[0].log_softmax(dim=-1)
+    return log_probs.gather(1, target[:, None]).sum()
+
+
 def run_script(*command: str, check: bool = True, cwd: Path = REPOSITORY, **environment: str):
     """A command as a user runs it, in a process of its own."""
     result = subprocess.run(

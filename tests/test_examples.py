@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
-from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
@@ -154,4 +153,3 @@ def test_a_tower_that_is_trained_gets_pixels(tmp_path):
     assert isinstance(vision_source(tiny_model(), tools.image_processor, rows), PixelStore)
     assert vision_source(tiny_model(vision_config=None), tools.image_processor, rows) is None
     assert vision_source(tiny_model(), tools.image_processor, rows.select([1])) is None
-    assert isinstance(rows, Dataset)

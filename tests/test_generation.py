@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import log_probability, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_mmcot.generation_mmcot import greedy_search, packed_linears
@@ -113,11 +113,8 @@ def test_packed_choices_score_as_separate_passes(sources, choices, scaled):
             if choice >= len(targets):
                 assert scores[number, choice] == -torch.inf
                 continue
-            tokens = torch.tensor([targets[choice]])
             row = {name: tensor[number : number + 1] for name, tensor in source.items()}
-            with torch.no_grad():
-                log_probs = model(**row, labels=tokens).logits.log_softmax(dim=-1)
-            expected = log_probs[0].gather(1, tokens[0][:, None]).sum()
+            expected = log_probability(model, row, torch.tensor(targets[choice]))
             torch.testing.assert_close(scores[number, choice], expected, rtol=1e-4, atol=1e-4)
 
 

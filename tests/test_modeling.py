@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_TEXT, TINY_VISION
+from conftest import TINY_TEXT, TINY_VISION, log_probability
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -194,10 +194,7 @@ def test_scores_of_choices_are_log_probabilities_of_separate_passes(build, batch
             if j >= len(texts):
                 assert scores[i, j] == -torch.inf
                 continue
-            labels = torch.tensor([texts[j]])
-            with torch.no_grad():
-                log_probs = model(**row(batch, i), labels=labels).logits.log_softmax(dim=-1)
-            expected = log_probs[0].gather(1, labels[0][:, None]).sum()
+            expected = log_probability(model, row(batch, i), torch.tensor(texts[j]))
             torch.testing.assert_close(scores[i, j], expected, rtol=0, atol=1e-4)
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import log_probability, run_script
 
 from mmcot.pictures import read_pictures
 from mmcot.predict import load_system, predict_stage
@@ -66,13 +66,8 @@ def plainly(model, processor, stage, problem):
     inputs = processor([problem], stage=stage.name, images=images)
     if not stage.answers:
         return processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0]
-    scores = []
-    for labels in processor.choice_labels([problem], stage.name)[0]:
-        labels = labels[labels != -100]
-        with torch.no_grad():
-            log_probs = model(**inputs, labels=labels[None]).logits[0].log_softmax(dim=-1)
-        scores.append(log_probs.gather(1, labels[:, None]).sum())
-    return torch.stack(scores).softmax(dim=0)
+    targets = [labels[labels != -100] for labels in processor.choice_labels([problem], stage.name)[0]]
+    return torch.stack([log_probability(model, inputs, target) for target in targets]).softmax(dim=0)
 
 
 def test_predictions_are_those_of_each_problem_alone(tiny_run, tiny_dataset):
@@ -87,6 +82,13 @@ def test_predictions_are_those_of_each_problem_alone(tiny_run, tiny_dataset):
         scores = plainly(models["answer"], processor, processor.stages[1], problem)
         assert scores.tolist() == pytest.approx(columns["scores"], abs=1e-5)
         assert int(scores.argmax()) == columns["answer"]
+
+
+def test_a_loaded_stage_writes_as_long_as_it_was_trained_to(tiny_run):
+    """Not as long as the last stage, whose files lie at the root."""
+    _, models = load_system(str(tiny_run))
+    limits = {name: model.generation_config.max_new_tokens for name, model in models.items()}
+    assert limits == {"rationale": 12, "answer": 16}
 
 
 def test_two_processes_predict_what_one_does(tiny_run, tiny_dataset, tmp_path):

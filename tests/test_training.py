@@ -155,11 +155,13 @@ def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, 
         assert (folder / name).read_bytes() == (tiny_run / name).read_bytes()
 
 
-def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path):
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path, strategy):
     """The same 16 problems a step (unequal targets, accumulation) on one process and on two: the same losses."""
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
     recipe["text_config"]["dropout_rate"] = 0.0  # each process draws its own
-    recipe.update(max_steps=3, save_steps=3, eval_steps=3, gradient_accumulation_steps=2, dataset=str(tiny_dataset))
+    recipe.update(max_steps=4, save_steps=1, eval_steps=4, gradient_accumulation_steps=2, dataset=str(tiny_dataset))
+    recipe.update(train_sampling_strategy=strategy)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     script = ("train.py", "--config", tmp_path / "recipe.yaml", "--per_device_train_batch_size")
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
@@ -169,12 +171,21 @@ def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path):
         one, two = (json.loads((tmp_path / n / stage / "train_results.json").read_text()) for n in ("one", "two"))
         assert (one["world_size"], two["world_size"]) == (1, 2)
         losses = [[entry["loss"] for entry in run["log_history"] if "loss" in entry] for run in (one, two)]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 3
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 4
         weights = [load_file(tmp_path / n / stage / "model.safetensors") for n in ("one", "two")]
         for name, weight in weights[0].items():
             torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4)
     predictions = [json.loads((tmp_path / n / "predictions/test.json").read_text()) for n in ("one", "two")]
     assert list(predictions[0]) == list(predictions[1])
+    if strategy == "group_by_length":
+        # As if killed in the middle of the second epoch, a step before the end of the last stage.
+        answer = tmp_path / "two" / "answer"
+        finished = (answer / "model.safetensors").read_bytes()
+        (answer / "train_results.json").unlink()
+        (answer / "model.safetensors").unlink()
+        shutil.rmtree(answer / "checkpoint-4")
+        run_script(*launch, *script, "4", "--output_dir", tmp_path / "two")
+        assert (answer / "model.safetensors").read_bytes() == finished
 
 
 def test_an_unfinished_checkpoint_folder_without_weights_is_named(tiny_run, tmp_path):
