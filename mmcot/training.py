@@ -333,7 +333,7 @@ def train_stage(prepared: Run, arguments: StageArguments, stage: Stage) -> MMCoT
     model = build_model(recipe, arguments, processor.tokenizer, prepared.store)
     if checkpoint is not None:
         # The Trainer resumes by parameter names, and a ViT is saved under older names than it has in memory: its
-        # weights would silently stay fresh (transformers 5.23). `from_pretrained` knows both. Copied, because a run
+        # weights would silently stay fresh. `from_pretrained` knows both. Copied, because a run
         # that went on with its tensors themselves differed from the uninterrupted one in last bits.
         saved = MMCoTForConditionalGeneration.from_pretrained(checkpoint, dtype=recipe.model_config.dtype)
         model.load_state_dict(saved.state_dict())

@@ -56,7 +56,7 @@ def greedy_search(
                 input_ids=tokens,
                 encoder_hidden_states=states,
                 encoder_attention_mask=attention_mask,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
             logits = model.next_token_logits(outputs.last_hidden_state[:, -1]).float()

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_mmcot import MMCoTConfig
 from .fusion_mmcot import Fusion, build_fusion
@@ -65,7 +66,7 @@ class InitializedAsT5:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # True would make transformers 5.23 skip `_init_weights` of every module without parameters of its own (T5's
+        # True would make transformers skip `_init_weights` of every module without parameters of its own (T5's
         # attention, its feed-forward, the fusion): they would start with a deviation of 1.0. It guards against remote
         # code that fills tensors without transformers' init functions, and this code uses no others.
         return False
@@ -304,6 +305,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         self.encoder.train(self.training)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as in T5's own
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -315,7 +317,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.BoolTensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -350,7 +352,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             encoder_outputs (`MMCoTEncoderOutput` or `tuple`, *optional*):
                 Of this model's encoder: `last_hidden_state` of shape `(batch_size, sequence_length, hidden_size)` is
                 fused already and is not fused again.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 The decoder's keys and values of the target so far, as an earlier call returned them.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 In place of `input_ids`.
@@ -359,7 +361,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 Target tokens; -100 is ignored.
             use_cache (`bool`, *optional*):
-                Return `past_key_values`.
+                Return `cache`.
             num_items_in_batch (`int`, *optional*):
                 Target tokens of the whole optimisation step, over all its batches and processes: the summed loss is
                 divided by it. Without it the loss is the mean over this batch. (T5's own forward ignores it.)
@@ -443,7 +445,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=cache,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             return_dict=True,

@@ -169,7 +169,7 @@ def load_stage_model(
 ) -> PreTrainedModel:
     """A stage's model from its subfolder, with the generation config that lies there."""
     model = model_class.from_pretrained(repository, subfolder=subfolder, revision=revision, **kwargs)
-    # Of a local folder transformers 5.23 takes the root's: every stage would write as long as the last one does.
+    # Of a local folder transformers takes the root's: every stage would write as long as the last one does.
     file = os.path.join(subfolder, "generation_config.json")
     model.generation_config = GenerationConfig.from_pretrained(repository, file, revision=revision)
     return model

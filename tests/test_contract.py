@@ -204,15 +204,15 @@ def test_encoder_outputs_of_the_caller_are_fused_already(build, batch, labels, f
     assert torch.equal(generated, model.generate(**batch))
 
 
-def test_past_key_values_continued_by_hand(build, batch):
+def test_a_cache_continued_by_hand(build, batch):
     model = build()
     tokens = torch.randint(3, 60, (3, 6))
     whole = model(**batch, decoder_input_ids=tokens, use_cache=False).logits
     encoder_outputs = model.encoder(**batch)
     shared = {"encoder_outputs": encoder_outputs, "attention_mask": batch["attention_mask"], "use_cache": True}
     first = model(**shared, decoder_input_ids=tokens[:, :4])
-    second = model(**shared, decoder_input_ids=tokens[:, 4:], past_key_values=first.past_key_values)
-    assert second.past_key_values.get_seq_length() == 6
+    second = model(**shared, decoder_input_ids=tokens[:, 4:], cache=first.cache)
+    assert second.cache.get_seq_length() == 6
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, rtol=0, atol=1e-5)
 
 
