@@ -1,9 +1,10 @@
 """Pictures to features: DETR-ResNet-101-DC5 over real picture files, against one picture at a time in one process.
 
-    python -m benchmarks.vision [--every 9] [--output FILE]
+    python -m benchmarks.vision                           # every ninth of the dataset's pictures, five times
+    python -m benchmarks.vision --every 1 --repeats 1     # all of them, once
 
 Random weights, the paper's preprocessing, float16 in the store. Ours is what `mmcot.features` does: pictures of one
-size together, the tower in float32 and in bfloat16; with a worker that decodes too. Prints a JSON object.
+shape together, the tower in float32 and in bfloat16; with a worker that decodes too. Prints a JSON object.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.feature_store import detr_checkpoint, every_picture
-from benchmarks.setting import DATASET, ratio, report, summary, timed
+from benchmarks.setting import DATASET, REPEATS, ratio, report, summary, timed
 from mmcot.feature_store import FeatureStore, FeatureWriter
 from mmcot.features import Featurizer, complete, described, load_featurizer
 from mmcot.pictures import read_picture
@@ -43,6 +44,7 @@ def store_all(featurizer: Featurizer, rows, num_workers: int) -> dict[str, np.nd
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=9, help="take each so manieth of the dataset's 879 pictures")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -53,15 +55,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(detr_checkpoint(Path(folder)))
         single, half = (load_featurizer(checkpoint, "paper", bf16=bf16) for bf16 in (False, True))
+    stores: dict[str, dict[str, np.ndarray]] = {}
     work = {
         "one at a time": lambda: one_at_a_time(single, pictures),
-        "float32": lambda: store_all(single, rows, num_workers=0),
-        "bfloat16": lambda: store_all(half, rows, num_workers=0),
+        "float32": lambda: stores.update(exact=store_all(single, rows, num_workers=0)),
+        "bfloat16": lambda: stores.update(rounded=store_all(half, rows, num_workers=0)),
         "bfloat16, a worker": lambda: store_all(half, rows, num_workers=1),
     }
-    seconds = timed(work, repeats=3, warm_up=0)
-    exact, rounded = store_all(single, rows, 0), store_all(half, rows, 0)
-    errors = [np.linalg.norm(exact[key] - rounded[key].astype("f4")) / np.linalg.norm(exact[key]) for key in exact]
+    seconds = timed(work, arguments.repeats, warm_up=0)
+    exact, rounded = ({key: row.astype("f4") for key, row in stores[name].items()} for name in ("exact", "rounded"))
+    errors = [np.linalg.norm(exact[key] - rounded[key]) / np.linalg.norm(exact[key]) for key in exact]
     result = {
         "dataset": DATASET,
         "pictures": len(pictures),

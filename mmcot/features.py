@@ -35,7 +35,7 @@ from mmcot.captions import write_captions
 from mmcot.feature_store import FeatureStore, FeatureWriter, settings_of, tower_settings, weights_digest
 from mmcot.files import cache_folder, read_json
 from mmcot.pictures import PixelStore, read_picture
-from mmcot.problems import SPLITS, Picture, distinct_pictures, first_few, load_problems, picture_size
+from mmcot.problems import SPLITS, Picture, aspect_ratio, distinct_pictures, first_few, load_problems
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.pictures_mmcot import as_rgb, build_image_processor, picture_pixels, stack_pixels
 from modeling_mmcot.vision_mmcot import (
@@ -227,8 +227,8 @@ def complete(
     writer: FeatureWriter, problems: Dataset, featurizer: Featurizer, dtype: str, batch_size: int, num_workers: int
 ) -> list[str]:
     """Add what the store lacks of the problems' pictures; what could not be decoded is returned, an error each."""
-    # Pictures of one size beside each other: those of a batch then pass the tower together.
-    pictures = sorted(distinct_pictures(problems), key=lambda picture: picture_size(picture[1]))
+    # Those of one shape are of one size for the tower, and pass it together where they are beside each other.
+    pictures = sorted(distinct_pictures(problems), key=lambda picture: aspect_ratio(picture[1]))
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
     todo = [[picture for picture in batch if picture[0] not in writer.keys] for batch in batches]
     todo = [batch for batch in todo if batch]

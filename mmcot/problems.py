@@ -298,13 +298,13 @@ def distinct_pictures(problems: datasets.Dataset, first_only: bool = False) -> l
     return list(found.values())
 
 
-def picture_size(picture: dict[str, Any]) -> tuple[int, int]:
-    """Width and height as the file's header says; (0, 0) where that cannot be read."""
+def aspect_ratio(picture: dict[str, Any]) -> float:
+    """Width / height as the file's header says; 0 where that cannot be read."""
     try:
         with Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as opened:
-            return opened.size
+            return opened.width / opened.height
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return 0, 0
+        return 0.0
 
 
 def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:
