@@ -4,7 +4,7 @@
     python -m benchmarks.vision --every 1 --repeats 1     # all of them, once
 
 Random weights, the paper's preprocessing, float16 in the store. Ours is what `mmcot.features` does: pictures of one
-shape together, the tower in float32 and in bfloat16; with a worker that decodes too. Prints a JSON object.
+shape together, the tower in float32 and in bfloat16. Prints a JSON object.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def one_at_a_time(featurizer: Featurizer, pictures: list) -> None:
             features.append(states[0].numpy().astype("<f2"))
 
 
-def store_all(featurizer: Featurizer, rows, num_workers: int) -> dict[str, np.ndarray]:
+def store_all(featurizer: Featurizer, rows) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         with FeatureWriter(Path(folder) / "store", described(featurizer, "float16")) as writer:
-            complete(writer, rows, featurizer, "float16", batch_size=8, num_workers=num_workers)
+            complete(writer, rows, featurizer, "float16", batch_size=8, num_workers=0)
         return {key: FeatureStore(Path(folder) / "store").read(key)["features"] for key in writer.keys}
 
 
@@ -58,9 +58,8 @@ def main() -> None:
     stores: dict[str, dict[str, np.ndarray]] = {}
     work = {
         "one at a time": lambda: one_at_a_time(single, pictures),
-        "float32": lambda: stores.update(exact=store_all(single, rows, num_workers=0)),
-        "bfloat16": lambda: stores.update(rounded=store_all(half, rows, num_workers=0)),
-        "bfloat16, a worker": lambda: store_all(half, rows, num_workers=1),
+        "float32": lambda: stores.update(exact=store_all(single, rows)),
+        "bfloat16": lambda: stores.update(rounded=store_all(half, rows)),
     }
     seconds = timed(work, arguments.repeats, warm_up=0)
     exact, rounded = ({key: row.astype("f4") for key, row in stores[name].items()} for name in ("exact", "rounded"))
