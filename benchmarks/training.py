@@ -1,10 +1,11 @@
 """Training steps: against the original's way, plain T5 on the same batches, and the machine; and the start of train.py.
 
     python -m benchmarks.training                      # everything but what follows
-    python -m benchmarks.training --original DIR       # the authors' own code too: DIR holds it and its .venv
+    python -m benchmarks.training --original DIR       # our baseline against the authors' own code instead
     python -m benchmarks.training --scale              # cost and memory from 250 to 4,000 problems instead
 
 A step is forward, backward, clipping and AdamW over 8 problems on average, dropout as published. Prints a JSON object.
+What differs from batch to batch is timed over a few that stand for an epoch, from its fullest to its emptiest.
 `--original DIR` wants the files of amazon-science/mm-cot in DIR, and DIR/.venv with transformers 4.30 and a torch.
 """
 
@@ -44,11 +45,11 @@ from benchmarks.setting import (
     summary,
     timed,
 )
-from mmcot.batching import LengthBatchSampler
+from mmcot.batching import LengthBatchSampler, cost
 from mmcot.examples import StageCollator, lengths_of, tokenized
 from mmcot.problems import with_column
 
-STEPS = 4  # of ours and of plain T5 in a repeat, for their batches differ; the original's are all alike
+STEPS, BASE_STEPS = 4, 6  # in a repeat, of ours and of plain T5
 SIZES = (250, 4000)
 
 
@@ -60,12 +61,15 @@ def examples_of(stage: str):
     return tokenized(rows, processor().stage(stage), processor(), with_targets=True)
 
 
-def batches_of(examples, stage: str, num_batches: int) -> list[dict[str, torch.Tensor]]:
-    """The first batches of an epoch, as the Trainer gets them."""
+def batches_of(examples, stage: str, count: int) -> tuple[list[dict[str, torch.Tensor]], float]:
+    """Some batches of an epoch, as the Trainer gets them, and of how many problems they are the work."""
     collate = StageCollator(processor(), processor().stage(stage), RandomFeatures())
-    sampler = LengthBatchSampler(lengths_of(examples), BATCH_SIZE, batches_per_step=1, seed=0)
-    batches = [indices for indices, _ in zip(sampler, range(num_batches), strict=False)]
-    return [collate([examples[index] for index in indices]) for indices in batches]
+    lengths = lengths_of(examples)
+    epoch = list(LengthBatchSampler(lengths, BATCH_SIZE, batches_per_step=1, seed=0))
+    epoch.sort(key=lambda batch: sum(sum(lengths[index]) for index in batch) / cost(batch, lengths))
+    chosen = [epoch[(2 * number + 1) * len(epoch) // (2 * count)] for number in range(count)]
+    share = sum(cost(batch, lengths) for batch in chosen) / sum(cost(batch, lengths) for batch in epoch)
+    return [collate([examples[index] for index in batch]) for batch in chosen], share * len(examples)
 
 
 def stepper(model, **settings) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -97,20 +101,23 @@ def original_batch(examples, stage: str) -> dict[str, torch.Tensor]:
     }
 
 
-def measure_stage(stage: str, directory: str | None) -> dict:
+def original_way() -> Callable[[dict[str, torch.Tensor]], None]:
+    return stepper(our_model("small", fusion="gated_mha", zeros_for_missing_pictures=True))
+
+
+def measure_stage(stage: str) -> dict:
     examples = examples_of(stage)
-    batches = batches_of(examples, stage, STEPS)
-    num_problems = sum(len(batch["labels"]) for batch in batches)
+    batches, num_problems = batches_of(examples, stage, STEPS)
     texts = [{name: batch[name] for name in ("input_ids", "attention_mask", "labels")} for batch in batches]
     slow_batch = original_batch(examples, stage)
     ours = stepper(our_model("small"), skip_logits=True)
     t5 = stepper(plain_t5("small"))
-    original_way = stepper(our_model("small", fusion="gated_mha", zeros_for_missing_pictures=True))
+    baseline = original_way()
     seconds = timed(
         {
             "ours": lambda: [ours(batch) for batch in batches],
             "plain T5": lambda: [t5(batch) for batch in texts],
-            "original's way": lambda: original_way(slow_batch),
+            "original's way": lambda: baseline(slow_batch),
         }
     )
     per_step = {
@@ -118,17 +125,25 @@ def measure_stage(stage: str, directory: str | None) -> dict:
         "plain T5": [value / num_problems * BATCH_SIZE for value in seconds["plain T5"]],
         "original's way": seconds["original's way"],
     }
-    result = {
-        "problems": num_problems,
+    return {
+        "problems_of_each_step": [len(batch["labels"]) for batch in batches],
         "seconds_of_8_problems": {name: summary(values) for name, values in per_step.items()},
         "original's way / ours": ratio(per_step["original's way"], per_step["ours"]),
         "ours / plain T5": ratio(per_step["ours"], per_step["plain T5"]),
     }
-    if directory is not None:
-        theirs = original.run(directory, "training", slow_batch, SHAPES["small"])
-        result["seconds_of_8_problems"]["the original itself"] = summary(theirs)
-        result["our baseline / the original itself"] = ratio(per_step["original's way"], theirs)
-    return result
+
+
+def compare_original(stage: str, directory: str) -> dict:
+    """The same step, ours and the authors', each alone."""
+    batch, baseline = original_batch(examples_of(stage), stage), original_way()
+    seconds = {
+        "original's way": timed({stage: lambda: baseline(batch)})[stage],
+        "the original itself": original.run(directory, "training", batch, SHAPES["small"]),
+    }
+    return {
+        "seconds_of_8_problems": {name: summary(values) for name, values in seconds.items()},
+        "our baseline / the original itself": ratio(*seconds.values()),
+    }
 
 
 def forward_flops(shape: dict, sources: list[int], targets: list[int], num_pictures: int) -> float:
@@ -152,7 +167,7 @@ def forward_flops(shape: dict, sources: list[int], targets: list[int], num_pictu
 
 def measure_utilization() -> dict:
     """Model FLOPs of a step (three forward passes) at FLAN-T5-base's shape, against a product of matrices."""
-    batches = batches_of(examples_of("rationale"), "rationale", 3)
+    batches, _ = batches_of(examples_of("rationale"), "rationale", BASE_STEPS)
     step = stepper(our_model("base"), skip_logits=True)
     flops = 0.0
     for batch in batches:
@@ -160,7 +175,7 @@ def measure_utilization() -> dict:
         targets = (batch["labels"] != -100).sum(dim=1).tolist()
         pictures = int(batch["vision_mask"].any(dim=1).sum()) if "vision_mask" in batch else 0
         flops += 3 * forward_flops(SHAPES["base"], sources, targets, pictures)
-    seconds = timed({"base": lambda: [step(batch) for batch in batches]})["base"]
+    seconds = timed({"base": lambda: [step(batch) for batch in batches]}, repeats=3)["base"]
     machine_flops = gemm_flops()
     return {
         "seconds_of_a_step": summary([value / len(batches) for value in seconds]),
@@ -233,8 +248,10 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     if arguments.scale:
         result = {"scale": measure_scale()}
+    elif arguments.original is not None:
+        result = {stage: compare_original(stage, arguments.original) for stage in ("rationale", "answer")}
     else:
-        result = {stage: measure_stage(stage, arguments.original) for stage in ("rationale", "answer")}
+        result = {stage: measure_stage(stage) for stage in ("rationale", "answer")}
         result.update(utilization=measure_utilization(), start=measure_start())
     report("training", result, arguments.output)
 
