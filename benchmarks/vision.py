@@ -9,6 +9,8 @@ shape together, the tower in float32 and in bfloat16. Prints a JSON object.
 
 import argparse
 import os
+import shutil
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -34,11 +36,18 @@ def one_at_a_time(featurizer: Featurizer, pictures: list) -> None:
             features.append(states[0].numpy().astype("<f2"))
 
 
-def store_all(featurizer: Featurizer, rows) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder:
-        with FeatureWriter(Path(folder) / "store", described(featurizer, "float16")) as writer:
-            complete(writer, rows, featurizer, "float16", batch_size=8, num_workers=0)
-        return {key: FeatureStore(Path(folder) / "store").read(key)["features"] for key in writer.keys}
+def store_all(featurizer: Featurizer, rows, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with FeatureWriter(folder, described(featurizer, "float16")) as writer:
+        complete(writer, rows, featurizer, "float16", batch_size=8, num_workers=0)
+
+
+def relative_errors(exact: FeatureStore, rounded: FeatureStore, keys: list[str]) -> list[float]:
+    errors = []
+    for key in keys:
+        expected, found = (store.read(key)["features"].astype("f4") for store in (exact, rounded))
+        errors.append(float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
+    return errors
 
 
 def main() -> None:
@@ -55,21 +64,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(detr_checkpoint(Path(folder)))
         single, half = (load_featurizer(checkpoint, "paper", bf16=bf16) for bf16 in (False, True))
-    stores: dict[str, dict[str, np.ndarray]] = {}
-    work = {
-        "one at a time": lambda: one_at_a_time(single, pictures),
-        "float32": lambda: stores.update(exact=store_all(single, rows)),
-        "bfloat16": lambda: stores.update(rounded=store_all(half, rows)),
-    }
-    seconds = timed(work, arguments.repeats, warm_up=0)
-    exact, rounded = ({key: row.astype("f4") for key, row in stores[name].items()} for name in ("exact", "rounded"))
-    errors = [np.linalg.norm(exact[key] - rounded[key]) / np.linalg.norm(exact[key]) for key in exact]
+    with tempfile.TemporaryDirectory() as folder:
+        exact, rounded = Path(folder) / "float32", Path(folder) / "bfloat16"
+        work = {
+            "one at a time": lambda: one_at_a_time(single, pictures),
+            "float32": lambda: store_all(single, rows, exact),
+            "bfloat16": lambda: store_all(half, rows, rounded),
+        }
+        seconds = timed(work, arguments.repeats, warm_up=0)
+        errors = relative_errors(FeatureStore(exact), FeatureStore(rounded), [key for key, *_ in pictures])
     result = {
         "dataset": DATASET,
         "pictures": len(pictures),
         "seconds_a_picture": {name: summary([v / len(pictures) for v in values]) for name, values in seconds.items()},
         "one at a time / ours": {name: ratio(seconds["one at a time"], seconds[name]) for name in list(work)[1:]},
-        "relative error of bfloat16": {"median": float(np.median(errors)), "max": float(max(errors))},
+        "relative error of bfloat16": {"median": statistics.median(errors), "max": max(errors)},
     }
     report("vision", result, arguments.output)
 
