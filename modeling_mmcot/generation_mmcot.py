@@ -1,4 +1,5 @@
-"""Decoding without needless work: texts that are finished leave the batch, targets share what they begin with.
+"""Decoding without needless work: texts that are finished leave the batch, a token more does not copy those before it,
+targets share what they begin with.
 
 `greedy_search` is given to `generate` as `custom_generate`; what `pack_choices` gives is decoded by `score_choices`.
 Nothing here knows of pictures: the encoder's states come fused.
@@ -12,16 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
-    DynamicCache,
+    Cache,
     EncoderDecoderCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer
 
 # Finished rows leave together, when they are this share of the batch: each leaving copies the cache of those that stay.
 LEAVING_SHARE = 1 / 8
+# Tokens for which the cache has room when it grows.
+ROOM = 64
 # Bytes of weights that are held a second time at most.
 MAX_PACKED = 4e9
 
@@ -50,7 +54,9 @@ def greedy_search(
         rows = torch.arange(len(input_ids), device=input_ids.device)  # those in the batch, by number in `sequences`
         is_open = torch.ones_like(rows, dtype=torch.bool)  # of those in the batch, which are not finished
         states, attention_mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache = EncoderDecoderCache(
+            Cache(layer_class_to_replicate=GrowingLayer), Cache(layer_class_to_replicate=DynamicLayer)
+        )
         while is_open.any():
             outputs = model.decoder(
                 input_ids=tokens,
@@ -74,8 +80,38 @@ def greedy_search(
                 stay = is_open.nonzero()[:, 0]
                 rows, tokens, is_open, attention_mask = rows[stay], tokens[stay], is_open[stay], attention_mask[stay]
                 states = states[stay]
-                cache.batch_select_indices(stay)
+                cache.self_attention_cache.batch_select_indices(stay)
+                cache.cross_attention_cache.batch_select_indices(stay)
     return sequences.clone()  # outside of inference mode: a tensor like any other
+
+
+class GrowingLayer(DynamicLayer):
+    """A cache's layer with room for the tokens to come: they are written beside the earlier ones, which stay."""
+
+    capacity = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        total = length + key_states.shape[2]
+        if total > self.capacity:
+            self.capacity = total + ROOM
+            batch_size, num_heads, _, head_dim = key_states.shape
+            self.buffers = key_states.new_empty(2, batch_size, num_heads, self.capacity, head_dim)
+            if length > 0:
+                self.buffers[0, :, :, :length] = self.keys
+                self.buffers[1, :, :, :length] = self.values
+        self.buffers[0, :, :, length:total] = key_states
+        self.buffers[1, :, :, length:total] = value_states
+        self.keys, self.values = self.buffers[:, :, :, :total]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # copies of those that stay, without room
+        self.capacity = 0
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import log_probability, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
-from modeling_mmcot.generation_mmcot import greedy_search, packed_linears
+from modeling_mmcot.generation_mmcot import ROOM, GrowingLayer, greedy_search, packed_linears
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def rows_decoded(model):
 def test_greedy_search_gives_the_tokens_of_transformers(model, sources, ends):
     options = {"logits_processor": LogitsProcessorList([LikesEos()] if ends == "one_after_another" else [])}
     if ends == "never":
-        options["suppress_tokens"] = [1]
+        options.update(suppress_tokens=[1], max_new_tokens=2 * ROOM + 10)
     expected = model.generate(**sources, **options)
     assert torch.equal(model.generate(**sources, **options, custom_generate=greedy_search), expected)
     lengths = (expected != 0).sum(dim=1)
@@ -64,6 +65,20 @@ def test_finished_texts_leave_the_batch(model, sources):
     real = int((tokens[:, 1:] != 0).sum())
     assert sizes[0] == 24 and sizes == sorted(sizes, reverse=True)
     assert sum(sizes) < 1.2 * real < 24 * len(sizes)
+
+
+def test_a_growing_cache_holds_what_a_plain_one_does_and_seldom_copies():
+    torch.manual_seed(0)
+    plain, growing, places = DynamicLayer(), GrowingLayer(), set()
+    for number in range(3 * ROOM):
+        new = torch.randn(2, 6 if number <= ROOM else 3, 4, 1, 8)
+        for expected, found in zip(plain.update(*new), growing.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        places.add(growing.keys.data_ptr())
+        if number == ROOM:
+            for layer in (plain, growing):
+                layer.batch_select_indices(torch.tensor([0, 2, 5]))
+    assert len(places) <= 6
 
 
 def test_sampled_texts_share_one_encoding(model, sources):
