@@ -69,16 +69,16 @@ def test_finished_texts_leave_the_batch(model, sources):
 
 def test_a_growing_cache_holds_what_a_plain_one_does_and_seldom_copies():
     torch.manual_seed(0)
-    plain, growing, places = DynamicLayer(), GrowingLayer(), set()
+    plain, growing, places = DynamicLayer(), GrowingLayer(), []
     for number in range(3 * ROOM):
         new = torch.randn(2, 6 if number <= ROOM else 3, 4, 1, 8)
         for expected, found in zip(plain.update(*new), growing.update(*new), strict=True):
             assert torch.equal(found, expected)
-        places.add(growing.keys.data_ptr())
+        places.append(growing.keys.data_ptr())
         if number == ROOM:
             for layer in (plain, growing):
                 layer.batch_select_indices(torch.tensor([0, 2, 5]))
-    assert len(places) <= 6
+    assert sum(place != before for before, place in zip(places, places[1:], strict=False)) <= 5
 
 
 def test_sampled_texts_share_one_encoding(model, sources):
