@@ -16,14 +16,12 @@ Lengths = tuple[int, int]  # of a problem's source and of its target; 0 where a 
 WINDOW = 64
 
 
-def length_batches(lengths: Sequence[Lengths], batch_size: int, minimum: int = 1) -> list[list[int]]:
+def length_batches(lengths: Sequence[Lengths], count: int, minimum: int = 1) -> list[list[int]]:
     """
-    The indices of all problems in batches of `batch_size` problems on average, and no less than `minimum`, such that
-    the costliest batch costs as little as can be.
+    The indices of all problems in `count` batches, none of less than `minimum` problems, such that the costliest batch
+    costs as little as can be.
     """
-    if not lengths:
-        return []
-    return partition(by_both_lengths(lengths), lengths, max(1, len(lengths) // batch_size), minimum)
+    return partition(by_both_lengths(lengths), lengths, count, minimum) if lengths else []
 
 
 def by_both_lengths(lengths: Sequence[Lengths]) -> list[int]:
@@ -132,7 +130,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         steps = []
         for window in self.windows(order):
             window_lengths = [self.lengths[index] for index in window]
-            for step in length_batches(window_lengths, self.step_size, minimum):
+            for step in length_batches(window_lengths, max(1, len(window) // self.step_size), minimum):
                 steps.append([window[index] for index in step])
         for number in torch.randperm(len(steps), generator=generator).tolist():
             batches = partition(steps[number], self.lengths, self.batches_per_step)

@@ -7,6 +7,7 @@ like lengths, and gives what was written in the order of the problems.
 
 import argparse
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def predict_stage(
     Args:
         problems: rows of the schema; gold columns may be there and are not looked at.
         predictions: by problem id, what the earlier stages wrote; a missing id is a problem with nothing written yet.
-        batch_size: problems of a batch, on average: batches are of like lengths and of equal cost (`batching.py`).
+        batch_size: problems of a batch, on average at most: batches are of like lengths and cost (`batching.py`).
         pictures: where the problems' pictures are taken from; by default `features.vision_source`.
         num_workers: processes that read pictures or features ahead.
     """
@@ -71,7 +72,8 @@ def predict_stage(
     if pictures is None and "images" in stage.reads:
         pictures = vision_source(model, processor.image_processor, problems)
     lengths = lengths_of(examples)
-    batches = shares(length_batches(lengths, batch_size), lengths, state.num_processes)[state.process_index]
+    batches = length_batches(lengths, math.ceil(len(lengths) / batch_size))
+    batches = shares(batches, lengths, state.num_processes)[state.process_index]
     loader = DataLoader(
         examples, batch_sampler=batches, collate_fn=StageCollator(processor, stage, pictures), num_workers=num_workers
     )

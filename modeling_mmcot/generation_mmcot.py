@@ -198,7 +198,7 @@ def pack_choices(choice_labels: torch.LongTensor, start_token_id: int) -> Packed
     length = max(map(len, packed))
     filled = [tokens + [(start_token_id, 0, -2)] * (length - len(tokens)) for tokens in packed]
     input_ids, depth, branch = torch.tensor(filled, device=choice_labels.device).unbind(-1)
-    number, position, label, choice = torch.tensor(targets, device=choice_labels.device).view(-1, 4).unbind(-1)
+    number, position, label, choice = choice_labels.new_tensor(targets).view(-1, 4).unbind(-1)
     return PackedChoices(input_ids, depth, branch, number * length + position, label, choice)
 
 

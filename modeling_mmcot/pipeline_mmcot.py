@@ -68,14 +68,18 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
     inputs = BatchFeature(inputs).to(model.device, model.dtype)
     mask = inputs["attention_mask"].bool()
     states = torch.zeros(*mask.shape, model.config.d_model, dtype=model.dtype, device=model.device)
-    for rows in rows_of_like_lengths(mask.sum(dim=1).tolist()):
-        columns = mask[rows].any(dim=0).nonzero()[:, 0]
+    for rows, columns in parts_of_like_lengths(mask):
         part = {name: tensor[rows] for name, tensor in inputs.items()}
         part.update({name: part[name][:, columns] for name in ("input_ids", "attention_mask")})
-        places = torch.tensor(rows, device=columns.device)[:, None], columns
-        states[places] = model.get_encoder()(**part).last_hidden_state.to(states)
+        states[rows[:, None], columns] = model.get_encoder()(**part).last_hidden_state.to(states)
     encoder_outputs = BaseModelOutput(last_hidden_state=states)
     return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"]}
+
+
+def parts_of_like_lengths(mask: torch.BoolTensor) -> Iterator[tuple[torch.LongTensor, torch.LongTensor]]:
+    """Rows of like lengths together, and the columns that they fill; of a mask `(batch_size, sequence_length)`."""
+    for rows in rows_of_like_lengths(mask.sum(dim=1).tolist()):
+        yield torch.tensor(rows, device=mask.device), mask[rows].any(dim=0).nonzero()[:, 0]
 
 
 def rows_of_like_lengths(lengths: list[int]) -> list[list[int]]:
@@ -103,7 +107,11 @@ def choose_answers(
     if not any(problem["choices"] for problem in problems):
         return [{"answer": -1, "answer_text": "", "scores": []} for _ in problems]
     labels = processor.choice_labels(problems, stage.name).to(model.device)
-    log_probs = model.score_choices(labels, **encoded)
+    mask, states = encoded["attention_mask"], encoded["encoder_outputs"].last_hidden_state
+    log_probs = torch.empty(labels.shape[:2], device=labels.device)
+    for rows, places in parts_of_like_lengths(mask.bool()):  # one pass each: the work is in the sources' tokens
+        part = BaseModelOutput(last_hidden_state=states[rows[:, None], places])
+        log_probs[rows] = model.score_choices(labels[rows], mask[rows[:, None], places], part)
     columns = []
     for problem, problem_log_probs in zip(problems, log_probs, strict=True):
         choices = problem["choices"]

@@ -112,6 +112,7 @@ def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(model, sourc
         [[[5, 1], [5, 1]], [[5, 6, 1], [5, 6, 1]]],  # the same choice twice
         [[[5, 6, 1], [5, 6, 7, 1]], [[9, 1], [11, 12, 13, 14, 15, 1]]],  # one begins as the other ends; nothing alike
         [[[5, 6, 7, 1]], []],  # one choice; none
+        [[], []],  # none at all
         [[[1], [5, 1]], [[5], [6]]],  # of one token
     ],
 )

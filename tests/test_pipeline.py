@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.pipeline_mmcot import encode, rows_of_like_lengths, run_stages, share_tower
+from modeling_mmcot.pipeline_mmcot import choose_answers, encode, rows_of_like_lengths, run_stages, share_tower
 
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
 COLUMNS = ["question", "choices", "images"]
@@ -79,3 +79,26 @@ def test_sources_of_unlike_lengths_are_encoded_as_each_alone(side):
             real = mask[row].bool()
             torch.testing.assert_close(states[row, real], alone[0, real], rtol=0, atol=1e-5)
     assert rows_of_like_lengths(lengths) == [[0, 2], [5], [3], [4, 1]]
+
+
+def test_choices_over_unlike_sources_score_as_each_alone_and_no_padding_is_read(processor):
+    model = tiny_model(vision_config=None, initializer_factor=2.0)
+    problems = [
+        {"question": " ".join(f"w{word}" for word in range(length)), "choices": choices, "rationale": ""}
+        for length, choices in [(40, ["w8", "w9 w10"]), (3, []), (38, ["w11"])]
+    ]
+    read = []
+    model.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["encoder_hidden_states"].shape[:2]), with_kwargs=True
+    )
+
+    def scores(rows):
+        encoded = encode(model, processor(rows, stage="answer"))
+        return choose_answers(model, processor, processor.stages[1], rows, encoded)
+
+    together = scores(problems)
+    assert sorted(read) == [(1, 3), (2, 40)]
+    for problem, columns in zip(problems, together, strict=True):
+        (alone,) = scores([problem])
+        assert columns["answer"] == alone["answer"]
+        torch.testing.assert_close(columns["scores"], alone["scores"], rtol=1e-4, atol=1e-5)
