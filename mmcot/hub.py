@@ -1,7 +1,7 @@
 """Run folder -> Hub folder: one repository that holds the whole system, loadable with `trust_remote_code`.
 
-At the root the last stage with the processor and the code, in a subfolder each earlier stage. `upload` alone talks to
-the network.
+At the root the last stage with the processor and the code, in a subfolder each earlier stage; or at the root the base
+that all stages adapt, in a subfolder each stage's adapter. `upload` alone talks to the network.
 """
 
 import shutil
@@ -16,7 +16,15 @@ import modeling_mmcot
 from mmcot.files import read_json
 from modeling_mmcot import MMCoTProcessor
 
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
+BASE = "base"  # folder in a run: the base that its stages adapt, where they are adapters
 
 
 def shipped_code() -> list[Path]:
@@ -28,24 +36,29 @@ def shipped_code() -> list[Path]:
 def export(run_folder: Path, processor: MMCoTProcessor) -> Path:
     """Write `RUN_FOLDER/hub/` from the trained stages, whole or not at all. Returns it."""
     stages = {stage.name: run_folder / stage.name for stage in processor.stages}
-    return write_hub_folder(run_folder / "hub", processor, stages, render_card(run_folder))
+    base = run_folder / BASE
+    return write_hub_folder(
+        run_folder / "hub", processor, stages, render_card(run_folder), base if base.is_dir() else None
+    )
 
 
-def write_hub_folder(hub_folder: Path, processor: MMCoTProcessor, stages: dict[str, Path], card: str) -> Path:
+def write_hub_folder(
+    hub_folder: Path, processor: MMCoTProcessor, stages: dict[str, Path], card: str, base: Path | None = None
+) -> Path:
     """
     A folder as it stands on the Hub, whole or not at all; one that is there is replaced.
 
     Args:
         stages: each stage's name and the folder that its model was saved to, in their order. The last becomes the root.
         card: what its README.md says.
+        base: the folder of the base that they adapt, where they are adapters. It becomes the root.
     """
     unfinished = hub_folder.with_name(f"{hub_folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     processor.save_pretrained(unfinished)
-    *earlier, last = stages
-    copy_model(stages[last], unfinished)
-    for name in earlier:
+    copy_model(base or stages[list(stages)[-1]], unfinished)
+    for name in stages if base else list(stages)[:-1]:
         copy_model(stages[name], unfinished / name)
     for file in shipped_code():
         shutil.copyfile(file, unfinished / file.name)

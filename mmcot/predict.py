@@ -9,6 +9,7 @@ import argparse
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ from mmcot.problems import (
 )
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
-from modeling_mmcot.pipeline_mmcot import load_stage_model, write_column
+from modeling_mmcot.pipeline_mmcot import write_column
 from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.stages_mmcot import load_stage_model, load_stages
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ def log_shortened(stage: Stage, count: int, total: int, which: str) -> None:
         )
 
 
-def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTProcessor, dict[str, PreTrainedModel]]:
+def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTProcessor, Mapping[str, PreTrainedModel]]:
     """The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id."""
     folder = Path(model)
     if (folder / "hub").is_dir():
@@ -127,19 +129,13 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
             f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
         )
     processor = MMCoTProcessor.from_pretrained(model)
-    names = [stage.name for stage in processor.stages]
-    subfolders = dict.fromkeys(names[-1:], "") | {name: name for name in names[:-1]}
-    state = PartialState()
-    models = {
-        name: load_stage_model(MMCoTForConditionalGeneration, model, subfolders[name], dtype=dtype).to(state.device)
-        for name in names
-    }
-    return processor, models
+    root = load_stage_model(MMCoTForConditionalGeneration, model, "", dtype=dtype).to(PartialState().device)
+    return processor, load_stages(root, model, [stage.name for stage in processor.stages])
 
 
 def predict(
     processor: MMCoTProcessor,
-    models: dict[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
     problems: Dataset,
     batch_size: int = 32,
     decode_answer: bool = False,
@@ -201,7 +197,7 @@ def reads_images(processor: MMCoTProcessor) -> bool:
 
 
 def load_inputs(
-    arguments: argparse.Namespace, processor: MMCoTProcessor, models: dict[str, PreTrainedModel]
+    arguments: argparse.Namespace, processor: MMCoTProcessor, models: Mapping[str, PreTrainedModel]
 ) -> tuple[Dataset, FeatureStore | None]:
     """The problems, and where asked for the store of their pictures' features; both are found to fit the models."""
     store = FeatureStore(arguments.features) if arguments.features is not None else None

@@ -27,7 +27,12 @@ MACHINE_SETTINGS = {
     "logging_steps",
     "logging_first_step",
     "dataloader_num_workers",
+    "pass_over_damaged_checkpoints",
 }
+# How a step's problems are shared out; how many they are is checked when a run goes on (`trainer.SameSteps`).
+STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+
+PEFT_SETTINGS = ("use_dora", "use_rslora", "load_in_4bit", "load_in_8bit", "merge_adapters")
 
 
 @dataclass
@@ -102,6 +107,8 @@ class RecipeArguments:
     vision_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     image_processor: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     target_column: str | None = field(default=None, metadata={"help": "COLUMN=FILE.json, texts by problem id."})
+    merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})
+    pass_over_damaged_checkpoints: bool = field(default=False, metadata={"help": "Go on from the last whole one."})
     decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
 
 
@@ -133,9 +140,6 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     for where, words in ((config, unknown), ("the command line", surplus)):
         if words:
             raise ValueError(f"{where}: unknown key {words[0].lstrip('-')!r}{nearest(words[0].lstrip('-'), known)}.")
-    for name in ("use_peft", "load_in_8bit", "load_in_4bit"):
-        if getattr(model_config, name):
-            raise ValueError(f"{config}: {name} is set, but stages are trained whole here; leave it out.")
     for name in ("features", "captions"):
         if getattr(arguments, name) is not None:
             setattr(arguments, name, resolved(getattr(arguments, name)))
@@ -145,6 +149,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     said = yaml.safe_load(Path(config).read_text()).keys() | {
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
     }
+    check_adapters(arguments, training_arguments, model_config, said, config)
     parsed = (arguments, training_arguments, model_config)
     values = {name: getattr(part, name) for part in parsed for name in sorted(said) if hasattr(part, name)}
     values = {name: plain(value) for name, value in values.items() if name not in MACHINE_SETTINGS}
@@ -249,6 +254,36 @@ def check_parts(
         raise ValueError(f"{config}: max_images is {arguments.max_images}; expected 1 or more.")
 
 
+def check_adapters(
+    arguments: RecipeArguments,
+    training_arguments: Seq2SeqTrainingArguments,
+    model_config: ModelConfig,
+    said: set[str],
+    config: str,
+) -> None:
+    """What is said of adapters goes together; a tower is left as it is, unless it is trained whole beside them."""
+    if not model_config.use_peft:
+        for name in sorted(said):
+            if name.startswith("lora_") or name in PEFT_SETTINGS:
+                raise ValueError(f"{config}: {name} is set, which goes with use_peft: true.")
+        return
+    if model_config.dtype in ("bfloat16", "float16", "auto") and not (
+        training_arguments.bf16 or training_arguments.fp16
+    ):
+        raise ValueError(
+            f"{config}: dtype is {model_config.dtype}, and what is trained is kept in float32: that wants bf16: true."
+        )
+    if arguments.merge_adapters and (model_config.load_in_4bit or model_config.load_in_8bit):
+        raise ValueError(f"{config}: merge_adapters wants a base that is not quantized; leave out one of them.")
+    trains_tower = "vision_tower" in (model_config.lora_modules_to_save or [])
+    if arguments.freeze_vision is not None and arguments.freeze_vision == trains_tower:
+        raise ValueError(
+            f"{config}: freeze_vision is {arguments.freeze_vision}, and with use_peft the picture tower is trained "
+            f"where lora_modules_to_save names vision_tower; found {model_config.lora_modules_to_save}."
+        )
+    arguments.freeze_vision = not trains_tower
+
+
 def nearest(word: str, known: set[str]) -> str:
     matches = difflib.get_close_matches(word, sorted(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
@@ -271,7 +306,9 @@ def claim_run_folder(recipe: Recipe) -> Path:
     if file.exists():
         earlier = yaml.safe_load(file.read_text())
         differing = sorted(
-            name for name in earlier.keys() | recipe.values.keys() if earlier.get(name) != recipe.values.get(name)
+            name
+            for name in (earlier.keys() | recipe.values.keys()) - STEP_SETTINGS
+            if earlier.get(name) != recipe.values.get(name)
         )
         if differing:
             name = differing[0]

@@ -7,9 +7,9 @@ with a batch (`pipeline_mmcot.py`).
 """
 
 import copy
-import json
+import gc
 import logging
-import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +17,18 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from jinja2 import meta
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Seq2SeqTrainingArguments,
-    set_seed,
-)
-from transformers.trainer_callback import TrainerState
-from trl import ModelConfig
+from transformers import Seq2SeqTrainingArguments, set_seed
 
+from mmcot.adapters import adapt, check_adapters, quantization, save_base
 from mmcot.batching import by_both_lengths
+from mmcot.building import build_model, build_processor, build_stage, check_tower_name, is_frozen, linear_layers
+from mmcot.checkpoints import RunStopped, checkpoint_to_resume
 from mmcot.evaluate import format_table
-from mmcot.examples import StageCollator, lengths_of, tokenized
+from mmcot.examples import lengths_of, tokenized
 from mmcot.feature_store import FeatureStore
-from mmcot.features import load_image_processor, vision_source
+from mmcot.features import vision_source
 from mmcot.files import read_json, write_json
-from mmcot.hub import export
+from mmcot.hub import BASE, export
 from mmcot.metrics import score
 from mmcot.pictures import PixelStore
 from mmcot.predict import log_shortened, predict_stage
@@ -48,17 +41,10 @@ from mmcot.problems import (
     with_column,
 )
 from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
-from mmcot.trainer import StageTrainer
-from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.pictures_mmcot import build_image_processor
-from modeling_mmcot.processing_mmcot import (
-    ENVIRONMENT,
-    GOLD_COLUMNS,
-    LETTERS,
-    PAPER_TEMPLATES,
-    Stage,
-)
-from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
+from mmcot.trainer import NamedCollator, SameSteps, StageTrainer, Termination, load_weights
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, LETTERS, Stage
+from modeling_mmcot.stages_mmcot import StageAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +68,13 @@ def prepare(recipe: Recipe) -> Run:
     """All that can be wrong with recipe and data is a `ValueError` here, before anything is trained or written."""
     stages = [build_stage(arguments) for arguments in recipe.stages]
     check_tower_name(recipe)
+    if recipe.model_config.use_peft:
+        check_adapters(recipe.model_config, linear_layers(recipe))
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
     processor = build_processor(recipe, stages, problems["train"])
     if store is not None:
-        model = build_model(recipe, recipe.stages[0], processor.tokenizer, store)
+        model = build_model(recipe, processor.tokenizer, store)
         store.check_model(model, processor.image_processor)
     elif processor.image_processor is None and any("images" in stage.reads for stage in stages):
         raise ValueError(
@@ -104,10 +92,14 @@ def run(prepared: Run) -> None:
     recipe, stages, problems, folder = prepared.recipe, prepared.stages, prepared.problems, prepared.folder
     processor = prepared.processor
     predictions = {split: read_predictions(folder, split) for split in ("val", "test")}
+    if saves_adapters(recipe):
+        with PartialState().main_process_first():
+            prepare_base(prepared)
     for stage, arguments in zip(stages, recipe.stages, strict=True):
         model = train_stage(prepared, arguments, stage)
         for split, columns in predictions.items():
             predict_split(prepared, model, stage, split, columns)
+        del model  # before the next one is loaded
     if PartialState().is_main_process:
         for split, columns in predictions.items():
             write_json(folder / "scores" / f"{split}.json", score(problems[split], columns))
@@ -124,47 +116,8 @@ def prepare_pictures(
         return None
     if not is_frozen(recipe):
         return PixelStore(every, processor.image_processor)
-    model = build_model(recipe, recipe.stages[0], processor.tokenizer, None).to(recipe.training_arguments.device)
+    model = build_model(recipe, processor.tokenizer, None).to(recipe.training_arguments.device)
     return vision_source(model, processor.image_processor, every)
-
-
-def is_frozen(recipe: Recipe) -> bool:
-    """Whether the picture tower is left as it is."""
-    if recipe.arguments.freeze_vision is not None:
-        return recipe.arguments.freeze_vision
-    own = own_config(recipe.model_config)
-    return own is not None and own.freeze_vision
-
-
-def build_stage(arguments: StageArguments) -> Stage:
-    if arguments.template is not None and arguments.template not in PAPER_TEMPLATES:
-        raise ValueError(
-            f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
-        )
-    templates = PAPER_TEMPLATES.get(arguments.template, {})
-    return Stage(
-        name=arguments.name,
-        reads=arguments.reads,
-        writes=arguments.writes,
-        source=arguments.source or templates["source"],
-        target=arguments.target or templates["target"],
-        max_source_length=arguments.max_source_length,
-        max_target_length=arguments.max_target_length,
-    )
-
-
-def check_tower_name(recipe: Recipe) -> None:
-    """`vision_tower` is a name that there is, and goes with the tower that the recipe describes."""
-    arguments = recipe.arguments
-    if arguments.vision_tower is None:
-        return
-    if arguments.vision_model_name_or_path is not None:
-        vision_config = tower_config(arguments.vision_model_name_or_path)
-    elif arguments.vision_config is not None:
-        vision_config = AutoConfig.for_model(**arguments.vision_config)
-    else:
-        raise ValueError(f"vision_tower is {arguments.vision_tower!r}, but the recipe has no picture tower.")
-    find_tower(vision_config, arguments.vision_tower)
 
 
 def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
@@ -214,145 +167,114 @@ def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
         )
 
 
-def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset) -> MMCoTProcessor:
-    arguments, model_config = recipe.arguments, recipe.model_config
-    if arguments.tokenizer_vocab_size is not None:
-        tokenizer = train_tokenizer(train_problems, stages, arguments.tokenizer_vocab_size)
-    else:
-        name = arguments.tokenizer_name_or_path or model_config.model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    image_processor = None
-    if arguments.image_processor is not None:
-        image_processor = build_image_processor(arguments.image_processor)
-    elif arguments.vision_model_name_or_path is not None:
-        image_processor = load_image_processor(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
-    elif own_config(model_config) is not None:
-        image_processor = MMCoTProcessor.from_pretrained(model_config.model_name_or_path).image_processor
-    return MMCoTProcessor(tokenizer, image_processor, stages)
-
-
-def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
-    """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
-    if model_config.model_name_or_path is None:
-        return None
-    config = AutoConfig.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
-    return config if isinstance(config, MMCoTConfig) else None
-
-
-def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A small tokenizer with T5's special tokens, trained on the sources and targets of the training problems."""
-    rows = problems.remove_columns("images").to_list()
-
-    def texts():
-        for row in rows:
-            for stage in stages:
-                row = {**row, stage.writes: stage.render_target(row)}
-                yield stage.render_source(row)
-                yield row[stage.writes]
-
-    # Byte pairs within words, so that in a small vocabulary most words are one piece.
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("[.,?!:]"), "isolated")]
-    )
-    tokenizer.decoder = decoders.Metaspace()
-    special_tokens = ["<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(
-        texts(), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(
-    recipe: Recipe, stage: StageArguments, tokenizer: PreTrainedTokenizerBase, store: FeatureStore | None
-) -> MMCoTForConditionalGeneration:
-    """The model that every stage starts from, the same for each."""
-    arguments, model_config = recipe.arguments, recipe.model_config
-    set_seed(recipe.training_arguments.seed)
-    tower = None
-    fields = {"max_images": arguments.max_images}
-    for name in ("fusion", "freeze_vision"):
-        if getattr(arguments, name) is not None:
-            fields[name] = getattr(arguments, name)
-    if arguments.vision_model_name_or_path is not None:
-        tower = load_vision_tower(arguments.vision_model_name_or_path)
-    own = own_config(model_config)
-    if own is None or own.vision_hidden_size is None:
-        # A model that has a width of its own keeps it, to be held against the tower or the store.
-        if tower is not None:
-            fields["vision_hidden_size"] = tower_width(tower)
-        elif store is not None:
-            fields["vision_hidden_size"] = store.hidden_size
-            fields["num_vision_tokens"] = store.num_patches
-            fields["vision_tower"] = tower_name(store.manifest["vision_tower"])
-    if model_config.model_name_or_path is None:
-        config = MMCoTConfig(
-            vocab_size=len(tokenizer),
-            decoder_start_token_id=tokenizer.pad_token_id,
-            vision_config=arguments.vision_config,
-            **{"vision_tower": arguments.vision_tower, **fields},
-            **(arguments.text_config or {}),
-        )
-        model = MMCoTForConditionalGeneration(config)
-    else:
-        model = MMCoTForConditionalGeneration.from_pretrained(
-            model_config.model_name_or_path,
-            revision=model_config.model_revision,
-            dtype=model_config.dtype,
-            attn_implementation=model_config.attn_implementation,
-            **fields,
-        )
-    if tower is not None:
-        model.attach_tower(tower, tower_name(arguments.vision_model_name_or_path, arguments.vision_tower))
-    model.generation_config.update(max_new_tokens=stage.max_target_length, num_beams=stage.num_beams)
-    return model
-
-
 def train_stage(prepared: Run, arguments: StageArguments, stage: Stage) -> MMCoTForConditionalGeneration:
     """The trained model of a stage: from its folder where it is finished, else trained from where it stands."""
     recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder / stage.name
     if (stage_folder / FINISHED).exists():
         logger.info("stage %s is trained already: %s", stage.name, stage_folder)
-        return MMCoTForConditionalGeneration.from_pretrained(stage_folder).to(recipe.training_arguments.device)
+        return load_trained(prepared, stage)
     earlier = processor.stages[: processor.stages.index(stage)]
     examples = {}
     with PartialState().main_process_first():
         for split in ("train", "val"):
             rows = with_gold_columns(prepared.problems[split], earlier)
             examples[split] = tokenized(rows, stage, processor, with_targets=True)
-        checkpoint = last_whole_checkpoint(stage_folder)
+        checkpoint = checkpoint_to_resume(stage_folder, recipe.arguments.pass_over_damaged_checkpoints)
     for split, rows in examples.items():
         log_shortened(stage, sum(rows["is_shortened"]), len(rows), f"{split} problems")
-    model = build_model(recipe, arguments, processor.tokenizer, prepared.store)
-    if checkpoint is not None:
-        # The Trainer resumes by parameter names, and a ViT is saved under older names than it has in memory: its
-        # weights would silently stay fresh. `from_pretrained` knows both. Copied, because a run
-        # that went on with its tensors themselves differed from the uninterrupted one in last bits.
-        saved = MMCoTForConditionalGeneration.from_pretrained(checkpoint, dtype=recipe.model_config.dtype)
-        model.load_state_dict(saved.state_dict())
+    model = starting_model(prepared, arguments)
+    if recipe.model_config.use_peft:
+        set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
+        model = adapt(model, recipe.model_config)  # the Trainer resumes it
+    elif checkpoint is not None:
+        load_weights(model, checkpoint)
     trainer = StageTrainer(
         model=model,
         args=training_arguments(recipe.training_arguments, arguments, stage_folder),
         train_dataset=examples["train"],
         eval_dataset=by_length(examples["val"]),
-        data_collator=StageCollator(processor, stage, prepared.pictures),
+        data_collator=NamedCollator(processor, stage, prepared.pictures),
         processing_class=processor,
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    with Termination() as termination:
+        trainer.add_callback(termination)
+        trainer.add_callback(SameSteps())
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        stop_in_order(trainer, stage)
+    save_trained(trainer, recipe, stage_folder)
     if trainer.is_world_process_zero():
         losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "log_history": losses}
         write_json(stage_folder / FINISHED, summary)
     PartialState().wait_for_everyone()
-    return trainer.accelerator.unwrap_model(trainer.model)
+    if termination.is_asked_of_any():
+        stop_in_order(trainer, stage)
+    is_whole = not (saves_adapters(recipe) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if is_whole:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    del model, trainer
+    gc.collect()  # a base is in memory once
+    return load_trained(prepared, stage)
+
+
+def stop_in_order(trainer: StageTrainer, stage: Stage) -> None:
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    if trainer.is_world_process_zero():
+        saved = trainer.args.output_dir if step == last else checkpoint_to_resume(Path(trainer.args.output_dir))
+        print(
+            f"SIGTERM: the {stage.name} stage stopped at step {step} of {last}, saved in {saved}. The same command "
+            f"goes on from there.",
+            file=sys.stderr,
+        )
+    sys.exit(128 + signal.SIGTERM)
+
+
+def saves_adapters(recipe: Recipe) -> bool:
+    """Whether the stages are saved as adapters of one base."""
+    return recipe.model_config.use_peft and not recipe.arguments.merge_adapters
+
+
+def prepare_base(prepared: Run) -> None:
+    """The base that all stages adapt, into the run's folder."""
+    if not (prepared.folder / BASE).exists():
+        model = build_model(prepared.recipe, prepared.processor.tokenizer, prepared.store)
+        save_base(model, prepared.folder / BASE, [stage.name for stage in prepared.stages])
+
+
+def starting_model(prepared: Run, arguments: StageArguments) -> MMCoTForConditionalGeneration:
+    """What a stage's training starts from: the base of the run, where it has one, else a model built anew."""
+    recipe = prepared.recipe
+    if saves_adapters(recipe):
+        model = MMCoTForConditionalGeneration.from_pretrained(
+            prepared.folder / BASE,
+            dtype=recipe.model_config.dtype,
+            attn_implementation=recipe.model_config.attn_implementation,
+            quantization_config=quantization(recipe.model_config),
+        )
+    else:
+        model = build_model(recipe, prepared.processor.tokenizer, prepared.store)
+    model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
+    return model
+
+
+def save_trained(trainer: StageTrainer, recipe: Recipe, stage_folder: Path) -> None:
+    """Into the stage's folder: a whole model, or its adapter and how to generate with it."""
+    if recipe.arguments.merge_adapters:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        trainer.model = merged.to(merged.dtype)  # the fusion was trained in float32
+    trainer.save_model()
+    if saves_adapters(recipe) and trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(stage_folder)
+
+
+def load_trained(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
+    """A finished stage's model, from its folder."""
+    folder, device = prepared.folder, prepared.recipe.training_arguments.device
+    if not (folder / stage.name / "adapter_config.json").exists():
+        return MMCoTForConditionalGeneration.from_pretrained(folder / stage.name).to(device)
+    base = MMCoTForConditionalGeneration.from_pretrained(folder / BASE, dtype="auto").to(device)
+    return StageAdapters(base, str(folder), [stage.name])[stage.name]
 
 
 def training_arguments(
@@ -378,22 +300,6 @@ def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
 def by_length(examples: Dataset) -> Dataset:
     """The same examples, neighbours of like lengths, so that batches of a fixed size hold little padding."""
     return examples.select(by_both_lengths(lengths_of(examples)))
-
-
-def last_whole_checkpoint(stage_folder: Path) -> str | None:
-    """
-    The newest checkpoint that was written to its end. The Trainer writes `trainer_state.json` last; a checkpoint
-    without a readable one was cut off and is removed.
-    """
-    checkpoints = sorted(stage_folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for checkpoint in reversed(checkpoints):
-        try:
-            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            return str(checkpoint)
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s was not written to its end and is removed", checkpoint)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    return None
 
 
 def read_predictions(folder: Path, split: str) -> dict[str, dict]:
@@ -447,7 +353,10 @@ def main(argv: list[str] | None = None) -> None:
         prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    run(prepared)
+    try:
+        run(prepared)
+    except (RunStopped, OSError) as error:
+        sys.exit(f"error: {error}")
     if PartialState().is_main_process:
         print(describe_result(prepared.folder, prepared.problems["test"]))
 

@@ -31,6 +31,8 @@ class MMCoTConfig(T5Config):
         zeros_for_missing_pictures (`bool`, defaults to `False`):
             Fuse a problem without picture with a patch of zeros, as the authors' checkpoints were trained. By default
             such a problem is not fused at all and is plain T5's.
+        stage_adapters (`list[str]`, *optional*):
+            Of a base that stages adapt: the subfolders of its repository that hold their adapters.
 
     Example:
 
@@ -64,6 +66,7 @@ class MMCoTConfig(T5Config):
     max_images: int = 1
     freeze_vision: bool = False
     zeros_for_missing_pictures: bool = False
+    stage_adapters: list[str] | None = None
     # `register_for_auto_class` writes one Auto class per class of ours; these entries stand for all of them.
     auto_map: dict | None = None
     custom_pipelines: dict | None = None

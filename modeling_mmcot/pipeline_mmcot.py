@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from transformers import BatchFeature, GenerationConfig, Pipeline, PreTrainedModel
+from transformers import BatchFeature, Pipeline, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -17,6 +17,7 @@ from .captioning_mmcot import Captioner
 from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
 from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, read_answer
+from .stages_mmcot import load_stages
 
 
 def write_column(
@@ -144,6 +145,8 @@ def run_stages(
         inputs = processor(rows, stage=stage.name)
         if "images" in stage.reads and pixels:
             tower = model.get_encoder().vision_tower
+            # One that was trained beside adapters is another one for each stage.
+            tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
             if id(tower) not in patches:
                 patches[id(tower)] = see(model, pixels)
             inputs.update(patches[id(tower)])
@@ -160,27 +163,6 @@ def see(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> dict[str, to
     pixels = BatchFeature(pixels).to(model.device, model.dtype)
     features, mask = model.get_encoder().picture_patches(**pixels)
     return {"vision_features": features, "vision_mask": mask}
-
-
-def share_tower(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Let `model` use the other's tower where its own is the same, weight for weight: it is held and run once."""
-    own, tower = model.get_encoder().vision_tower, other.get_encoder().vision_tower
-    if own is None or tower is None or model.config.vision_tower != other.config.vision_tower:
-        return
-    weights, others = own.state_dict(), tower.state_dict()
-    if weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights):
-        model.get_encoder().vision_tower = tower
-
-
-def load_stage_model(
-    model_class: type[PreTrainedModel], repository: str, subfolder: str, revision: str | None = None, **kwargs
-) -> PreTrainedModel:
-    """A stage's model from its subfolder, with the generation config that lies there."""
-    model = model_class.from_pretrained(repository, subfolder=subfolder, revision=revision, **kwargs)
-    # Of a local folder transformers takes the root's: every stage would write as long as the last one does.
-    file = os.path.join(subfolder, "generation_config.json")
-    model.generation_config = GenerationConfig.from_pretrained(repository, file, revision=revision)
-    return model
 
 
 class MultimodalCoTPipeline(Pipeline):
@@ -230,20 +212,12 @@ class MultimodalCoTPipeline(Pipeline):
 
     def __init__(self, *args, caption_model: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        earlier, last = self.processor.stages[:-1], self.processor.stages[-1]
-        self.models = {stage.name: self.load_stage(stage) for stage in earlier} | {last.name: self.model}
+        # Pipelines are not told their revision; the loader files remote code under the commit that it comes from.
+        repository = self.model.name_or_path
+        revision = None if os.path.isdir(repository) else type(self).__module__.split(".")[-2]
+        self.models = load_stages(self.model, repository, [stage.name for stage in self.processor.stages], revision)
         reads_captions = any("caption" in stage.reads for stage in self.processor.stages)
         self.captioner = Captioner(caption_model, device=self.device) if caption_model and reads_captions else None
-
-    def load_stage(self, stage: Stage) -> PreTrainedModel:
-        """An earlier stage's model, from its subfolder, at the revision that this pipeline comes from."""
-        repository = self.model.name_or_path
-        # Pipelines are not told their revision; the loader files remote code under the commit that it comes from.
-        revision = None if os.path.isdir(repository) else type(self).__module__.split(".")[-2]
-        model = load_stage_model(type(self.model), repository, stage.name, revision, dtype=self.model.dtype)
-        model = model.to(self.device).eval()
-        share_tower(model, self.model)
-        return model
 
     def _sanitize_parameters(self, decode_answer: bool = False):
         return {}, {"decode_answer": decode_answer}, {}

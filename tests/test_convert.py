@@ -27,9 +27,9 @@ from transformers import (
 from trl import ModelConfig
 
 from mmcot import convert as convert_module
+from mmcot.building import build_model
 from mmcot.convert import convert, read_tensors
-from mmcot.recipes import Recipe, RecipeArguments, StageArguments
-from mmcot.training import build_model
+from mmcot.recipes import Recipe, RecipeArguments
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.vision_mmcot import TOWERS
 
@@ -283,7 +283,7 @@ def test_timms_own_vit_is_attached_as_well(published):
 def test_a_converted_model_is_trained_on_with_its_own_fusion(published):
     convert(str(published / "answer"), published / "ours", "vit")
     recipe = Recipe(RecipeArguments(), [], Seq2SeqTrainingArguments(), ModelConfig(str(published / "ours")), {})
-    model = build_model(recipe, StageArguments("answer", [], "answer_text"), None, None)
+    model = build_model(recipe, None, None)
     assert model.config.fusion == "gated_mha" and model.config.zeros_for_missing_pictures
     theirs = torch.load(published / "answer/pytorch_model.bin", weights_only=True)
     assert torch.equal(model.encoder.fusion.joint_gate.weight, theirs["encoder.gate_dense.weight"])

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.pipeline_mmcot import choose_answers, encode, rows_of_like_lengths, run_stages, share_tower
+from modeling_mmcot.pipeline_mmcot import choose_answers, encode, rows_of_like_lengths, run_stages
+from modeling_mmcot.stages_mmcot import share_tower
 
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
 COLUMNS = ["question", "choices", "images"]

@@ -13,10 +13,11 @@ import yaml
 from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from safetensors.torch import load_file
 
+from mmcot.building import build_stage
 from mmcot.pictures import read_pictures
 from mmcot.problems import load_problems
 from mmcot.recipes import parse_recipe
-from mmcot.training import build_stage, with_gold_columns
+from mmcot.training import with_gold_columns
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 
@@ -106,15 +107,15 @@ def test_the_validation_loss_is_the_mean_over_all_target_tokens(tiny_run, tiny_d
 
 def is_whole(checkpoint, seconds_later=0.0):
     def moment():
-        reached = (checkpoint / "trainer_state.json").exists()
+        reached = checkpoint.exists()
         time.sleep(seconds_later if reached else 0)
         return reached
 
     return moment
 
 
-def is_half_written(checkpoint):
-    return lambda: checkpoint.is_dir() and not (checkpoint / "trainer_state.json").exists()
+def is_being_written(checkpoint):
+    return lambda: (checkpoint.parent / "unfinished" / checkpoint.name).is_dir()
 
 
 @pytest.mark.slow
@@ -136,8 +137,8 @@ def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, 
         process.wait()
 
     def is_cut_off_by_a_kill(checkpoint):
-        kill_at(is_half_written(checkpoint))
-        return not (checkpoint / "trainer_state.json").exists()
+        kill_at(is_being_written(checkpoint))
+        return not checkpoint.exists()
 
     for stage in STAGES:
         early, *written, late = (folder / stage / f"checkpoint-{n}" for n in (seeded.choice((4, 8)), 12, 16, 20))

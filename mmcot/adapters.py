@@ -1,0 +1,93 @@
+"""PEFT: what is trained of a large base, and what is saved of it.
+
+Adapters are made here. Loading them beside their base, to predict, is `stages_mmcot.py`'s, which ships.
+"""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel, TaskType, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import BitsAndBytesConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from modeling_mmcot import MMCoTForConditionalGeneration
+
+# Trained and saved whole, beside what adapts the text model: it is new, there is nothing in it to adapt.
+FUSION = "fusion"
+NOT_TEXT = r".*\b(fusion|vision_tower)\b.*"
+
+
+def adapt(model: MMCoTForConditionalGeneration, model_config: ModelConfig) -> PeftModel:
+    """The model with a fresh adapter: what is trained of it are the adapter and the fusion, in float32."""
+    config = get_peft_config(model_config)
+    config.task_type = TaskType.SEQ_2_SEQ_LM
+    config.target_modules = target_modules(model_config)
+    config.exclude_modules = NOT_TEXT
+    saved = {*(model_config.lora_modules_to_save or []), *([FUSION] if model.encoder.fusion is not None else [])}
+    config.modules_to_save = sorted(saved) or None
+    adapted = get_peft_model(model, config)
+    # A path of this machine, which PEFT would publish. An adapter lies beside its base.
+    adapted.peft_config["default"].base_model_name_or_path = ""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # a bfloat16 weight would swallow most of its updates
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def target_modules(model_config: ModelConfig) -> list[str] | str:
+    """Names, or a pattern or "all-linear" for PEFT to read; by default PEFT's own choice for T5."""
+    names = model_config.lora_target_modules
+    if names is None:
+        return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["t5"]
+    # trl makes a list of one name that name, which PEFT would read as a pattern of whole names.
+    return [names] if isinstance(names, str) and re.fullmatch(r"\w+(\.\w+)*", names) else names
+
+
+def check_adapters(model_config: ModelConfig, linear_layers: list[str]) -> None:
+    """
+    Args:
+        linear_layers: the names of the text model's.
+
+    Raises:
+        ValueError: `lora_target_modules` matches nothing; quantization was asked for without bitsandbytes or a GPU.
+    """
+    targets = target_modules(model_config)
+    if isinstance(targets, list):
+        unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in linear_layers)]
+    else:
+        is_known = targets == "all-linear" or any(re.fullmatch(targets, layer) for layer in linear_layers)
+        unknown = [] if is_known else [targets]
+    if unknown:
+        ends = sorted({layer.rsplit(".", 1)[-1] for layer in linear_layers})
+        raise ValueError(
+            f"lora_target_modules: {unknown[0]!r} matches no linear layer of the text model; there are "
+            f"{', '.join(ends)}."
+        )
+    quantization(model_config)
+
+
+def quantization(model_config: ModelConfig) -> BitsAndBytesConfig | None:
+    """How the base is quantized while adapters are trained: the linear layers of the text model."""
+    config = get_quantization_config(model_config)
+    if config is None:
+        return None
+    asked = "load_in_4bit" if model_config.load_in_4bit else "load_in_8bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{asked} is set, which needs bitsandbytes, and that is not installed.")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{asked} is set, which needs a GPU, and this machine has none.")
+    config.llm_int8_skip_modules = ["lm_head", FUSION, "vision_tower"]
+    return config
+
+
+def save_base(model: MMCoTForConditionalGeneration, folder: Path, stage_names: list[str]) -> None:
+    """The base that the stages adapt, whole or not at all."""
+    model.config.stage_adapters = stage_names
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)

@@ -1,0 +1,181 @@
+"""A recipe -> its parts: the stages, the processor, the model that every stage starts from.
+
+Nothing is trained or written here, and no data is read but the problems that a tokenizer is trained on.
+"""
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+from trl import ModelConfig
+
+from mmcot.feature_store import FeatureStore
+from mmcot.features import load_image_processor
+from mmcot.recipes import Recipe, StageArguments
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pictures_mmcot import build_image_processor
+from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
+
+
+def build_stage(arguments: StageArguments) -> Stage:
+    if arguments.template is not None and arguments.template not in PAPER_TEMPLATES:
+        raise ValueError(
+            f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
+        )
+    templates = PAPER_TEMPLATES.get(arguments.template, {})
+    return Stage(
+        name=arguments.name,
+        reads=arguments.reads,
+        writes=arguments.writes,
+        source=arguments.source or templates["source"],
+        target=arguments.target or templates["target"],
+        max_source_length=arguments.max_source_length,
+        max_target_length=arguments.max_target_length,
+    )
+
+
+def check_tower_name(recipe: Recipe) -> None:
+    """`vision_tower` is a name that there is, and goes with the tower that the recipe describes."""
+    arguments = recipe.arguments
+    if arguments.vision_tower is None:
+        return
+    if arguments.vision_model_name_or_path is not None:
+        vision_config = tower_config(arguments.vision_model_name_or_path)
+    elif arguments.vision_config is not None:
+        vision_config = AutoConfig.for_model(**arguments.vision_config)
+    else:
+        raise ValueError(f"vision_tower is {arguments.vision_tower!r}, but the recipe has no picture tower.")
+    find_tower(vision_config, arguments.vision_tower)
+
+
+def is_frozen(recipe: Recipe) -> bool:
+    """Whether the picture tower is left as it is."""
+    if recipe.arguments.freeze_vision is not None:
+        return recipe.arguments.freeze_vision
+    own = own_config(recipe.model_config)
+    return own is not None and own.freeze_vision
+
+
+def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset) -> MMCoTProcessor:
+    arguments, model_config = recipe.arguments, recipe.model_config
+    if arguments.tokenizer_vocab_size is not None:
+        tokenizer = train_tokenizer(train_problems, stages, arguments.tokenizer_vocab_size)
+    else:
+        name = arguments.tokenizer_name_or_path or model_config.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    image_processor = None
+    if arguments.image_processor is not None:
+        image_processor = build_image_processor(arguments.image_processor)
+    elif arguments.vision_model_name_or_path is not None:
+        image_processor = load_image_processor(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
+    elif own_config(model_config) is not None:
+        image_processor = MMCoTProcessor.from_pretrained(model_config.model_name_or_path).image_processor
+    return MMCoTProcessor(tokenizer, image_processor, stages)
+
+
+def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
+    """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
+    if model_config.model_name_or_path is None:
+        return None
+    config = AutoConfig.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
+    return config if isinstance(config, MMCoTConfig) else None
+
+
+def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A small tokenizer with T5's special tokens, trained on the sources and targets of the training problems."""
+    rows = problems.remove_columns("images").to_list()
+
+    def texts():
+        for row in rows:
+            for stage in stages:
+                row = {**row, stage.writes: stage.render_target(row)}
+                yield stage.render_source(row)
+                yield row[stage.writes]
+
+    # Byte pairs within words, so that in a small vocabulary most words are one piece.
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("[.,?!:]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    special_tokens = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        texts(), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def linear_layers(recipe: Recipe) -> list[str]:
+    """Names of the text model's, without its weights."""
+    if recipe.model_config.model_name_or_path is None:
+        config = T5Config(**(recipe.arguments.text_config or {}))
+    else:
+        config = AutoConfig.from_pretrained(
+            recipe.model_config.model_name_or_path, revision=recipe.model_config.model_revision
+        )
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, store: FeatureStore | None
+) -> MMCoTForConditionalGeneration:
+    """The model that every stage starts from, the same for each."""
+    arguments, model_config = recipe.arguments, recipe.model_config
+    set_seed(recipe.training_arguments.seed)
+    tower = None
+    fields = {"max_images": arguments.max_images}
+    for name in ("fusion", "freeze_vision"):
+        if getattr(arguments, name) is not None:
+            fields[name] = getattr(arguments, name)
+    if arguments.vision_model_name_or_path is not None:
+        tower = load_vision_tower(arguments.vision_model_name_or_path)
+    own = own_config(model_config)
+    if own is None or own.vision_hidden_size is None:
+        # A model that has a width of its own keeps it, to be held against the tower or the store.
+        if tower is not None:
+            fields["vision_hidden_size"] = tower_width(tower)
+        elif store is not None:
+            fields["vision_hidden_size"] = store.hidden_size
+            fields["num_vision_tokens"] = store.num_patches
+            fields["vision_tower"] = tower_name(store.manifest["vision_tower"])
+    if model_config.model_name_or_path is None:
+        config = MMCoTConfig(
+            vocab_size=len(tokenizer),
+            decoder_start_token_id=tokenizer.pad_token_id,
+            vision_config=arguments.vision_config,
+            **{"vision_tower": arguments.vision_tower, **fields},
+            **(arguments.text_config or {}),
+        )
+        model = MMCoTForConditionalGeneration(config)
+        if model_config.dtype not in (None, "auto"):
+            model = model.to(getattr(torch, model_config.dtype))
+    else:
+        model = MMCoTForConditionalGeneration.from_pretrained(
+            model_config.model_name_or_path,
+            revision=model_config.model_revision,
+            dtype=model_config.dtype,
+            attn_implementation=model_config.attn_implementation,
+            **fields,
+        )
+    if tower is not None:
+        model.attach_tower(tower, tower_name(arguments.vision_model_name_or_path, arguments.vision_tower))
+    return model

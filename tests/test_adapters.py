@@ -1,0 +1,305 @@
+"""Stages as adapters of one base: trained, saved, loaded by strangers, switched, merged; the base stays what it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_RECIPE, as_a_stranger, run_script, tiny_model
+from peft import PeftModelForSeq2SeqLM
+from safetensors.torch import load_file, save_file
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from trl import ModelConfig
+
+from mmcot.adapters import adapt, check_adapters, quantization
+from mmcot.predict import load_system
+from mmcot.training import main
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pipeline_mmcot import run_stages
+
+STAGES = ("rationale", "answer")
+LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q", "v", "wi_0", "--learning_rate", "0.02")
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_dataset, tmp_path_factory):
+    """The tiny one in FLAN-T5's shape: gated feed-forward, a head of its own."""
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values["dataset"] = str(tiny_dataset)
+    values["text_config"].update(feed_forward_proj="gated-gelu", scale_decoder_outputs=False)
+    file = tmp_path_factory.mktemp("recipe") / "adapters.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def train(recipe, folder, *options, check=True):
+    return run_script("train.py", "--config", recipe, "--output_dir", folder, *options, check=check)
+
+
+@pytest.fixture(scope="session")
+def adapter_run(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "adapters"
+    train(recipe, folder, *LORA)
+    return folder
+
+
+@pytest.fixture
+def problems(tiny_dataset):
+    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test"]
+    return [
+        {
+            "image": [str(tiny_dataset.parent / name) for name in row["images"]] or None,
+            **{name: row[name] for name in ("id", "question", "choices", "context")},
+        }
+        for row in rows
+    ]
+
+
+def merged(hub, stage):
+    """A stage's whole model, by PEFT's own merging."""
+    base = MMCoTForConditionalGeneration.from_pretrained(hub)
+    model = PeftModelForSeq2SeqLM.from_pretrained(base, hub, subfolder=stage).merge_and_unload()
+    model.generation_config = model.generation_config.from_pretrained(hub, f"{stage}/generation_config.json")
+    return model.eval()
+
+
+def test_a_run_holds_the_base_once_and_an_adapter_for_each_stage(adapter_run):
+    hub = adapter_run / "hub"
+    assert (hub / "model.safetensors").read_bytes() == (adapter_run / "base" / "model.safetensors").read_bytes()
+    assert not (hub / "adapter_config.json").exists(), "a repository id would lead to another base"
+    assert json.loads((hub / "config.json").read_text())["stage_adapters"] == list(STAGES)
+    for stage in STAGES:
+        files = sorted(file.name for file in (hub / stage).iterdir())
+        assert files == ["adapter_config.json", "adapter_model.safetensors", "generation_config.json"]
+        adapter = load_file(hub / stage / "adapter_model.safetensors")
+        assert any("fusion" in name for name in adapter) and any(name.endswith("q.lora_B.weight") for name in adapter)
+        assert not any("vision_tower" in name for name in adapter)
+        assert str(adapter_run) not in (hub / stage / "adapter_config.json").read_text()
+    fusions = [load_file(hub / stage / "adapter_model.safetensors") for stage in STAGES]
+    for name, tensor in fusions[0].items():
+        assert not torch.equal(tensor, fusions[1][name]), f"{name} was not trained"
+
+
+@pytest.mark.parametrize("source", [pytest.param("folder", marks=pytest.mark.slow), "repository"])
+def test_a_stranger_gets_the_merged_models_answers_from_one_base(adapter_run, problems, tmp_path, source):
+    hub, name = adapter_run / "hub", "model"
+    if source == "folder":
+        shutil.copytree(hub, tmp_path / name)
+    else:
+        name, commit = "user/model", "a" * 40
+        repository = tmp_path / "hf_home" / "hub" / "models--user--model"
+        shutil.copytree(hub, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    answers, size, num_bases, is_base = as_a_stranger(
+        """
+        name = sys.argv[1]
+        answer = pipeline("multimodal-cot", model=name, trust_remote_code=True)
+        answers = answer(json.load(open("problems.json")), batch_size=5)
+        models = list(answer.models.values())
+        size = sum(tensor.nbytes for tensor in {id(t): t for m in models for t in m.parameters()}.values())
+        plain = AutoModelForSeq2SeqLM.from_pretrained(name, trust_remote_code=True).state_dict()
+        adapted = models[0].state_dict().items()
+        base = {key.replace(".base_layer", "").replace("original_module.", ""): tensor for key, tensor in adapted}
+        is_base = all(torch.equal(base[key], tensor) for key, tensor in plain.items())
+        print(json.dumps([answers, size, len({id(model) for model in models}), is_base]))
+        """,
+        tmp_path,
+        name,
+        needs="peft accelerate",
+    )
+    models = {stage: merged(hub, stage) for stage in STAGES}
+    processor = MMCoTProcessor.from_pretrained(hub)
+    images = [problem["image"] for problem in problems]
+    rows = [{**problem, "caption": ""} for problem in problems]
+    expected = run_stages(lambda stage: models[stage.name], processor, rows, images)
+    for answer, columns in zip(answers, expected, strict=True):
+        assert answer["rationale"] == columns["rationale"] and answer["answer_index"] == columns["answer"]
+        assert answer["scores"] == pytest.approx(columns["scores"], abs=1e-5)
+    assert num_bases == 1 and is_base
+    adapters = sum((hub / stage / "adapter_model.safetensors").stat().st_size for stage in STAGES)
+    assert size <= (hub / "model.safetensors").stat().st_size + adapters
+
+
+def test_a_stranger_without_peft_is_told(adapter_run, tmp_path):
+    shutil.copytree(adapter_run / "hub", tmp_path / "model")
+    message = as_a_stranger(
+        """
+        try:
+            pipeline("multimodal-cot", model="model", trust_remote_code=True)
+        except ImportError as error:
+            print(json.dumps(str(error)))
+        """,
+        tmp_path,
+    )
+    assert "pip install peft" in message
+
+
+def test_a_run_predicts_what_its_export_does(adapter_run, tiny_dataset, tmp_path):
+    output = tmp_path / "test.json"
+    options = ("--dataset", tiny_dataset, "--decode_answer", "--batch_size", "16")
+    run_script("-m", "mmcot.predict", adapter_run, *options, "--output", output)
+    assert output.read_bytes() == (adapter_run / "predictions" / "test.json").read_bytes()
+
+
+def test_adapters_are_switched_by_stage_with_their_ways_to_generate(adapter_run):
+    _, models = load_system(str(adapter_run))
+    limits, weights = [], []
+    for stage in (*STAGES, *STAGES):
+        model = models[stage]
+        limits.append(model.generation_config.max_new_tokens)
+        fusion = load_file(adapter_run / "hub" / stage / "adapter_model.safetensors")
+        name = next(name for name in fusion if name.endswith("vision_gate.weight"))
+        weights.append(torch.equal(model.encoder.fusion.vision_gate.weight, fusion[name]))
+    assert limits == [12, 16, 12, 16] and all(weights)
+
+
+@pytest.mark.slow
+def test_merged_stages_are_whole_models_that_answer_alike(adapter_run, recipe, tmp_path):
+    train(recipe, tmp_path / "run", *LORA, "--merge_adapters", "true")
+    hub = tmp_path / "run" / "hub"
+    assert not list(hub.rglob("adapter_*")) and not (tmp_path / "run" / "base").exists()
+    assert (hub / "rationale" / "model.safetensors").exists()
+    assert not any("lora" in name or "modules_to_save" in name for name in load_file(hub / "model.safetensors"))
+    whole, adapted = (
+        json.loads((folder / "predictions" / "test.json").read_text()) for folder in (tmp_path / "run", adapter_run)
+    )
+    for problem_id, columns in adapted.items():
+        assert whole[problem_id]["rationale"] == columns["rationale"]
+        assert whole[problem_id]["scores"] == pytest.approx(columns["scores"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_bfloat16_base_is_merged_in_bfloat16(recipe, tmp_path):
+    options = ("--dtype", "bfloat16", "--bf16", "true", "--merge_adapters", "true", "--max_steps", "2")
+    train(recipe, tmp_path / "run", *LORA, *options)
+    weights = load_file(tmp_path / "run" / "hub" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert (tmp_path / "run" / "predictions" / "test.json").exists()
+
+
+@pytest.mark.slow
+def test_a_tower_trained_beside_adapters_is_each_stages_own(recipe, problems, tmp_path):
+    train(recipe, tmp_path / "run", *LORA, "--lora_modules_to_save", "vision_tower", "--max_steps", "6")
+    processor, models = load_system(str(tmp_path / "run"))
+    apart = {stage: merged(tmp_path / "run" / "hub", stage) for stage in STAGES}
+    towers = [apart[stage].encoder.vision_tower.state_dict() for stage in STAGES]
+    assert not all(torch.equal(towers[1][name], tensor) for name, tensor in towers[0].items())
+    images = [problem["image"] for problem in problems]
+    rows = [{**problem, "caption": ""} for problem in problems]
+    found = run_stages(lambda stage: models[stage.name], processor, rows, images)
+    expected = run_stages(lambda stage: apart[stage.name], processor, rows, images)
+    for columns, other in zip(found, expected, strict=True):
+        assert columns["rationale"] == other["rationale"]
+        assert columns["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(adapter_run, recipe, tmp_path):
+    """As if killed after the checkpoint of step 20 of the last stage."""
+    folder = tmp_path / "run"
+    shutil.copytree(adapter_run, folder)
+    shutil.rmtree(folder / "hub")
+    for file in ("train_results.json", "adapter_model.safetensors", "adapter_config.json"):
+        (folder / "answer" / file).unlink()
+    shutil.rmtree(folder / "answer" / "checkpoint-24")
+    assert (folder / "answer" / "checkpoint-20").is_dir()
+    for split in ("val", "test"):
+        (folder / "predictions" / f"{split}.json").unlink()
+    train(recipe, folder, *LORA)
+    for name in ("answer/adapter_model.safetensors", "predictions/test.json"):
+        assert (folder / name).read_bytes() == (adapter_run / name).read_bytes()
+
+
+def test_training_an_adapter_leaves_every_tensor_of_the_base(batch, labels, tmp_path):
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = adapt(model, ModelConfig(use_peft=True, lora_r=2, lora_target_modules=["q", "wo"]))
+    rows = [{name: tensor[row] for name, tensor in {**batch, "labels": labels}.items()} for row in range(3)]
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path, max_steps=3, learning_rate=0.1, report_to="none", use_cpu=True, remove_unused_columns=False
+    )
+    Seq2SeqTrainer(adapted, arguments, train_dataset=rows).train()
+    after = {
+        name.replace(".base_layer", "").replace("original_module.", ""): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name or "fusion" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({}, {"q", "v"}),
+        ({"lora_target_modules": ["wo"]}, {"wo"}),
+        ({"lora_target_modules": "all-linear"}, {"q", "k", "v", "o", "wi", "wo"}),
+        ({"lora_target_modules": [r".*decoder.*\.(k|o)"]}, {"k", "o"}),
+        ({"lora_target_modules": ["q", "v"], "use_dora": True}, {"q", "v"}),
+    ],
+)
+def test_what_is_adapted(options, layers):
+    adapted = adapt(tiny_model(), ModelConfig(use_peft=True, **options))
+    names = [name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A." in name]
+    assert {name.rsplit(".", 1)[-1] for name in names} == layers
+    assert not any("vision_tower" in name or "fusion" in name for name in names)
+
+
+def test_what_is_trained_of_a_bfloat16_base_is_float32():
+    adapted = adapt(tiny_model().bfloat16(), ModelConfig(use_peft=True))
+    dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in adapted.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_names_that_match_nothing_are_refused_with_those_that_there_are():
+    layers = ["encoder.block.0.layer.0.SelfAttention.q", "lm_head"]
+    for asked in (["q", "query"], ["query"], r".*decoder.*"):
+        with pytest.raises(ValueError, match="matches no linear layer of the text model; there are lm_head, q"):
+            check_adapters(ModelConfig(use_peft=True, lora_target_modules=asked), layers)
+    check_adapters(ModelConfig(use_peft=True, lora_target_modules=["SelfAttention.q"]), layers)
+
+
+def test_quantization_without_the_means_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="load_in_4bit is set, which needs bitsandbytes"):
+        quantization(ModelConfig(use_peft=True, load_in_4bit=True))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="load_in_8bit is set, which needs a GPU"):
+        quantization(ModelConfig(use_peft=True, load_in_8bit=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--lora_r", "4"), ("lora_r", "use_peft")),
+        (("--merge_adapters", "true"), ("merge_adapters", "use_peft")),
+        (("--use_peft", "true", "--lora_target_modules", "query", "value"), ("'query'", "q, v")),
+        (("--use_peft", "true", "--dtype", "bfloat16"), ("bfloat16", "bf16: true")),
+        (("--use_peft", "true", "--freeze_vision", "false"), ("freeze_vision", "lora_modules_to_save")),
+        (("--use_peft", "true", "--load_in_4bit", "true"), ("load_in_4bit", "bitsandbytes")),
+        (("--use_peft", "true", "--load_in_4bit", "true", "--merge_adapters", "true"), ("merge_adapters", "quantized")),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_written(options, expected, recipe, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(recipe), "--output_dir", str(tmp_path / "run"), *options])
+    assert all(word in stopped.value.code for word in expected), stopped.value.code
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", ["fusion", "shape"])
+def test_an_adapter_of_another_base_is_refused(adapter_run, tmp_path, change):
+    shutil.copytree(adapter_run / "hub", tmp_path / "hub")
+    file = tmp_path / "hub" / "answer" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if change == "fusion":
+        tensors = {name.replace("vision_gate", "gate"): tensor for name, tensor in tensors.items()}
+    else:
+        tensors = {name: tensor[:, :8].contiguous() if "lora_A" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="adapter in .*answer was trained on another base or fusion"):
+        load_system(str(tmp_path / "hub"))
