@@ -21,10 +21,12 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from benchmarks.feature_store import detr_checkpoint
 from benchmarks.setting import DATASET, FLAN_T5, TOKENIZER, report
+from mmcot.files import read_json, write_json
 from mmcot.problems import load_problems
 from modeling_mmcot import MMCoTForConditionalGeneration
 
@@ -36,11 +38,17 @@ TEXT_LENGTH = 16
 
 
 def checkpoint(folder: Path) -> Path:
+    """As FLAN-T5-XL's own: in shards, with a head of its own, which transformers' class would tie."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = T5ForConditionalGeneration(T5Config(**FLAN_T5, **XL))
+    model = T5ForConditionalGeneration(T5Config(**FLAN_T5, **XL, tie_word_embeddings=False))
+    head = torch.randn_like(model.shared.weight) * XL["d_model"] ** -0.5
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="1GB")
+    save_file({"lm_head.weight": head}, folder / "head.safetensors", metadata={"format": "pt"})
+    index = read_json(folder / "model.safetensors.index.json")
+    index["weight_map"]["lm_head.weight"] = "head.safetensors"
+    write_json(folder / "model.safetensors.index.json", index)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
     return folder
 

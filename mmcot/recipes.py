@@ -6,6 +6,7 @@ trained. It knows nothing of the model and builds nothing.
 """
 
 import difflib
+import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from trl import ModelConfig, TrlParser
 
 from mmcot.files import resolved
 from mmcot.problems import FEATURES, GOLD_COLUMNS
+
+logger = logging.getLogger(__name__)
 
 # Where and how a run is run, not what is run: these may change between two calls that go on with one run.
 MACHINE_SETTINGS = {
@@ -150,6 +153,11 @@ def parse_recipe(command_line: list[str]) -> Recipe:
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
     }
     check_adapters(arguments, training_arguments, model_config, said, config)
+    if training_arguments.fp16:
+        logger.warning(
+            "fp16: T5's activations overflow float16 (transformers issues 14189 and 23918) and the loss becomes nan. "
+            "Use bf16 where there is hardware for it, else float32 with smaller batches and accumulation."
+        )
     parsed = (arguments, training_arguments, model_config)
     values = {name: getattr(part, name) for part in parsed for name in sorted(said) if hasattr(part, name)}
     values = {name: plain(value) for name, value in values.items() if name not in MACHINE_SETTINGS}
@@ -267,9 +275,8 @@ def check_adapters(
             if name.startswith("lora_") or name in PEFT_SETTINGS:
                 raise ValueError(f"{config}: {name} is set, which goes with use_peft: true.")
         return
-    if model_config.dtype in ("bfloat16", "float16", "auto") and not (
-        training_arguments.bf16 or training_arguments.fp16
-    ):
+    is_mixed = training_arguments.bf16 or training_arguments.fp16
+    if model_config.dtype in ("bfloat16", "float16", "auto") and not is_mixed:
         raise ValueError(
             f"{config}: dtype is {model_config.dtype}, and what is trained is kept in float32: that wants bf16: true."
         )

@@ -126,7 +126,8 @@ class StageTrainer(Seq2SeqTrainer):
             self.is_saving = False
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, MMCoTForConditionalGeneration) and not self.is_fsdp_enabled:
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(self.model, MMCoTForConditionalGeneration) and not is_sharded:
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -179,8 +180,7 @@ class SameSteps(TrainerCallback):
         if not is_as_before and not 0.8 < state.epoch / state.global_step * steps < 1.25:
             raise RunStopped(
                 f"The checkpoint comes from {state.global_step / state.epoch:.1f} steps an epoch, and here an epoch "
-                f"has {steps}: choose "
-                f"per_device_train_batch_size and gradient_accumulation_steps such that, times "
+                f"has {steps}: choose per_device_train_batch_size and gradient_accumulation_steps such that, times "
                 f"{args.world_size} processes, a step holds as many problems as before."
             )
 

@@ -68,6 +68,11 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, change, message):
     assert str(tmp_path / "recipe.yaml") in str(error.value)
 
 
+def test_float16_is_warned_of_with_what_to_use_instead(tmp_path, caplog):
+    parse(tmp_path, None, "--fp16", "true")
+    assert "overflow float16" in caplog.text and "bf16" in caplog.text
+
+
 def test_gold_is_the_same_here_and_in_what_ships():
     """What ships may not import `mmcot`, and problems know nothing of the model: the fact stands twice."""
     assert problems.GOLD_COLUMNS == processing_mmcot.GOLD_COLUMNS
