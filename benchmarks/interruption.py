@@ -4,7 +4,7 @@
 
 `train.py --config configs/demo.yaml` is run once to its end. Then it is killed (SIGKILL) at random moments over both
 stages and the export, each time called again with the same command, and run to its end. Weights, predictions, scores
-and the exported folder of both runs are compared, byte for byte. Takes half an hour on two cores. Prints a JSON object.
+and the exported folder of both runs are compared, byte for byte. Prints a JSON object.
 """
 
 import argparse

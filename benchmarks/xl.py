@@ -4,7 +4,8 @@
 
 Weights are random, made layer by layer in bfloat16; the recipe is configs/scienceqa_xl_lora.yaml but for its length: a
 few real problems, two steps a stage of which the first is saved, and texts of 16 tokens. `train.py` is killed (SIGKILL)
-when the answer stage has saved its first step, and then called again. DIR (a temporary one by default) needs 25 GB.
+when the answer stage has saved its first step, and then called again. DIR (a temporary one by default)
+holds the base three times, 6 GB each.
 Prints a JSON object: seconds, and the peak of resident memory of each run, sampled from outside.
 """
 

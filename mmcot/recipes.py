@@ -91,6 +91,8 @@ class RecipeArguments:
         tokenizer_vocab_size: train a tokenizer of that many pieces on the training texts instead.
         text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
         target_column: `COLUMN=FILE.json`, texts by problem id to train the stage that writes that column on.
+        merge_adapters: with `use_peft`, save whole models in place of a base and adapters.
+        pass_over_damaged_checkpoints: go on from the newest checkpoint that is whole, where a newer one is damaged.
         decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
     """
 
