@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -36,6 +37,13 @@ def adapt(model: MMCoTForConditionalGeneration, model_config: ModelConfig) -> Pe
         if parameter.requires_grad:  # a bfloat16 weight would swallow most of its updates
             parameter.data = parameter.data.float()
     return adapted
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Those of an adapter that was saved, fusion included, into the model's own."""
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    if result.unexpected_keys:
+        raise ValueError(f"The adapter in {folder} is another one: {result.unexpected_keys}")
 
 
 def target_modules(model_config: ModelConfig) -> list[str] | str:

@@ -72,12 +72,20 @@ class Skill:
     draw: Callable[..., "Canvas"] | None = None
 
 
-def generate(split: str) -> Iterator[dict]:
-    """Problem rows of `split` ("train", "val" or "test"), skills interleaved; the same rows in any process."""
+def generate(split: str, difficulty: int = 1) -> Iterator[dict]:
+    """
+    Problem rows, skills interleaved; the same rows in any process.
+
+    Args:
+        split: `train`, `val` or `test`.
+        difficulty: at 2, 3, … there are a half, a third, … of the training problems, and each picture has 1, 2, … blots
+            of ink on it, which may hide what is asked for.
+    """
     if split not in SPLIT_SIZES:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLIT_SIZES)}")
-    rows = {name: _rows(name, split) for name in SKILLS}
-    order = [name for name, skill in SKILLS.items() for _ in range(SPLIT_SIZES[split] * skill.share // 100)]
+    size = SPLIT_SIZES[split] // (difficulty if split == "train" else 1)
+    rows = {name: _rows(name, split, num_blots=difficulty - 1) for name in SKILLS}
+    order = [name for name, skill in SKILLS.items() for _ in range(size * skill.share // 100)]
     random.Random(f"order {split}").shuffle(order)
     return (next(rows[name]) for name in order)
 
@@ -87,16 +95,21 @@ def seen(rationale: str) -> str:
     return rationale.partition(" So,")[0].strip()
 
 
-def _rows(name: str, split: str) -> Iterator[dict]:
+def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
     """Rows of one skill, no two alike; goes round the split's combinations again when they are used up."""
     skill = SKILLS[name]
-    rng = random.Random(f"{split} {name}")
+    rng, ink = random.Random(f"{split} {name}"), random.Random(f"{split} {name} blots")
     pool = [values for values in skill.combinations() if _home(name, values) == split]
     rng.shuffle(pool)
     known = set()
     for values in chain.from_iterable(repeat(pool, 100)):
         wording = skill.word(rng, *values)
-        picture = skill.draw(rng, *values).png() if skill.draw else None
+        picture = None
+        if skill.draw:
+            canvas = skill.draw(rng, *values)
+            for _ in range(num_blots):
+                canvas.blot(ink)
+            picture = canvas.png()
         key = (wording.question, wording.context, *sorted([wording.answer, *wording.others]), picture)
         if key in known:
             continue
@@ -154,6 +167,11 @@ class Canvas:
     def text(self, center: tuple, text: str, size: int, fill, anchor: str = "mm") -> None:
         x, y = center
         self._draw.text((x * SCALE, y * SCALE), text, fill, _font(size * SCALE), anchor)
+
+    def blot(self, rng: random.Random) -> None:
+        """Ink on a place drawn by chance, about as large as a shape of `SHAPES`."""
+        x, y = rng.randint(0, SIZE), rng.randint(0, SIZE)
+        self.ellipse((x - 13, y - 13, x + 13, y + 13), fill=INK)
 
     def png(self) -> bytes:
         file = io.BytesIO()

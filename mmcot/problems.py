@@ -51,8 +51,9 @@ SPLITS = ("train", "val", "test")
 def load_problems(source: str, split: str, max_images: int | None = None, pictures: bool = True) -> datasets.Dataset:
     """
     Args:
-        source: `demo`, a ScienceQA folder (`problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps
-            `captions.json`), or a `.jsonl` / `.parquet` file of rows.
+        source: `demo`, or `demo:2` and so on for a harder one (`demo.generate`), a ScienceQA folder (`problems.json`,
+            `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps `captions.json`), or a `.jsonl` / `.parquet` file of
+            rows.
         split: `train`, `val` or `test`.
         max_images: the most pictures of a problem. Of ScienceQA's (`image.png`, then its choices' `choice_0.png` and so
             on) the first so many are taken: with 1 what the original takes. More in a row of a file are an error.
@@ -62,8 +63,8 @@ def load_problems(source: str, split: str, max_images: int | None = None, pictur
         ValueError: what is wrong with the source, by file or id, field, what was found and what was expected.
     """
     check_split(split, source)
-    if source == "demo":
-        return demo_problems(split)
+    if source == "demo" or source.startswith("demo:"):
+        return demo_problems(source, split)
     path = Path(source)
     if path.is_dir():
         rows, folder = scienceqa_rows(path, split, max_images), path
@@ -78,14 +79,16 @@ def load_problems(source: str, split: str, max_images: int | None = None, pictur
     return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
 
 
-def demo_problems(split: str) -> datasets.Dataset:
+def demo_problems(source: str, split: str) -> datasets.Dataset:
     from mmcot import demo
 
+    difficulty = source.partition(":")[2] or "1"
+    if difficulty not in map(str, range(1, 10)):
+        raise ValueError(f"dataset is {source!r}; the difficulty of demo is a number from 1 to 9.")
+    drawn = {"split": split, "difficulty": int(difficulty)}
     # datasets knows a generator by its name alone, and would serve what an older demo.py drew.
-    version = datasets.fingerprint.Hasher.hash((inspect.getsource(demo), split))
-    return datasets.Dataset.from_generator(
-        demo.generate, gen_kwargs={"split": split}, features=FEATURES, fingerprint=version
-    )
+    version = datasets.fingerprint.Hasher.hash((inspect.getsource(demo), drawn))
+    return datasets.Dataset.from_generator(demo.generate, gen_kwargs=drawn, features=FEATURES, fingerprint=version)
 
 
 def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Iterator[dict[str, Any]]:

@@ -31,10 +31,12 @@ MACHINE_SETTINGS = {
     "logging_first_step",
     "dataloader_num_workers",
     "pass_over_damaged_checkpoints",
+    "fold",
 }
 # How a step's problems are shared out; how many they are is checked when a run goes on (`trainer.SameSteps`).
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
+STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit"), "init_from": ("base", "previous_stage")}
 PEFT_SETTINGS = ("use_dora", "use_rslora", "load_in_4bit", "load_in_8bit", "merge_adapters")
 
 
@@ -52,6 +54,9 @@ class StageArguments:
         max_source_length, max_target_length: in tokens.
         num_beams: of the free-running generation.
         num_train_epochs, learning_rate: this stage's own, in place of the recipe's.
+        inputs_from: what it is trained on of the columns that earlier stages write: `gold`, `generated` or `cross_fit`
+            (`stage_inputs.py`).
+        init_from: what its training starts from: `base`, or `previous_stage`.
     """
 
     name: str
@@ -65,6 +70,8 @@ class StageArguments:
     num_beams: int = 1
     num_train_epochs: float | None = None
     learning_rate: float | None = None
+    inputs_from: str = "gold"
+    init_from: str = "base"
 
     def __post_init__(self):
         # YAML reads 1e-4 as a string, and nested values pass no argument parser.
@@ -91,6 +98,9 @@ class RecipeArguments:
         tokenizer_vocab_size: train a tokenizer of that many pieces on the training texts instead.
         text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
         target_column: `COLUMN=FILE.json`, texts by problem id to train the stage that writes that column on.
+        num_folds: into how many parts the training problems fall, where a stage has `inputs_from: cross_fit`.
+        fold: only train the stages without that fold, 0 to num_folds - 1, and let them write for it. Folds can run side
+            by side; the command without it goes on with what they wrote.
         merge_adapters: with `use_peft`, save whole models in place of a base and adapters.
         pass_over_damaged_checkpoints: go on from the newest checkpoint that is whole, where a newer one is damaged.
         decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
@@ -112,6 +122,8 @@ class RecipeArguments:
     vision_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     image_processor: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     target_column: str | None = field(default=None, metadata={"help": "COLUMN=FILE.json, texts by problem id."})
+    num_folds: int = field(default=5, metadata={"help": "Parts of the training problems, for cross_fit."})
+    fold: int | None = field(default=None, metadata={"help": "Only what cross_fit wants of this fold."})
     merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})
     pass_over_damaged_checkpoints: bool = field(default=False, metadata={"help": "Go on from the last whole one."})
     decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
@@ -132,7 +144,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     """
     Raises:
         ValueError: an unknown key (with the nearest known one), two stages of one name, a stage that reads a column
-            nobody writes, an answer stage that is not the last one.
+            nobody writes, an answer stage that is not the last one, settings that do not go together.
     """
     config = config_path(command_line)
     command_line = [*command_line]
@@ -150,6 +162,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
             setattr(arguments, name, resolved(getattr(arguments, name)))
     stages = [read_stage(entry, config) for entry in arguments.stages]
     check_stages(stages, config)
+    check_inputs(arguments, stages, config)
     check_parts(arguments, model_config, stages, config)
     said = yaml.safe_load(Path(config).read_text()).keys() | {
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
@@ -225,6 +238,25 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
         raise ValueError(
             f"{config}: the last stage, and only it, writes `answer_text`; found "
             f"{', '.join(f'{stage.name} writes {stage.writes}' for stage in stages)}."
+        )
+
+
+def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], config: str) -> None:
+    for key, known in STAGE_CHOICES.items():
+        for number, stage in enumerate(stages):
+            value = getattr(stage, key)
+            if value not in known:
+                raise ValueError(
+                    f"{config}: stage {stage.name!r} has {key} {value!r}; expected one of {', '.join(known)}."
+                )
+            if number == 0 and value != known[0]:
+                raise ValueError(f"{config}: stage {stage.name!r} has {key} {value!r}, and no stage before it.")
+    is_cross_fit = any(stage.inputs_from == "cross_fit" for stage in stages)
+    if is_cross_fit and arguments.num_folds < 2:
+        raise ValueError(f"{config}: num_folds is {arguments.num_folds}; expected 2 or more.")
+    if arguments.fold is not None and not (is_cross_fit and 0 <= arguments.fold < arguments.num_folds):
+        raise ValueError(
+            f"{config}: fold is {arguments.fold}; expected 0 to num_folds - 1, and a stage with inputs_from: cross_fit."
         )
 
 

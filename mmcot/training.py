@@ -1,9 +1,9 @@
-"""A recipe -> a trained, scored and exported system, with the HF Trainer.
+"""A run that is prepared -> a trained, scored and exported system, with the HF Trainer.
 
-For each stage in order: train it on gold, then let it write its column for val and test, free-running. Then score and
-export. The same call again goes on where an interrupted one stopped: finished stages are kept, an unfinished one
-resumes from its last whole checkpoint. Nothing here knows how a recipe is written (`recipes.py`) or what a stage does
-with a batch (`pipeline_mmcot.py`).
+For each stage in order: train it, then let it write its column for val and test, free-running. Then score and export.
+The same call again goes on where an interrupted one stopped: finished stages are kept, an unfinished one resumes from
+its last whole checkpoint. What is checked before stands in `preparation.py`, what a stage does with a batch in
+`pipeline_mmcot.py`.
 """
 
 import copy
@@ -11,39 +11,38 @@ import gc
 import logging
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
-from jinja2 import meta
+from datasets import Dataset
+from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
 
-from mmcot.adapters import adapt, check_adapters, quantization, save_base
+from mmcot.adapters import adapt, load_adapter_weights, quantization, save_base
 from mmcot.batching import by_both_lengths
-from mmcot.building import build_model, build_processor, build_stage, check_tower_name, is_frozen, linear_layers
+from mmcot.building import build_model
 from mmcot.checkpoints import RunStopped, checkpoint_to_resume
 from mmcot.evaluate import format_table
 from mmcot.examples import lengths_of, tokenized
-from mmcot.feature_store import FeatureStore
-from mmcot.features import vision_source
 from mmcot.files import read_json, write_json
 from mmcot.hub import BASE, export
 from mmcot.metrics import score
-from mmcot.pictures import PixelStore
 from mmcot.predict import log_shortened, predict_stage
-from mmcot.problems import (
-    SPLITS,
-    join_captions,
-    join_column,
-    load_problems,
-    require_answers,
-    with_column,
+from mmcot.preparation import Run, prepare
+from mmcot.recipes import Recipe, StageArguments, parse_recipe
+from mmcot.stage_inputs import (
+    CROSS_FITTED,
+    fold_folder,
+    fold_of_each,
+    predictions_file,
+    read_predictions,
+    with_gold_columns,
+    with_written_columns,
 )
-from mmcot.recipes import Recipe, StageArguments, claim_run_folder, parse_recipe
 from mmcot.trainer import NamedCollator, SameSteps, StageTrainer, Termination, load_weights
-from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, LETTERS, Stage
+from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot.processing_mmcot import LETTERS, Stage
 from modeling_mmcot.stages_mmcot import StageAdapters
 
 logger = logging.getLogger(__name__)
@@ -51,146 +50,105 @@ logger = logging.getLogger(__name__)
 FINISHED = "train_results.json"  # written last in a stage's folder: the stage is trained
 
 
-@dataclass
-class Run:
-    """A recipe with its data found good and its folder taken: what is left to do is the work."""
-
-    recipe: Recipe
-    stages: list[Stage]
-    problems: dict[str, Dataset]  # by split
-    folder: Path
-    processor: MMCoTProcessor
-    store: FeatureStore | None  # features of the problems' pictures that the recipe names
-    pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
-
-
-def prepare(recipe: Recipe) -> Run:
-    """All that can be wrong with recipe and data is a `ValueError` here, before anything is trained or written."""
-    stages = [build_stage(arguments) for arguments in recipe.stages]
-    check_tower_name(recipe)
-    if recipe.model_config.use_peft:
-        check_adapters(recipe.model_config, linear_layers(recipe))
-    store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
-    problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
-    processor = build_processor(recipe, stages, problems["train"])
-    if store is not None:
-        model = build_model(recipe, processor.tokenizer, store)
-        store.check_model(model, processor.image_processor)
-    elif processor.image_processor is None and any("images" in stage.reads for stage in stages):
-        raise ValueError(
-            f"A stage reads `images`, but {recipe.model_config.model_name_or_path} has no picture tower: name one "
-            f"(vision_model_name_or_path), or features."
-        )
-    pictures = store or prepare_pictures(recipe, stages, processor, problems)
-    with PartialState().main_process_first():
-        folder = claim_run_folder(recipe)
-    return Run(recipe, stages, problems, folder, processor, store, pictures)
-
-
 def run(prepared: Run) -> None:
-    """Train, predict, score and export, into the run's folder."""
-    recipe, stages, problems, folder = prepared.recipe, prepared.stages, prepared.problems, prepared.folder
-    processor = prepared.processor
-    predictions = {split: read_predictions(folder, split) for split in ("val", "test")}
+    """Train, predict, score and export, into the run's folder; or, asked for one fold, only what is wanted of that."""
+    recipe, folder = prepared.recipe, prepared.folder
     if saves_adapters(recipe):
         with PartialState().main_process_first():
             prepare_base(prepared)
-    for stage, arguments in zip(stages, recipe.stages, strict=True):
-        model = train_stage(prepared, arguments, stage)
-        for split, columns in predictions.items():
-            predict_split(prepared, model, stage, split, columns)
-        del model  # before the next one is loaded
+    if recipe.arguments.fold is not None:
+        for stage in cross_fitted(prepared):
+            write_fold(prepared, stage, recipe.arguments.fold)
+        return
+    for stage in prepared.stages:
+        train_and_write(prepared, stage, {"val", "test"}, prepared.stages)
+        if stage in cross_fitted(prepared):
+            cross_fit(prepared, stage)
     if PartialState().is_main_process:
-        for split, columns in predictions.items():
-            write_json(folder / "scores" / f"{split}.json", score(problems[split], columns))
-        export(folder, processor)
+        for split in ("val", "test"):
+            scores = score(prepared.problems[split], read_predictions(folder, split))
+            write_json(folder / "scores" / f"{split}.json", scores)
+        export(folder, prepared.processor)
     PartialState().wait_for_everyone()
 
 
-def prepare_pictures(
-    recipe: Recipe, stages: list[Stage], processor: MMCoTProcessor, problems: dict[str, Dataset]
-) -> FeatureStore | PixelStore | None:
-    """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
-    every = concatenate_datasets(list(problems.values()))
-    if processor.image_processor is None or not any("images" in stage.reads for stage in stages):
-        return None
-    if not is_frozen(recipe):
-        return PixelStore(every, processor.image_processor)
-    model = build_model(recipe, processor.tokenizer, None).to(recipe.training_arguments.device)
-    return vision_source(model, processor.image_processor, every)
+def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[Stage]) -> None:
+    """
+    Train a stage, and let it write its column for the splits and for what later stages are trained on.
 
-
-def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
-    """A split's problems, checked, so that no run dies of bad data half-way."""
-    source = recipe.arguments.dataset
-    needs_files = store is None or store.needs_files
-    with PartialState().main_process_first():
-        problems = load_problems(source, split, recipe.arguments.max_images, needs_files)
-    if len(problems) == 0:
-        raise ValueError(f"{source}: split {split!r} has no problems.")
-    require_answers(problems)
-    if recipe.arguments.captions is not None:
-        problems = join_captions(problems, recipe.arguments.captions)
-    if store is not None and any("images" in stage.reads for stage in stages):
-        store.check_problems(problems)
-    if split == "train":
-        if recipe.arguments.target_column is not None:
-            problems = join_target_column(problems, recipe.arguments.target_column, stages)
-        for stage in stages:
-            check_targets(problems, stage, source)
-    return problems
-
-
-def join_target_column(problems: Dataset, target_column: str, stages: list[Stage]) -> Dataset:
-    column, separator, path = target_column.partition("=")
-    written = [stage.writes for stage in stages]
-    if not separator or column not in written:
-        raise ValueError(
-            f"--target_column is {target_column!r}; expected COLUMN=FILE.json with a COLUMN that a stage writes: "
-            f"{', '.join(written)}."
-        )
-    return join_column(problems, column, path)
-
-
-def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
-    """A stage whose gold is empty for every problem would learn to write nothing."""
-    if stage.writes in problems.column_names:
+    Args:
+        stages: those that are trained on these problems, this one among them.
+    """
+    later = {prepared.arguments_of(other).inputs_from for other in stages[stages.index(stage) + 1 :]}
+    if later - {"gold"}:
+        splits = splits | {"val"}
+    if "generated" in later:
+        splits = splits | {"train"}
+    if (prepared.folder / stage.name / FINISHED).exists() and all(is_written(prepared, stage, name) for name in splits):
+        logger.info("stage %s is trained and has written already: %s", stage.name, prepared.folder)
         return
-    names = meta.find_undeclared_variables(ENVIRONMENT.parse(stage.target))
-    gold = sorted(names & set(GOLD_COLUMNS))
-    if gold and "answer" not in gold and not any(any(problems[name]) for name in gold):
-        raise ValueError(
-            f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "
-            f"for all {len(problems)} training problems. Ways out: a recipe with one stage "
-            f"(configs/demo_one_stage.yaml), or texts of your own joined by problem id "
-            f"(--target_column {stage.writes}=FILE.json)."
-        )
+    model = train_stage(prepared, stage)
+    for split in sorted(splits):
+        predict_split(prepared, model, stage, split)
 
 
-def train_stage(prepared: Run, arguments: StageArguments, stage: Stage) -> MMCoTForConditionalGeneration:
+def cross_fitted(prepared: Run) -> list[Stage]:
+    """The stages before the last one that reads what stages trained without its problems wrote."""
+    reading = [
+        number for number, arguments in enumerate(prepared.recipe.stages) if arguments.inputs_from == "cross_fit"
+    ]
+    return prepared.stages[: max(reading, default=0)]
+
+
+def cross_fit(prepared: Run, stage: Stage) -> None:
+    """The stage's column for the training problems, each written by a stage that was trained without it."""
+    written = read_predictions(prepared.folder, CROSS_FITTED)
+    for fold in range(prepared.recipe.arguments.num_folds):
+        for problem_id, columns in write_fold(prepared, stage, fold).items():
+            written.setdefault(problem_id, {})[stage.writes] = columns[stage.writes]
+    if PartialState().is_main_process:
+        write_json(predictions_file(prepared.folder, CROSS_FITTED), written)
+    PartialState().wait_for_everyone()
+
+
+def write_fold(prepared: Run, stage: Stage, fold: int) -> dict[str, dict]:
+    """The predictions for the problems of a fold, of stages up to this one that were trained without them."""
+    arguments, problems = prepared.recipe.arguments, prepared.problems["train"]
+    folds = fold_of_each(len(problems), arguments.num_folds, prepared.recipe.training_arguments.seed)
+    others = problems.select([index for index, number in enumerate(folds) if number != fold])
+    held_out = problems.select([index for index, number in enumerate(folds) if number == fold])
+    folder = fold_folder(prepared.folder, fold)
+    splits = {"train": others, "val": prepared.problems["val"], "held_out": held_out}
+    logger.info("fold %d of %d: the %s stage", fold, arguments.num_folds, stage.name)
+    train_and_write(
+        replace(prepared, folder=folder, problems=splits),
+        stage,
+        {"held_out"},
+        cross_fitted(prepared),
+    )
+    return read_predictions(folder, "held_out")
+
+
+def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     """The trained model of a stage: from its folder where it is finished, else trained from where it stands."""
     recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder / stage.name
     if (stage_folder / FINISHED).exists():
         logger.info("stage %s is trained already: %s", stage.name, stage_folder)
         return load_trained(prepared, stage)
-    earlier = processor.stages[: processor.stages.index(stage)]
     examples = {}
     with PartialState().main_process_first():
         for split in ("train", "val"):
-            rows = with_gold_columns(prepared.problems[split], earlier)
+            rows = training_problems(prepared, stage, split)
             examples[split] = tokenized(rows, stage, processor, with_targets=True)
         checkpoint = checkpoint_to_resume(stage_folder, recipe.arguments.pass_over_damaged_checkpoints)
     for split, rows in examples.items():
         log_shortened(stage, sum(rows["is_shortened"]), len(rows), f"{split} problems")
-    model = starting_model(prepared, arguments)
-    if recipe.model_config.use_peft:
-        set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
-        model = adapt(model, recipe.model_config)  # the Trainer resumes it
-    elif checkpoint is not None:
+    model = starting_model(prepared, stage)
+    if checkpoint is not None and not recipe.model_config.use_peft:  # an adapter is resumed by the Trainer
         load_weights(model, checkpoint)
     trainer = StageTrainer(
         model=model,
-        args=training_arguments(recipe.training_arguments, arguments, stage_folder),
+        args=training_arguments(recipe.training_arguments, prepared.arguments_of(stage), stage_folder),
         train_dataset=examples["train"],
         eval_dataset=by_length(examples["val"]),
         data_collator=NamedCollator(processor, stage, prepared.pictures),
@@ -218,6 +176,17 @@ def train_stage(prepared: Run, arguments: StageArguments, stage: Stage) -> MMCoT
     return load_trained(prepared, stage)
 
 
+def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
+    """The problems with the columns of earlier stages that this one is trained on, or evaluated while it is trained."""
+    problems, earlier = prepared.problems[split], prepared.before(stage)
+    inputs_from = prepared.arguments_of(stage).inputs_from
+    if inputs_from == "gold":
+        return with_gold_columns(problems, earlier)
+    if inputs_from == "cross_fit" and split == "train":
+        return with_written_columns(problems, earlier, prepared.run_folder, CROSS_FITTED)
+    return with_written_columns(problems, earlier, prepared.folder, split)
+
+
 def stop_in_order(trainer: StageTrainer, stage: Stage) -> None:
     step, last = trainer.state.global_step, trainer.state.max_steps
     if trainer.is_world_process_zero():
@@ -237,24 +206,38 @@ def saves_adapters(recipe: Recipe) -> bool:
 
 def prepare_base(prepared: Run) -> None:
     """The base that all stages adapt, into the run's folder."""
-    if not (prepared.folder / BASE).exists():
+    base = prepared.run_folder / BASE
+    if not base.exists():
         model = build_model(prepared.recipe, prepared.processor.tokenizer, prepared.store)
-        save_base(model, prepared.folder / BASE, [stage.name for stage in prepared.stages])
+        save_base(model, base, [stage.name for stage in prepared.stages])
 
 
-def starting_model(prepared: Run, arguments: StageArguments) -> MMCoTForConditionalGeneration:
-    """What a stage's training starts from: the base of the run, where it has one, else a model built anew."""
-    recipe = prepared.recipe
+def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | PeftModel:
+    """What a stage's training starts from: the recipe's model or what the stage before made of it, or an adapter."""
+    recipe, arguments = prepared.recipe, prepared.arguments_of(stage)
+    model_config = recipe.model_config
+    previous = None
+    if arguments.init_from == "previous_stage":
+        previous = prepared.folder / prepared.before(stage)[-1].name
     if saves_adapters(recipe):
         model = MMCoTForConditionalGeneration.from_pretrained(
-            prepared.folder / BASE,
-            dtype=recipe.model_config.dtype,
-            attn_implementation=recipe.model_config.attn_implementation,
-            quantization_config=quantization(recipe.model_config),
+            prepared.run_folder / BASE,
+            dtype=model_config.dtype,
+            attn_implementation=model_config.attn_implementation,
+            quantization_config=quantization(model_config),
+        )
+    elif previous is not None:
+        model = MMCoTForConditionalGeneration.from_pretrained(
+            previous, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation
         )
     else:
         model = build_model(recipe, prepared.processor.tokenizer, prepared.store)
     model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
+    if model_config.use_peft:
+        set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
+        model = adapt(model, model_config)
+        if saves_adapters(recipe) and previous is not None:
+            load_adapter_weights(model, previous)
     return model
 
 
@@ -273,7 +256,7 @@ def load_trained(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     folder, device = prepared.folder, prepared.recipe.training_arguments.device
     if not (folder / stage.name / "adapter_config.json").exists():
         return MMCoTForConditionalGeneration.from_pretrained(folder / stage.name).to(device)
-    base = MMCoTForConditionalGeneration.from_pretrained(folder / BASE, dtype="auto").to(device)
+    base = MMCoTForConditionalGeneration.from_pretrained(prepared.run_folder / BASE, dtype="auto").to(device)
     return StageAdapters(base, str(folder), [stage.name])[stage.name]
 
 
@@ -289,31 +272,22 @@ def training_arguments(
     return arguments
 
 
-def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
-    """The columns that earlier stages would have written, rendered from gold: what a later stage is trained on."""
-    for stage in earlier:
-        texts = [stage.render_target(row) for row in problems.remove_columns("images")]
-        problems = with_column(problems, stage.writes, texts)
-    return problems
-
-
 def by_length(examples: Dataset) -> Dataset:
     """The same examples, neighbours of like lengths, so that batches of a fixed size hold little padding."""
     return examples.select(by_both_lengths(lengths_of(examples)))
 
 
-def read_predictions(folder: Path, split: str) -> dict[str, dict]:
-    file = folder / "predictions" / f"{split}.json"
-    return read_json(file) if file.exists() else {}
+def is_written(prepared: Run, stage: Stage, split: str) -> bool:
+    predictions = read_predictions(prepared.folder, split)
+    return all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
 
 
-def predict_split(
-    prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str, predictions: dict[str, dict]
-) -> None:
-    """The stage's column for a split, into `predictions` and the predictions file, unless it is there."""
-    recipe, problems = prepared.recipe, prepared.problems[split]
-    if all(stage.writes in predictions.get(problem_id, {}) for problem_id in problems["id"]):
+def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
+    """The stage's column for a split, into its predictions file, unless it is there."""
+    if is_written(prepared, stage, split):
         return
+    recipe, problems = prepared.recipe, prepared.problems[split]
+    predictions = read_predictions(prepared.folder, split)
     predict_stage(
         model,
         prepared.processor,
@@ -326,12 +300,13 @@ def predict_split(
         num_workers=recipe.training_arguments.dataloader_num_workers,
     )
     if PartialState().is_main_process:
-        write_json(prepared.folder / "predictions" / f"{split}.json", predictions)
+        write_json(predictions_file(prepared.folder, split), predictions)
+    PartialState().wait_for_everyone()
 
 
 def describe_result(folder: Path, problems: Dataset) -> str:
     """What a run ends with: the score table, where everything lies, and one answered problem."""
-    predictions = read_json(folder / "predictions" / "test.json")
+    predictions = read_predictions(folder, "test")
     problem = next((row for row in problems if row["images"]), problems[0])
     columns = predictions[problem["id"]]
     choices = "\n".join(
@@ -357,7 +332,10 @@ def main(argv: list[str] | None = None) -> None:
         run(prepared)
     except (RunStopped, OSError) as error:
         sys.exit(f"error: {error}")
-    if PartialState().is_main_process:
+    fold = prepared.recipe.arguments.fold
+    if fold is not None:
+        print(f"Fold {fold} is written: {fold_folder(prepared.folder, fold)}")
+    elif PartialState().is_main_process:
         print(describe_result(prepared.folder, prepared.problems["test"]))
 
 

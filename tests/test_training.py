@@ -17,7 +17,7 @@ from mmcot.building import build_stage
 from mmcot.pictures import read_pictures
 from mmcot.problems import load_problems
 from mmcot.recipes import parse_recipe
-from mmcot.training import with_gold_columns
+from mmcot.stage_inputs import with_gold_columns
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 

@@ -1,0 +1,134 @@
+"""A recipe -> a run that is ready to be trained: its data read and found good, its folder taken.
+
+All that can be wrong with recipe and data is said here, before anything is trained or written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from jinja2 import meta
+
+from mmcot.adapters import check_adapters
+from mmcot.building import build_model, build_processor, build_stage, check_tower_name, is_frozen, linear_layers
+from mmcot.feature_store import FeatureStore
+from mmcot.features import vision_source
+from mmcot.pictures import PixelStore
+from mmcot.problems import SPLITS, join_captions, join_column, load_problems, require_answers
+from mmcot.recipes import Recipe, StageArguments, claim_run_folder
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, Stage
+
+
+@dataclass
+class Run:
+    """A recipe with its data found good and its folder taken: what is left to do is the work."""
+
+    recipe: Recipe
+    stages: list[Stage]
+    problems: dict[str, Dataset]  # by split
+    folder: Path  # where its stages and predictions go
+    run_folder: Path  # the same, but for a fold, whose folder lies in it
+    processor: MMCoTProcessor
+    store: FeatureStore | None  # features of the problems' pictures that the recipe names
+    pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
+
+    def arguments_of(self, stage: Stage) -> StageArguments:
+        return self.recipe.stages[self.stages.index(stage)]
+
+    def before(self, stage: Stage) -> list[Stage]:
+        return self.stages[: self.stages.index(stage)]
+
+
+def prepare(recipe: Recipe) -> Run:
+    """
+    Raises:
+        ValueError: what is wrong with the recipe or its data.
+    """
+    stages = [build_stage(arguments) for arguments in recipe.stages]
+    check_tower_name(recipe)
+    if recipe.model_config.use_peft:
+        check_adapters(recipe.model_config, linear_layers(recipe))
+    store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
+    problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
+    processor = build_processor(recipe, stages, problems["train"])
+    if store is not None:
+        model = build_model(recipe, processor.tokenizer, store)
+        store.check_model(model, processor.image_processor)
+    elif processor.image_processor is None and any("images" in stage.reads for stage in stages):
+        raise ValueError(
+            f"A stage reads `images`, but {recipe.model_config.model_name_or_path} has no picture tower: name one "
+            f"(vision_model_name_or_path), or features."
+        )
+    pictures = store or prepare_pictures(recipe, stages, processor, problems)
+    check_folds(recipe, len(problems["train"]))
+    with PartialState().main_process_first():
+        folder = claim_run_folder(recipe)
+    return Run(recipe, stages, problems, folder, folder, processor, store, pictures)
+
+
+def prepare_pictures(
+    recipe: Recipe, stages: list[Stage], processor: MMCoTProcessor, problems: dict[str, Dataset]
+) -> FeatureStore | PixelStore | None:
+    """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
+    every = concatenate_datasets(list(problems.values()))
+    if processor.image_processor is None or not any("images" in stage.reads for stage in stages):
+        return None
+    if not is_frozen(recipe):
+        return PixelStore(every, processor.image_processor)
+    model = build_model(recipe, processor.tokenizer, None).to(recipe.training_arguments.device)
+    return vision_source(model, processor.image_processor, every)
+
+
+def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
+    """A split's problems, checked, so that no run dies of bad data half-way."""
+    source = recipe.arguments.dataset
+    needs_files = store is None or store.needs_files
+    with PartialState().main_process_first():
+        problems = load_problems(source, split, recipe.arguments.max_images, needs_files)
+    if len(problems) == 0:
+        raise ValueError(f"{source}: split {split!r} has no problems.")
+    require_answers(problems)
+    if recipe.arguments.captions is not None:
+        problems = join_captions(problems, recipe.arguments.captions)
+    if store is not None and any("images" in stage.reads for stage in stages):
+        store.check_problems(problems)
+    if split == "train":
+        if recipe.arguments.target_column is not None:
+            problems = join_target_column(problems, recipe.arguments.target_column, stages)
+        for stage in stages:
+            check_targets(problems, stage, source)
+    return problems
+
+
+def check_folds(recipe: Recipe, num_problems: int) -> None:
+    num_folds = recipe.arguments.num_folds
+    if num_folds > num_problems and any(stage.inputs_from == "cross_fit" for stage in recipe.stages):
+        raise ValueError(f"num_folds is {num_folds}, and there are {num_problems} training problems.")
+
+
+def join_target_column(problems: Dataset, target_column: str, stages: list[Stage]) -> Dataset:
+    column, separator, path = target_column.partition("=")
+    written = [stage.writes for stage in stages]
+    if not separator or column not in written:
+        raise ValueError(
+            f"--target_column is {target_column!r}; expected COLUMN=FILE.json with a COLUMN that a stage writes: "
+            f"{', '.join(written)}."
+        )
+    return join_column(problems, column, path)
+
+
+def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
+    """A stage whose gold is empty for every problem would learn to write nothing."""
+    if stage.writes in problems.column_names:
+        return
+    names = meta.find_undeclared_variables(ENVIRONMENT.parse(stage.target))
+    gold = sorted(names & set(GOLD_COLUMNS))
+    if gold and "answer" not in gold and not any(any(problems[name]) for name in gold):
+        raise ValueError(
+            f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "
+            f"for all {len(problems)} training problems. Ways out: a recipe with one stage "
+            f"(configs/demo_one_stage.yaml), or texts of your own joined by problem id "
+            f"(--target_column {stage.writes}=FILE.json)."
+        )

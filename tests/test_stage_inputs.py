@@ -1,0 +1,144 @@
+"""What a stage is trained on and what it starts from: `inputs_from`, `init_from`, folds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_RECIPE
+from safetensors.torch import load_file
+
+from mmcot.files import read_json
+from mmcot.predict import main as predict
+from mmcot.preparation import prepare
+from mmcot.recipes import parse_recipe
+from mmcot.stage_inputs import fold_of_each
+from mmcot.training import main, training_problems
+
+QUICK = ["--max_steps", "8", "--eval_strategy", "no", "--save_strategy", "no"]
+
+
+def recipe(file: Path, **answer) -> Path:
+    """The tiny recipe with other settings of its answer stage."""
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values["stages"][1].update(answer)
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def command(config: Path, dataset: Path, folder: Path, *more: str) -> list[str]:
+    return ["--config", str(config), "--dataset", str(dataset), "--output_dir", str(folder), *QUICK, *more]
+
+
+def trained_on(options: list[str]) -> dict[str, str]:
+    prepared = prepare(parse_recipe(options))
+    rows = training_problems(prepared, prepared.stages[1], "train")
+    return dict(zip(rows["id"], rows["rationale"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def cross_fit(tiny_dataset, tmp_path_factory):
+    """A run whose answer stage is cross-fitted over two folds, and its command."""
+    folder = tmp_path_factory.mktemp("cross_fit")
+    options = command(recipe(folder / "recipe.yaml", inputs_from="cross_fit"), tiny_dataset, folder / "run")
+    options += ["--num_folds", "2"]
+    main(options)
+    return folder / "run", options
+
+
+def test_folds_are_each_problem_once_and_of_one_size():
+    folds = fold_of_each(11, 3, seed=5)
+    assert sorted(folds.count(fold) for fold in range(3)) == [3, 4, 4]
+    assert folds == fold_of_each(11, 3, seed=5) != fold_of_each(11, 3, seed=6)
+
+
+def test_cross_fitted_texts_are_written_by_stages_that_never_saw_the_problem(cross_fit, tiny_dataset, tmp_path):
+    """A fold's stage is, weight for weight, the one that is trained where the fold's problems are not in the data."""
+    run, options = cross_fit
+    written = read_json(run / "predictions/train_cross_fit.json")
+    parts = [read_json(run / f"folds/{fold}/predictions/held_out.json") for fold in (0, 1)]
+    assert parts[0].keys() & parts[1].keys() == set() and {**parts[0], **parts[1]} == written
+    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
+    assert written.keys() == {row["id"] for row in rows if row["split"] == "train"}
+
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    del values["tokenizer_vocab_size"]
+    values["tokenizer_name_or_path"] = str(run / "hub")  # trained on all problems
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with (tmp_path / "problems.jsonl").open("w") as file:
+        for row in rows:
+            if row["id"] not in parts[0]:
+                images = [str(tiny_dataset.parent / name) for name in row["images"]]
+                file.write(json.dumps({**row, "images": images}) + "\n")
+    main(command(tmp_path / "recipe.yaml", tmp_path / "problems.jsonl", tmp_path / "run"))
+    expected = load_file(tmp_path / "run/rationale/model.safetensors")
+    found = load_file(run / "folds/0/rationale/model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_answer_stage_is_trained_on_the_cross_fitted_texts(cross_fit):
+    run, options = cross_fit
+    written = read_json(run / "predictions/train_cross_fit.json")
+    assert trained_on(options) == {problem_id: columns["rationale"] for problem_id, columns in written.items()}
+
+
+def test_folds_can_be_made_by_calls_of_their_own(cross_fit, tiny_dataset, tmp_path, capsys):
+    run, options = cross_fit
+    options = [*options, "--output_dir", str(tmp_path / "run")]
+    main([*options, "--fold", "1"])
+    assert str(tmp_path / "run/folds/1") in capsys.readouterr().out
+    assert not (tmp_path / "run/rationale").exists() and not (tmp_path / "run/folds/0").exists()
+    fold = tmp_path / "run/folds/1/rationale/model.safetensors"
+    written_at = fold.stat().st_mtime_ns
+    main(options)
+    assert fold.stat().st_mtime_ns == written_at
+    for file in ("answer/model.safetensors", "predictions/test.json"):
+        assert (tmp_path / "run" / file).read_bytes() == (run / file).read_bytes()
+
+
+def test_generated_inputs_are_what_the_stage_before_writes_for_its_own_training_problems(tiny_dataset, tmp_path):
+    options = command(recipe(tmp_path / "recipe.yaml", inputs_from="generated"), tiny_dataset, tmp_path / "run")
+    main(options)
+    predict(
+        [str(tmp_path / "run"), "--dataset", str(tiny_dataset), "--split", "train", "--output", str(tmp_path / "p")]
+    )
+    expected = {problem_id: columns["rationale"] for problem_id, columns in read_json(tmp_path / "p").items()}
+    assert trained_on(options) == expected
+
+
+@pytest.mark.parametrize("more", [[], ["--use_peft", "true", "--lora_r", "2"]], ids=["whole", "adapters"])
+def test_a_stage_can_start_from_the_one_before_it(tiny_dataset, tmp_path, more):
+    """With a learning rate of nothing it stays what that one is."""
+    values = recipe(tmp_path / "recipe.yaml", init_from="previous_stage", learning_rate=0.0)
+    main(command(values, tiny_dataset, tmp_path / "run", *more))
+    name = "adapter_model.safetensors" if more else "model.safetensors"
+    rationale, answer = (load_file(tmp_path / "run" / stage / name) for stage in ("rationale", "answer"))
+    assert all(torch.equal(answer[key], tensor) for key, tensor in rationale.items())
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "said"),
+    [
+        ({"inputs_from": "golden"}, [], "stage 'answer' has inputs_from 'golden'; expected one of gold, generated"),
+        ({"init_from": "rationale"}, [], "stage 'answer' has init_from 'rationale'; expected one of base, previous"),
+        ({"inputs_from": "cross_fit"}, ["--num_folds", "41"], "num_folds is 41, and there are 40 training problems"),
+        ({"inputs_from": "cross_fit"}, ["--num_folds", "1"], "num_folds is 1; expected 2 or more"),
+        ({"inputs_from": "cross_fit"}, ["--fold", "5"], "fold is 5; expected 0 to num_folds - 1"),
+        ({}, ["--fold", "0"], "and a stage with inputs_from: cross_fit"),
+    ],
+)
+def test_what_is_said_of_inputs_goes_together(tiny_dataset, tmp_path, stage, more, said):
+    config = recipe(tmp_path / "recipe.yaml", **stage)
+    with pytest.raises(SystemExit, match=said):
+        main(command(config, tiny_dataset, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["inputs_from", "init_from"])
+def test_the_first_stage_has_none_before_it(tiny_dataset, tmp_path, key):
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values["stages"][0][key] = {"inputs_from": "generated", "init_from": "previous_stage"}[key]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit, match=f"stage 'rationale' has {key} .*, and no stage before it"):
+        main(command(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "run"))
