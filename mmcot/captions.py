@@ -15,8 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from mmcot.files import read_json, resolved, write_json
-from mmcot.pictures import decode
-from mmcot.problems import content_key, distinct_pictures
+from mmcot.pictures import content_key, decode, distinct_pictures
 from modeling_mmcot.captioning_mmcot import Captioner
 
 

@@ -125,6 +125,8 @@ def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
             "answer": choices.index(wording.answer),
             "lecture": skill.lecture,
             "solution": wording.solution,
+            "rationales": [],
+            "direct_answers": [],
             "subject": skill.subject,
             "grade": skill.grade,
             "topic": skill.topic,

@@ -1,7 +1,9 @@
 """From a predictions file to its scores: read, score, print a table, write the scores file.
 
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --split test [--output SCORES]
+    python -m mmcot.evaluate FILE --dataset AOKVQA_DIR --split test --submission predictions_test.json
 
+The second writes what A-OKVQA's leaderboard takes, of problems whose answers nobody here knows.
 Not here: what the figures mean and how they are computed (metrics.py), and making predictions (predict.py).
 """
 
@@ -9,9 +11,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from mmcot.files import read_json, write_json
-from mmcot.metrics import CLASSES, class_sizes, score
-from mmcot.problems import load_problems, require_answers
+from mmcot.metrics import CLASSES, check_same_ids, checked_answers, class_sizes, score
+from mmcot.problems import SOURCES, load_problems, require_answers
 
 RATIONALE_NAMES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
 
@@ -38,6 +42,19 @@ def load_answered_problems(dataset: str, split: str):
     problems = load_problems(dataset, split, pictures=False)
     require_answers(problems)
     return problems
+
+
+def reported_scores(run_folder: Path) -> tuple[str, dict[str, Any]]:
+    """The split that a run is judged by, and its scores: test, or val where the answers of test are not known."""
+    split = "test" if (run_folder / "scores" / "test.json").exists() else "val"
+    return split, read_json(run_folder / "scores" / f"{split}.json")
+
+
+def submission(problems: Dataset, predictions: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """A-OKVQA's format: the chosen choice's text by question id (allenai/aokvqa, README, Evaluation)."""
+    check_same_ids(problems["id"], predictions)
+    answers = checked_answers(problems, predictions)
+    return {row["id"]: {"multiple_choice": row["choices"][answers[row["id"]]]} for row in problems}
 
 
 def format_table(scores: dict[str, Any], sizes: dict[str, int] | None = None) -> str:
@@ -68,9 +85,10 @@ def _percent(value: float | None) -> str:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mmcot.evaluate", description="Score a predictions file.")
     parser.add_argument("file", metavar="FILE", help="predictions, as mmcot.predict writes them")
-    parser.add_argument("--dataset", required=True, metavar="PATH_OR_ID", help="where the problems come from")
+    parser.add_argument("--dataset", required=True, metavar="PATH_OR_ID", help=SOURCES)
     parser.add_argument("--split", default="test")
     parser.add_argument("--output", metavar="SCORES", help="default: RUN/scores/SPLIT.json, else beside FILE")
+    parser.add_argument("--submission", metavar="FILE", help="in place of scores: the file for A-OKVQA's leaderboard")
     return parser.parse_args(argv)
 
 
@@ -81,6 +99,11 @@ def main(argv: list[str] | None = None) -> None:
         if scores_file.resolve() == Path(arguments.file).resolve():
             raise ValueError(f"--output {scores_file} is the predictions file itself")
         predictions = read_predictions(arguments.file)
+        if arguments.submission is not None:
+            problems = load_problems(arguments.dataset, arguments.split, pictures=False)
+            write_json(arguments.submission, submission(problems.remove_columns("images"), predictions))
+            print(f"submission: {arguments.submission}")
+            return
         problems = load_answered_problems(arguments.dataset, arguments.split)
         scores = score(problems, predictions)
         write_json(scores_file, scores)

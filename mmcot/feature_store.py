@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.files import read_json, write_json
-from mmcot.problems import ContentKeys, first_few
+from mmcot.pictures import ContentKeys
+from mmcot.problems import first_few
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.vision_mmcot import resolved_name
 

@@ -34,8 +34,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from mmcot.captions import write_captions
 from mmcot.feature_store import FeatureStore, FeatureWriter, settings_of, tower_settings, weights_digest
 from mmcot.files import cache_folder, read_json
-from mmcot.pictures import PixelStore, read_picture
-from mmcot.problems import SPLITS, Picture, aspect_ratio, distinct_pictures, first_few, load_problems
+from mmcot.pictures import Picture, PixelStore, aspect_ratio, distinct_pictures, read_picture
+from mmcot.problems import SOURCES, SPLITS, first_few, load_problems
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.pictures_mmcot import as_rgb, build_image_processor, picture_pixels, stack_pixels
 from modeling_mmcot.vision_mmcot import (
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", help="demo, a ScienceQA folder, or a .jsonl / .parquet file")
+    parser.add_argument("dataset", help=SOURCES)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--vision", help=f"a tower's checkpoint (folder or Hub id), or one of {', '.join(TOWERS)}")
     what.add_argument("--captions", metavar="MODEL", help="caption the pictures: an image-text-to-text checkpoint")

@@ -11,16 +11,17 @@ from typing import Any
 import datasets
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in `path`; a ValueError names the file, and the line where its text breaks."""
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The JSON object, or list, in `path`; a ValueError names the file, and the line where its text breaks."""
     try:
         data = json.loads(Path(path).read_bytes())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    if not isinstance(data, kind):
+        expected = "object" if kind is dict else kind.__name__
+        raise ValueError(f"{path}: expected a JSON {expected}, found {type(data).__name__}")
     return data
 
 

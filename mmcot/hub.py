@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi
 
 import modeling_mmcot
-from mmcot.files import read_json
+from mmcot.evaluate import reported_scores
 from modeling_mmcot import MMCoTProcessor
 
 MODEL_FILES = (
@@ -78,8 +78,10 @@ def copy_model(stage_folder: Path, target: Path) -> None:
 def render_card(run_folder: Path) -> str:
     template = resources.files("mmcot").joinpath("card_template.md").read_text(encoding="utf-8")
     recipe = (run_folder / "recipe.yaml").read_text(encoding="utf-8")
+    split, scores = reported_scores(run_folder)
     return jinja2.Template(template, keep_trailing_newline=True).render(
-        scores=read_json(run_folder / "scores" / "test.json"),
+        split={"test": "test", "val": "validation"}[split],
+        scores=scores,
         dataset=yaml.safe_load(recipe)["dataset"],
         stages=[stage["name"] for stage in yaml.safe_load(recipe)["stages"]],
         recipe=recipe,

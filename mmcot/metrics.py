@@ -62,17 +62,22 @@ def accuracy(problems: Problems, answers: Mapping[str, int]) -> dict[str, float 
 
 
 def rationale_scores(problems: Problems, rationales: Mapping[str, str]) -> dict[str, float | None]:
-    """BLEU-1, BLEU-4 and ROUGE-L of `rationales` (by id) against `solution`, over pairs where both texts have words."""
+    """
+    BLEU-1, BLEU-4 and ROUGE-L of `rationales` (by id) against `solution`, over pairs where both texts have words.
+
+    Where a problem has several gold `rationales` (A-OKVQA's three), BLEU takes all of them as references, as it is
+    defined to, and ROUGE-L is that of the nearest.
+    """
     pairs = [
-        (problem["solution"], _without_cue(rationales[problem["id"]]))
+        ([gold for gold in _gold_rationales(problem) if _words(gold)], _without_cue(rationales[problem["id"]]))
         for problem in problems
         if problem["id"] in rationales
     ]
-    pairs = [(gold, generated) for gold, generated in pairs if _words(gold) and _words(generated)]
+    pairs = [(golds, generated) for golds, generated in pairs if golds and _words(generated)]
     return {
-        "bleu1": _mean_percent([_bleu(gold, generated, (1.0,)) for gold, generated in pairs]),
-        "bleu4": _mean_percent([_bleu(gold, generated, (0.25,) * 4) for gold, generated in pairs]),
-        "rougeL": _mean_percent([_rouge_l(gold, generated) for gold, generated in pairs]),
+        "bleu1": _mean_percent([_bleu(golds, generated, (1.0,)) for golds, generated in pairs]),
+        "bleu4": _mean_percent([_bleu(golds, generated, (0.25,) * 4) for golds, generated in pairs]),
+        "rougeL": _mean_percent([max(_rouge_l(gold, generated) for gold in golds) for golds, generated in pairs]),
     }
 
 
@@ -82,10 +87,10 @@ def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> d
     Predictions with a `decoded_answer` add `decoded_accuracy`: the paper's way, where an answer that cannot be
     read (-1) is wrong. Predictions without rationales have None for each rationale score.
     """
-    _check_same_ids([problem["id"] for problem in problems], predictions)
-    scores = {"accuracy": accuracy(problems, _answers(problems, predictions))}
+    check_same_ids([problem["id"] for problem in problems], predictions)
+    scores = {"accuracy": accuracy(problems, checked_answers(problems, predictions))}
     if any("decoded_answer" in prediction for prediction in predictions.values()):
-        scores["decoded_accuracy"] = accuracy(problems, _answers(problems, predictions, "decoded_answer"))
+        scores["decoded_accuracy"] = accuracy(problems, checked_answers(problems, predictions, "decoded_answer"))
     return scores | {"rationale": rationale_scores(problems, _rationales(predictions)), "n": len(problems)}
 
 
@@ -93,7 +98,7 @@ def _classes_of(problem: Problem) -> list[str]:
     return [name for name, belongs in CLASSES.items() if belongs(problem)]
 
 
-def _check_same_ids(problem_ids: Collection[str], prediction_ids: Collection[str]) -> None:
+def check_same_ids(problem_ids: Collection[str], prediction_ids: Collection[str]) -> None:
     missing = sorted(set(problem_ids) - set(prediction_ids))
     unknown = sorted(set(prediction_ids) - set(problem_ids))
     if missing or unknown:
@@ -108,7 +113,9 @@ def _some_of(ids: list[str], shown: int = 5) -> str:
     return f"{len(ids)} ({', '.join(ids[:shown])}{', …' if len(ids) > shown else ''})" if ids else "0"
 
 
-def _answers(problems: Problems, predictions: Mapping[str, Mapping[str, Any]], key: str = "answer") -> dict[str, int]:
+def checked_answers(
+    problems: Problems, predictions: Mapping[str, Mapping[str, Any]], key: str = "answer"
+) -> dict[str, int]:
     """The answers under `key` by id, each an index of its problem's choices, or -1 where that may be."""
     answers = {}
     for problem in problems:
@@ -133,6 +140,10 @@ def _rationales(predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return rationales
 
 
+def _gold_rationales(problem: Problem) -> list[str]:
+    return problem.get("rationales") or [problem["solution"]]
+
+
 def _without_cue(rationale: str) -> str:
     return rationale.strip().removeprefix(RATIONALE_CUE).strip()
 
@@ -146,11 +157,11 @@ def _mean_percent(values: list[float]) -> float | None:
     return 100 * sum(values) / len(values) if values else None
 
 
-def _bleu(gold: str, generated: str, weights: tuple[float, ...]) -> float:
+def _bleu(golds: list[str], generated: str, weights: tuple[float, ...]) -> float:
     with warnings.catch_warnings():
         # A pair without a common n-gram scores 0; that is a result, not something to warn of once per pair.
         warnings.filterwarnings("ignore", message=r"\s*The hypothesis contains 0 counts")
-        return sentence_bleu([_words(gold)], _words(generated), weights)
+        return sentence_bleu([_words(gold) for gold in golds], _words(generated), weights)
 
 
 def _rouge_l(gold: str, generated: str) -> float:

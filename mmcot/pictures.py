@@ -3,6 +3,7 @@
 What becomes of them is the model's side (`modeling_mmcot.pictures_mmcot`).
 """
 
+import hashlib
 import inspect
 import io
 import logging
@@ -17,17 +18,59 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.files import cache_folder
-from mmcot.problems import ContentKeys, Picture, check_file, distinct_pictures
+from mmcot.problems import check_file
 from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, shrink_while_reading, stack_pixels
 
 logger = logging.getLogger(__name__)
 
+Picture = tuple[str, dict[str, Any], str]  # its content's key, itself, and the first problem that shows it
+
 # Pixels that would take more of the disk are not kept but decoded anew for each batch.
 MAX_KEPT = 8e9
+
+
+def content_key(picture: dict[str, Any]) -> str:
+    """What tells a picture from others: the SHA-256 of its file."""
+    return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
+
+
+class ContentKeys:
+    """The pictures' keys, of each file read once."""
+
+    def __init__(self):
+        self.by_path: dict[str, str] = {}
+
+    def __call__(self, picture: dict[str, Any]) -> str:
+        path = picture["path"]
+        if path is None:
+            return content_key(picture)
+        if path not in self.by_path:
+            self.by_path[path] = content_key(picture)
+        return self.by_path[path]
+
+
+def distinct_pictures(problems: Dataset, first_only: bool = False) -> list[Picture]:
+    """Each picture once, in the order of the problems."""
+    found: dict[str, Picture] = {}
+    for problem in tqdm(problems.select_columns(["id", "images"]), desc="reading pictures", leave=False):
+        for picture in problem["images"][: 1 if first_only else None]:
+            key = content_key(picture)
+            found.setdefault(key, (key, picture, problem["id"]))
+    return list(found.values())
+
+
+def aspect_ratio(picture: dict[str, Any]) -> float:
+    """Width / height as the file's header says; 0 where that cannot be read."""
+    try:
+        with Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as opened:
+            return opened.width / opened.height
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0.0
 
 
 def read_pictures(problem: dict[str, Any]) -> list[Image.Image]:
@@ -54,7 +97,7 @@ def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
 
 
 def decode(pictures: list[Picture]) -> tuple[dict[str, Image.Image], list[str]]:
-    """RGB pictures by key (see `problems.distinct_pictures`), and an error message for each that cannot be decoded."""
+    """RGB pictures by key (see `distinct_pictures`), and an error message for each that cannot be decoded."""
     decoded, errors = {}, []
     for key, picture, problem_id in pictures:
         try:

@@ -27,6 +27,7 @@ from mmcot.features import vision_source
 from mmcot.files import write_json
 from mmcot.pictures import PixelStore
 from mmcot.problems import (
+    SOURCES,
     SPLITS,
     first_few,
     join_captions,
@@ -162,7 +163,11 @@ def predict(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mmcot.predict", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
-    parser.add_argument("--dataset", required=True, help="demo, a ScienceQA folder, or a .jsonl / .parquet file")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help=SOURCES,
+    )
     parser.add_argument("--split", default="test", choices=SPLITS)
     parser.add_argument("--output", required=True, help="the predictions file to write")
     parser.add_argument("--batch_size", type=int, default=32)

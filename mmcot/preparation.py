@@ -8,17 +8,17 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from jinja2 import meta
 
 from mmcot.adapters import check_adapters
 from mmcot.building import build_model, build_processor, build_stage, check_tower_name, is_frozen, linear_layers
 from mmcot.feature_store import FeatureStore
 from mmcot.features import vision_source
 from mmcot.pictures import PixelStore
-from mmcot.problems import SPLITS, join_captions, join_column, load_problems, require_answers
+from mmcot.problems import SPLITS, is_answered, join_captions, join_column, load_problems, require_answers
 from mmcot.recipes import Recipe, StageArguments, claim_run_folder
+from mmcot.stage_inputs import target_columns
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.processing_mmcot import ENVIRONMENT, GOLD_COLUMNS, Stage
+from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
 
 
 @dataclass
@@ -89,7 +89,8 @@ def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: Fea
         problems = load_problems(source, split, recipe.arguments.max_images, needs_files)
     if len(problems) == 0:
         raise ValueError(f"{source}: split {split!r} has no problems.")
-    require_answers(problems)
+    if split != "test" or is_answered(problems):
+        require_answers(problems)
     if recipe.arguments.captions is not None:
         problems = join_captions(problems, recipe.arguments.captions)
     if store is not None and any("images" in stage.reads for stage in stages):
@@ -123,8 +124,7 @@ def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
     """A stage whose gold is empty for every problem would learn to write nothing."""
     if stage.writes in problems.column_names:
         return
-    names = meta.find_undeclared_variables(ENVIRONMENT.parse(stage.target))
-    gold = sorted(names & set(GOLD_COLUMNS))
+    gold = sorted(target_columns(stage) & set(GOLD_COLUMNS))
     if gold and "answer" not in gold and not any(any(problems[name]) for name in gold):
         raise ValueError(
             f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "

@@ -4,11 +4,10 @@ Pictures stay on disk (`pictures.py` reads them). Nothing here knows the model, 
 """
 
 import difflib
-import hashlib
 import inspect
-import io
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.parquet
-from PIL import Image
-from tqdm.auto import tqdm
 
 from mmcot.files import read_json
 
@@ -35,6 +32,8 @@ FEATURES = datasets.Features(
         "answer": datasets.Value("int64"),  # index of the right choice, -1 = unknown
         "lecture": _TEXT,
         "solution": _TEXT,
+        "rationales": datasets.List(_TEXT),  # where there is more than one solution, all of them
+        "direct_answers": datasets.List(_TEXT),  # what people answered who were shown no choices
         "subject": _TEXT,
         "grade": _TEXT,
         "topic": _TEXT,
@@ -43,17 +42,24 @@ FEATURES = datasets.Features(
         "split": _TEXT,
     }
 )
-GOLD_COLUMNS = ("answer", "lecture", "solution")
-Picture = tuple[str, dict[str, Any], str]  # its content's key, itself, and the first problem that shows it
+GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
 SPLITS = ("train", "val", "test")
+SOURCES = "demo, a ScienceQA or A-OKVQA folder, a dataset of the Hub, or a .jsonl or .parquet file of problems"
+# https://huggingface.co/datasets/derek-thomas/ScienceQA
+HUB_COLUMNS = {"image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category"}
+HUB_COLUMNS |= {"skill", "lecture", "solution"}
 
 
 def load_problems(source: str, split: str, max_images: int | None = None, pictures: bool = True) -> datasets.Dataset:
     """
     Args:
-        source: `demo`, or `demo:2` and so on for a harder one (`demo.generate`), a ScienceQA folder (`problems.json`,
-            `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps `captions.json`), or a `.jsonl` / `.parquet` file of
-            rows.
+        source: one of
+            - `demo`, or `demo:2` and so on for a harder one (`demo.generate`);
+            - a ScienceQA folder: `problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps
+              `captions.json`;
+            - an A-OKVQA folder: `aokvqa_v1p0_SPLIT.json`, and COCO's `coco/SPLIT2017/IMAGE_ID.jpg` in it or beside it;
+            - a dataset of the Hub with the columns of `derek-thomas/ScienceQA`, by its id or downloaded;
+            - a `.jsonl` / `.parquet` file of rows.
         split: `train`, `val` or `test`.
         max_images: the most pictures of a problem. Of ScienceQA's (`image.png`, then its choices' `choice_0.png` and so
             on) the first so many are taken: with 1 what the original takes. More in a row of a file are an error.
@@ -66,14 +72,16 @@ def load_problems(source: str, split: str, max_images: int | None = None, pictur
     if source == "demo" or source.startswith("demo:"):
         return demo_problems(source, split)
     path = Path(source)
+    if is_hub_dataset(path):
+        return hub_problems(source, split)
     if path.is_dir():
-        rows, folder = scienceqa_rows(path, split, max_images), path
+        is_aokvqa = any(path.glob("aokvqa_*.json"))
+        rows = aokvqa_rows(path, split) if is_aokvqa else scienceqa_rows(path, split, max_images)
+        folder = path
     elif path.suffix in TABLE_READERS:
         rows, folder = table_rows(path, split), path.parent
     else:
-        raise ValueError(
-            f"dataset is {source!r}; expected demo, a ScienceQA folder, or a .jsonl or .parquet file of problems."
-        )
+        raise ValueError(f"dataset is {source!r}; expected {SOURCES}.")
     complete = checked(rows, source, folder if pictures else None, max_images)
     # By column, because Dataset.from_list fails where a split has no rows.
     return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
@@ -122,6 +130,64 @@ def scienceqa_pictures(folder: Path, problem: dict[str, Any], pictures: str) -> 
     question = [f"{pictures}/image.png"] if problem.get("image") else []
     names = (f"{pictures}/choice_{number}.png" for number in range(len(problem.get("choices") or [])))
     return [*question, *(name for name in names if (folder / name).is_file())]
+
+
+def aokvqa_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The release's own files (https://github.com/allenai/aokvqa, load_aokvqa.py). Its test split has no answers."""
+    file = folder / f"aokvqa_v1p0_{split}.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {file.name}; expected an A-OKVQA folder.")
+    pictures = "coco" if (folder / "coco").is_dir() else "../coco"
+    for number, entry in enumerate(read_json(file, list)):
+        for name, kind in (("question_id", str), ("image_id", int)):
+            if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+                raise ValueError(f"{file}, entry {number + 1}: {shown(entry)} has no {name} of type {kind.__name__}.")
+        rationales = entry.get("rationales") or []
+        yield {
+            **{name: entry[name] for name in ("question", "choices", "direct_answers") if name in entry},
+            "id": entry["question_id"],
+            "images": [f"{pictures}/{split}2017/{entry['image_id']:012}.jpg"],
+            "answer": entry.get("correct_choice_idx"),
+            "solution": rationales[0] if rationales else None,
+            "rationales": rationales,
+            "split": split,
+        }
+
+
+def is_hub_dataset(path: Path) -> bool:
+    """Whether it is the id of one, or a folder that one was downloaded to."""
+    if path.is_dir():
+        return not (path / "problems.json").exists() and any(path.rglob("*.parquet"))
+    return not path.exists() and path.suffix == "" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None
+
+
+def hub_problems(source: str, split: str) -> datasets.Dataset:
+    """
+    A dataset with ScienceQA's columns, each row checked as it is brought into the schema. It stays on disk; what it has
+    no ids for is `SPLIT-ROW`, and its `validation` is our `val`.
+    """
+    try:
+        loaded = datasets.load_dataset(source, split={"val": "validation"}.get(split, split))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"dataset is {source!r}; expected {SOURCES}. As a dataset of the Hub its split {split!r} cannot be loaded "
+            f"({error})."
+        ) from error
+    for name in set(loaded.column_names) - HUB_COLUMNS:
+        raise ValueError(f"{source}: unknown column {name!r}; expected those of derek-thomas/ScienceQA.")
+    if "image" in loaded.column_names:
+        loaded = loaded.cast_column("image", datasets.Image(decode=False))
+
+    def problem(columns: dict[str, Any], row: int) -> dict[str, Any]:
+        picture = columns.get("image")
+        known = {name: columns[name] for name in columns.keys() & FEATURES.keys()}
+        mapped = {"id": f"{split}-{row}", "context": columns.get("hint"), "images": [picture] if picture else []}
+        (complete,) = checked([{**known, **mapped, "split": split}], source, folder=None, max_images=None)
+        return complete
+
+    return loaded.map(
+        problem, with_indices=True, remove_columns=loaded.column_names, features=FEATURES, desc=f"reading {source}"
+    )
 
 
 def member(data: dict[str, Any], name: str, kind: type, file: Path) -> Any:
@@ -196,7 +262,7 @@ def checked(
 
 
 def empty(column: str) -> Any:
-    return {"choices": [], "images": [], "answer": -1}.get(column, "")
+    return {"answer": -1}.get(column, [] if isinstance(FEATURES[column], datasets.List) else "")
 
 
 def check_split(split: Any, where: str) -> None:
@@ -211,8 +277,9 @@ def check_fields(row: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} is {shown(row[name])}; expected a text.")
     if not row["question"].strip():
         raise ValueError(f"{where}: question is {row['question']!r}; expected a text that is not empty.")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"{where}: choices is {shown(choices)}; expected a list of texts.")
+    for name in ("choices", "rationales", "direct_answers"):
+        if not isinstance(row[name], list) or not all(isinstance(text, str) for text in row[name]):
+            raise ValueError(f"{where}: {name} is {shown(row[name])}; expected a list of texts.")
     # bool is an int to Python, and an answer `true` is not choice 1.
     if type(answer) is not int or (answer != -1 and choices and not 0 <= answer < len(choices)):
         indices = f"an index from 0 to {len(choices) - 1}, or " if choices else ""
@@ -259,6 +326,11 @@ def without_gold(problems: datasets.Dataset) -> datasets.Dataset:
     return problems.remove_columns([name for name in GOLD_COLUMNS if name in problems.column_names])
 
 
+def is_answered(problems: datasets.Dataset) -> bool:
+    """Whether the answer of any is known. Of A-OKVQA's test split none is."""
+    return any(answer >= 0 for answer in problems["answer"])
+
+
 def require_answers(problems: datasets.Dataset) -> None:
     """For training and scoring: every problem has choices and a known answer."""
     for problem_id, choices, answer in zip(problems["id"], problems["choices"], problems["answer"], strict=True):
@@ -269,45 +341,6 @@ def require_answers(problems: datasets.Dataset) -> None:
                 f"problem {problem_id}: answer is {answer}; training and scoring need an index from 0 to "
                 f"{len(choices) - 1}."
             )
-
-
-def content_key(picture: dict[str, Any]) -> str:
-    """What tells a picture from others: the SHA-256 of its file."""
-    return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
-
-
-class ContentKeys:
-    """The pictures' keys, of each file read once."""
-
-    def __init__(self):
-        self.by_path: dict[str, str] = {}
-
-    def __call__(self, picture: dict[str, Any]) -> str:
-        path = picture["path"]
-        if path is None:
-            return content_key(picture)
-        if path not in self.by_path:
-            self.by_path[path] = content_key(picture)
-        return self.by_path[path]
-
-
-def distinct_pictures(problems: datasets.Dataset, first_only: bool = False) -> list[Picture]:
-    """Each picture once, in the order of the problems."""
-    found: dict[str, Picture] = {}
-    for problem in tqdm(problems.select_columns(["id", "images"]), desc="reading pictures", leave=False):
-        for picture in problem["images"][: 1 if first_only else None]:
-            key = content_key(picture)
-            found.setdefault(key, (key, picture, problem["id"]))
-    return list(found.values())
-
-
-def aspect_ratio(picture: dict[str, Any]) -> float:
-    """Width / height as the file's header says; 0 where that cannot be read."""
-    try:
-        with Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as opened:
-            return opened.width / opened.height
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return 0.0
 
 
 def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:

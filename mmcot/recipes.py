@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig, TrlParser
 
 from mmcot.files import resolved
-from mmcot.problems import FEATURES, GOLD_COLUMNS
+from mmcot.problems import FEATURES, GOLD_COLUMNS, SOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class StageArguments:
 class RecipeArguments:
     """
     Args:
-        dataset: `demo`, a ScienceQA folder, or a `.jsonl` / `.parquet` file of problems.
+        dataset: where the problems come from, see `problems.load_problems`.
         stages: the stages in order (in the recipe only, see [`StageArguments`]).
         fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`. By default the model's, `gated` for a new one.
         vision_model_name_or_path: a pre-trained picture tower: a checkpoint, or a name in `vision_mmcot.TOWERS`.
@@ -106,7 +106,10 @@ class RecipeArguments:
         decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
     """
 
-    dataset: str = field(default="", metadata={"help": "`demo`, a ScienceQA folder, or a .jsonl / .parquet file."})
+    dataset: str = field(
+        default="",
+        metadata={"help": SOURCES},
+    )
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
     fusion: str | None = field(default=None, metadata={"help": "How the picture enters the text."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})

@@ -9,11 +9,12 @@ import random
 from pathlib import Path
 
 from datasets import Dataset
+from jinja2 import meta
 
 from mmcot.checkpoints import RunStopped
 from mmcot.files import read_json
 from mmcot.problems import with_column
-from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, Stage
 
 CROSS_FITTED = "train_cross_fit"  # beside the splits' predictions, those of the folds put together
 
@@ -54,6 +55,28 @@ def with_written_columns(problems: Dataset, earlier: list[Stage], run_folder: Pa
             )
         problems = with_column(problems, stage.writes, texts)
     return problems
+
+
+def one_row_per_rationale(problems: Dataset, stages: list[Stage]) -> Dataset:
+    """
+    Each problem as often as it has gold rationales, its solution another one of them each time.
+
+    Args:
+        stages: those whose targets are rendered of these problems; where none is made from the solution, the problems
+            are as they were.
+    """
+    rendered = [stage for stage in stages if stage.writes not in problems.column_names]
+    if not any("solution" in target_columns(stage) for stage in rendered):
+        return problems
+    columns = zip(problems["rationales"], problems["solution"], strict=True)
+    every = [rationales or [solution] for rationales, solution in columns]
+    repeated = problems.select([index for index, texts in enumerate(every) for _ in texts])
+    return with_column(repeated, "solution", [text for texts in every for text in texts])
+
+
+def target_columns(stage: Stage) -> set[str]:
+    """The columns that a stage's target is made from."""
+    return meta.find_undeclared_variables(ENVIRONMENT.parse(stage.target))
 
 
 def fold_of_each(num_problems: int, num_folds: int, seed: int) -> list[int]:

@@ -23,18 +23,20 @@ from mmcot.adapters import adapt, load_adapter_weights, quantization, save_base
 from mmcot.batching import by_both_lengths
 from mmcot.building import build_model
 from mmcot.checkpoints import RunStopped, checkpoint_to_resume
-from mmcot.evaluate import format_table
+from mmcot.evaluate import format_table, reported_scores
 from mmcot.examples import lengths_of, tokenized
-from mmcot.files import read_json, write_json
+from mmcot.files import write_json
 from mmcot.hub import BASE, export
 from mmcot.metrics import score
 from mmcot.predict import log_shortened, predict_stage
 from mmcot.preparation import Run, prepare
+from mmcot.problems import is_answered
 from mmcot.recipes import Recipe, StageArguments, parse_recipe
 from mmcot.stage_inputs import (
     CROSS_FITTED,
     fold_folder,
     fold_of_each,
+    one_row_per_rationale,
     predictions_file,
     read_predictions,
     with_gold_columns,
@@ -66,8 +68,9 @@ def run(prepared: Run) -> None:
             cross_fit(prepared, stage)
     if PartialState().is_main_process:
         for split in ("val", "test"):
-            scores = score(prepared.problems[split], read_predictions(folder, split))
-            write_json(folder / "scores" / f"{split}.json", scores)
+            if is_answered(prepared.problems[split]):
+                scores = score(prepared.problems[split], read_predictions(folder, split))
+                write_json(folder / "scores" / f"{split}.json", scores)
         export(folder, prepared.processor)
     PartialState().wait_for_everyone()
 
@@ -181,10 +184,12 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     problems, earlier = prepared.problems[split], prepared.before(stage)
     inputs_from = prepared.arguments_of(stage).inputs_from
     if inputs_from == "gold":
-        return with_gold_columns(problems, earlier)
+        return with_gold_columns(one_row_per_rationale(problems, [*earlier, stage]), earlier)
     if inputs_from == "cross_fit" and split == "train":
-        return with_written_columns(problems, earlier, prepared.run_folder, CROSS_FITTED)
-    return with_written_columns(problems, earlier, prepared.folder, split)
+        problems = with_written_columns(problems, earlier, prepared.run_folder, CROSS_FITTED)
+    else:
+        problems = with_written_columns(problems, earlier, prepared.folder, split)
+    return one_row_per_rationale(problems, [stage])
 
 
 def stop_in_order(trainer: StageTrainer, stage: Stage) -> None:
@@ -304,9 +309,11 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
     PartialState().wait_for_everyone()
 
 
-def describe_result(folder: Path, problems: Dataset) -> str:
+def describe_result(prepared: Run) -> str:
     """What a run ends with: the score table, where everything lies, and one answered problem."""
-    predictions = read_predictions(folder, "test")
+    folder = prepared.folder
+    split, scores = reported_scores(folder)
+    problems, predictions = prepared.problems[split], read_predictions(folder, split)
     problem = next((row for row in problems if row["images"]), problems[0])
     columns = predictions[problem["id"]]
     choices = "\n".join(
@@ -315,8 +322,8 @@ def describe_result(folder: Path, problems: Dataset) -> str:
     )
     rationale = f"  {columns['rationale']}\n" if "rationale" in columns else ""
     return (
-        f"{format_table(read_json(folder / 'scores' / 'test.json'))}\n\n"
-        f"One test problem, answered ({problem['id']}, gold: {problem['choices'][problem['answer']]}):\n"
+        f"{format_table(scores)}\n\n"
+        f"One {split} problem, answered ({problem['id']}, gold: {problem['choices'][problem['answer']]}):\n"
         f"  {problem['question']}\n{rationale}{choices}\n\nRun folder: {folder}"
     )
 
@@ -336,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     if fold is not None:
         print(f"Fold {fold} is written: {fold_folder(prepared.folder, fold)}")
     elif PartialState().is_main_process:
-        print(describe_result(prepared.folder, prepared.problems["test"]))
+        print(describe_result(prepared))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
 
-GOLD_COLUMNS = ("answer", "lecture", "solution")
+GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_PATTERN = re.compile(r"The answer is \(([A-Z])\)")
 
@@ -170,6 +170,12 @@ class MMCoTProcessor(ProcessorMixin):
         if processor_dict and processor_dict.get("image_processor") is not None:
             processor_dict["image_processor"] = build_image_processor(processor_dict["image_processor"])
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # A tokenizer keeps how it last padded and cut texts, which would be saved: one processor, two sets of files.
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.backend_tokenizer.no_truncation()
+        return super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict:
         output = super().to_dict()

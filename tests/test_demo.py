@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from mmcot import demo
+from mmcot.problems import load_problems
 
 SPLITS = ("train", "val", "test")
 ROWS = {split: list(demo.generate(split)) for split in SPLITS}
@@ -30,7 +31,7 @@ PALETTE = {
     "black": (0, 0, 0),
 }
 SCHEMA = ["id", "question", "choices", "context", "images", "caption", "answer", "lecture", "solution"]
-SCHEMA += ["subject", "grade", "topic", "category", "skill", "split"]
+SCHEMA += ["rationales", "direct_answers", "subject", "grade", "topic", "category", "skill", "split"]
 
 
 def rows_of(skill: str, *splits: str) -> list[dict]:
@@ -251,3 +252,23 @@ def test_objects_are_what_their_solutions_say():
         assert re.findall(r"a (\w+) (circle|square|triangle)", row["solution"]) == drawn
         asked = row["question"].removeprefix("What color is the ").rstrip("?")
         assert (row["choices"][row["answer"]], asked) in drawn
+
+
+def test_a_harder_demonstration_has_fewer_training_problems_and_ink_on_its_pictures():
+    """The same problems otherwise."""
+    assert len(list(demo.generate("train", difficulty=3))) == demo.SPLIT_SIZES["train"] // 3
+    plain, harder = ROWS["val"], list(demo.generate("val", difficulty=3))
+    assert len(harder) == len(plain)
+    for before, after in zip(plain, harder, strict=True):
+        assert {**before, "images": None} == {**after, "images": None}
+        if before["images"]:
+            a, b = (np.asarray(Image.open(io.BytesIO(png(row)))).astype(int) for row in (before, after))
+            inked = (a != b).any(axis=2)
+            # two blots of 26 px, which may lie over one another or beyond the edge
+            assert 0 < inked.sum() <= 2 * 26 * 26 and (np.median(b[inked], axis=0) == demo.INK).all()
+
+
+@pytest.mark.parametrize("source", ["demo:0", "demo:hard", "demo:1.5"])
+def test_a_difficulty_is_a_number(source):
+    with pytest.raises(ValueError, match="the difficulty of demo is a number from 1 to 9"):
+        load_problems(source, "val")

@@ -39,7 +39,8 @@ from mmcot.features import (
     open_authors_features,
 )
 from mmcot.files import read_json
-from mmcot.problems import content_key, load_problems
+from mmcot.pictures import content_key
+from mmcot.problems import load_problems
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower

@@ -117,6 +117,8 @@ def test_the_columns_of_a_scienceqa_problem(tmp_path):
         "answer": 0,
         "lecture": "Colors.",
         "solution": "It is red.",
+        "rationales": [],
+        "direct_answers": [],
         "subject": "natural science",
         "grade": "grade3",
         "topic": "",
@@ -190,7 +192,8 @@ def test_a_file_with_questions_alone_serves_every_split(tmp_path, write):
         problems = load_problems(file, split)
         assert problems.features == FEATURES
         texts = {name: "" for name, feature in FEATURES.items() if feature == datasets.Value("string")}
-        defaults = {**texts, "choices": [], "images": [], "answer": -1, "split": split}
+        lists = {name: [] for name in ("choices", "images", "rationales", "direct_answers")}
+        defaults = {**texts, **lists, "answer": -1, "split": split}
         assert problems[0] == {**defaults, "id": f"{split}-0", "question": "Why?"}
         assert problems[1] == {**defaults, "id": f"{split}-1", "question": "How?"}
 
@@ -304,7 +307,7 @@ def test_a_file_that_is_not_parquet(tmp_path):
 
 @pytest.mark.parametrize("source", ["nothing", "problems.csv", "some/scienceqa"])
 def test_another_kind_of_source_names_the_accepted_ones(source):
-    assert says(error_of(load_problems, source, "test"), repr(source), "demo", "ScienceQA folder", ".jsonl", ".parquet")
+    assert says(error_of(load_problems, source, "test"), repr(source), "demo", "ScienceQA or A-OKVQA folder", ".jsonl")
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
@@ -335,7 +338,9 @@ def test_a_changed_demo_is_not_served_from_the_cache(tmp_path):
     for rows in (1, 2):
         row = {**ROW, "split": "val", "images": [], "lecture": "", "solution": "", "context": "", "caption": ""}
         row |= dict.fromkeys(("subject", "grade", "topic", "category", "skill"), "")
-        code = f"def generate(split):\n    for n in range({rows}):\n        yield {{**{row!r}, 'id': str(n)}}\n"
+        row |= {"rationales": [], "direct_answers": []}
+        code = f"def generate(split, difficulty):\n    for n in range({rows}):\n"
+        code += f"        yield {{**{row!r}, 'id': str(n)}}\n"
         (tmp_path / "mmcot" / "demo.py").write_text(code)
         environment = {"HF_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
         result = subprocess.run(

@@ -187,7 +187,7 @@ def test_saved_and_loaded_it_gives_the_same_tensors(processor, tokenizer, tmp_pa
     before, after = (p([PROBLEM], stage="rationale", images=images, with_targets=True) for p in (processor, loaded))
     assert set(before) == set(after) and ("pixel_values" in after) == with_pictures
     assert all(torch.equal(before[name], after[name]) for name in before)
-    loaded.save_pretrained(tmp_path / "again")
-    for name in ("processor_config.json", "processing_mmcot.py"):
+    loaded.save_pretrained(tmp_path / "again")  # after it has padded and cut texts
+    for name in ("processor_config.json", "processing_mmcot.py", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), MMCoTProcessor)
