@@ -37,6 +37,8 @@ MACHINE_SETTINGS = {
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit"), "init_from": ("base", "previous_stage")}
+PICTURE_SETTINGS = ("vision_model_name_or_path", "vision_tower", "vision_preprocessing", "freeze_vision", "max_images")
+PICTURE_SETTINGS += ("features", "vision_config", "image_processor")
 PEFT_SETTINGS = ("use_dora", "use_rslora", "load_in_4bit", "load_in_8bit", "merge_adapters")
 
 
@@ -91,7 +93,8 @@ class RecipeArguments:
         vision_tower: how its output becomes patches, a name in `vision_mmcot.TOWERS`.
         vision_preprocessing: `checkpoint` (its own), or `paper` (as the authors prepared pictures for it).
         freeze_vision: leave the tower as it is. By default as the model says, false for a new one.
-        max_images: the most pictures of one problem.
+        max_images: the most pictures of one problem. With 0 the recipe is one without pictures: no stage reads them,
+            and the model gets no tower.
         features: a folder of features of the pictures, as mmcot.features wrote it, in place of a run of the tower.
         captions: a captions.json, as `mmcot.features --captions` wrote it, in place of the problems' captions.
         tokenizer_name_or_path: a tokenizer; by default the text model's.
@@ -163,22 +166,24 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     for name in ("features", "captions"):
         if getattr(arguments, name) is not None:
             setattr(arguments, name, resolved(getattr(arguments, name)))
-    stages = [read_stage(entry, config) for entry in arguments.stages]
-    check_stages(stages, config)
-    check_inputs(arguments, stages, config)
-    check_parts(arguments, model_config, stages, config)
     said = yaml.safe_load(Path(config).read_text()).keys() | {
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
     }
+    parsed = (arguments, training_arguments, model_config)
+    values = {name: getattr(part, name) for part in parsed for name in sorted(said) if hasattr(part, name)}
+    values = {name: plain(value) for name, value in values.items() if name not in MACHINE_SETTINGS}
+    stages = [read_stage(entry, config) for entry in arguments.stages]
+    if arguments.max_images == 0:
+        withhold_pictures(arguments, stages)
+    check_stages(stages, config)
+    check_inputs(arguments, stages, config)
+    check_parts(arguments, model_config, stages, config)
     check_adapters(arguments, training_arguments, model_config, said, config)
     if training_arguments.fp16:
         logger.warning(
             "fp16: T5's activations overflow float16 (transformers issues 14189 and 23918) and the loss becomes nan. "
             "Use bf16 where there is hardware for it, else float32 with smaller batches and accumulation."
         )
-    parsed = (arguments, training_arguments, model_config)
-    values = {name: getattr(part, name) for part in parsed for name in sorted(said) if hasattr(part, name)}
-    values = {name: plain(value) for name, value in values.items() if name not in MACHINE_SETTINGS}
     if "--output_dir" not in " ".join(command_line) and "output_dir" not in said:
         training_arguments.output_dir = str(Path("runs") / Path(config).stem)
     return Recipe(arguments, stages, training_arguments, model_config, values)
@@ -244,6 +249,13 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
         )
 
 
+def withhold_pictures(arguments: RecipeArguments, stages: list[StageArguments]) -> None:
+    for stage in stages:
+        stage.reads = [column for column in stage.reads if column != "images"]
+    for name in PICTURE_SETTINGS:
+        setattr(arguments, name, RecipeArguments.__dataclass_fields__[name].default)
+
+
 def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], config: str) -> None:
     for key, known in STAGE_CHOICES.items():
         for number, stage in enumerate(stages):
@@ -296,7 +308,7 @@ def check_parts(
                 f"vision_model_name_or_path and without image_processor."
             )
     if arguments.max_images < 1:
-        raise ValueError(f"{config}: max_images is {arguments.max_images}; expected 1 or more.")
+        raise ValueError(f"{config}: max_images is {arguments.max_images}; expected 0 or more.")
 
 
 def check_adapters(

@@ -102,3 +102,12 @@ def test_where_and_how_a_run_is_run_may_change(tmp_path):
     claim_run_folder(parse(tmp_path, None, *output, "--logging_steps", "7", "--dataloader_num_workers", "2"))
     with pytest.raises(ValueError, match="seed differ"):
         claim_run_folder(parse(tmp_path, None, *output, "--seed", "9"))
+
+
+def test_a_recipe_without_pictures_is_one_override_away():
+    """And is what the recipe without pictures says."""
+    withheld = parse_recipe(["--config", str(REPOSITORY / "configs/demo.yaml"), "--max_images", "0"])
+    expected = parse_recipe(["--config", str(REPOSITORY / "configs/demo_no_vision.yaml")])
+    assert withheld.stages == expected.stages
+    assert {**vars(withheld.arguments), "stages": None, "fusion": None} == {**vars(expected.arguments), "stages": None}
+    assert withheld.values["max_images"] == 0 and withheld.values["vision_config"] is not None

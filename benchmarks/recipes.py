@@ -1,0 +1,325 @@
+"""The recipes of `configs/` at their true shapes: one step of each stage, what they cost, what memory a base takes.
+
+    python -m benchmarks.recipes steps [NAME …]      # each recipe from its YAML to an exported folder, one step a stage
+    python -m benchmarks.recipes memory              # parameters and memory, by size of the base and method
+    python -m benchmarks.recipes cost                # operations of a whole training, and hours reckoned from them
+
+Weights are random, of the shapes of the checkpoints that a recipe names. `steps` changes of a recipe only its length:
+a few real problems, one step a stage, texts of 32 tokens at most. A-OKVQA's recipes get ScienceQA's problems in
+A-OKVQA's layout. `scienceqa_xl_lora` is `benchmarks.xl`. Prints a JSON object.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, ViTConfig, ViTImageProcessor, ViTModel
+from trl import ModelConfig
+
+from benchmarks.feature_store import detr_checkpoint
+from benchmarks.setting import DATASET, DETR, FLAN_T5, SHAPES, TOKENIZER, report
+from benchmarks.training import examples_of, forward_flops
+from mmcot.adapters import adapt
+from mmcot.examples import lengths_of
+from mmcot.files import read_json, write_json
+from mmcot.problems import load_problems
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+
+NAMES = ("scienceqa_small", "scienceqa_base", "scienceqa_base_detr", "scienceqa_large", "aokvqa_base", "aokvqa_xl_lora")
+PROBLEMS = {"train": 16, "val": 2, "test": 2}
+TEXT_LENGTH = 32
+# Of ScienceQA's training split, and of A-OKVQA's 17,056 questions each with three rationales.
+TRAINING_ROWS = {"scienceqa": 12726, "aokvqa": 3 * 17056}
+CPU_FLOPS = 127.6e9  # a training step at FLAN-T5-base's shape, measured (benchmarks/README.md)
+A100_FLOPS = 0.1 * 312e12  # its bfloat16 peak, of which a tenth is ASSUMED to be reached with batches this small
+
+
+def size_of(name: str) -> str:
+    """The shape of a T5 by its checkpoint's name."""
+    return next(size for size in SHAPES if size in name)
+
+
+def t5_checkpoint(size: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """As FLAN-T5's own: with a head of its own, which transformers' class would tie; in shards where it is large."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    model = T5ForConditionalGeneration(T5Config(**FLAN_T5, **SHAPES[size], tie_word_embeddings=False))
+    head = torch.randn_like(model.shared.weight) * SHAPES[size]["d_model"] ** -0.5
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="200MB")
+    save_file({"lm_head.weight": head}, folder / "head.safetensors", metadata={"format": "pt"})
+    index = read_json(folder / "model.safetensors.index.json")
+    index["weight_map"]["lm_head.weight"] = "head.safetensors"
+    write_json(folder / "model.safetensors.index.json", index)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return folder
+
+
+def tower_checkpoint(name: str, folder: Path) -> Path:
+    """DETR-ResNet-101-DC5, or ViT-L/32-384."""
+    if "detr" in name:
+        return detr_checkpoint(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    ViTModel(ViTConfig(**shape, image_size=384, patch_size=32)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 384, "width": 384}).save_pretrained(folder)
+    return folder
+
+
+def some_problems() -> dict[str, list[dict]]:
+    """Real problems with a picture, by split."""
+    rows = {}
+    for split, count in PROBLEMS.items():
+        seeing = (row for row in load_problems(DATASET, split, max_images=1) if row["images"])
+        rows[split] = list(itertools.islice(seeing, count))
+    return rows
+
+
+def as_scienceqa(folder: Path) -> str:
+    """A JSONL of them."""
+    with (folder / "problems.jsonl").open("w") as lines:
+        for split, rows in some_problems().items():
+            for row in rows:
+                images = [str(Path(image["path"]).resolve()) for image in row["images"]]
+                lines.write(json.dumps({**row, "images": images, "split": split}) + "\n")
+    return str(folder / "problems.jsonl")
+
+
+def as_aokvqa(folder: Path) -> str:
+    """ScienceQA's problems in A-OKVQA's layout, the same rationale three times."""
+    for split, rows in some_problems().items():
+        (folder / f"coco/{split}2017").mkdir(parents=True)
+        entries = []
+        for number, row in enumerate(rows):
+            with Image.open(row["images"][0]["path"]) as picture:
+                picture.convert("RGB").save(folder / f"coco/{split}2017/{number:012}.jpg")
+            entry = {"question_id": row["id"], "image_id": number, "question": row["question"], "split": split}
+            entry |= {"choices": row["choices"], "difficult_direct_answer": False}
+            if split != "test":
+                entry |= {"correct_choice_idx": row["answer"], "rationales": [row["solution"]] * 3}
+                entry |= {"direct_answers": [row["choices"][row["answer"]]] * 10}
+            entries.append(entry)
+        (folder / f"aokvqa_v1p0_{split}.json").write_text(json.dumps(entries))
+    return str(folder)
+
+
+def short_recipe(name: str, folder: Path, max_steps: int, text_length: int) -> Path:
+    """A recipe of `configs/` on a few problems, of its length alone made less."""
+    recipe = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
+    for stage in recipe["stages"]:
+        stage["max_target_length"] = min(stage["max_target_length"], text_length)
+    dtype = getattr(torch, recipe.get("dtype", "float32"))
+    (folder / "data").mkdir()
+    recipe.update(
+        dataset=(as_aokvqa if name.startswith("aokvqa") else as_scienceqa)(folder / "data"),
+        model_name_or_path=str(t5_checkpoint(size_of(recipe["model_name_or_path"]), folder / "t5", dtype)),
+        vision_model_name_or_path=str(tower_checkpoint(recipe["vision_model_name_or_path"], folder / "tower")),
+        **{"max_steps": max_steps, "eval_strategy": "no", "logging_steps": 1, "decode_answer": False},
+        **{"dataloader_num_workers": 0, "use_cpu": True, "report_to": "none"},
+    )
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+class Peak(threading.Thread):
+    """The most resident memory of a process, in bytes, looked at every tenth of a second."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.process, self.resident, self.anonymous = psutil.Process(pid), 0, 0
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while True:
+                memory = self.process.memory_info()
+                self.resident = max(self.resident, memory.rss)
+                self.anonymous = max(self.anonymous, memory.rss - memory.shared)
+                time.sleep(0.1)
+        except psutil.NoSuchProcess:
+            return
+
+
+def train(recipe: Path, run: Path, *options: str, kill_after: Path | None = None) -> dict:
+    """Seconds and memory of a call of train.py, killed (SIGKILL) as soon as a file is there."""
+    start = time.perf_counter()
+    with (run.parent / "log.txt").open("a") as log:
+        command = [sys.executable, "train.py", "--config", str(recipe), "--output_dir", str(run), *options]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        peak = Peak(process.pid)
+        while process.poll() is None:
+            if kill_after is not None and kill_after.exists():
+                process.kill()
+            time.sleep(0.2)
+    if process.returncode != (0 if kill_after is None else -9):
+        raise RuntimeError(f"train.py ended with {process.returncode}: {(run.parent / 'log.txt').read_text()[-3000:]}")
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_resident_gb": round(peak.resident / 1e9, 2),
+        "of_which_not_files": round(peak.anonymous / 1e9, 2),
+    }
+
+
+def stage_results(run: Path) -> dict:
+    """Losses of each stage's steps, and the size of what it saved."""
+    results = {}
+    for stage in ("rationale", "answer"):
+        finished = read_json(run / stage / "train_results.json")
+        losses = [entry["loss"] for entry in finished["log_history"] if "loss" in entry]
+        weights = sum(file.stat().st_size for file in (run / stage).glob("*.safetensors"))
+        results[stage] = {"losses": losses, "saved_mb": round(weights / 1e6, 1)}
+    return results
+
+
+def parameters(hub: Path) -> dict[str, int]:
+    """Of the whole system, tower included."""
+    model = MMCoTForConditionalGeneration.from_pretrained(hub)
+    counts = {"all": 0, "tower": 0, "fusion": 0}
+    for name, parameter in model.named_parameters():
+        part = next((part for part in ("tower", "fusion") if part in name), None)
+        counts["all"] += parameter.numel()
+        if part is not None:
+            counts[part] += parameter.numel()
+    return {**counts, "text_model": counts["all"] - counts["tower"] - counts["fusion"]}
+
+
+def measure_steps(names: list[str], work: str | None) -> dict:
+    results = {}
+    for name in tqdm(names, desc="recipes"):
+        folder = Path(tempfile.mkdtemp(dir=work))
+        try:
+            recipe, run = short_recipe(name, folder, max_steps=1, text_length=TEXT_LENGTH), folder / "run"
+            results[name] = {**train(recipe, run, "--save_strategy", "no"), **stage_results(run)}
+            results[name]["parameters"] = parameters(run / "hub")
+            results[name]["predicted"] = len(read_json(run / "predictions" / "test.json"))
+            # And the same recipe without pictures, as far as it is read.
+            results[name]["without_pictures"] = train(
+                recipe, folder / "blind", "--save_strategy", "no", "--max_images", "0"
+            )
+        finally:
+            shutil.rmtree(folder)
+    return results
+
+
+# Parameters and memory.
+
+METHODS = ("full", "lora", "qlora")
+LORA = {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}
+MEASURED = [*itertools.product(("small", "base", "large"), ("full", "lora"))]
+BYTES = {"full": 4, "lora": 2, "qlora": 2}  # of a weight of the base; of one that is trained always 4
+QUANTIZED_BYTES = 4.5 / 8  # NF4: 4 bits, and a float32 for each block of 64
+
+
+def build(size: str, method: str):
+    """The model as it is trained, on the meta device unless its weights are asked for."""
+    config = MMCoTConfig(**FLAN_T5, **SHAPES[size], vision_hidden_size=DETR[1])
+    model = MMCoTForConditionalGeneration(config)
+    if method == "full":
+        return model
+    return adapt(model.to(torch.bfloat16), ModelConfig(use_peft=True, **LORA))
+
+
+def reckon(size: str, method: str) -> dict:
+    """Weights, gradients and AdamW's two moments. What a step's activations take comes on top."""
+    with torch.device("meta"):
+        model = build(size, method)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    quantized = 0
+    if method == "qlora":
+        names = [name for name, _ in model.named_modules() if name.endswith("base_layer")]
+        quantized = sum(model.get_submodule(name).weight.numel() for name in names)
+    weights = (every - trained - quantized) * BYTES[method] + quantized * QUANTIZED_BYTES
+    state = weights + trained * (4 + 4 + 8)
+    return {"parameters": every, "trained": trained, "reckoned_gb": round(state / 1e9, 2)}
+
+
+def step_alone(size: str, method: str) -> float:
+    """Peak of resident memory of a step over two problems of 512 and 512 tokens, GB over that of an empty process."""
+    before = psutil.Process().memory_info().rss
+    torch.manual_seed(0)
+    model = build(size, method).train()
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    peak = Peak(os.getpid())
+    for _ in range(2):
+        ids = torch.randint(3, 32000, (2, 512))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(3, 32000, (2, 512))}
+        features = torch.randn(2, *DETR, dtype=model.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=method != "full"):
+            loss = model(**batch, vision_features=features).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return round((peak.resident - before) / 1e9, 2)
+
+
+def measure_memory() -> dict:
+    results = {}
+    for size, method in tqdm(list(itertools.product(SHAPES, METHODS)), desc="bases"):
+        results[f"{size}, {method}"] = reckon(size, method)
+        if (size, method) in MEASURED:
+            command = [sys.executable, "-m", "benchmarks.recipes", "step", size, method]
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            results[f"{size}, {method}"]["measured_gb"] = float(printed.splitlines()[-1])
+    return results
+
+
+# Cost.
+
+
+def measure_cost() -> dict:
+    """
+    Of a whole training: FLOPs of the matrix products over real tokens, from the lengths of the problems at hand; hours reckoned from them. A-OKVQA's lengths are taken to be ScienceQA's without context.
+    """
+    results = {}
+    for name in ("scienceqa_xl_lora", *NAMES):
+        recipe = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
+        flops = 0.0
+        for stage in ("rationale", "answer"):
+            lengths = lengths_of(examples_of(stage))
+            sources, targets = ([length[side] for length in lengths] for side in (0, 1))
+            one = forward_flops(SHAPES[size_of(recipe["model_name_or_path"])], sources, targets, len(lengths) // 2)
+            # With adapters no gradient of the base's weights is taken; with checkpointing one more pass is.
+            passes = 3 - bool(recipe.get("use_peft")) + bool(recipe.get("gradient_checkpointing"))
+            flops += one / len(lengths) * passes
+        total = flops * TRAINING_ROWS[name.split("_")[0]] * recipe["num_train_epochs"]
+        hours = {"A100": total / A100_FLOPS / 3600, "these two cores": total / CPU_FLOPS / 3600}
+        results[name] = {"petaflop": round(total / 1e15), **{where: round(value, 1) for where, value in hours.items()}}
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("steps", "memory", "cost", "step"))
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--work", metavar="DIR", help="where checkpoints and runs are made")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if arguments.what == "step":  # a process of its own for each, because a peak of memory only rises
+        print(step_alone(*arguments.names))
+        return
+    if arguments.what == "steps":
+        result = measure_steps(arguments.names or list(NAMES), arguments.work)
+    else:
+        result = measure_memory() if arguments.what == "memory" else measure_cost()
+    report(f"recipes {arguments.what}", result, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
