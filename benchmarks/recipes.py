@@ -284,7 +284,8 @@ def measure_memory() -> dict:
 
 def measure_cost() -> dict:
     """
-    Of a whole training: FLOPs of the matrix products over real tokens, from the lengths of the problems at hand; hours reckoned from them. A-OKVQA's lengths are taken to be ScienceQA's without context.
+    Of a whole training: FLOPs of the matrix products over real tokens, from the lengths of the problems at hand; hours
+    reckoned from them. A-OKVQA's lengths are taken to be ScienceQA's.
     """
     results = {}
     for name in ("scienceqa_xl_lora", *NAMES):

@@ -1,4 +1,4 @@
-"""PEFT: what is trained of a large base, and what is saved of it.
+"""What of a model is trained: all but its frozen parts, or by PEFT adapters of a large base.
 
 Adapters are made here. Loading them beside their base, to predict, is `stages_mmcot.py`'s, which ships.
 """
@@ -22,13 +22,22 @@ FUSION = "fusion"
 NOT_TEXT = r".*\b(fusion|vision_tower)\b.*"
 
 
-def adapt(model: MMCoTForConditionalGeneration, model_config: ModelConfig) -> PeftModel:
+def freeze(model: MMCoTForConditionalGeneration, text: bool, fusion: bool) -> None:
+    """Leave parts of a model as they are. (The tower is the configuration's affair, `freeze_vision`.)"""
+    for name, parameter in model.named_parameters():
+        is_fusion, is_tower = f".{FUSION}." in name, ".vision_tower." in name
+        if (fusion and is_fusion) or (text and not is_fusion and not is_tower):
+            parameter.requires_grad_(False)
+
+
+def adapt(model: MMCoTForConditionalGeneration, model_config: ModelConfig, freeze_fusion: bool = False) -> PeftModel:
     """The model with a fresh adapter: what is trained of it are the adapter and the fusion, in float32."""
     config = get_peft_config(model_config)
     config.task_type = TaskType.SEQ_2_SEQ_LM
     config.target_modules = target_modules(model_config)
     config.exclude_modules = NOT_TEXT
-    saved = {*(model_config.lora_modules_to_save or []), *([FUSION] if model.encoder.fusion is not None else [])}
+    trains_fusion = model.encoder.fusion is not None and not freeze_fusion
+    saved = {*(model_config.lora_modules_to_save or []), *([FUSION] if trains_fusion else [])}
     config.modules_to_save = sorted(saved) or None
     adapted = get_peft_model(model, config)
     # A path of this machine, which PEFT would publish. An adapter lies beside its base.

@@ -32,6 +32,7 @@ MACHINE_SETTINGS = {
     "dataloader_num_workers",
     "pass_over_damaged_checkpoints",
     "fold",
+    "report_problems",
 }
 # How a step's problems are shared out; how many they are is checked when a run goes on (`trainer.SameSteps`).
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -101,6 +102,9 @@ class RecipeArguments:
         tokenizer_vocab_size: train a tokenizer of that many pieces on the training texts instead.
         text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
         target_column: `COLUMN=FILE.json`, texts by problem id to train the stage that writes that column on.
+        report_problems: for so many validation problems the stage writes, free-running, at each evaluation, and that is
+            scored and logged beside the loss (`progress.py`). By default none.
+        freeze_text, freeze_fusion: leave the text model, or the fusion, as they are.
         num_folds: into how many parts the training problems fall, where a stage has `inputs_from: cross_fit`.
         fold: only train the stages without that fold, 0 to num_folds - 1, and let them write for it. Folds can run side
             by side; the command without it goes on with what they wrote.
@@ -128,6 +132,9 @@ class RecipeArguments:
     vision_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     image_processor: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     target_column: str | None = field(default=None, metadata={"help": "COLUMN=FILE.json, texts by problem id."})
+    report_problems: int = field(default=0, metadata={"help": "Validation problems to write for at evaluations."})
+    freeze_text: bool = field(default=False, metadata={"help": "Leave the text model as it is."})
+    freeze_fusion: bool = field(default=False, metadata={"help": "Leave the fusion as it is."})
     num_folds: int = field(default=5, metadata={"help": "Parts of the training problems, for cross_fit."})
     fold: int | None = field(default=None, metadata={"help": "Only what cross_fit wants of this fold."})
     merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})
@@ -301,6 +308,11 @@ def check_parts(
             f"{config}: a stage reads `images`, but neither `vision_model_name_or_path` nor `image_processor` says how "
             f"pictures are prepared, and `features` are not given."
         )
+    if arguments.freeze_text and model_config.use_peft:
+        raise ValueError(f"{config}: freeze_text is set; with use_peft the text model is left as it is anyway.")
+    keeps_tower = arguments.freeze_vision or (arguments.vision_config or arguments.vision_model_name_or_path) is None
+    if arguments.freeze_text and (not sees or (arguments.freeze_fusion and keeps_tower)):
+        raise ValueError(f"{config}: freeze_text and what else is said leave nothing to train.")
     if arguments.vision_preprocessing != "checkpoint":
         if arguments.vision_model_name_or_path is None or arguments.image_processor is not None:
             raise ValueError(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainerCallback
@@ -23,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from mmcot.batching import LengthBatchSampler
 from mmcot.checkpoints import UNFINISHED, RunStopped, finish_checkpoint
 from mmcot.examples import StageCollator, lengths_of
+from mmcot.progress import Speed, ValidationReport
 from modeling_mmcot import MMCoTForConditionalGeneration
 
 
@@ -35,6 +37,7 @@ class StageTrainer(Seq2SeqTrainer):
     """
 
     is_saving = False
+    validation_report: ValidationReport | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         """With `train_sampling_strategy: group_by_length` ours (`batching.py`), else the Trainer's own."""
@@ -67,6 +70,8 @@ class StageTrainer(Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "skip_logits": True}
         ids = inputs.pop("ids")
+        if model.training:
+            self.speed.count(inputs)
         if not model.training:
             num_items_in_batch = self.evaluation_weight(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -77,6 +82,31 @@ class StageTrainer(Seq2SeqTrainer):
                 f"{', '.join(ids)}. Checkpoints in {self.args.output_dir} are those of earlier steps."
             )
         return result
+
+    @functools.cached_property
+    def speed(self) -> Speed:
+        return Speed(self.accelerator.num_processes)
+
+    def log(self, logs: dict[str, float], *arguments, **options) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.speed.tell()}
+        super().log(logs, *arguments, **options)
+
+    def evaluate(self, *arguments, **options) -> dict[str, float]:
+        metrics = super().evaluate(*arguments, **options)
+        if self.validation_report is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            # A data loader draws a seed, by which the dropout of the steps to come would be another one.
+            with self.compute_loss_context_manager(), torch.random.fork_rng():
+                told = self.validation_report.tell(
+                    model.get_base_model() if isinstance(model, PeftModel) else model,
+                    self.state.global_step,
+                    self.is_world_process_zero(),
+                )
+            self.log(told)
+            metrics.update(told)
+        self.speed.start_anew()  # what an evaluation takes is no training
+        return metrics
 
     def evaluation_weight(self, inputs: dict[str, torch.Tensor]) -> float:
         """

@@ -9,6 +9,7 @@ its last whole checkpoint. What is checked before stands in `preparation.py`, wh
 import copy
 import gc
 import logging
+import random
 import signal
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
 
-from mmcot.adapters import adapt, load_adapter_weights, quantization, save_base
+from mmcot.adapters import adapt, freeze, load_adapter_weights, quantization, save_base
 from mmcot.batching import by_both_lengths
 from mmcot.building import build_model
 from mmcot.checkpoints import RunStopped, checkpoint_to_resume
@@ -31,6 +32,7 @@ from mmcot.metrics import score
 from mmcot.predict import log_shortened, predict_stage
 from mmcot.preparation import Run, prepare
 from mmcot.problems import is_answered
+from mmcot.progress import ValidationReport, plot_curves
 from mmcot.recipes import Recipe, StageArguments, parse_recipe
 from mmcot.stage_inputs import (
     CROSS_FITTED,
@@ -157,6 +159,8 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         data_collator=NamedCollator(processor, stage, prepared.pictures),
         processing_class=processor,
     )
+    if recipe.arguments.report_problems:
+        trainer.validation_report = build_report(prepared, stage)
     with Termination() as termination:
         trainer.add_callback(termination)
         trainer.add_callback(SameSteps())
@@ -165,8 +169,9 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         stop_in_order(trainer, stage)
     save_trained(trainer, recipe, stage_folder)
     if trainer.is_world_process_zero():
-        losses = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "log_history": losses}
+        history = trainer.state.log_history[:-1]  # without the summary, which is in the metrics
+        plot_curves(history, stage_folder / "curves.png")
+        summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "log_history": history}
         write_json(stage_folder / FINISHED, summary)
     PartialState().wait_for_everyone()
     if termination.is_asked_of_any():
@@ -177,6 +182,21 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     del model, trainer
     gc.collect()  # a base is in memory once
     return load_trained(prepared, stage)
+
+
+def build_report(prepared: Run, stage: Stage) -> ValidationReport:
+    problems = prepared.problems["val"]
+    count = min(prepared.recipe.arguments.report_problems, len(problems))
+    chosen = random.Random(0).sample(range(len(problems)), count)
+    return ValidationReport(
+        prepared.processor,
+        stage,
+        problems.select(sorted(chosen)),
+        read_predictions(prepared.folder, "val"),
+        prepared.pictures,
+        prepared.folder / stage.name / "reports",
+        prepared.recipe.training_arguments.per_device_eval_batch_size,
+    )
 
 
 def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
@@ -240,9 +260,11 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
     if model_config.use_peft:
         set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
-        model = adapt(model, model_config)
+        model = adapt(model, model_config, recipe.arguments.freeze_fusion)
         if saves_adapters(recipe) and previous is not None:
             load_adapter_weights(model, previous)
+    else:
+        freeze(model, recipe.arguments.freeze_text, recipe.arguments.freeze_fusion)
     return model
 
 

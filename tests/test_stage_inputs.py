@@ -83,6 +83,7 @@ def test_the_answer_stage_is_trained_on_the_cross_fitted_texts(cross_fit):
     assert trained_on(options) == {problem_id: columns["rationale"] for problem_id, columns in written.items()}
 
 
+@pytest.mark.slow
 def test_folds_can_be_made_by_calls_of_their_own(cross_fit, tiny_dataset, tmp_path, capsys):
     run, options = cross_fit
     options = [*options, "--output_dir", str(tmp_path / "run")]
@@ -97,6 +98,7 @@ def test_folds_can_be_made_by_calls_of_their_own(cross_fit, tiny_dataset, tmp_pa
         assert (tmp_path / "run" / file).read_bytes() == (run / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_generated_inputs_are_what_the_stage_before_writes_for_its_own_training_problems(tiny_dataset, tmp_path):
     options = command(recipe(tmp_path / "recipe.yaml", inputs_from="generated"), tiny_dataset, tmp_path / "run")
     main(options)
@@ -107,7 +109,11 @@ def test_generated_inputs_are_what_the_stage_before_writes_for_its_own_training_
     assert trained_on(options) == expected
 
 
-@pytest.mark.parametrize("more", [[], ["--use_peft", "true", "--lora_r", "2"]], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    "more",
+    [[], pytest.param(["--use_peft", "true", "--lora_r", "2"], marks=pytest.mark.slow)],
+    ids=["whole", "adapters"],
+)
 def test_a_stage_can_start_from_the_one_before_it(tiny_dataset, tmp_path, more):
     """With a learning rate of nothing it stays what that one is."""
     values = recipe(tmp_path / "recipe.yaml", init_from="previous_stage", learning_rate=0.0)

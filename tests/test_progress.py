@@ -1,0 +1,150 @@
+"""What a training tells beside its loss, and that this changes nothing; and which parts of a model it leaves alone."""
+
+import pytest
+import torch
+from conftest import TINY_RECIPE
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmcot.files import read_json
+from mmcot.pictures import PixelStore
+from mmcot.problems import load_problems
+from mmcot.progress import Speed, ValidationReport
+from mmcot.training import main
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+
+STAGES = ("rationale", "answer")
+
+
+@pytest.fixture(scope="module")
+def told_run(tiny_dataset, tmp_path_factory):
+    """The run of `tiny_run`, that also tells what it does."""
+    folder = tmp_path_factory.mktemp("told") / "run"
+    options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(folder)]
+    main([*options, "--report_problems", "12", "--report_to", "tensorboard"])
+    return folder
+
+
+def history(run, stage: str) -> list[dict]:
+    return read_json(run / stage / "train_results.json")["log_history"]
+
+
+def test_telling_changes_nothing(told_run, tiny_run):
+    for file in ("rationale/model.safetensors", "answer/model.safetensors", "predictions/test.json"):
+        assert (told_run / file).read_bytes() == (tiny_run / file).read_bytes()
+
+
+def test_the_last_report_is_what_the_finished_run_scores_on_validation(told_run):
+    scores = read_json(told_run / "scores/val.json")
+    told = {stage: [entry for entry in history(told_run, stage) if "eval_gate" in entry] for stage in STAGES}
+    last = {stage: entries[-1] for stage, entries in told.items()}
+    assert {entry["step"] for entry in last.values()} == {24}
+    for name in ("bleu1", "bleu4", "rougeL"):
+        assert last["rationale"][f"eval_{name}"] == scores["rationale"][name]
+    for name, value in scores["accuracy"].items():
+        assert last["answer"].get(f"eval_accuracy_{name}") == value
+
+
+def test_examples_are_left_to_read(told_run, tiny_dataset):
+    text = (told_run / "rationale/reports/step-24.md").read_text()
+    written = read_json(told_run / "predictions/val.json")
+    problem = next(row for row in load_problems(str(tiny_dataset), "val") if row["images"])
+    assert problem["question"] in text and f"- written: {written[problem['id']]['rationale']}" in text
+    assert problem["solution"] in text
+    with Image.open(told_run / f"rationale/reports/pictures/{problem['id']}-0.png") as picture:
+        assert picture.size == (96, 96)
+
+
+def test_curves_speed_and_memory_are_told(told_run):
+    with Image.open(told_run / "answer/curves.png") as curves:
+        assert curves.width > curves.height  # several panels
+    for entry in history(told_run, "answer"):
+        if "loss" in entry:
+            assert entry["tokens_per_second"] > entry["problems_per_second"] > 0 and entry["memory_gb"] > 0.1
+
+
+def test_tensorboard_is_told_all_of_it(told_run):
+    (events,) = (told_run / "answer").rglob("events.out.tfevents*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    steps = [event.step for event in accumulator.Scalars("eval/accuracy_Avg")]
+    assert steps == [12, 24]
+    assert {"train/loss", "train/tokens_per_second", "eval/gate"} <= set(accumulator.Tags()["scalars"])
+
+
+def test_the_gate_is_told_by_position_of_real_tokens(tiny_run, tiny_dataset, tmp_path):
+    """With a gate of no weights every token takes half of the picture."""
+    processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
+    model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "rationale")
+    for name in ("language_gate", "vision_gate"):
+        torch.nn.init.zeros_(getattr(model.encoder.fusion, name).weight)
+    problems = load_problems(str(tiny_dataset), "val")
+    pictures = PixelStore(problems, processor.image_processor)
+    report = ValidationReport(processor, processor.stages[0], problems, {}, pictures, tmp_path, batch_size=16)
+    gate = report.gate_by_position(model, {})
+    with_picture = [bool(images) for images in problems["images"]]
+    seeing = [row for row, sees in zip(problems.remove_columns("images"), with_picture, strict=True) if sees]
+    longest = max(len(processor.tokenizer(processor.stages[0].render_source(row))["input_ids"]) for row in seeing)
+    assert gate.shape == (longest,) and torch.equal(gate, torch.full_like(gate, 0.5))
+
+
+def test_speed_counts_real_tokens():
+    speed = Speed(num_processes=1)
+    speed.count({"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[5, -100, -100]])})
+    speed.begin -= 1  # a second ago
+    told = speed.tell()
+    assert told["tokens_per_second"] == pytest.approx(3, abs=1) and told["problems_per_second"] == pytest.approx(1, 0.1)
+
+
+@pytest.mark.slow
+def test_adapters_report_too(tiny_dataset, tmp_path):
+    options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
+    main([*options, "--report_problems", "4", "--use_peft", "true", "--max_steps", "12", "--save_strategy", "no"])
+    assert (tmp_path / "run/answer/reports/step-12.md").exists()
+    assert any("eval_gate" in entry for entry in history(tmp_path / "run", "answer"))
+
+
+# Frozen parts.
+
+
+def start_and_end(tiny_dataset, folder, *options: str) -> list[dict]:
+    """The first stage's weights before its training, as those of a learning rate of nothing, and after it."""
+    weights = []
+    command = ["--config", str(folder / "recipe.yaml"), "--dataset", str(tiny_dataset), *options]
+    recipe = yaml.safe_load(TINY_RECIPE.read_text())
+    recipe.update(max_steps=2, eval_strategy="no", save_strategy="no", decode_answer=False)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name, rate in (("before", "0"), ("after", "1e-2")):
+        main([*command, "--output_dir", str(folder / name), "--learning_rate", rate])
+        weights.append(load_file(folder / name / "rationale/model.safetensors"))
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["text", "fusion"])
+def test_a_frozen_part_stays_as_it_is_to_the_bit_and_the_others_do_not(tiny_dataset, tmp_path, part):
+    before, after = start_and_end(tiny_dataset, tmp_path, f"--freeze_{part}", "true")
+    for name, tensor in before.items():
+        is_fusion = ".fusion." in name
+        is_frozen = is_fusion if part == "fusion" else not is_fusion and ".vision_tower." not in name
+        if is_frozen:
+            assert torch.equal(after[name], tensor), name
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert any(".vision_tower." in name for name in changed)
+    assert any(".fusion." in name for name in changed) == (part == "text")
+    assert ("shared.weight" in changed) == (part == "fusion")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--freeze_text", "true", "--use_peft", "true"], "with use_peft the text model is left as it is anyway"),
+        (["--freeze_text", "true", "--freeze_fusion", "true", "--freeze_vision", "true"], "leave nothing to train"),
+        (["--freeze_text", "true", "--max_images", "0"], "leave nothing to train"),
+    ],
+)
+def test_something_is_left_to_train(tiny_dataset, tmp_path, options, said):
+    command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=said):
+        main([*command, *options])
