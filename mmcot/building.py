@@ -3,6 +3,8 @@
 Nothing is trained or written here, and no data is read but the problems that a tokenizer is trained on.
 """
 
+import os
+
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -122,8 +124,8 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
     )
 
 
-def linear_layers(recipe: Recipe) -> list[str]:
-    """Names of the text model's, without its weights."""
+def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
+    """The text model's modules by name, without their weights."""
     if recipe.model_config.model_name_or_path is None:
         config = T5Config(**(recipe.arguments.text_config or {}))
     else:
@@ -132,7 +134,19 @@ def linear_layers(recipe: Recipe) -> list[str]:
         )
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return dict(model.named_modules())
+
+
+def check_wrapped_classes(modules: dict[str, nn.Module]) -> None:
+    """What accelerate's FSDP settings name as the layers to wrap is there: it would say so after all data was read."""
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    known = {type(module).__name__ for module in modules.values()}
+    for name in filter(None, named.split(",")):
+        if name not in known:
+            raise ValueError(
+                f"fsdp_transformer_layer_cls_to_wrap is {name!r}, and the text model has no such layer; there are "
+                f"{', '.join(sorted(known))}."
+            )
 
 
 def build_model(

@@ -8,9 +8,18 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
+from torch import nn
 
 from mmcot.adapters import check_adapters
-from mmcot.building import build_model, build_processor, build_stage, check_tower_name, is_frozen, linear_layers
+from mmcot.building import (
+    build_model,
+    build_processor,
+    build_stage,
+    check_tower_name,
+    check_wrapped_classes,
+    is_frozen,
+    text_modules,
+)
 from mmcot.feature_store import FeatureStore
 from mmcot.features import vision_source
 from mmcot.pictures import PixelStore
@@ -48,8 +57,11 @@ def prepare(recipe: Recipe) -> Run:
     """
     stages = [build_stage(arguments) for arguments in recipe.stages]
     check_tower_name(recipe)
+    modules = text_modules(recipe)
+    check_wrapped_classes(modules)
     if recipe.model_config.use_peft:
-        check_adapters(recipe.model_config, linear_layers(recipe))
+        linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        check_adapters(recipe.model_config, linear_layers)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
     processor = build_processor(recipe, stages, problems["train"])

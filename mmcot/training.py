@@ -160,6 +160,8 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         processing_class=processor,
     )
     if recipe.arguments.report_problems:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise RunStopped("report_problems lets the stage write while it is trained, which sharded weights cannot.")
         trainer.validation_report = build_report(prepared, stage)
     with Termination() as termination:
         trainer.add_callback(termination)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from conftest import TINY_RECIPE
 from PIL import Image
 from safetensors.torch import load_file
