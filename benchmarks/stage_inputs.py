@@ -49,15 +49,18 @@ def share_rationale_stage(trained: Path, run: Path, config: Path, options: list[
     """A run that begins with the trained rationale stage of another, and all that this wrote."""
     if run.exists():
         return
-    claim_run_folder(parse_recipe(["--config", str(config), "--output_dir", str(run), *options]))
-    shutil.copytree(trained / "rationale", run / "rationale")
+    unfinished = run.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    claim_run_folder(parse_recipe(["--config", str(config), "--output_dir", str(unfinished), *options]))
+    shutil.copytree(trained / "rationale", unfinished / "rationale")
     if (trained / "folds").exists():
-        shutil.copytree(trained / "folds", run / "folds")
+        shutil.copytree(trained / "folds", unfinished / "folds")
     for split in ("train", "val", "test", CROSS_FITTED):
         columns = read_predictions(trained, split)
         if columns:
             rationales = {problem_id: {"rationale": column["rationale"]} for problem_id, column in columns.items()}
-            write_json(predictions_file(run, split), rationales)
+            write_json(predictions_file(unfinished, split), rationales)
+    unfinished.rename(run)
 
 
 def study(folder: Path, seeds: list[int], difficulty: int, num_folds: int) -> dict:
@@ -86,7 +89,7 @@ def study(folder: Path, seeds: list[int], difficulty: int, num_folds: int) -> di
 def right_rationales(predictions: dict[str, dict], difficulty: int, split: str) -> float:
     """How many of the rationales are the gold ones, in percent."""
     problems = load_problems(f"demo:{difficulty}", "test" if split == "test" else "train").remove_columns("images")
-    right = [predictions[row["id"]]["rationale"] == row["solution"] for row in problems]
+    right = [predictions[row["id"]]["rationale"] == f"Solution: {row['solution']}" for row in problems]
     return round(100 * sum(right) / len(right), 2)
 
 

@@ -58,7 +58,8 @@ def prepare(recipe: Recipe) -> Run:
     stages = [build_stage(arguments) for arguments in recipe.stages]
     check_tower_name(recipe)
     modules = text_modules(recipe)
-    check_wrapped_classes(modules)
+    if recipe.arguments.vision_config is None and recipe.arguments.vision_model_name_or_path is None:
+        check_wrapped_classes(modules)
     if recipe.model_config.use_peft:
         linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         check_adapters(recipe.model_config, linear_layers)
@@ -96,16 +97,17 @@ def prepare_pictures(
 def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
     """A split's problems, checked, so that no run dies of bad data half-way."""
     source = recipe.arguments.dataset
-    needs_files = store is None or store.needs_files
+    sees = any("images" in stage.reads for stage in stages)
+    needs_files = sees and (store is None or store.needs_files)
     with PartialState().main_process_first():
-        problems = load_problems(source, split, recipe.arguments.max_images, needs_files)
+        problems = load_problems(source, split, recipe.arguments.max_images if sees else None, needs_files)
     if len(problems) == 0:
         raise ValueError(f"{source}: split {split!r} has no problems.")
     if split != "test" or is_answered(problems):
         require_answers(problems)
     if recipe.arguments.captions is not None:
         problems = join_captions(problems, recipe.arguments.captions)
-    if store is not None and any("images" in stage.reads for stage in stages):
+    if store is not None and sees:
         store.check_problems(problems)
     if split == "train":
         if recipe.arguments.target_column is not None:

@@ -12,6 +12,7 @@ import psutil
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mmcot.examples import StageCollator, tokenized
 from mmcot.feature_store import FeatureStore
@@ -20,6 +21,7 @@ from mmcot.pictures import PixelStore, read_pictures
 from mmcot.predict import predict_stage, with_columns
 from mmcot.problems import without_gold
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pictures_mmcot import as_rgb
 from modeling_mmcot.processing_mmcot import LETTERS, Stage
 
 NUM_EXAMPLES = 8
@@ -131,6 +133,14 @@ class ValidationReport:
             handle.remove()
         return seen[0].masked_fill(~batch["attention_mask"].bool(), float("nan")).nanmean(dim=0).cpu()
 
+    @staticmethod
+    def shown(problem: dict) -> list[Image.Image]:
+        """Its pictures; none where features stand in for files that are not at hand."""
+        paths = [picture["path"] for picture in problem["images"] if not picture["bytes"]]
+        if not all(Path(path).is_file() for path in paths):
+            return []
+        return [as_rgb(picture) for picture in read_pictures(problem)]
+
     def write_examples(
         self, predictions: dict[str, dict], told: dict[str, float], gate: torch.Tensor | None, step: int
     ) -> None:
@@ -139,12 +149,11 @@ class ValidationReport:
         if gate is not None:
             lines += ["Share of the picture by token position:", " ".join(f"{share:.3f}" for share in gate), ""]
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-        for problem in self.problems.select(range(min(NUM_EXAMPLES, len(self.problems)))):
+        for number, problem in enumerate(self.problems.select(range(min(NUM_EXAMPLES, len(self.problems))))):
             lines += [f"## {problem['id']}", ""]
-            for number, picture in enumerate(read_pictures(problem)):
-                name = f"pictures/{problem['id']}-{number}.png"
-                if not (self.folder / name).exists():
-                    picture.save(self.folder / name)
+            for picture_number, picture in enumerate(self.shown(problem)):
+                name = f"pictures/{number}-{picture_number}.png"
+                picture.save(self.folder / name)
                 lines += [f"![{problem['id']}]({name})", ""]
             choices = " ".join(
                 f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False)
@@ -165,6 +174,8 @@ def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:
         for title, names in panels.items()
     }
     told = {title: names for title, names in told.items() if names}
+    if not told:
+        return
     figure = Figure(figsize=(5 * len(told), 4), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(told), squeeze=False)[0], told.items(), strict=True):
         for name in names:

@@ -7,6 +7,7 @@ trained. It knows nothing of the model and builds nothing.
 
 import difflib
 import logging
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class RecipeArguments:
         vision_preprocessing: `checkpoint` (its own), or `paper` (as the authors prepared pictures for it).
         freeze_vision: leave the tower as it is. By default as the model says, false for a new one.
         max_images: the most pictures of one problem. With 0 the recipe is one without pictures: no stage reads them,
-            and the model gets no tower.
+            and the model is given no tower.
         features: a folder of features of the pictures, as mmcot.features wrote it, in place of a run of the tower.
         captions: a captions.json, as `mmcot.features --captions` wrote it, in place of the problems' captions.
         tokenizer_name_or_path: a tokenizer; by default the text model's.
@@ -280,6 +281,11 @@ def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], confi
         raise ValueError(
             f"{config}: fold is {arguments.fold}; expected 0 to num_folds - 1, and a stage with inputs_from: cross_fit."
         )
+    if arguments.fold is not None and sum(stage.inputs_from == "cross_fit" for stage in stages) > 1:
+        raise ValueError(
+            f"{config}: fold is {arguments.fold}, but several stages have inputs_from: cross_fit, of which the later "
+            f"want all folds of the earlier: leave fold out."
+        )
 
 
 def check_parts(
@@ -310,9 +316,13 @@ def check_parts(
         )
     if arguments.freeze_text and model_config.use_peft:
         raise ValueError(f"{config}: freeze_text is set; with use_peft the text model is left as it is anyway.")
-    keeps_tower = arguments.freeze_vision or (arguments.vision_config or arguments.vision_model_name_or_path) is None
-    if arguments.freeze_text and (not sees or (arguments.freeze_fusion and keeps_tower)):
-        raise ValueError(f"{config}: freeze_text and what else is said leave nothing to train.")
+    blind = [stage.name for stage in stages if "images" not in stage.reads]
+    if arguments.freeze_text and blind:
+        raise ValueError(
+            f"{config}: freeze_text leaves the stage {blind[0]!r}, which sees no pictures, nothing to train."
+        )
+    if arguments.freeze_text and arguments.freeze_fusion:
+        raise ValueError(f"{config}: freeze_text and freeze_fusion leave nothing to train on problems without picture.")
     if arguments.vision_preprocessing != "checkpoint":
         if arguments.vision_model_name_or_path is None or arguments.image_processor is not None:
             raise ValueError(
@@ -385,10 +395,10 @@ def claim_run_folder(recipe: Recipe) -> Path:
                 f"{earlier.get(name)!r} there, {recipe.values.get(name)!r} here). Choose another --output_dir."
             )
         return folder
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise ValueError(f"{folder} exists, is not empty and holds no recipe.yaml. Choose another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".tmp")
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # folds are calls of their own, which can be made at once
     unfinished.write_text(yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     unfinished.replace(file)
     return folder

@@ -96,8 +96,9 @@ class StageTrainer(Seq2SeqTrainer):
         metrics = super().evaluate(*arguments, **options)
         if self.validation_report is not None:
             model = self.accelerator.unwrap_model(self.model)
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
             # A data loader draws a seed, by which the dropout of the steps to come would be another one.
-            with self.compute_loss_context_manager(), torch.random.fork_rng():
+            with self.accelerator.autocast(), torch.random.fork_rng(devices):
                 told = self.validation_report.tell(
                     model.get_base_model() if isinstance(model, PeftModel) else model,
                     self.state.global_step,

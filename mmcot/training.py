@@ -17,6 +17,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock
 from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
 
@@ -159,7 +160,8 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         data_collator=NamedCollator(processor, stage, prepared.pictures),
         processing_class=processor,
     )
-    if recipe.arguments.report_problems:
+    is_fold = prepared.folder != prepared.run_folder
+    if recipe.arguments.report_problems and not is_fold:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise RunStopped("report_problems lets the stage write while it is trained, which sharded weights cannot.")
         trainer.validation_report = build_report(prepared, stage)
@@ -172,15 +174,16 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     save_trained(trainer, recipe, stage_folder)
     if trainer.is_world_process_zero():
         history = trainer.state.log_history[:-1]  # without the summary, which is in the metrics
-        plot_curves(history, stage_folder / "curves.png")
         summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "log_history": history}
         write_json(stage_folder / FINISHED, summary)
+        plot_curves(history, stage_folder / "curves.png")
     PartialState().wait_for_everyone()
     if termination.is_asked_of_any():
         stop_in_order(trainer, stage)
     is_whole = not (saves_adapters(recipe) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if is_whole:
-        return trainer.accelerator.unwrap_model(trainer.model)
+        # As it would be loaded: without the wrapper by which it is trained in bfloat16.
+        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     del model, trainer
     gc.collect()  # a base is in memory once
     return load_trained(prepared, stage)
@@ -234,9 +237,10 @@ def saves_adapters(recipe: Recipe) -> bool:
 def prepare_base(prepared: Run) -> None:
     """The base that all stages adapt, into the run's folder."""
     base = prepared.run_folder / BASE
-    if not base.exists():
-        model = build_model(prepared.recipe, prepared.processor.tokenizer, prepared.store)
-        save_base(model, base, [stage.name for stage in prepared.stages])
+    with FileLock(base.with_suffix(".lock")):  # folds are calls of their own, which can be made at once
+        if not base.exists():
+            model = build_model(prepared.recipe, prepared.processor.tokenizer, prepared.store)
+            save_base(model, base, [stage.name for stage in prepared.stages])
 
 
 def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | PeftModel:
@@ -364,10 +368,9 @@ def main(argv: list[str] | None = None) -> None:
     except (RunStopped, OSError) as error:
         sys.exit(f"error: {error}")
     fold = prepared.recipe.arguments.fold
-    if fold is not None:
-        print(f"Fold {fold} is written: {fold_folder(prepared.folder, fold)}")
-    elif PartialState().is_main_process:
-        print(describe_result(prepared))
+    if PartialState().is_main_process:
+        written = f"Fold {fold} is written: {fold_folder(prepared.folder, fold)}"
+        print(describe_result(prepared) if fold is None else written)
 
 
 if __name__ == "__main__":

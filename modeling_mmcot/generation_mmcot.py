@@ -130,6 +130,7 @@ def packed_linears(model: PreTrainedModel) -> Iterator[None]:
         and module.weight.dtype == torch.float32
     ]
     is_useful = torch.backends.mkldnn.is_available() and sum(linear.weight.nbytes for linear in linears) < MAX_PACKED
+    is_useful = is_useful and not torch.is_autocast_enabled("cpu")  # whose bfloat16 inputs float32 weights do not take
     for linear in linears if is_useful else []:
         weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         linear.forward = functools.partial(packed_linear, weight=weight, bias=linear.bias)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mmcot.files import read_json
 from mmcot.pictures import PixelStore
 from mmcot.problems import load_problems
-from mmcot.progress import Speed, ValidationReport
+from mmcot.progress import Speed, ValidationReport, plot_curves
 from mmcot.training import main
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 
@@ -50,10 +50,12 @@ def test_the_last_report_is_what_the_finished_run_scores_on_validation(told_run)
 def test_examples_are_left_to_read(told_run, tiny_dataset):
     text = (told_run / "rationale/reports/step-24.md").read_text()
     written = read_json(told_run / "predictions/val.json")
-    problem = next(row for row in load_problems(str(tiny_dataset), "val") if row["images"])
+    number, problem = next(
+        (number, row) for number, row in enumerate(load_problems(str(tiny_dataset), "val")) if row["images"]
+    )
     assert problem["question"] in text and f"- written: {written[problem['id']]['rationale']}" in text
     assert problem["solution"] in text
-    with Image.open(told_run / f"rationale/reports/pictures/{problem['id']}-0.png") as picture:
+    with Image.open(told_run / f"rationale/reports/pictures/{number}-0.png") as picture:
         assert picture.size == (96, 96)
 
 
@@ -99,11 +101,18 @@ def test_speed_counts_real_tokens():
 
 
 @pytest.mark.slow
-def test_adapters_report_too(tiny_dataset, tmp_path):
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16", "--bf16", "true"]], ids=["float32", "bfloat16"])
+def test_adapters_report_too(tiny_dataset, tmp_path, dtype):
     options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
-    main([*options, "--report_problems", "4", "--use_peft", "true", "--max_steps", "12", "--save_strategy", "no"])
+    options += ["--report_problems", "4", "--use_peft", "true", "--max_steps", "12", "--save_strategy", "no"]
+    main([*options, *dtype])
     assert (tmp_path / "run/answer/reports/step-12.md").exists()
     assert any("eval_gate" in entry for entry in history(tmp_path / "run", "answer"))
+
+
+def test_a_training_that_told_nothing_has_no_curves(tmp_path):
+    plot_curves([], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
 
 
 # Frozen parts.
@@ -141,8 +150,8 @@ def test_a_frozen_part_stays_as_it_is_to_the_bit_and_the_others_do_not(tiny_data
     ("options", "said"),
     [
         (["--freeze_text", "true", "--use_peft", "true"], "with use_peft the text model is left as it is anyway"),
-        (["--freeze_text", "true", "--freeze_fusion", "true", "--freeze_vision", "true"], "leave nothing to train"),
-        (["--freeze_text", "true", "--max_images", "0"], "leave nothing to train"),
+        (["--freeze_text", "true", "--freeze_fusion", "true"], "leave nothing to train on problems without picture"),
+        (["--freeze_text", "true", "--max_images", "0"], "leaves the stage 'rationale', which sees no pictures"),
     ],
 )
 def test_something_is_left_to_train(tiny_dataset, tmp_path, options, said):

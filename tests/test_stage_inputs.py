@@ -148,3 +148,26 @@ def test_the_first_stage_has_none_before_it(tiny_dataset, tmp_path, key):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(SystemExit, match=f"stage 'rationale' has {key} .*, and no stage before it"):
         main(command(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "run"))
+
+
+def test_a_fold_alone_is_refused_where_a_later_stage_wants_all_folds(tiny_dataset, tmp_path):
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    rationale, answer = values["stages"]
+    second = {**rationale, "name": "second", "writes": "second", "inputs_from": "cross_fit"}
+    values["stages"] = [rationale, second, {**answer, "inputs_from": "cross_fit"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit, match="several stages have inputs_from: cross_fit"):
+        main(command(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "run", "--fold", "0"))
+
+
+@pytest.mark.slow
+def test_three_stages_can_be_cross_fitted_one_on_another(tiny_dataset, tmp_path):
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    rationale, answer = values["stages"]
+    second = {**rationale, "name": "second", "writes": "second", "inputs_from": "cross_fit"}
+    second["reads"] = [*rationale["reads"], "rationale"]
+    values["stages"] = [rationale, second, {**answer, "inputs_from": "cross_fit"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    main(command(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "run", "--num_folds", "2", "--max_steps", "2"))
+    written = read_json(tmp_path / "run/predictions/train_cross_fit.json")
+    assert len(written) == 40 and all(columns.keys() >= {"rationale", "second"} for columns in written.values())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mmcot.building import build_stage
 from mmcot.pictures import read_pictures
+from mmcot.preparation import prepare
 from mmcot.problems import load_problems
 from mmcot.recipes import parse_recipe
 from mmcot.stage_inputs import with_gold_columns
@@ -215,6 +216,23 @@ def test_a_bad_picture_is_found_before_training(tiny_dataset, tmp_path):
     result = train(tmp_path / "data" / "problems.jsonl", tmp_path / "run", check=False)
     refused(result, row["id"], str(picture))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_pictures_asks_nothing_of_them(tmp_path):
+    """Neither that they are there nor how many they are."""
+    row = {"question": "Which?", "choices": ["a", "b"], "answer": 0, "solution": "It is a.", "images": ["gone"] * 2}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(row) + "\n")
+    options = [
+        "--dataset",
+        str(tmp_path / "problems.jsonl"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_images",
+        "0",
+    ]
+    prepared = prepare(parse_recipe(["--config", str(TINY_RECIPE), *options]))
+    assert prepared.pictures is None and prepared.processor.image_processor is None
+    assert len(prepared.problems["train"][0]["images"]) == 2  # which the class of problems with pictures is told by
 
 
 def test_a_dataset_without_rationales_names_the_ways_out(tiny_dataset, tmp_path):
