@@ -31,11 +31,13 @@ def history(run, stage: str) -> list[dict]:
     return read_json(run / stage / "train_results.json")["log_history"]
 
 
+@pytest.mark.slow
 def test_telling_changes_nothing(told_run, tiny_run):
     for file in ("rationale/model.safetensors", "answer/model.safetensors", "predictions/test.json"):
         assert (told_run / file).read_bytes() == (tiny_run / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_last_report_is_what_the_finished_run_scores_on_validation(told_run):
     scores = read_json(told_run / "scores/val.json")
     told = {stage: [entry for entry in history(told_run, stage) if "eval_gate" in entry] for stage in STAGES}
@@ -47,6 +49,7 @@ def test_the_last_report_is_what_the_finished_run_scores_on_validation(told_run)
         assert last["answer"].get(f"eval_accuracy_{name}") == value
 
 
+@pytest.mark.slow
 def test_examples_are_left_to_read(told_run, tiny_dataset):
     text = (told_run / "rationale/reports/step-24.md").read_text()
     written = read_json(told_run / "predictions/val.json")
@@ -59,6 +62,7 @@ def test_examples_are_left_to_read(told_run, tiny_dataset):
         assert picture.size == (96, 96)
 
 
+@pytest.mark.slow
 def test_curves_speed_and_memory_are_told(told_run):
     with Image.open(told_run / "answer/curves.png") as curves:
         assert curves.width > curves.height  # several panels
@@ -67,6 +71,7 @@ def test_curves_speed_and_memory_are_told(told_run):
             assert entry["tokens_per_second"] > entry["problems_per_second"] > 0 and entry["memory_gb"] > 0.1
 
 
+@pytest.mark.slow
 def test_tensorboard_is_told_all_of_it(told_run):
     (events,) = (told_run / "answer").rglob("events.out.tfevents*")
     accumulator = EventAccumulator(str(events.parent))

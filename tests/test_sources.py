@@ -218,6 +218,7 @@ def test_a_dataset_of_the_hub_is_brought_into_the_schema(hub_dataset):
     assert problems[2]["images"] == []
 
 
+@pytest.mark.slow
 def test_a_run_on_a_dataset_of_the_hub_ends(hub_dataset, tmp_path):
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": str(hub_dataset), "max_steps": 2}))
