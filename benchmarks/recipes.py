@@ -231,6 +231,8 @@ def build(size: str, method: str):
     """The model as it is trained, on the meta device unless its weights are asked for."""
     config = MMCoTConfig(**FLAN_T5, **SHAPES[size], vision_hidden_size=DETR[1])
     model = MMCoTForConditionalGeneration(config)
+    # FLAN-T5's heads are their own, where a new model's is its embeddings.
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.02)
     if method == "full":
         return model
     return adapt(model.to(torch.bfloat16), ModelConfig(use_peft=True, **LORA))
