@@ -124,7 +124,9 @@ def test_launch_settings_are_read_by_accelerate_and_name_what_there_is(file):
 
 
 def test_a_layer_to_wrap_that_is_not_there_is_named_before_anything_is_read(tmp_path):
+    """Of a recipe without a tower, whose layers could be meant too."""
     options = ["--config", TINY_RECIPE, "--dataset", tmp_path / "nothing.jsonl", "--output_dir", tmp_path / "run"]
+    options += ["--max_images", "0"]
     result = run_script("train.py", *options, check=False, FSDP_TRANSFORMER_CLS_TO_WRAP="T5Block,T5Blok")
     assert result.returncode != 0
     assert "fsdp_transformer_layer_cls_to_wrap is 'T5Blok'" in result.stderr and "T5Block" in result.stderr
