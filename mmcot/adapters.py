@@ -9,13 +9,23 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+from modeling_mmcot.prompts_mmcot import VirtualTokens
 
 # Trained and saved whole, beside what adapts the text model: it is new, there is nothing in it to adapt.
 FUSION = "fusion"
@@ -30,16 +40,24 @@ def freeze(model: MMCoTForConditionalGeneration, text: bool, fusion: bool) -> No
             parameter.requires_grad_(False)
 
 
-def adapt(model: MMCoTForConditionalGeneration, model_config: ModelConfig, freeze_fusion: bool = False) -> PeftModel:
+def adapt(
+    model: MMCoTForConditionalGeneration,
+    model_config: ModelConfig,
+    freeze_fusion: bool = False,
+    peft_type: str = "LORA",
+    num_virtual_tokens: int = 20,
+) -> PeftModel:
     """The model with a fresh adapter: what is trained of it are the adapter and the fusion, in float32."""
-    config = get_peft_config(model_config)
-    config.task_type = TaskType.SEQ_2_SEQ_LM
-    config.target_modules = target_modules(model_config)
-    config.exclude_modules = NOT_TEXT
+    if peft_type == "LORA":
+        config = lora_config(model_config)
+    else:
+        config = prompt_config(model.config, peft_type, num_virtual_tokens)
     trains_fusion = model.encoder.fusion is not None and not freeze_fusion
     saved = {*(model_config.lora_modules_to_save or []), *([FUSION] if trains_fusion else [])}
     config.modules_to_save = sorted(saved) or None
     adapted = get_peft_model(model, config)
+    if config.is_prompt_learning:
+        model.virtual_tokens = VirtualTokens(adapted)
     # A path of this machine, which PEFT would publish. An adapter lies beside its base.
     adapted.peft_config["default"].base_model_name_or_path = ""
     for parameter in adapted.parameters():
@@ -48,11 +66,39 @@ def adapt(model: MMCoTForConditionalGeneration, model_config: ModelConfig, freez
     return adapted
 
 
+def lora_config(model_config: ModelConfig) -> LoraConfig:
+    config = get_peft_config(model_config)
+    config.task_type = TaskType.SEQ_2_SEQ_LM
+    config.target_modules = target_modules(model_config)
+    config.exclude_modules = NOT_TEXT
+    return config
+
+
+def prompt_config(
+    config: MMCoTConfig, peft_type: str, num_virtual_tokens: int
+) -> PromptTuningConfig | PrefixTuningConfig:
+    """
+    Virtual tokens before the encoder's input (Lester et al. 2021, arXiv 2104.08691, begun as tokens of the vocabulary),
+    or keys and values in the decoder's attention (Li and Liang 2021, arXiv 2101.00190, without their projection).
+    """
+    common = {"task_type": TaskType.SEQ_2_SEQ_LM, "num_virtual_tokens": num_virtual_tokens}
+    if peft_type == "PROMPT_TUNING":
+        return PromptTuningConfig(
+            **common, num_transformer_submodules=1, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB
+        )
+    # T5's heads together can be of another width than its states.
+    width = config.num_heads * config.d_kv
+    return PrefixTuningConfig(
+        **common, num_layers=config.num_decoder_layers, num_attention_heads=config.num_heads, token_dim=width
+    )
+
+
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     """Those of an adapter that was saved, fusion included, into the model's own."""
     result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    if result.unexpected_keys:
-        raise ValueError(f"The adapter in {folder} is another one: {result.unexpected_keys}")
+    unexpected = [key for key in result.unexpected_keys if key != "prompt_embeddings"]  # which PEFT has loaded
+    if unexpected:
+        raise ValueError(f"The adapter in {folder} is another one: {unexpected}")
 
 
 def target_modules(model_config: ModelConfig) -> list[str] | str:
@@ -64,7 +110,7 @@ def target_modules(model_config: ModelConfig) -> list[str] | str:
     return [names] if isinstance(names, str) and re.fullmatch(r"\w+(\.\w+)*", names) else names
 
 
-def check_adapters(model_config: ModelConfig, linear_layers: list[str]) -> None:
+def check_adapters(model_config: ModelConfig, linear_layers: list[str], peft_type: str = "LORA") -> None:
     """
     Args:
         linear_layers: the names of the text model's.
@@ -72,6 +118,9 @@ def check_adapters(model_config: ModelConfig, linear_layers: list[str]) -> None:
     Raises:
         ValueError: `lora_target_modules` matches nothing; quantization was asked for without bitsandbytes or a GPU.
     """
+    quantization(model_config)
+    if peft_type != "LORA":
+        return
     targets = target_modules(model_config)
     if isinstance(targets, list):
         unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in linear_layers)]
@@ -84,7 +133,6 @@ def check_adapters(model_config: ModelConfig, linear_layers: list[str]) -> None:
             f"lora_target_modules: {unknown[0]!r} matches no linear layer of the text model; there are "
             f"{', '.join(ends)}."
         )
-    quantization(model_config)
 
 
 def quantization(model_config: ModelConfig) -> BitsAndBytesConfig | None:

@@ -62,7 +62,7 @@ def prepare(recipe: Recipe) -> Run:
         check_wrapped_classes(modules)
     if recipe.model_config.use_peft:
         linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        check_adapters(recipe.model_config, linear_layers)
+        check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
     processor = build_processor(recipe, stages, problems["train"])

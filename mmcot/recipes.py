@@ -41,7 +41,10 @@ STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit"), "init_from": ("base", "previous_stage")}
 PICTURE_SETTINGS = ("vision_model_name_or_path", "vision_tower", "vision_preprocessing", "freeze_vision", "max_images")
 PICTURE_SETTINGS += ("features", "vision_config", "image_processor")
-PEFT_SETTINGS = ("use_dora", "use_rslora", "load_in_4bit", "load_in_8bit", "merge_adapters")
+PEFT_TYPES = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING")
+# Settings of adapters, and those of them that only LoRA has.
+PEFT_SETTINGS = ("load_in_4bit", "load_in_8bit", "peft_type", "num_virtual_tokens")
+LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")
 
 
 @dataclass
@@ -109,6 +112,9 @@ class RecipeArguments:
         num_folds: into how many parts the training problems fall, where a stage has `inputs_from: cross_fit`.
         fold: only train the stages without that fold, 0 to num_folds - 1, and let them write for it. Folds can run side
             by side; the command without it goes on with what they wrote.
+        peft_type: with `use_peft`, PEFT's name of what is trained beside the fusion: `LORA`, or virtual tokens in place
+            of it: `PROMPT_TUNING` (before the source), `PREFIX_TUNING` (in the decoder's attention).
+        num_virtual_tokens: how many of them.
         merge_adapters: with `use_peft`, save whole models in place of a base and adapters.
         pass_over_damaged_checkpoints: go on from the newest checkpoint that is whole, where a newer one is damaged.
         decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
@@ -138,6 +144,8 @@ class RecipeArguments:
     freeze_fusion: bool = field(default=False, metadata={"help": "Leave the fusion as it is."})
     num_folds: int = field(default=5, metadata={"help": "Parts of the training problems, for cross_fit."})
     fold: int | None = field(default=None, metadata={"help": "Only what cross_fit wants of this fold."})
+    peft_type: str = field(default="LORA", metadata={"help": ", ".join(PEFT_TYPES)})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Of prompt and prefix tuning."})
     merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})
     pass_over_damaged_checkpoints: bool = field(default=False, metadata={"help": "Go on from the last whole one."})
     decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
@@ -343,9 +351,10 @@ def check_adapters(
     """What is said of adapters goes together; a tower is left as it is, unless it is trained whole beside them."""
     if not model_config.use_peft:
         for name in sorted(said):
-            if name.startswith("lora_") or name in PEFT_SETTINGS:
+            if name.startswith("lora_") or name in PEFT_SETTINGS + LORA_SETTINGS:
                 raise ValueError(f"{config}: {name} is set, which goes with use_peft: true.")
         return
+    check_virtual_tokens(arguments, training_arguments, said, config)
     is_mixed = training_arguments.bf16 or training_arguments.fp16
     if model_config.dtype in ("bfloat16", "float16", "auto") and not is_mixed:
         raise ValueError(
@@ -360,6 +369,25 @@ def check_adapters(
             f"where lora_modules_to_save names vision_tower; found {model_config.lora_modules_to_save}."
         )
     arguments.freeze_vision = not trains_tower
+
+
+def check_virtual_tokens(
+    arguments: RecipeArguments, training_arguments: Seq2SeqTrainingArguments, said: set[str], config: str
+) -> None:
+    peft_type = arguments.peft_type
+    if peft_type not in PEFT_TYPES:
+        raise ValueError(f"{config}: peft_type is {peft_type!r}; expected one of {', '.join(PEFT_TYPES)}.")
+    if peft_type == "LORA":
+        if "num_virtual_tokens" in said:
+            raise ValueError(f"{config}: num_virtual_tokens is set, and peft_type is LORA, which has none.")
+        return
+    for name in sorted(said - {"lora_modules_to_save"}):
+        if name.startswith("lora_") or name in LORA_SETTINGS:
+            raise ValueError(f"{config}: {name} is set, which goes with peft_type: LORA; found {peft_type}.")
+    if arguments.num_virtual_tokens < 1:
+        raise ValueError(f"{config}: num_virtual_tokens is {arguments.num_virtual_tokens}; expected 1 or more.")
+    if peft_type == "PREFIX_TUNING" and training_arguments.gradient_checkpointing:
+        raise ValueError(f"{config}: gradient_checkpointing does not go with peft_type: PREFIX_TUNING (PEFT's limit).")
 
 
 def nearest(word: str, known: set[str]) -> str:

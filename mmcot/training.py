@@ -266,7 +266,13 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
     if model_config.use_peft:
         set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
-        model = adapt(model, model_config, recipe.arguments.freeze_fusion)
+        model = adapt(
+            model,
+            model_config,
+            recipe.arguments.freeze_fusion,
+            recipe.arguments.peft_type,
+            recipe.arguments.num_virtual_tokens,
+        )
         if saves_adapters(recipe) and previous is not None:
             load_adapter_weights(model, previous)
     else:

@@ -25,6 +25,7 @@ from .configuration_mmcot import MMCoTConfig
 from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
+from .prompts_mmcot import VirtualTokens
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 
@@ -253,6 +254,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
     config_class = MMCoTConfig
     input_modalities = ("image", "text")
     _no_split_modules = ["T5Block", "GatedFusion", "GatedMHAFusion"]
+    virtual_tokens: VirtualTokens | None = None  # of the adapter by which it is prompted, set beside PEFT's own model
 
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
@@ -433,6 +435,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
                 inputs_embeds=decoder_inputs_embeds,
                 encoder_hidden_states=encoder_outputs[0],
                 encoder_attention_mask=attention_mask,
+                cache=cache,
                 use_cache=False,
                 **kwargs,
             )
@@ -498,11 +501,13 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(attention_mask=attention_mask, **encoder_inputs)
         packed = pack_choices(choice_labels, self.config.decoder_start_token_id)
+        prefix = None if self.virtual_tokens is None else self.virtual_tokens.prefix(len(packed.input_ids))
         states = self.decoder(
             input_ids=packed.input_ids,
-            attention_mask=self.packed_mask(packed),
+            attention_mask=self.packed_mask(packed, 0 if prefix is None else prefix.get_seq_length()),
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
+            cache=prefix,
             use_cache=False,
         ).last_hidden_state
         positions, inverse = packed.position.unique(return_inverse=True)
@@ -512,13 +517,14 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         is_choice = (choice_labels != -100).any(dim=-1)
         return scores.view(is_choice.shape).masked_fill(~is_choice, -math.inf)
 
-    def packed_mask(self, packed: PackedChoices) -> torch.FloatTensor:
+    def packed_mask(self, packed: PackedChoices, prefix_length: int) -> torch.FloatTensor:
         """
         What T5 adds to the decoder's attention, beyond its own bias, so that each token of a packed sequence is where
-        it is in its own target: `(batch_size, num_heads, packed_length, packed_length)`.
+        it is in its own target: `(batch_size, num_heads, packed_length, prefix_length + packed_length)`.
         """
         attention = self.decoder.block[0].layer[0].SelfAttention
-        distance = packed.depth[:, None, :] - packed.depth[:, :, None]
+        before = torch.arange(-prefix_length, 0, device=packed.depth.device).expand(len(packed.depth), -1)
+        distance = torch.cat([before, packed.depth], dim=1)[:, None, :] - packed.depth[:, :, None]
         bucket = attention._relative_position_bucket(
             distance,
             bidirectional=False,
@@ -527,8 +533,9 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         )
         bias = attention.relative_attention_bias(bucket).permute(0, 3, 1, 2)
         length = packed.input_ids.shape[1]
-        mask = bias - attention.compute_bias(length, length)
-        return mask.masked_fill(~packed.attention()[:, None], torch.finfo(mask.dtype).min)
+        mask = bias - attention.compute_bias(length, prefix_length + length, past_seen_tokens=prefix_length)
+        is_seen = nn.functional.pad(packed.attention(), (prefix_length, 0), value=True)
+        return mask.masked_fill(~is_seen[:, None], torch.finfo(mask.dtype).min)
 
     def next_token_logits(self, states: torch.FloatTensor) -> torch.FloatTensor:
         """Of the decoder's last states."""

@@ -67,11 +67,14 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
     encoder together, so that a long one does not pad all others; a decoder's batch does not mind.
     """
     inputs = BatchFeature(inputs).to(model.device, model.dtype)
+    if model.virtual_tokens is not None:
+        inputs = model.virtual_tokens.before_source(inputs)
+    of_text = {"input_ids", "inputs_embeds", "attention_mask"} & inputs.keys()
     mask = inputs["attention_mask"].bool()
     states = torch.zeros(*mask.shape, model.config.d_model, dtype=model.dtype, device=model.device)
     for rows, columns in parts_of_like_lengths(mask):
         part = {name: tensor[rows] for name, tensor in inputs.items()}
-        part.update({name: part[name][:, columns] for name in ("input_ids", "attention_mask")})
+        part.update({name: part[name][:, columns] for name in of_text})
         states[rows[:, None], columns] = model.get_encoder()(**part).last_hidden_state.to(states)
     encoder_outputs = BaseModelOutput(last_hidden_state=states)
     return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"]}

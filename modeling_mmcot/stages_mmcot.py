@@ -11,6 +11,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from .prompts_mmcot import VirtualTokens
+
 
 def load_stages(
     root: PreTrainedModel, repository: str, names: list[str], revision: str | None = None
@@ -80,11 +82,14 @@ class StageAdapters(Mapping):
         for name, folder in folders.items():
             self.load(folder, name)
             self.generation_configs[name] = load_generation_config(repository, name, revision)
+        if config.is_prompt_learning:
+            base.virtual_tokens = VirtualTokens(self.model)
 
     def load(self, folder: str, name: str) -> None:
         try:
             result = self.model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-            found: Any = result.missing_keys + result.unexpected_keys
+            # PEFT loads virtual tokens, and then tells of them both as missing and as unexpected.
+            found: Any = [key for key in result.missing_keys + result.unexpected_keys if not key.startswith("prompt_")]
         except (KeyError, RuntimeError) as error:  # no tensor of a part of the fusion; tensors of other shapes
             found = str(error)
         if found:
