@@ -34,11 +34,11 @@ from benchmarks.feature_store import detr_checkpoint
 from benchmarks.setting import DATASET, DETR, FLAN_T5, SHAPES, TOKENIZER, report
 from benchmarks.training import forward_flops
 from mmcot.adapters import adapt
+from mmcot.arguments import StageArguments
 from mmcot.building import build_stage
 from mmcot.examples import lengths_of, tokenized
 from mmcot.files import read_json, write_json
 from mmcot.problems import load_problems
-from mmcot.recipes import StageArguments
 from mmcot.stage_inputs import with_gold_columns
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 

@@ -20,9 +20,10 @@ from transformers import (
 )
 from trl import ModelConfig
 
+from mmcot.arguments import StageArguments
 from mmcot.feature_store import FeatureStore
 from mmcot.features import load_image_processor
-from mmcot.recipes import Recipe, StageArguments
+from mmcot.recipes import Recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage

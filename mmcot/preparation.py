@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from mmcot.adapters import check_adapters
+from mmcot.arguments import StageArguments
 from mmcot.building import (
     build_model,
     build_processor,
@@ -24,7 +25,7 @@ from mmcot.feature_store import FeatureStore
 from mmcot.features import vision_source
 from mmcot.pictures import PixelStore
 from mmcot.problems import SPLITS, is_answered, join_captions, join_column, load_problems, require_answers
-from mmcot.recipes import Recipe, StageArguments, claim_run_folder
+from mmcot.recipes import Recipe, claim_run_folder
 from mmcot.stage_inputs import target_columns
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage

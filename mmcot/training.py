@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.adapters import adapt, freeze, load_adapter_weights, quantization, save_base
+from mmcot.arguments import StageArguments
 from mmcot.batching import by_both_lengths
 from mmcot.building import build_model
 from mmcot.checkpoints import RunStopped, checkpoint_to_resume
@@ -34,7 +35,7 @@ from mmcot.predict import log_shortened, predict_stage
 from mmcot.preparation import Run, prepare
 from mmcot.problems import is_answered
 from mmcot.progress import ValidationReport, plot_curves
-from mmcot.recipes import Recipe, StageArguments, parse_recipe
+from mmcot.recipes import Recipe, parse_recipe
 from mmcot.stage_inputs import (
     CROSS_FITTED,
     fold_folder,

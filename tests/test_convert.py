@@ -27,9 +27,10 @@ from transformers import (
 from trl import ModelConfig
 
 from mmcot import convert as convert_module
+from mmcot.arguments import RecipeArguments
 from mmcot.building import build_model
 from mmcot.convert import convert, read_tensors
-from mmcot.recipes import Recipe, RecipeArguments
+from mmcot.recipes import Recipe
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.vision_mmcot import TOWERS
 

@@ -1,0 +1,113 @@
+"""What a recipe can say beyond the Trainer's arguments and `trl.ModelConfig`: its own settings, and a stage's."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmcot.problems import SOURCES
+
+STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit"), "init_from": ("base", "previous_stage")}
+PEFT_TYPES = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING")
+
+
+@dataclass
+class StageArguments:
+    """
+    One entry of a recipe's `stages`.
+
+    Args:
+        name: the stage's name and folder.
+        reads: columns of the problem that its source shows; `images` among them to see the pictures.
+        writes: the column it writes; `answer_text` makes it the stage that answers.
+        template: a name of the set `paper` (`QCM-E`, `QCMG-A`, …), which gives source and target.
+        source, target: Jinja templates, in place of the set's.
+        max_source_length, max_target_length: in tokens.
+        num_beams: of the free-running generation.
+        num_train_epochs, learning_rate: this stage's own, in place of the recipe's.
+        inputs_from: what it is trained on of the columns that earlier stages write: `gold`, `generated` or `cross_fit`
+            (`stage_inputs.py`).
+        init_from: what its training starts from: `base`, or `previous_stage`.
+    """
+
+    name: str
+    reads: list[str]
+    writes: str
+    template: str | None = None
+    source: str | None = None
+    target: str | None = None
+    max_source_length: int = 512
+    max_target_length: int = 512
+    num_beams: int = 1
+    num_train_epochs: float | None = None
+    learning_rate: float | None = None
+    inputs_from: str = "gold"
+    init_from: str = "base"
+
+    def __post_init__(self):
+        # YAML reads 1e-4 as a string, and nested values pass no argument parser.
+        for name in ("num_train_epochs", "learning_rate"):
+            if getattr(self, name) is not None:
+                setattr(self, name, float(getattr(self, name)))
+
+
+@dataclass
+class RecipeArguments:
+    """
+    Args:
+        dataset: where the problems come from, see `problems.load_problems`.
+        stages: the stages in order (in the recipe only, see [`StageArguments`]).
+        fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`. By default the model's, `gated` for a new one.
+        vision_model_name_or_path: a pre-trained picture tower: a checkpoint, or a name in `vision_mmcot.TOWERS`.
+        vision_tower: how its output becomes patches, a name in `vision_mmcot.TOWERS`.
+        vision_preprocessing: `checkpoint` (its own), or `paper` (as the authors prepared pictures for it).
+        freeze_vision: leave the tower as it is. By default as the model says, false for a new one.
+        max_images: the most pictures of one problem. With 0 the recipe is one without pictures: no stage reads them,
+            and the model is given no tower.
+        features: a folder of features of the pictures, as mmcot.features wrote it, in place of a run of the tower.
+        captions: a captions.json, as `mmcot.features --captions` wrote it, in place of the problems' captions.
+        tokenizer_name_or_path: a tokenizer; by default the text model's.
+        tokenizer_vocab_size: train a tokenizer of that many pieces on the training texts instead.
+        text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
+        target_column: `COLUMN=FILE.json`, texts by problem id to train the stage that writes that column on.
+        report_problems: for so many validation problems the stage writes, free-running, at each evaluation, and that is
+            scored and logged beside the loss (`progress.py`). By default none.
+        freeze_text, freeze_fusion: leave the text model, or the fusion, as they are.
+        num_folds: into how many parts the training problems fall, where a stage has `inputs_from: cross_fit`.
+        fold: only train the stages without that fold, 0 to num_folds - 1, and let them write for it. Folds can run side
+            by side; the command without it goes on with what they wrote.
+        peft_type: with `use_peft`, PEFT's name of what is trained beside the fusion: `LORA`, or virtual tokens in place
+            of it: `PROMPT_TUNING` (before the source), `PREFIX_TUNING` (in the decoder's attention).
+        num_virtual_tokens: how many of them.
+        merge_adapters: with `use_peft`, save whole models in place of a base and adapters.
+        pass_over_damaged_checkpoints: go on from the newest checkpoint that is whole, where a newer one is damaged.
+        decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
+    """
+
+    dataset: str = field(
+        default="",
+        metadata={"help": SOURCES},
+    )
+    stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
+    fusion: str | None = field(default=None, metadata={"help": "How the picture enters the text."})
+    vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})
+    vision_tower: str | None = field(default=None, metadata={"help": "How the tower's output becomes patches."})
+    vision_preprocessing: str = field(default="checkpoint", metadata={"help": "`checkpoint` or `paper`."})
+    freeze_vision: bool | None = field(default=None, metadata={"help": "Leave the picture tower as it is."})
+    max_images: int = field(default=1, metadata={"help": "The most pictures of one problem."})
+    features: str | None = field(default=None, metadata={"help": "Features of the pictures, computed before."})
+    captions: str | None = field(default=None, metadata={"help": "A captions.json, in place of the captions."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "By default the text model's."})
+    tokenizer_vocab_size: int | None = field(default=None, metadata={"help": "Train a tokenizer of this size."})
+    text_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
+    vision_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
+    image_processor: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
+    target_column: str | None = field(default=None, metadata={"help": "COLUMN=FILE.json, texts by problem id."})
+    report_problems: int = field(default=0, metadata={"help": "Validation problems to write for at evaluations."})
+    freeze_text: bool = field(default=False, metadata={"help": "Leave the text model as it is."})
+    freeze_fusion: bool = field(default=False, metadata={"help": "Leave the fusion as it is."})
+    num_folds: int = field(default=5, metadata={"help": "Parts of the training problems, for cross_fit."})
+    fold: int | None = field(default=None, metadata={"help": "Only what cross_fit wants of this fold."})
+    peft_type: str = field(default="LORA", metadata={"help": ", ".join(PEFT_TYPES)})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Of prompt and prefix tuning."})
+    merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})
+    pass_over_damaged_checkpoints: bool = field(default=False, metadata={"help": "Go on from the last whole one."})
+    decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
