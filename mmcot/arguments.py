@@ -55,6 +55,8 @@ class RecipeArguments:
     Args:
         dataset: where the problems come from, see `problems.load_problems`.
         stages: the stages in order (in the recipe only, see [`StageArguments`]).
+        streaming: read the training problems of a dataset of the Hub while they are trained on, and keep none
+            (`streaming.py`).
         fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`. By default the model's, `gated` for a new one.
         vision_model_name_or_path: a pre-trained picture tower: a checkpoint, or a name in `vision_mmcot.TOWERS`.
         vision_tower: how its output becomes patches, a name in `vision_mmcot.TOWERS`.
@@ -86,6 +88,7 @@ class RecipeArguments:
         default="",
         metadata={"help": SOURCES},
     )
+    streaming: bool = field(default=False, metadata={"help": "Keep no training problems; wants max_steps."})
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
     fusion: str | None = field(default=None, metadata={"help": "How the picture enters the text."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})

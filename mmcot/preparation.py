@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import nn
 
 from mmcot.adapters import check_adapters
@@ -27,6 +27,7 @@ from mmcot.pictures import PixelStore
 from mmcot.problems import SPLITS, is_answered, join_captions, join_column, load_problems, require_answers
 from mmcot.recipes import Recipe, claim_run_folder
 from mmcot.stage_inputs import target_columns
+from mmcot.streaming import stream_problems
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
 
@@ -37,7 +38,7 @@ class Run:
 
     recipe: Recipe
     stages: list[Stage]
-    problems: dict[str, Dataset]  # by split
+    problems: dict[str, Dataset | IterableDataset]  # by split; a stream those to train on may be
     folder: Path  # where its stages and predictions go
     run_folder: Path  # the same, but for a fold, whose folder lies in it
     processor: MMCoTProcessor
@@ -65,7 +66,12 @@ def prepare(recipe: Recipe) -> Run:
         linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
-    problems = {split: prepare_problems(recipe, stages, split, store) for split in SPLITS}
+    problems = {
+        split: stream_problems(recipe.arguments.dataset)
+        if split == "train" and recipe.arguments.streaming
+        else prepare_problems(recipe, stages, split, store)
+        for split in SPLITS
+    }
     processor = build_processor(recipe, stages, problems["train"])
     if store is not None:
         model = build_model(recipe, processor.tokenizer, store)
@@ -76,7 +82,8 @@ def prepare(recipe: Recipe) -> Run:
             f"(vision_model_name_or_path), or features."
         )
     pictures = store or prepare_pictures(recipe, stages, processor, problems)
-    check_folds(recipe, len(problems["train"]))
+    if not recipe.arguments.streaming:
+        check_folds(recipe, len(problems["train"]))
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
     return Run(recipe, stages, problems, folder, folder, processor, store, pictures)
@@ -86,7 +93,7 @@ def prepare_pictures(
     recipe: Recipe, stages: list[Stage], processor: MMCoTProcessor, problems: dict[str, Dataset]
 ) -> FeatureStore | PixelStore | None:
     """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
-    every = concatenate_datasets(list(problems.values()))
+    every = concatenate_datasets([rows for rows in problems.values() if isinstance(rows, Dataset)])
     if processor.image_processor is None or not any("images" in stage.reads for stage in stages):
         return None
     if not is_frozen(recipe):

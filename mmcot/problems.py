@@ -72,7 +72,7 @@ def load_problems(source: str, split: str, max_images: int | None = None, pictur
     if source == "demo" or source.startswith("demo:"):
         return demo_problems(source, split)
     path = Path(source)
-    if is_hub_dataset(path):
+    if is_hub_dataset(source):
         return hub_problems(source, split)
     if path.is_dir():
         is_aokvqa = any(path.glob("aokvqa_*.json"))
@@ -154,20 +154,22 @@ def aokvqa_rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def is_hub_dataset(path: Path) -> bool:
+def is_hub_dataset(source: str) -> bool:
     """Whether it is the id of one, or a folder that one was downloaded to."""
+    path = Path(source)
     if path.is_dir():
         return not (path / "problems.json").exists() and any(path.rglob("*.parquet"))
     return not path.exists() and path.suffix == "" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None
 
 
-def hub_problems(source: str, split: str) -> datasets.Dataset:
+def hub_problems(source: str, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
     """
-    A dataset with ScienceQA's columns, each row checked as it is brought into the schema. It stays on disk; what it has
-    no ids for is `SPLIT-ROW`, and its `validation` is our `val`.
+    A dataset with ScienceQA's columns, each row checked as it is brought into the schema. It stays on disk, or where it
+    is with `streaming`. It has no ids: they are `SPLIT-ROW` (of a stream, the row of its file). Its `validation` is our
+    `val`.
     """
     try:
-        loaded = datasets.load_dataset(source, split={"val": "validation"}.get(split, split))
+        loaded = datasets.load_dataset(source, split={"val": "validation"}.get(split, split), streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"dataset is {source!r}; expected {SOURCES}. As a dataset of the Hub its split {split!r} cannot be loaded "
@@ -185,9 +187,8 @@ def hub_problems(source: str, split: str) -> datasets.Dataset:
         (complete,) = checked([{**known, **mapped, "split": split}], source, folder=None, max_images=None)
         return complete
 
-    return loaded.map(
-        problem, with_indices=True, remove_columns=loaded.column_names, features=FEATURES, desc=f"reading {source}"
-    )
+    named = {} if streaming else {"desc": f"reading {source}"}
+    return loaded.map(problem, with_indices=True, remove_columns=loaded.column_names, features=FEATURES, **named)
 
 
 def member(data: dict[str, Any], name: str, kind: type, file: Path) -> Any:
@@ -333,14 +334,19 @@ def is_answered(problems: datasets.Dataset) -> bool:
 
 def require_answers(problems: datasets.Dataset) -> None:
     """For training and scoring: every problem has choices and a known answer."""
-    for problem_id, choices, answer in zip(problems["id"], problems["choices"], problems["answer"], strict=True):
-        if not choices:
-            raise ValueError(f"problem {problem_id}: choices is empty; training and scoring need at least one choice.")
-        if not 0 <= answer < len(choices):
-            raise ValueError(
-                f"problem {problem_id}: answer is {answer}; training and scoring need an index from 0 to "
-                f"{len(choices) - 1}."
-            )
+    for problem in problems.select_columns(["id", "choices", "answer"]):
+        require_answer(problem)
+
+
+def require_answer(problem: dict[str, Any]) -> None:
+    choices, answer = problem["choices"], problem["answer"]
+    if not choices:
+        raise ValueError(f"problem {problem['id']}: choices is empty; training and scoring need at least one choice.")
+    if not 0 <= answer < len(choices):
+        raise ValueError(
+            f"problem {problem['id']}: answer is {answer}; training and scoring need an index from 0 to "
+            f"{len(choices) - 1}."
+        )
 
 
 def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:

@@ -70,6 +70,33 @@ def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], confi
         )
 
 
+def check_streaming(
+    arguments: RecipeArguments,
+    training_arguments: Seq2SeqTrainingArguments,
+    stages: list[StageArguments],
+    config: str,
+) -> None:
+    if not arguments.streaming:
+        return
+    if training_arguments.max_steps < 1:
+        raise ValueError(
+            f"{config}: streaming is set, and max_steps is {training_arguments.max_steps}: how many problems there are "
+            f"is not known, so say how many steps to train."
+        )
+    for name in ("features", "captions", "target_column", "tokenizer_vocab_size"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{config}: {name} is set, which wants all training problems: it goes without streaming.")
+    if training_arguments.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            f"{config}: train_sampling_strategy is group_by_length, which wants all lengths: it goes without streaming."
+        )
+    written = [stage.name for stage in stages if stage.inputs_from != "gold"]
+    if written:
+        raise ValueError(
+            f"{config}: stage {written[0]!r} has inputs_from other than gold, which goes without streaming."
+        )
+
+
 def check_parts(
     arguments: RecipeArguments, model_config: ModelConfig, stages: list[StageArguments], config: str
 ) -> None:

@@ -22,6 +22,7 @@ from mmcot.recipe_checks import (
     check_inputs,
     check_parts,
     check_stages,
+    check_streaming,
     nearest,
     trains_tower,
 )
@@ -91,6 +92,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
         withhold_pictures(arguments, stages)
     check_stages(stages, config)
     check_inputs(arguments, stages, config)
+    check_streaming(arguments, training_arguments, stages, config)
     check_parts(arguments, model_config, stages, config)
     check_adapters(arguments, training_arguments, model_config, said, config)
     if model_config.use_peft:
@@ -158,9 +160,10 @@ def claim_run_folder(recipe: Recipe) -> Path:
     file = folder / "recipe.yaml"
     if file.exists():
         earlier = yaml.safe_load(file.read_text())
+        exempt = set() if recipe.arguments.streaming else STEP_SETTINGS  # a stream is gone through by batches
         differing = sorted(
             name
-            for name in (earlier.keys() | recipe.values.keys()) - STEP_SETTINGS
+            for name in (earlier.keys() | recipe.values.keys()) - exempt
             if earlier.get(name) != recipe.values.get(name)
         )
         if differing:

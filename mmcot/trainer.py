@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from mmcot.batching import LengthBatchSampler
 from mmcot.checkpoints import UNFINISHED, RunStopped, finish_checkpoint
@@ -201,7 +201,7 @@ class SameSteps(TrainerCallback):
     """A run goes on with other processes, batches and accumulation, as long as a step holds as many problems."""
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        if state.global_step == 0:
+        if state.global_step == 0 or not has_length(train_dataloader):
             return
         batches, accumulated = len(train_dataloader), args.gradient_accumulation_steps
         steps = math.ceil(batches / accumulated)

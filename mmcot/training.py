@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
@@ -46,6 +46,7 @@ from mmcot.stage_inputs import (
     with_gold_columns,
     with_written_columns,
 )
+from mmcot.streaming import stream_examples, streamed_pictures
 from mmcot.trainer import NamedCollator, SameSteps, StageTrainer, Termination, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.processing_mmcot import LETTERS, Stage
@@ -142,14 +143,15 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     if (stage_folder / FINISHED).exists():
         logger.info("stage %s is trained already: %s", stage.name, stage_folder)
         return load_trained(prepared, stage)
-    examples = {}
     with PartialState().main_process_first():
-        for split in ("train", "val"):
-            rows = training_problems(prepared, stage, split)
-            examples[split] = tokenized(rows, stage, processor, with_targets=True)
+        examples = {split: stage_examples(prepared, stage, split) for split in ("train", "val")}
         checkpoint = checkpoint_to_resume(stage_folder, recipe.arguments.pass_over_damaged_checkpoints)
     for split, rows in examples.items():
-        log_shortened(stage, sum(rows["is_shortened"]), len(rows), f"{split} problems")
+        if isinstance(rows, Dataset):
+            log_shortened(stage, sum(rows["is_shortened"]), len(rows), f"{split} problems")
+    pictures = prepared.pictures
+    if recipe.arguments.streaming:
+        pictures = streamed_pictures(processor, prepared.problems["val"])
     model = starting_model(prepared, stage)
     if checkpoint is not None and not recipe.model_config.use_peft:  # an adapter is resumed by the Trainer
         load_weights(model, checkpoint)
@@ -158,7 +160,7 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         args=training_arguments(recipe.training_arguments, prepared.arguments_of(stage), stage_folder),
         train_dataset=examples["train"],
         eval_dataset=by_length(examples["val"]),
-        data_collator=NamedCollator(processor, stage, prepared.pictures),
+        data_collator=NamedCollator(processor, stage, pictures),
         processing_class=processor,
     )
     is_fold = prepared.folder != prepared.run_folder
@@ -188,6 +190,16 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     del model, trainer
     gc.collect()  # a base is in memory once
     return load_trained(prepared, stage)
+
+
+def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | IterableDataset:
+    """The tokens of a split's problems, to train on or to evaluate while training."""
+    problems, processor = prepared.problems[split], prepared.processor
+    if isinstance(problems, IterableDataset):
+        return stream_examples(
+            problems, stage, processor, prepared.before(stage), prepared.recipe.training_arguments.seed
+        )
+    return tokenized(training_problems(prepared, stage, split), stage, processor, with_targets=True)
 
 
 def build_report(prepared: Run, stage: Stage) -> ValidationReport:
@@ -306,6 +318,7 @@ def training_arguments(
     arguments = copy.deepcopy(common)
     arguments.output_dir = str(stage_folder)
     arguments.remove_unused_columns = False  # the collator makes tensors from all columns
+    arguments.accelerator_config.dispatch_batches = False  # of a stream, which one process would read for all
     for name in ("num_train_epochs", "learning_rate"):
         if getattr(stage, name) is not None:
             setattr(arguments, name, getattr(stage, name))

@@ -1,6 +1,7 @@
 """What several test files need: the shared data, tiny models with random weights, a run of a tiny recipe."""
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -9,8 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
 from mmcot.demo import generate
@@ -215,4 +218,51 @@ def tiny_run(tiny_dataset, tmp_path_factory) -> Path:
     """The finished run of `tests/tiny.yaml`, made as a user makes one."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     run_script("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder)
+    return folder
+
+
+HUB_FEATURES = datasets.Features(  # https://huggingface.co/datasets/derek-thomas/ScienceQA
+    {
+        "image": datasets.Image(),
+        "question": datasets.Value("string"),
+        "choices": datasets.List(datasets.Value("string")),
+        "answer": datasets.Value("int8"),
+        **{
+            name: datasets.Value("string")
+            for name in ("hint", "task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
+        },
+    }
+)
+
+
+def hub_rows(size: int) -> list[dict]:
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(file, "PNG")
+    return [
+        {
+            "image": {"bytes": file.getvalue(), "path": "image.png"} if number % 2 else None,
+            "question": f"Which is the number {number}?",
+            "choices": ["one", "two", "three"],
+            "answer": number % 3,
+            "hint": f"hint {number}",
+            "task": "closed choice",
+            "grade": "grade2",
+            "subject": "natural science",
+            "topic": "physics",
+            "category": "numbers",
+            "skill": "count",
+            "lecture": "",
+            "solution": f"It is {number}.",
+        }
+        for number in range(size)
+    ]
+
+
+@pytest.fixture(scope="session")
+def hub_dataset(tmp_path_factory):
+    """The files of the Hub's dataset, as `hf download` leaves them."""
+    folder = tmp_path_factory.mktemp("ScienceQA")
+    for split in ("train", "validation", "test"):
+        dataset = datasets.Dataset.from_list(hub_rows(5), features=HUB_FEATURES)
+        dataset.to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
     return folder

@@ -1,6 +1,5 @@
 """Sources of problems beside ScienceQA's folder: A-OKVQA as it is released, and datasets of the Hub."""
 
-import io
 import json
 import random
 import shutil
@@ -8,7 +7,7 @@ import shutil
 import datasets
 import pytest
 import yaml
-from conftest import TINY_RECIPE, run_script
+from conftest import HUB_FEATURES, TINY_RECIPE, hub_rows, run_script
 from PIL import Image
 
 from mmcot.evaluate import main as evaluate
@@ -160,52 +159,6 @@ def test_what_is_wrong_with_a_release_is_named(aokvqa, tmp_path, change, said):
 
 
 # A dataset of the Hub.
-
-HUB_FEATURES = datasets.Features(  # https://huggingface.co/datasets/derek-thomas/ScienceQA
-    {
-        "image": datasets.Image(),
-        "question": datasets.Value("string"),
-        "choices": datasets.List(datasets.Value("string")),
-        "answer": datasets.Value("int8"),
-        **{
-            name: datasets.Value("string")
-            for name in ("hint", "task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
-        },
-    }
-)
-
-
-def hub_rows(size: int) -> list[dict]:
-    file = io.BytesIO()
-    Image.new("RGB", (30, 20), "red").save(file, "PNG")
-    return [
-        {
-            "image": {"bytes": file.getvalue(), "path": "image.png"} if number % 2 else None,
-            "question": f"Which is the number {number}?",
-            "choices": ["one", "two", "three"],
-            "answer": number % 3,
-            "hint": f"hint {number}",
-            "task": "closed choice",
-            "grade": "grade2",
-            "subject": "natural science",
-            "topic": "physics",
-            "category": "numbers",
-            "skill": "count",
-            "lecture": "",
-            "solution": f"It is {number}.",
-        }
-        for number in range(size)
-    ]
-
-
-@pytest.fixture(scope="module")
-def hub_dataset(tmp_path_factory):
-    """The files of the Hub's dataset, as `hf download` leaves them."""
-    folder = tmp_path_factory.mktemp("ScienceQA")
-    for split in ("train", "validation", "test"):
-        dataset = datasets.Dataset.from_list(hub_rows(5), features=HUB_FEATURES)
-        dataset.to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
-    return folder
 
 
 def test_a_dataset_of_the_hub_is_brought_into_the_schema(hub_dataset):
