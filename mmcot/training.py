@@ -317,6 +317,9 @@ def training_arguments(
 ) -> Seq2SeqTrainingArguments:
     arguments = copy.deepcopy(common)
     arguments.output_dir = str(stage_folder)
+    run = Path(common.output_dir)
+    # Wherever it is told (`report_to`), a run's stages and folds stand under its name.
+    arguments.run_name = str(Path(common.run_name or run.name) / stage_folder.relative_to(run))
     arguments.remove_unused_columns = False  # the collator makes tensors from all columns
     arguments.accelerator_config.dispatch_batches = False  # of a stream, which one process would read for all
     for name in ("num_train_epochs", "learning_rate"):

@@ -12,7 +12,8 @@ from mmcot.files import read_json
 from mmcot.pictures import PixelStore
 from mmcot.problems import load_problems
 from mmcot.progress import Speed, ValidationReport, plot_curves
-from mmcot.training import main
+from mmcot.recipes import parse_recipe
+from mmcot.training import main, training_arguments
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 
 STAGES = ("rationale", "answer")
@@ -79,6 +80,15 @@ def test_tensorboard_is_told_all_of_it(told_run):
     steps = [event.step for event in accumulator.Scalars("eval/accuracy_Avg")]
     assert steps == [12, 24]
     assert {"train/loss", "train/tokens_per_second", "eval/gate"} <= set(accumulator.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(("said", "expected"), [([], "run"), (["--run_name", "mine"], "mine")])
+def test_stages_and_folds_are_told_under_the_name_of_their_run(tiny_dataset, tmp_path, said, expected):
+    options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
+    recipe = parse_recipe([*options, *said])
+    for folder in ("rationale", "folds/0/rationale"):
+        arguments = training_arguments(recipe.training_arguments, recipe.stages[0], tmp_path / "run" / folder)
+        assert arguments.run_name == f"{expected}/{folder}"
 
 
 def test_the_gate_is_told_by_position_of_real_tokens(tiny_run, tiny_dataset, tmp_path):
