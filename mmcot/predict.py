@@ -1,15 +1,16 @@
 """Runs the stages over a split: `python -m mmcot.predict RUN_OR_HUB_DIR --dataset demo --split test --output FILE`.
 
-Free-running: the gold columns are taken away before anything else happens, so no prompt can hold one. What a stage does
-with a batch is `pipeline_mmcot.write_column`; this file walks over problems, on one process or several, in batches of
-like lengths, and gives what was written in the order of the problems.
+Free-running: the gold columns are taken away before anything else happens, so no prompt can hold one, and with
+`--leak_check` that is tried. What a stage does with a batch is `pipeline_mmcot.write_column`; this file walks over
+problems, on one process or several, in batches of like lengths, and gives what was written in their order. Called again
+after it was killed, the command goes on (`journal.py`). Beside FILE stands where it comes from (`provenance.py`).
 """
 
 import argparse
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from mmcot.batching import length_batches, shares
+from mmcot.batching import Lengths, by_both_lengths, filled, length_batches, shares
 from mmcot.examples import StageCollator, lengths_of, tokenized
 from mmcot.feature_store import FeatureStore
 from mmcot.features import vision_source
 from mmcot.files import write_json
+from mmcot.journal import Journal
+from mmcot.leaks import leaking
 from mmcot.pictures import PixelStore
 from mmcot.problems import (
     SOURCES,
@@ -35,6 +38,9 @@ from mmcot.problems import (
     with_column,
     without_gold,
 )
+from mmcot.provenance import meta_file, provenance
+from mmcot.self_consistency import Sample, agreed
+from mmcot.subsets import select
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.pipeline_mmcot import write_column
@@ -42,6 +48,9 @@ from modeling_mmcot.processing_mmcot import Stage
 from modeling_mmcot.stages_mmcot import load_stage_model, load_stages
 
 logger = logging.getLogger(__name__)
+
+# Options that say where and how fast, not what is predicted.
+NOT_OF_THE_RESULT = ("model", "output", "leak_check", "num_workers")
 
 
 def predict_stage(
@@ -54,6 +63,9 @@ def predict_stage(
     decode_answer: bool = False,
     pictures: FeatureStore | PixelStore | None = None,
     num_workers: int = 0,
+    max_tokens: int | None = None,
+    sample: Sample | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """
     Add the columns that a stage writes to `predictions`, for every problem, on every process alike.
@@ -64,6 +76,9 @@ def predict_stage(
         batch_size: problems of a batch, on average at most: batches are of like lengths and cost (`batching.py`).
         pictures: where the problems' pictures are taken from; by default `features.vision_source`.
         num_workers: processes that read pictures or features ahead.
+        max_tokens: padded source tokens of a batch at most, in place of `batch_size`.
+        sample: how the stage's text is drawn; by default it is the model's own way, mostly the likeliest.
+        journal: where batches are written that are done, and taken from.
     """
     model.eval()
     state = PartialState()
@@ -74,8 +89,11 @@ def predict_stage(
     log_shortened(stage, sum(examples["is_shortened"]), len(problems), "problems to predict")
     if pictures is None and "images" in stage.reads:
         pictures = vision_source(model, processor.image_processor, problems)
-    lengths = lengths_of(examples)
-    batches = length_batches(lengths, math.ceil(len(lengths) / batch_size))
+    lengths, ids = lengths_of(examples), problems["id"]
+    batches = {tuple(ids[index] for index in batch): batch for batch in batches_of(lengths, batch_size, max_tokens)}
+    of = stage.name if sample is None else f"{stage.name}, sample {sample.number}"
+    done = {} if journal is None else journal.done.get(of, {})
+    batches = [batch for names, batch in batches.items() if names not in done]
     batches = shares(batches, lengths, state.num_processes)[state.process_index]
     loader = DataLoader(
         examples, batch_sampler=batches, collate_fn=StageCollator(processor, stage, pictures), num_workers=num_workers
@@ -87,14 +105,26 @@ def predict_stage(
     rows = problems.remove_columns("images")
     with progress, packed_linears(model):
         for batch, inputs in zip(batches, loader, strict=True):
+            names = tuple(ids[index] for index in batch)
+            generation = {} if sample is None else sample.begin(names)
             columns = write_column(
-                model, processor, stage, [rows[index] for index in batch], inputs, decode_answer=decode_answer
+                model, processor, stage, [rows[index] for index in batch], inputs, decode_answer, **generation
             )
-            written.extend(zip([rows[index]["id"] for index in batch], columns, strict=True))
+            if journal is not None:
+                journal.write(of, names, columns)
+            written.append((names, columns))
             progress.update(len(batch))
-    by_id = dict(gather_object(written))
-    for problem_id in problems["id"]:
+    by_id = {}
+    for names, columns in [*done.items(), *gather_object(written)]:
+        by_id.update(zip(names, columns, strict=True))
+    for problem_id in ids:
         predictions.setdefault(problem_id, {}).update(by_id[problem_id])
+
+
+def batches_of(lengths: list[Lengths], batch_size: int, max_tokens: int | None) -> list[list[int]]:
+    if max_tokens is None:
+        return length_batches(lengths, math.ceil(len(lengths) / batch_size))
+    return filled(by_both_lengths(lengths), lengths, max_tokens, minimum=1)
 
 
 def with_columns(problems: Dataset, predictions: dict[str, dict], earlier: list[Stage]) -> Dataset:
@@ -138,63 +168,109 @@ def predict(
     processor: MMCoTProcessor,
     models: Mapping[str, PreTrainedModel],
     problems: Dataset,
-    batch_size: int = 32,
-    decode_answer: bool = False,
-    store: FeatureStore | None = None,
-    num_workers: int = 0,
+    num_rationales: int = 1,
+    temperature: float = 0.7,
+    seed: int = 42,
+    **options,
 ) -> dict[str, dict]:
-    """The predictions of all stages, by problem id, in the order of the dataset."""
-    predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
-    for stage in processor.stages:
-        predict_stage(
-            models[stage.name],
-            processor,
-            stage,
-            problems,
-            predictions,
-            batch_size=batch_size,
-            decode_answer=decode_answer,
-            pictures=store,
-            num_workers=num_workers,
-        )
-    return predictions
+    """
+    The predictions of all stages, by problem id, in the order of the dataset.
+
+    Args:
+        num_rationales: with more than one, so many are drawn of what the stages before the last one write, and the
+            answer is that of the highest mean probability (`self_consistency.py`).
+        temperature, seed: of that drawing.
+        options: of `predict_stage`.
+    """
+    drawn: list[dict[str, dict]] = []
+    for number in range(num_rationales):
+        predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
+        for stage in processor.stages:
+            sample = Sample(number, temperature, seed) if num_rationales > 1 else None
+            predict_stage(models[stage.name], processor, stage, problems, predictions, sample=sample, **options)
+        drawn.append(predictions)
+    if num_rationales == 1:
+        return drawn[0]
+    rows, last = without_gold(problems).remove_columns("images"), processor.stages[-1]
+    return {row["id"]: agreed([predictions[row["id"]] for predictions in drawn], row, last) for row in rows}
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmcot.predict", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        help=SOURCES,
-    )
+    parser.add_argument("--dataset", required=True, help=SOURCES)
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--output", required=True, help="the predictions file to write")
+    parser.add_argument("--ids", nargs="+", metavar="ID", help="of these problems")
+    parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")
+    parser.add_argument("--limit", type=int, metavar="N", help="of the first N")
+    parser.add_argument("--output", help="the predictions file to write")
+    parser.add_argument("--leak_check", action="store_true", help="predict with and without gold columns, and compare")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--max_tokens", type=int, metavar="N", help="of a batch's padded sources, in place of its size")
+    parser.add_argument("--num_rationales", type=int, default=1, metavar="N", help="drawn; the answer is agreed on")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of that drawing")
+    parser.add_argument("--seed", type=int, default=42, help="of that drawing")
     parser.add_argument("--decode_answer", action="store_true", help='read a generated "The answer is (B)." too')
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures or features ahead")
     parser.add_argument("--bf16", action="store_true", help="run the models in bfloat16")
     parser.add_argument("--features", metavar="DIR", help="features of the pictures, as mmcot.features wrote them")
     parser.add_argument("--captions", metavar="FILE", help="captions.json, as mmcot.features --captions wrote it")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())  # else processes without accelerator know nothing of others
     try:
+        check_options(arguments)
         processor, models = load_system(arguments.model, torch.bfloat16 if arguments.bf16 else "auto")
+        if arguments.num_rationales > 1 and len(processor.stages) == 1:
+            raise ValueError(f"--num_rationales is {arguments.num_rationales}, and {arguments.model} writes none.")
         problems, store = load_inputs(arguments, processor, models)
+        settings = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_THE_RESULT}
+        options = {name: settings[name] for name in ("num_rationales", "temperature", "seed")}
+        options |= {name: settings[name] for name in ("batch_size", "max_tokens", "decode_answer")}
+        options |= {"pictures": store, "num_workers": arguments.num_workers}
+        if arguments.leak_check:
+            tell_leaks(problems, lambda rows: predict(processor, models, rows, **options))
+            return
+        meta = {**provenance(arguments.model, processor, models, problems), **settings}
+        output = Path(arguments.output)
+        journal = Journal(output, meta)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    predictions = predict(
-        processor,
-        models,
-        problems,
-        batch_size=arguments.batch_size,
-        decode_answer=arguments.decode_answer,
-        store=store,
-        num_workers=arguments.num_workers,
-    )
+    predictions = predict(processor, models, problems, journal=journal, **options)
     if PartialState().is_main_process:
-        write_json(arguments.output, predictions)
-        print(f"{len(predictions)} predictions: {arguments.output}")
+        write_json(meta_file(output), meta)
+        write_json(output, predictions)
+        print(f"{len(predictions)} predictions: {output}")
+    journal.remove()
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    if arguments.output is None and not arguments.leak_check:
+        raise ValueError("--output is missing: the predictions file to write.")
+    for name in ("batch_size", "max_tokens", "num_rationales"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}; expected 1 or more.")
+    if arguments.num_rationales > 1 and arguments.decode_answer:
+        raise ValueError(
+            "--decode_answer reads one generated answer, and --num_rationales makes several: leave one out."
+        )
+
+
+def tell_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> None:
+    leaks = leaking(problems, predict_all)
+    if not PartialState().is_main_process:
+        return
+    if leaks:
+        for problem_id, columns in list(leaks.items())[:20]:
+            print(f"{problem_id}: {', '.join(columns)}")
+        sys.exit(
+            f"error: {len(leaks)} of {len(problems)} predictions differ when the gold columns are replaced by garbage: "
+            f"something of them reaches the model."
+        )
+    print(f"No prediction of {len(problems)} differs when the gold columns are replaced by garbage.")
 
 
 def reads_images(processor: MMCoTProcessor) -> bool:
@@ -209,6 +285,7 @@ def load_inputs(
     max_images = min(model.config.max_images for model in models.values())
     needs_files = store is None or store.needs_files
     problems = load_problems(arguments.dataset, arguments.split, max_images, needs_files)
+    problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
     if arguments.captions is not None:
         problems = join_captions(problems, arguments.captions)
     if store is None:

@@ -4,6 +4,7 @@
 generated freely from the problem, with no gold column in sight.
 """
 
+import copy
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ def write_column(
     problems: list[dict],
     inputs: dict[str, torch.Tensor],
     decode_answer: bool = False,
+    **generation,
 ) -> list[dict]:
     """
     What a stage writes for a batch of problems.
@@ -36,6 +38,7 @@ def write_column(
         inputs (`dict`): their tensors, as the processor gives them, or with `vision_features` and `vision_mask` in
             place of pixels.
         decode_answer (`bool`): of an answer stage, generate "The answer is (B)." too and read it (the paper's way).
+        generation: settings of `generate`, in place of the model's own.
 
     Returns:
         For each problem the new columns. A stage that answers gives `answer` (index, -1 without choices),
@@ -48,11 +51,11 @@ def write_column(
             raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): take them away before predicting.")
     encoded = encode(model, inputs)
     if not stage.answers:
-        return [{stage.writes: text} for text in generate_texts(model, processor, encoded)]
+        return [{stage.writes: text} for text in generate_texts(model, processor, encoded, **generation)]
     columns = choose_answers(model, processor, stage, problems, encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
     if decode_answer or open_ended:
-        for index, text in enumerate(generate_texts(model, processor, encoded)):
+        for index, text in enumerate(generate_texts(model, processor, encoded, **generation)):
             if index in open_ended:
                 columns[index]["answer_text"] = text
             if decode_answer:
@@ -97,10 +100,12 @@ def rows_of_like_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def generate_texts(model: PreTrainedModel, processor: MMCoTProcessor, encoded: dict) -> list[str]:
-    """By the model's own generation config."""
-    is_greedy = model.generation_config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
-    tokens = model.generate(**encoded, custom_generate=greedy_search if is_greedy else None)
+def generate_texts(model: PreTrainedModel, processor: MMCoTProcessor, encoded: dict, **generation) -> list[str]:
+    """By the model's own generation config, but for what is given."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(**generation)
+    is_greedy = config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+    tokens = model.generate(**encoded, generation_config=config, custom_generate=greedy_search if is_greedy else None)
     return processor.batch_decode(tokens, skip_special_tokens=True)
 
 

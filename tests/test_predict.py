@@ -2,14 +2,21 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import log_probability, run_script
+from conftest import REPOSITORY, log_probability, run_script
 
+from mmcot.journal import Journal
 from mmcot.pictures import read_pictures
-from mmcot.predict import load_system, predict_stage
+from mmcot.predict import batches_of, load_system, main, predict_stage
+from mmcot.predict import predict as predict_all
 from mmcot.problems import load_problems, without_gold
+from mmcot.provenance import provenance
+from mmcot.subsets import select
 from modeling_mmcot.pictures_mmcot import as_pictures
 
 
@@ -89,6 +96,169 @@ def test_a_loaded_stage_writes_as_long_as_it_was_trained_to(tiny_run):
     _, models = load_system(str(tiny_run))
     limits = {name: model.generation_config.max_new_tokens for name, model in models.items()}
     assert limits == {"rationale": 12, "answer": 16}
+
+
+OPTIONS = ("--batch_size", "4", "--decode_answer")
+
+
+@pytest.fixture
+def unbroken(tiny_run, tiny_dataset, tmp_path):
+    main([str(tiny_run), "--dataset", str(tiny_dataset), *OPTIONS, "--output", str(tmp_path / "unbroken.json")])
+    return (tmp_path / "unbroken.json").read_bytes()
+
+
+def test_a_prediction_that_was_interrupted_goes_on_with_the_batch_it_was_at(
+    tiny_run, tiny_dataset, tmp_path, monkeypatch, unbroken
+):
+    output = tmp_path / "broken.json"
+    command = [str(tiny_run), "--dataset", str(tiny_dataset), *OPTIONS, "--output", str(output)]
+    written = []
+    write = Journal.write
+
+    def killed_at_the_third(journal, of, ids, columns):
+        if len(written) % 3 == 2:
+            written.append(None)
+            journal.lines.write(b'{"of": "rationale", "ids": ["te')  # killed while it wrote
+            journal.lines.close()
+            raise KeyboardInterrupt
+        written.append((of, ids))
+        write(journal, of, ids, columns)
+
+    monkeypatch.setattr(Journal, "write", killed_at_the_third)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+        assert not output.exists()
+    monkeypatch.setattr(Journal, "write", lambda journal, *batch: (written.append(batch[:2]), write(journal, *batch)))
+    main(command)
+    assert output.read_bytes() == unbroken
+    batches = [batch for batch in written if batch is not None]
+    assert len(batches) == len(set(batches)), "a batch was predicted twice, beside the one that was lost"
+    assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.slow
+def test_a_prediction_that_is_killed_three_times_is_the_same_byte_for_byte(tiny_run, tiny_dataset, tmp_path, unbroken):
+    output = tmp_path / "killed.json"
+    options = ["--dataset", str(tiny_dataset), *OPTIONS, "--output", str(output)]
+    command = [sys.executable, "-m", "mmcot.predict", str(tiny_run), *options]
+    partial = tmp_path / "killed.json.partial-0.jsonl"
+    for kill in range(3):
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 3 * kill + 3):
+            time.sleep(0.005)
+        assert process.poll() is None, "it was at its end before it was killed"
+        process.kill()
+        process.wait()
+        assert not output.exists()
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    assert output.read_bytes() == unbroken
+
+
+def test_the_beginning_of_another_prediction_is_not_gone_on_with(tiny_run, tiny_dataset, tmp_path, monkeypatch):
+    output = tmp_path / "broken.json"
+    command = [str(tiny_run), "--dataset", str(tiny_dataset), "--output", str(output)]
+
+    def killed(journal, *batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--batch_size", "7"])
+    for words in ("broken.json.partial-0.jsonl", "batch_size: 32 there, 7 here", "remove it"):
+        assert words in stopped.value.code
+
+
+def test_beside_predictions_stands_where_they_come_from(tiny_run, tiny_dataset, tmp_path):
+    shutil.copytree(tiny_run / "hub", tmp_path / "moved")
+    shutil.copytree(tiny_dataset.parent, tmp_path / "elsewhere")
+    metas = []
+    for number, (model, dataset) in enumerate(
+        [(tiny_run, tiny_dataset), (tmp_path / "moved", tmp_path / "elsewhere" / tiny_dataset.name)]
+    ):
+        output = tmp_path / f"{number}.json"
+        main([str(model), "--dataset", str(dataset), "--limit", "3", "--output", str(output)])
+        metas.append(json.loads((tmp_path / f"{number}.meta.json").read_text()))
+    assert metas[0]["n"] == len(json.loads((tmp_path / "0.json").read_text())) == 3
+    assert metas[0]["stages"][0]["source"] == load_system(str(tiny_run))[0].stages[0].source
+    assert metas[0]["decoding"]["rationale"]["max_new_tokens"] == 12
+    same = metas[0].keys() - {"model", "dataset"}
+    assert all(metas[0][name] == metas[1][name] for name in same)
+    weights = tmp_path / "moved" / "rationale" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    other = provenance(str(tmp_path / "moved"), *load_system(str(tiny_run)), load_problems(str(tiny_dataset), "val"))
+    assert other["revision"] != metas[0]["revision"]
+    assert other["dataset_fingerprint"] != metas[0]["dataset_fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"ids": ["test-3", "test-1"]}, ["test-1", "test-3"]),
+        ({"filters": ["subject=natural science"], "limit": 2}, None),
+        ({"filters": ["subject=natural science", "grade=grade2"]}, None),
+    ],
+)
+def test_some_problems_of_a_split(tiny_dataset, options, expected):
+    problems = load_problems(str(tiny_dataset), "test")
+    problems = problems.map(lambda row, number: {"id": f"test-{number}"}, with_indices=True)
+    found = select(problems, **options)
+    if expected is None:
+        wanted = dict(text.split("=") for text in options["filters"])
+        rows = [row["id"] for row in problems if all(row[name] == text for name, text in wanted.items())]
+        expected = rows[: options.get("limit")]
+    assert expected and found["id"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ids": ["test-1", "nobody"]}, "1 of 2 are not in this split: nobody"),
+        ({"filters": ["subject"]}, "expected COLUMN=TEXT"),
+        ({"filters": ["answer=1"]}, "expected COLUMN=TEXT with a COLUMN of .*subject"),
+        ({"filters": ["subject=alchemy"]}, "no problem has that subject; there are .*'natural science'"),
+        ({"limit": 0}, "--limit is 0"),
+    ],
+)
+def test_what_cannot_be_selected_is_named(tiny_dataset, options, said):
+    problems = load_problems(str(tiny_dataset), "test")
+    problems = problems.map(lambda row, number: {"id": f"test-{number}"}, with_indices=True)
+    with pytest.raises(ValueError, match=said):
+        select(problems, **options)
+
+
+def test_an_answer_that_samples_agree_on(tiny_run, tiny_dataset):
+    processor, models = load_system(str(tiny_run))
+    problems = load_problems(str(tiny_dataset), "test")
+    whole = predict_all(processor, models, problems, num_rationales=4, temperature=1.5, batch_size=8)
+    assert whole == predict_all(processor, models, problems, num_rationales=4, temperature=1.5, batch_size=8)
+    assert whole != predict_all(processor, models, problems, num_rationales=4, temperature=1.5, batch_size=8, seed=1)
+    assert any(len(set(columns["rationales"])) > 1 for columns in whole.values())
+    for row in problems.remove_columns("images").select(range(4)):
+        columns = whole[row["id"]]
+        alone = problems.filter(lambda other, name=row["id"]: other["id"] == name)
+        scores = []
+        for rationale in columns["rationales"]:
+            written = {row["id"]: {"rationale": rationale}}
+            predict_stage(models["answer"], processor, processor.stages[1], alone, written)
+            scores.append(written[row["id"]]["scores"])
+        means = [sum(column) / 4 for column in zip(*scores, strict=True)]
+        assert columns["scores"] == pytest.approx(means, abs=1e-5)
+        votes = [score.index(max(score)) for score in scores]
+        assert columns["answer"] == means.index(max(means))
+        assert columns["agreement"] == votes.count(columns["answer"]) / 4
+
+
+@pytest.mark.parametrize(("max_tokens", "largest"), [(1, 1), (10**6, None)])
+def test_batches_by_tokens(max_tokens, largest):
+    lengths = [(length, 0) for length in range(5, 25)]
+    batches = batches_of(lengths, 32, max_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(20))
+    assert max(map(len, batches)) == (largest or 20)
+    middle = batches_of(lengths, 32, 60)
+    assert all(len(batch) * max(lengths[index][0] for index in batch) <= 60 for batch in middle) and len(middle) < 20
 
 
 def test_two_processes_predict_what_one_does(tiny_run, tiny_dataset, tmp_path):
