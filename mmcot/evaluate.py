@@ -1,23 +1,36 @@
-"""From a predictions file to its scores: read, score, print a table, write the scores file.
+"""From predictions files to scores: read, score, compare, print tables, write the scores file.
 
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --split test [--output SCORES]
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --compare OTHER          # two systems on the same problems
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --seeds OTHER OTHER      # one system, trained with other seeds
+    python -m mmcot.evaluate --leaderboard SCORES_OR_REPO SCORES_OR_REPO …      # any number of scores files
     python -m mmcot.evaluate FILE --dataset AOKVQA_DIR --split test --submission predictions_test.json
 
-The second writes what A-OKVQA's leaderboard takes, of problems whose answers nobody here knows.
-Not here: what the figures mean and how they are computed (metrics.py), and making predictions (predict.py).
+The last writes what A-OKVQA's leaderboard takes, of problems whose answers nobody here knows.
+Not here: what the figures mean and how they are computed (metrics.py, comparison.py), making predictions (predict.py).
 """
 
 import argparse
+import json
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from mmcot.comparison import compare, leaderboard, spread
 from mmcot.files import read_json, write_json
-from mmcot.metrics import CLASSES, check_same_ids, checked_answers, class_sizes, score
-from mmcot.problems import SOURCES, load_problems, require_answers
+from mmcot.leaks import suspicion, warnings_of
+from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score
+from mmcot.problems import SOURCES, SPLITS, first_few, load_problems, require_answers
+from mmcot.results import scores_of
+from mmcot.subsets import select
+from mmcot.tables import format_comparison, format_leaderboard, format_spread, format_table
 
-RATIONALE_NAMES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rougeL": "ROUGE-L"}
+logger = logging.getLogger(__name__)
+
+Predictions = dict[str, dict[str, Any]]
 
 
 def evaluate(predictions_file: str | Path, dataset: str, split: str) -> dict[str, Any]:
@@ -26,22 +39,73 @@ def evaluate(predictions_file: str | Path, dataset: str, split: str) -> dict[str
     return score(load_answered_problems(dataset, split), predictions)
 
 
-def read_predictions(path: str | Path) -> dict[str, dict[str, Any]]:
-    """A predictions file (DESIGN section 4): id -> what was predicted for that problem."""
+def read_predictions(path: str | Path) -> Predictions:
+    """
+    A predictions file (DESIGN section 4), id -> what was predicted for that problem; or `{id: answer}` of any system.
+
+    Raises:
+        ValueError: it is not there, not JSON, or not such a file; an id stands there twice.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such predictions file; `python -m mmcot.predict … --output FILE` writes one")
     predictions = read_json(path)
+    check_once(Path(path))
     for id_, prediction in predictions.items():
-        if not isinstance(prediction, dict):
-            raise ValueError(f"{path}: prediction {id_} is {prediction!r}, expected an object with the key 'answer'")
+        if type(prediction) is int:
+            predictions[id_] = {"answer": prediction}
+        elif not isinstance(prediction, dict):
+            raise ValueError(
+                f"{path}: prediction {id_} is {prediction!r}, expected an object with the key 'answer', or the answer "
+                f"itself"
+            )
     return predictions
 
 
-def load_answered_problems(dataset: str, split: str):
+def check_once(path: Path) -> None:
+    """JSON lets a key stand twice, and the last one wins silently."""
+    pairs: list[list[tuple[str, Any]]] = []
+    json.loads(path.read_bytes(), object_pairs_hook=lambda found: pairs.append(found) or dict(found))
+    twice = [name for name, count in Counter(name for name, _ in pairs[-1]).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: {len(twice)} ids stand there twice: {first_few(twice)}")
+
+
+def load_answered_problems(dataset: str, split: str) -> Dataset:
     """The problems of a split, all with a known answer: without it there is nothing to score against."""
     problems = load_problems(dataset, split, pictures=False)
     require_answers(problems)
     return problems
+
+
+def fitting(
+    predictions: Predictions, problems: Dataset, allow_missing: bool, arguments: argparse.Namespace
+) -> Predictions:
+    """
+    The predictions for just these problems; with `allow_missing` a problem without one is answered wrong.
+
+    Raises:
+        ValueError: ids are missing or surplus; where the surplus ones are another split's, it is named.
+    """
+    surplus = set(predictions) - set(problems["id"])
+    for split in SPLITS if surplus else ():
+        if split != arguments.split and surplus <= set(split_ids(arguments.dataset, split)):
+            raise ValueError(f"{len(surplus)} predictions are of the split {split!r}, not of {arguments.split!r}")
+    missing = [problem_id for problem_id in problems["id"] if problem_id not in predictions]
+    if allow_missing and missing and not surplus:
+        logger.warning("%d of %d problems have no prediction and count as wrong", len(missing), len(problems))
+        wrong = {"answer": -1, "missing": True}
+        if any("decoded_answer" in prediction for prediction in predictions.values()):
+            wrong["decoded_answer"] = -1
+        return predictions | dict.fromkeys(missing, wrong)
+    check_same_ids(problems["id"], predictions)
+    return predictions
+
+
+def split_ids(dataset: str, split: str) -> list[str]:
+    try:
+        return load_problems(dataset, split, pictures=False)["id"]
+    except ValueError:  # there is no such split, or it is broken: nothing of it can be meant
+        return []
 
 
 def reported_scores(run_folder: Path) -> tuple[str, dict[str, Any]]:
@@ -50,24 +114,11 @@ def reported_scores(run_folder: Path) -> tuple[str, dict[str, Any]]:
     return split, read_json(run_folder / "scores" / f"{split}.json")
 
 
-def submission(problems: Dataset, predictions: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+def submission(problems: Dataset, predictions: Predictions) -> dict[str, dict[str, str]]:
     """A-OKVQA's format: the chosen choice's text by question id (allenai/aokvqa, README, Evaluation)."""
     check_same_ids(problems["id"], predictions)
     answers = checked_answers(problems, predictions)
     return {row["id"]: {"multiple_choice": row["choices"][answers[row["id"]]]} for row in problems}
-
-
-def format_table(scores: dict[str, Any], sizes: dict[str, int] | None = None) -> str:
-    """The scores as aligned text: one column per class, then the rationales; `sizes` adds the problems per class."""
-    rows = {"": list(CLASSES)}
-    if sizes is not None:
-        rows["problems"] = [str(sizes[name]) for name in CLASSES]
-    for key in ("accuracy", "decoded_accuracy"):
-        if key in scores:
-            rows[key.replace("_", " ")] = [_percent(scores[key][name]) for name in CLASSES]
-    lines = [f"{title:<16}" + "".join(f"{cell:>8}" for cell in cells) for title, cells in rows.items()]
-    rationale = "   ".join(f"{name} {_percent(scores['rationale'][key])}" for key, name in RATIONALE_NAMES.items())
-    return "\n".join([*lines, f"{'rationale':<16}  {rationale}"])
 
 
 def default_scores_file(predictions_file: str | Path) -> Path:
@@ -78,38 +129,77 @@ def default_scores_file(predictions_file: str | Path) -> Path:
     return path.with_suffix(".scores.json")
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mmcot.evaluate", description="Score a predictions file.")
-    parser.add_argument("file", metavar="FILE", help="predictions, as mmcot.predict writes them")
-    parser.add_argument("--dataset", required=True, metavar="PATH_OR_ID", help=SOURCES)
-    parser.add_argument("--split", default="test")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mmcot.evaluate", description="Score predictions files.")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="predictions, as mmcot.predict writes them, or {id: answer}"
+    )
+    parser.add_argument("--dataset", metavar="PATH_OR_ID", help=SOURCES)
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--ids", nargs="+", metavar="ID", help="of these problems")
+    parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")
+    parser.add_argument("--limit", type=int, metavar="N", help="of the first N")
+    parser.add_argument("--allow_missing", action="store_true", help="a problem without a prediction counts as wrong")
+    parser.add_argument("--similarity", metavar="MODEL", help="an encoder that compares rationales in meaning")
     parser.add_argument("--output", metavar="SCORES", help="default: RUN/scores/SPLIT.json, else beside FILE")
+    parser.add_argument("--compare", metavar="OTHER", help="predictions of another system on the same problems")
+    parser.add_argument("--seeds", nargs="+", metavar="OTHER", help="predictions of the same system, of other seeds")
     parser.add_argument("--submission", metavar="FILE", help="in place of scores: the file for A-OKVQA's leaderboard")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--leaderboard", nargs="+", metavar="SCORES", help="scores files, or repositories that have one"
+    )
+    parser.add_argument("--format", default="text", choices=("text", "markdown", "csv"), help="of the leaderboard")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = _parse(argv)
-    scores_file = Path(arguments.output or default_scores_file(arguments.file))
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    arguments = build_parser().parse_args(argv)
     try:
-        if scores_file.resolve() == Path(arguments.file).resolve():
-            raise ValueError(f"--output {scores_file} is the predictions file itself")
-        predictions = read_predictions(arguments.file)
-        if arguments.submission is not None:
+        if arguments.leaderboard is not None:
+            table = leaderboard({name: scores_of(name) for name in arguments.leaderboard})
+            print(format_leaderboard(table, arguments.format))
+        elif arguments.file is None or arguments.dataset is None:
+            raise ValueError("expected a predictions FILE and --dataset, or --leaderboard")
+        elif arguments.submission is not None:
             problems = load_problems(arguments.dataset, arguments.split, pictures=False)
+            predictions = read_predictions(arguments.file)
             write_json(arguments.submission, submission(problems.remove_columns("images"), predictions))
             print(f"submission: {arguments.submission}")
-            return
-        problems = load_answered_problems(arguments.dataset, arguments.split)
-        scores = score(problems, predictions)
-        write_json(scores_file, scores)
+        else:
+            evaluate_files(arguments)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(format_table(scores, class_sizes(problems)))
+
+
+def evaluate_files(arguments: argparse.Namespace) -> None:
+    scores_file = Path(arguments.output or default_scores_file(arguments.file))
+    others = [arguments.compare] if arguments.compare is not None else arguments.seeds or []
+    if scores_file.resolve() in (Path(file).resolve() for file in (arguments.file, *others)):
+        raise ValueError(f"--output {scores_file} is a predictions file itself")
+    problems = load_answered_problems(arguments.dataset, arguments.split)
+    problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
+    first, *rest = (
+        fitting(read_predictions(file), problems, arguments.allow_missing, arguments)
+        for file in (arguments.file, *others)
+    )
+    scores = score(problems, first)
+    if arguments.similarity is not None:
+        from mmcot.similarity import similarity
+
+        scores["rationale"]["similarity"] = similarity(problems, rationales_of(first), arguments.similarity)
+    tables = [format_table(scores)]
+    if arguments.compare is not None:
+        scores["compared"] = compare(problems, first, rest[0])
+        tables.append(format_comparison(scores["compared"]))
+    elif arguments.seeds is not None:
+        result = spread([scores, *(score(problems, predictions) for predictions in rest)])
+        scores["seeds"] = {"n": 1 + len(rest), "accuracy": result}
+        tables.append(format_spread(result, 1 + len(rest)))
+    write_json(scores_file, scores)
+    print("\n\n".join(tables))
+    for line in warnings_of(suspicion(problems, rationales_of(first))):
+        print(line)
     print(f"scores: {scores_file}")
 
 

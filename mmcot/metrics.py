@@ -1,19 +1,24 @@
-"""The figures of the field: accuracy by class of problem, BLEU-1, BLEU-4 and ROUGE-L of rationales, all in percent.
+"""The figures of the field: accuracy by class of problem, BLEU-1, BLEU-4 and ROUGE-L of rationales, all in percent; how
+sure they are, and how well the choices' probabilities are calibrated.
 
 Notable: a class without problems scores None, never 0; BLEU and ROUGE come from nltk and the package `rouge`, called as
 the original's metric code calls them, so that figures can be set beside published ones.
 Not here: reading files and printing (evaluate.py), choosing an answer (pipeline_mmcot.py), the model.
 """
 
+import hashlib
+import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from nltk.translate.bleu_score import sentence_bleu
 from rouge import Rouge
+
+from mmcot.uncertainty import calibration, mean_interval
 
 # A row of the problem schema (DESIGN section 4); `Problems` is a datasets.Dataset or a list of such rows.
 Problem = Mapping[str, Any]
@@ -50,15 +55,32 @@ def class_sizes(problems: Problems) -> dict[str, int]:
     return sizes
 
 
+def right_by_class(problems: Problems, answers: Mapping[str, int]) -> dict[str, list[bool]]:
+    """Of each problem of a class, in their order, whether its answer is right; `answers` has every problem's id."""
+    right: dict[str, list[bool]] = {name: [] for name in CLASSES}
+    for problem in problems:
+        for name in _classes_of(problem):
+            # -1 is "no answer" in a prediction and "unknown" in a problem: the two together are not a right answer.
+            right[name].append(problem["answer"] == answers[problem["id"]] >= 0)
+    return right
+
+
 def accuracy(problems: Problems, answers: Mapping[str, int]) -> dict[str, float | None]:
     """Percentage of right answers by class; `answers` (id -> index, -1 = none) has every problem's id."""
-    right = dict.fromkeys(CLASSES, 0)
-    for problem in problems:
-        # -1 is "no answer" in a prediction and "unknown" in a problem: the two together are not a right answer.
-        if problem["answer"] == answers[problem["id"]] >= 0:
-            for name in _classes_of(problem):
-                right[name] += 1
-    return {name: 100 * right[name] / size if size else None for name, size in class_sizes(problems).items()}
+    return {name: percentage(right) for name, right in right_by_class(problems, answers).items()}
+
+
+def percentage(right: Sequence[bool]) -> float | None:
+    return 100 * sum(right) / len(right) if right else None
+
+
+def accuracy_intervals(problems: Problems, answers: Mapping[str, int]) -> dict[str, list[float] | None]:
+    """95 % bootstrap intervals of `accuracy`, over problems."""
+    intervals = {}
+    for name, right in right_by_class(problems, answers).items():
+        interval = mean_interval(right)
+        intervals[name] = None if interval is None else [100 * bound for bound in interval]
+    return intervals
 
 
 def rationale_scores(problems: Problems, rationales: Mapping[str, str]) -> dict[str, float | None]:
@@ -68,12 +90,7 @@ def rationale_scores(problems: Problems, rationales: Mapping[str, str]) -> dict[
     Where a problem has several gold `rationales` (A-OKVQA's three), BLEU takes all of them as references, as it is
     defined to, and ROUGE-L is that of the nearest.
     """
-    pairs = [
-        ([gold for gold in _gold_rationales(problem) if _words(gold)], _without_cue(rationales[problem["id"]]))
-        for problem in problems
-        if problem["id"] in rationales
-    ]
-    pairs = [(golds, generated) for golds, generated in pairs if golds and _words(generated)]
+    pairs = rationale_pairs(problems, rationales)
     return {
         "bleu1": _mean_percent([_bleu(golds, generated, (1.0,)) for golds, generated in pairs]),
         "bleu4": _mean_percent([_bleu(golds, generated, (0.25,) * 4) for golds, generated in pairs]),
@@ -81,17 +98,70 @@ def rationale_scores(problems: Problems, rationales: Mapping[str, str]) -> dict[
     }
 
 
+def rationale_pairs(problems: Problems, rationales: Mapping[str, str]) -> list[tuple[list[str], str]]:
+    """Of each problem the gold rationales and the one that was written, where both have words."""
+    pairs = [
+        ([gold for gold in _gold_rationales(problem) if words(gold)], _without_cue(rationales[problem["id"]]))
+        for problem in problems
+        if problem["id"] in rationales
+    ]
+    return [(golds, generated) for golds, generated in pairs if golds and words(generated)]
+
+
 def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The scores file (DESIGN section 4) of a predictions file: `accuracy`, `rationale` and `n`.
+    """The scores file (DESIGN section 4) of a predictions file: `accuracy`, `rationale`, `n`, and what they stand on.
 
     Predictions with a `decoded_answer` add `decoded_accuracy`: the paper's way, where an answer that cannot be
-    read (-1) is wrong. Predictions without rationales have None for each rationale score.
+    read (-1) is wrong. Predictions without rationales have None for each rationale score, those without `scores` for
+    `calibration`.
+
+    `intervals` are those of both accuracies, `class_n` the problems of each class, `problems` tells one set of problems
+    from another.
     """
     check_same_ids([problem["id"] for problem in problems], predictions)
-    scores = {"accuracy": accuracy(problems, checked_answers(problems, predictions))}
+    answers = checked_answers(problems, predictions)
+    scores: dict[str, Any] = {"accuracy": accuracy(problems, answers)}
+    intervals = {"accuracy": accuracy_intervals(problems, answers)}
     if any("decoded_answer" in prediction for prediction in predictions.values()):
-        scores["decoded_accuracy"] = accuracy(problems, checked_answers(problems, predictions, "decoded_answer"))
-    return scores | {"rationale": rationale_scores(problems, _rationales(predictions)), "n": len(problems)}
+        decoded = checked_answers(problems, predictions, "decoded_answer")
+        scores["decoded_accuracy"] = accuracy(problems, decoded)
+        intervals["decoded_accuracy"] = accuracy_intervals(problems, decoded)
+    return scores | {
+        "rationale": rationale_scores(problems, rationales_of(predictions)),
+        "n": len(problems),
+        "class_n": class_sizes(problems),
+        "intervals": intervals,
+        "calibration": _calibration(problems, predictions),
+        "problems": problems_key(problems),
+    }
+
+
+def problems_key(problems: Problems) -> str:
+    """Tells a set of problems from another, by their ids and right answers."""
+    rows = sorted((problem["id"], problem["answer"]) for problem in problems)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _calibration(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Over the problems with choices, where all of them have `scores`."""
+    scores, answers = [], []
+    for problem in problems:
+        if problem["choices"] and "missing" not in predictions[problem["id"]]:
+            row = predictions[problem["id"]].get("scores")
+            if row is None:
+                return None
+            _check_scores(problem, row)
+            scores.append(row)
+            answers.append(problem["answer"])
+    return calibration(scores, answers) if scores else None
+
+
+def _check_scores(problem: Problem, scores: Any) -> None:
+    id_, num_choices = problem["id"], len(problem["choices"])
+    if not isinstance(scores, list) or len(scores) != num_choices:
+        raise ValueError(f"prediction {id_}: 'scores' is {scores!r}, expected {num_choices} probabilities")
+    if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in scores) or abs(sum(scores) - 1) > 1e-3:
+        raise ValueError(f"prediction {id_}: 'scores' is {scores!r}, expected probabilities that add up to 1")
 
 
 def _classes_of(problem: Problem) -> list[str]:
@@ -122,7 +192,8 @@ def checked_answers(
         id_, num_choices = problem["id"], len(problem["choices"])
         answer = predictions[id_].get(key)
         # Choices are scored, so with choices there is always an answer; only a decoded one can be unreadable.
-        lowest = UNREADABLE if key == "decoded_answer" or not num_choices else 0
+        may_be_none = key == "decoded_answer" or not num_choices or "missing" in predictions[id_]
+        lowest = UNREADABLE if may_be_none else 0
         if type(answer) is not int or not lowest <= answer < num_choices:
             raise ValueError(
                 f"prediction {id_}: {key!r} is {answer!r}, expected an integer from {lowest} to {num_choices - 1} "
@@ -132,7 +203,7 @@ def checked_answers(
     return answers
 
 
-def _rationales(predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def rationales_of(predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     rationales = {id_: prediction["rationale"] for id_, prediction in predictions.items() if "rationale" in prediction}
     for id_, rationale in rationales.items():
         if not isinstance(rationale, str):
@@ -148,7 +219,7 @@ def _without_cue(rationale: str) -> str:
     return rationale.strip().removeprefix(RATIONALE_CUE).strip()
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     """Split at white space and full stops, as the original does; decimal numbers come apart too."""
     return [word for word in re.split(r"\s|\.", text) if word]
 
@@ -161,12 +232,12 @@ def _bleu(golds: list[str], generated: str, weights: tuple[float, ...]) -> float
     with warnings.catch_warnings():
         # A pair without a common n-gram scores 0; that is a result, not something to warn of once per pair.
         warnings.filterwarnings("ignore", message=r"\s*The hypothesis contains 0 counts")
-        return sentence_bleu([_words(gold) for gold in golds], _words(generated), weights)
+        return sentence_bleu([words(gold) for gold in golds], words(generated), weights)
 
 
 def _rouge_l(gold: str, generated: str) -> float:
     # The gold text goes in as the *hypothesis*: so does the original, and in this package the order changes the score.
-    with _room_to_recurse(len(_words(gold)) + len(_words(generated))):
+    with _room_to_recurse(len(words(gold)) + len(words(generated))):
         return Rouge(metrics=["rouge-l"]).get_scores(gold, generated)[0]["rouge-l"]["f"]
 
 

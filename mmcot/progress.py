@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmcot.examples import StageCollator, tokenized
 from mmcot.feature_store import FeatureStore
-from mmcot.metrics import score
+from mmcot.metrics import accuracy, checked_answers, rationale_scores
 from mmcot.pictures import PixelStore, read_pictures
 from mmcot.predict import predict_stage, with_columns
 from mmcot.problems import without_gold
@@ -98,12 +98,11 @@ class ValidationReport:
 
     def scores(self, predictions: dict[str, dict]) -> dict[str, float | None]:
         if self.stage.answers:
-            accuracy = score(self.problems, predictions)["accuracy"]
-            return {f"accuracy_{name}": value for name, value in accuracy.items()}
+            answers = checked_answers(self.problems, predictions)
+            return {f"accuracy_{name}": value for name, value in accuracy(self.problems, answers).items()}
         if self.stage.writes != "rationale":
             return {}
-        answered = {problem_id: {**columns, "answer": 0} for problem_id, columns in predictions.items()}
-        return score(self.problems, answered)["rationale"]
+        return rationale_scores(self.problems, {name: row["rationale"] for name, row in predictions.items()})
 
     @torch.no_grad()
     def gate_by_position(

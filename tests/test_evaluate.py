@@ -6,10 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from statsmodels.stats.contingency_tables import mcnemar
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from mmcot.evaluate import default_scores_file, evaluate, format_table, main
+from mmcot.evaluate import default_scores_file, evaluate, main
 from mmcot.files import read_json, write_json
-from mmcot.metrics import CLASSES
+from mmcot.metrics import score
+from mmcot.tables import format_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,7 +97,10 @@ def test_scores_of_a_lone_predictions_file_lie_beside_it(tmp_path):
     [
         (None, "no such predictions file"),
         ("[1, 2]", "expected a JSON object, found list"),
-        ('{"1": 0, "2": 1}', "prediction 1 is 0, expected an object"),
+        ('{"1": "A", "2": 1}', "prediction 1 is 'A', expected an object with the key 'answer', or the answer itself"),
+        ('{"1": 0, "2": 1, "1": 1}', "1 ids stand there twice: 1"),
+        ('{"1": {"answer": 0, "scores": [0.9, 0.3]}, "2": 1}', "prediction 1: 'scores' is .* add up to 1"),
+        ('{"1": {"answer": 0, "scores": [1.0]}, "2": 1}', "prediction 1: 'scores' is .* expected 2 probabilities"),
         ('{"1": {"answer": 2}, "2": {"answer": 1}}', "prediction 1: 'answer' is 2, expected an integer from 0 to 1"),
         ('{"1": {"answer": 0}, "3": {"answer": 1}}', r"1 \(2\) without a prediction, 1 \(3\) without a problem"),
         (b"\xff", "not UTF-8"),
@@ -114,20 +122,119 @@ def test_problems_of_unknown_answer_are_refused(tmp_path, predictions_file):
 
 
 def test_the_predictions_file_is_never_written_over(dataset, predictions_file, predictions):
-    with pytest.raises(SystemExit, match=r"error: .* is the predictions file itself"):
+    with pytest.raises(SystemExit, match=r"error: .* is a predictions file itself"):
         main([str(predictions_file), "--dataset", dataset, "--output", str(predictions_file)])
     assert read_json(predictions_file) == predictions
 
 
 def test_the_table_has_a_second_row_for_decoded_answers():
-    by_class = dict.fromkeys(CLASSES, 75.0)
-    scores = {"accuracy": by_class, "rationale": {"bleu1": 30.5, "bleu4": 9.44, "rougeL": None}, "n": 4}
-    assert format_table(scores).splitlines()[1:] == [
-        "accuracy        " + "   75.00" * 9,
-        "rationale         BLEU-1 30.50   BLEU-4 9.44   ROUGE-L -",
+    problems = [a_problem(str(number), images=[]) for number in range(4)]
+    predictions = {str(number): {"answer": 0, "decoded_answer": number // 2 - 1} for number in range(4)}
+    table = [" ".join(line.split()) for line in format_table(score(problems, predictions)).splitlines()]
+    assert table[2] == "accuracy 100.00 - - - - 100.00 100.00 - 100.00"
+    assert table[3] == "95 %, from 100.00 - - - - 100.00 100.00 - 100.00"
+    assert table[5] == "decoded accuracy 50.00 - - - - 50.00 50.00 - 50.00"
+    assert table[6] == "95 %, from 0.00 - - - - 0.00 0.00 - 0.00" and table[7].startswith("to 100.00")
+    assert table[8] == "rationale BLEU-1 - BLEU-4 - ROUGE-L -"
+
+
+def test_answers_alone_are_scored_as_predictions_are(dataset, tmp_path):
+    write_json(tmp_path / "answers.json", {"1": 0, "2": 1})
+    assert evaluate(tmp_path / "answers.json", dataset, "test")["accuracy"]["Avg"] == 50
+
+
+def test_a_missing_prediction_counts_as_wrong_where_that_is_allowed(dataset, tmp_path, capsys):
+    write_json(tmp_path / "some.json", {"1": {"answer": 0, "scores": [0.75, 0.25], "decoded_answer": 0}})
+    command = [str(tmp_path / "some.json"), "--dataset", dataset]
+    with pytest.raises(SystemExit, match=r"1 \(2\) without a prediction"):
+        main(command)
+    main([*command, "--allow_missing"])
+    scores = read_json(tmp_path / "some.scores.json")
+    assert scores["accuracy"]["Avg"] == scores["decoded_accuracy"]["Avg"] == 50
+    assert scores["calibration"]["brier"] == pytest.approx(2 * 0.25**2)
+
+
+def test_predictions_of_another_split_are_named_so(tmp_path):
+    rows = [a_problem("1"), a_problem("2", split="val")]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_json(tmp_path / "val.json", {"2": 0})
+    with pytest.raises(SystemExit, match="1 predictions are of the split 'val', not of 'test'"):
+        main([str(tmp_path / "val.json"), "--dataset", str(tmp_path / "problems.jsonl")])
+
+
+def test_two_files_side_by_side(tmp_path, capsys):
+    subjects = ["social science"] * 4 + ["natural science"] * 16
+    rows = [a_problem(str(number), subject=subject) for number, subject in enumerate(subjects)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    first = {str(number): int(number % 2) for number in range(20)}
+    second = first | {"1": 0, "3": 0, "5": 0, "7": 0, "9": 0, "0": 1}
+    write_json(tmp_path / "first.json", first)
+    write_json(tmp_path / "second.json", second)
+    command = [str(tmp_path / "first.json"), "--dataset", str(tmp_path / "problems.jsonl")]
+    main([*command, "--compare", str(tmp_path / "second.json")])
+    compared = read_json(tmp_path / "first.scores.json")["compared"]
+    assert (compared["Avg"]["first"], compared["Avg"]["second"], compared["Avg"]["difference"]) == (50, 70, 20)
+    assert compared["Avg"]["p"] == pytest.approx(statsmodels_mcnemar(5, 1))
+    assert compared["SOC"]["n"] == 4 and compared["LAN"] is None
+    low, high = compared["Avg"]["interval"]
+    assert low < 20 < high
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "difference 18.75 25.00 - - - 20.00 20.00 - 20.00" in printed
+
+
+def statsmodels_mcnemar(only_first, only_second):
+    return mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
+
+
+def test_many_seeds(tmp_path, dataset, capsys):
+    for name, answers in (("a", (0, 0)), ("b", (0, 1)), ("c", (1, 1))):
+        write_json(tmp_path / f"{name}.json", dict(zip("12", answers, strict=True)))
+    others = [str(tmp_path / "b.json"), str(tmp_path / "c.json")]
+    main([str(tmp_path / "a.json"), "--dataset", dataset, "--seeds", *others])
+    seeds = read_json(tmp_path / "a.scores.json")["seeds"]
+    assert seeds["n"] == 3 and seeds["accuracy"]["Avg"] == {"mean": 50, "sd": pytest.approx(50)}
+    assert "mean accuracy      50.00" in capsys.readouterr().out
+
+
+def test_some_problems_are_scored_alone(tmp_path, dataset):
+    write_json(tmp_path / "one.json", {"2": 0})
+    main([str(tmp_path / "one.json"), "--dataset", dataset, "--ids", "2"])
+    assert read_json(tmp_path / "one.scores.json")["accuracy"]["Avg"] == 100
+
+
+def test_rationales_too_near_to_gold_are_told(tmp_path, capsys):
+    words = ["cats", "dogs", "newts", "owls", "pikes", "rats"]
+    rows = [
+        a_problem(word, solution=f"First, {word} are {word}, and so on and on. So {word} are right.", skill="animals")
+        for word in words
     ]
-    with_decoded = format_table(scores | {"decoded_accuracy": by_class | {"NAT": 50.0}}).splitlines()
-    assert with_decoded[2] == "decoded accuracy" + "   50.00" + "   75.00" * 8
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    said = []
+    for name, text in (("gold", "{solution}"), ("own", "I think that {id} are right, and so on.")):
+        predictions = {row["id"]: {"answer": 0, "rationale": text.format(**row)} for row in rows}
+        write_json(tmp_path / f"{name}.json", predictions)
+        main([str(tmp_path / f"{name}.json"), "--dataset", str(tmp_path / "problems.jsonl")])
+        said.append(capsys.readouterr().out)
+    assert "100 % of the words of their own gold rationales" in said[0] and "--leak_check" in said[0]
+    assert "warning" not in said[1]
+
+
+def test_rationales_are_compared_in_meaning_by_an_encoder(tmp_path, dataset, predictions_file):
+    """Random weights: a text is as near as can be to itself, and other ones are as near as sentence vectors say."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "The": 2, "ball": 3, "red": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(tmp_path / "encoder")
+    size = {"vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(**size)).save_pretrained(tmp_path / "encoder")
+    main([str(predictions_file), "--dataset", dataset, "--similarity", str(tmp_path / "encoder")])
+    found = read_json(predictions_file.parents[1] / "scores" / "test.json")["rationale"]["similarity"]
+    encoder = BertModel.from_pretrained(tmp_path / "encoder").eval()
+    with torch.no_grad():
+        texts = torch.tensor([[2, 3, 1, 4, 1], [2, 3, 1, 1, 1]])
+        red, blue = encoder(texts).last_hidden_state.mean(dim=1)
+    cosine = torch.nn.functional.cosine_similarity(red, blue, dim=0).item()
+    assert found == pytest.approx(100 * (1 + cosine) / 2, abs=1e-3)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_rationale_scores_of_gpt3(gpt3, gpt3_scores):
 
 def test_scores_file_has_the_keys_of_the_design():
     scores = score([a_problem()], {"1": {"answer": 1, "rationale": "It is red."}})
-    assert list(scores) == ["accuracy", "rationale", "n"]
+    assert list(scores)[:3] == ["accuracy", "rationale", "n"]
     assert " ".join(scores["accuracy"]) == " ".join(CLASSES) == "NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg"
     assert scores["n"] == 1
 

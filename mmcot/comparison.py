@@ -1,0 +1,76 @@
+"""Scores side by side: two systems on the same problems, one system with many seeds, any number of scores files.
+
+What a score is stands in `metrics.py`; nothing is read or written here.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmcot.metrics import CLASSES, Problems, checked_answers, percentage, right_by_class
+from mmcot.uncertainty import mcnemar, mean_interval
+
+
+def compare(
+    problems: Problems, first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any] | None]:
+    """
+    Two predictions files on the same problems: by class `first`, `second` and `difference` (second less first) in
+    percent, the paired bootstrap's 95 % `interval` of the difference, and McNemar's exact `p`; None of an empty class.
+    """
+    rights = [right_by_class(problems, checked_answers(problems, predictions)) for predictions in (first, second)]
+    compared: dict[str, dict[str, Any] | None] = {}
+    for name in CLASSES:
+        before, after = (right[name] for right in rights)
+        if not before:
+            compared[name] = None
+            continue
+        interval = mean_interval([int(b) - int(a) for a, b in zip(before, after, strict=True)])
+        compared[name] = {
+            "n": len(before),
+            "first": percentage(before),
+            "second": percentage(after),
+            "difference": percentage(after) - percentage(before),
+            "interval": None if interval is None else [100 * bound for bound in interval],
+            "p": mcnemar(before, after),
+        }
+    return compared
+
+
+def spread(every: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float] | None]:
+    """Of one system's scores with several seeds, by class `mean` and sample standard deviation `sd` of accuracy."""
+    result: dict[str, dict[str, float] | None] = {}
+    for name in CLASSES:
+        values = [scores["accuracy"][name] for scores in every]
+        empty = None in values
+        result[name] = None if empty else {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
+    return result
+
+
+def leaderboard(every: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """
+    A table of scores files, the best `Avg` first; its first row are the names of the columns.
+
+    Raises:
+        ValueError: they are not of the same problems, or do not say of which they are.
+    """
+    keys = {name: scores.get("problems") for name, scores in every.items()}
+    for name, key in keys.items():
+        if key is None:
+            raise ValueError(f"{name} does not say which problems it is of: score its predictions again.")
+        first = next(iter(keys))
+        if key != keys[first]:
+            raise ValueError(
+                f"{name} is of other problems ({every[name]['n']}) than {first} ({every[first]['n']}): scores of "
+                f"different splits or subsets cannot stand in one table."
+            )
+    table = [["system", "n", *CLASSES, "Avg, 95 %"]]
+    for name, scores in sorted(every.items(), key=lambda item: -item[1]["accuracy"]["Avg"]):
+        interval = scores["intervals"]["accuracy"]["Avg"]
+        cells = [two_places(scores["accuracy"][column]) for column in CLASSES]
+        table.append([name, str(scores["n"]), *cells, "–".join(map(two_places, interval)) if interval else "-"])
+    return table
+
+
+def two_places(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,130 @@
+"""Scores as the Hub takes them, and tables of many scores files."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, parse_eval_result_entries
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from mmcot.evaluate import main
+from mmcot.files import read_json, write_json
+from mmcot.metrics import score
+from mmcot.results import eval_entries, model_index, write_eval_results
+from mmcot.results import main as publish
+
+
+def scores(right, count=4, **columns):
+    rows = [
+        {"id": str(number), "answer": 0, "choices": ["a", "b"], "context": "", "images": [], "solution": "So it is."}
+        | {"subject": "natural science", "grade": "grade2"}
+        | columns
+        for number in range(count)
+    ]
+    predictions = {
+        row["id"]: {"answer": int(number >= right), "decoded_answer": -1, "rationale": "So it is."}
+        for number, row in enumerate(rows)
+    }
+    return score(rows, predictions)
+
+
+def test_results_for_the_hub_are_read_by_its_own_parser(tmp_path):
+    said = {"dataset_revision": "a" * 40, "date": "2026-11-25", "notes": "test, 0-shot"}
+    entries = eval_entries(scores(3), "derek-thomas/ScienceQA", "a" * 40, said["date"], said["notes"])
+    file = tmp_path / ".eval_results" / "scienceqa.yaml"
+    write_eval_results(file, entries)
+    data = yaml.safe_load(file.read_text())
+    assert data[0] == {
+        "dataset": {"id": "derek-thomas/ScienceQA", "task_id": "default", "revision": "a" * 40},
+        "value": 75.0,
+        "date": "2026-11-25",
+        "notes": "test, 0-shot",
+    }
+    assert parse_eval_result_entries(data) == entries
+    assert entries[1] == EvalResultEntry("derek-thomas/ScienceQA", "decoded_answer", 0.0, **said)
+
+
+def test_the_model_index_is_read_by_the_librarys_own_parser():
+    index = model_index(scores(3), "mine", "derek-thomas/ScienceQA", "test", revision="a" * 40)
+    name, results = model_index_to_eval_results(index)
+    assert name == "mine"
+    found = {result.metric_name: result.metric_value for result in results}
+    assert found["accuracy, natural science"] == found["accuracy, Avg"] == 75 and found["rougeL"] == 100
+    assert "accuracy, social science" not in found
+    assert {(result.dataset_split, result.dataset_revision) for result in results} == {("test", "a" * 40)}
+    card = ModelCardData(model_name="mine", eval_results=results)
+    assert card.to_dict()["model-index"] == index
+
+
+def test_scores_are_put_into_a_folder_that_goes_to_the_hub(files, tmp_path, capsys):
+    folder = tmp_path / "mine" / "hub"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# Mine\n\nText.\n")
+    publish([files[1], str(folder), "--dataset_id", "derek-thomas/ScienceQA", "--date", "2026-11-25"])
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers" and card.text.strip() == "# Mine\n\nText."
+    accuracy = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert card.data.model_name == "mine" and accuracy["accuracy, Avg"] == 75
+    (file,) = (folder / ".eval_results").iterdir()
+    assert parse_eval_result_entries(yaml.safe_load(file.read_text()))[0].value == 75
+    main(["--leaderboard", str(folder)])
+    assert "75.00" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no README.md"):
+        publish([files[1], str(tmp_path), "--dataset_id", "derek-thomas/ScienceQA"])
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, right in (("worse", 1), ("better", 3)):
+        write_json(tmp_path / f"{name}.json", scores(right))
+    return [str(tmp_path / "worse.json"), str(tmp_path / "better.json")]
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "csv"])
+def test_a_table_of_scores_files_has_the_best_first(files, capsys, form):
+    main(["--leaderboard", *files, "--format", form])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {
+        "text": lambda: [line.split() for line in lines],
+        "markdown": lambda: [line.strip("| ").split(" | ") for line in lines if "---" not in line],
+        "csv": lambda: list(csv.reader(lines)),
+    }[form]()
+    assert rows[0][:3] == ["system", "n", "NAT"]
+    assert [row[0] for row in rows[1:]] == [files[1], files[0]]
+    assert rows[1][1:4] == ["4", "75.00", "-"]
+
+
+def test_scores_of_a_run_and_of_a_cached_repository_are_found(files, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    shutil.copy(files[0], tmp_path / "run" / "scores" / "test.json")
+    commit = tmp_path / "cache" / "models--user--model" / "snapshots" / ("a" * 40)
+    commit.mkdir(parents=True)
+    shutil.copy(files[1], commit / "scores.json")
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    main(["--leaderboard", str(tmp_path / "run"), "user/model"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("user/model") and lines[2].startswith(str(tmp_path / "run"))
+
+
+def test_scores_of_unlike_problems_do_not_stand_in_one_table(files, tmp_path):
+    write_json(tmp_path / "other.json", scores(3, count=5))
+    with pytest.raises(SystemExit, match=r"is of other problems \(5\) than .*worse.json \(4\)"):
+        main(["--leaderboard", *files, str(tmp_path / "other.json")])
+
+
+@pytest.mark.parametrize(("content", "said"), [('{"accuracy": 3}', "not a scores file"), (None, "no such scores file")])
+def test_what_is_no_scores_file_is_named(files, tmp_path, content, said):
+    file = tmp_path / "bad.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=said):
+        main(["--leaderboard", *files, str(file)])
+
+
+def test_scores_files_are_plain_json(files):
+    assert json.loads(json.dumps(read_json(files[0]))) == scores(1)
