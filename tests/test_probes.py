@@ -1,0 +1,102 @@
+"""Probes change what they say and nothing else, and tell what an answer depends on."""
+
+import random
+
+import pytest
+
+from mmcot import probes as probing
+from mmcot.predict import load_system
+from mmcot.probes import main, of_another, others, probe, with_permuted_choices
+from mmcot.problems import load_problems
+
+
+@pytest.fixture
+def problems(tiny_dataset):
+    return load_problems(str(tiny_dataset), "test")
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_each_gets_another_ones_each_once(count):
+    found = others(count, random.Random(1))
+    assert sorted(found) == list(range(count)) and all(index != other for index, other in enumerate(found))
+    texts = [str(number) for number in range(count)]
+    assert all(a != b for a, b in zip(texts, of_another(texts, random.Random(1)), strict=True))
+
+
+def test_permuted_problems_are_the_same_problems(problems):
+    permuted, orders = with_permuted_choices(problems, random.Random(0))
+    for row, other, order in zip(problems, permuted, orders, strict=True):
+        assert other["choices"][other["answer"]] == row["choices"][row["answer"]]
+        assert [row["choices"][place] for place in order] == other["choices"]
+        assert order != sorted(order)
+        changed = {"choices", "answer"}
+        assert {k: v for k, v in row.items() if k not in changed} == {
+            k: v for k, v in other.items() if k not in changed
+        }
+
+
+def answering(choose):
+    """A system whose last stage answers by `choose`, and whose rationales are right."""
+
+    def predict_stage(model, processor, stage, rows, written, **options):
+        for row in rows:
+            columns = written.setdefault(row["id"], {})
+            if stage.answers:
+                columns["answer"] = choose(row, columns["rationale"])
+            else:
+                columns["rationale"] = row["solution"]
+
+    def predict(processor, models, rows, **options):
+        written = {}
+        for stage in processor.stages:
+            predict_stage(None, processor, stage, rows, written)
+        return written
+
+    return predict_stage, predict
+
+
+@pytest.fixture
+def probed(tiny_run, problems, monkeypatch):
+    processor, models = load_system(str(tiny_run))
+
+    def with_system(choose):
+        predict_stage, predict = answering(choose)
+        monkeypatch.setattr(probing, "predict_stage", predict_stage)
+        monkeypatch.setattr(probing, "predict", predict)
+        return probe(processor, models, problems)
+
+    return with_system
+
+
+def test_a_system_that_reads_only_its_rationale(probed, problems):
+    """It is right where the rationale is the problem's own."""
+    results = probed(
+        lambda row, text: row["answer"] if text == row["solution"] else (row["answer"] + 1) % len(row["choices"])
+    )
+    assert results["rationale dropped"]["accuracy"] == 100 and results["rationale dropped"]["probed"] == 0
+    assert results["rationale's words mixed"]["probed"] == results["rationale's first half"]["probed"] == 0
+    assert results["picture dropped"]["changed"] == results["another problem's picture"]["changed"] == 0
+    assert results["choices permuted"]["follow_content"] == 100 == results["choices permuted"]["probed"]
+
+
+def test_a_system_that_looks_only_at_pictures(probed, problems):
+    shown = {row["id"]: row["images"] for row in problems}
+    results = probed(lambda row, text: row["answer"] if row["images"] == shown[row["id"]] else -1)
+    seeing = sum(bool(images) for images in problems["images"])
+    for name in ("picture dropped", "another problem's picture"):
+        assert (results[name]["n"], results[name]["accuracy"], results[name]["probed"]) == (seeing, 100, 0)
+    assert all(results[name]["changed"] == 0 for name in probing.RATIONALES)
+
+
+def test_a_system_that_likes_a_letter(probed):
+    results = probed(lambda row, text: 0)["choices permuted"]
+    assert results["follow_letter"] == 100 and results["follow_content"] < 60
+
+
+def test_the_command_prints_the_table(tiny_run, tiny_dataset, tmp_path, capsys):
+    output = tmp_path / "probes.json"
+    main([str(tiny_run), "--dataset", str(tiny_dataset), "--limit", "6", "--output", str(output)])
+    printed = capsys.readouterr().out
+    for name in (*probing.RATIONALES, "picture dropped", "another problem's picture", "choices permuted"):
+        assert name in printed
+    assert output.is_file()
