@@ -1,0 +1,138 @@
+"""The rules that sort mistakes, each on a case that it is for and on one that it is not for."""
+
+import pytest
+
+from mmcot.mistakes import KINDS, sentences, sort_mistake, supported_choice
+
+PROBLEM = {
+    "question": "Will these magnets attract or repel each other?",
+    "choices": ["attract", "repel"],
+    "context": "",
+    "images": [],
+    "answer": 1,
+    "lecture": "Every magnet has a north pole and a south pole. Opposite poles attract and like poles repel.",
+    "solution": "The poles that face each other are south and south. Like poles repel. So, the magnets will repel.",
+}
+HEIGHTS = {
+    "question": "Which tower is the tallest?",
+    "choices": ["the red tower", "the blue tower", "the green tower"],
+    "context": "",
+    "images": [],
+    "answer": 0,
+    "lecture": "",
+    "solution": "The red tower is 9 high, the blue one 5 and the green one 7. So, the red tower is the tallest.",
+}
+
+
+def kind(problem, answer, rationale, **others):
+    verdict = sort_mistake({**problem, **others}, {"answer": answer, "rationale": rationale})
+    assert verdict is None or (verdict.kind in KINDS and 0 < verdict.confidence < 1 and verdict.reason)
+    return verdict and verdict.kind
+
+
+def reason(problem, answer, rationale, **others):
+    return sort_mistake({**problem, **others}, {"answer": answer, "rationale": rationale}).reason
+
+
+def test_a_right_answer_with_its_own_rationale_is_no_mistake():
+    assert kind(PROBLEM, 1, PROBLEM["solution"]) is None
+    assert kind(PROBLEM, 1, "") is None
+
+
+def test_a_right_answer_against_its_rationale():
+    assert kind(PROBLEM, 1, "The poles are south and south. So, the magnets will attract.") == "wrong_rationale"
+
+
+def test_a_wrong_answer_against_a_right_rationale():
+    assert kind(PROBLEM, 0, PROBLEM["solution"]) == "right_rationale"
+
+
+@pytest.mark.parametrize("text", ["", "Solution:", "Attract.", "It is so. It is so. It is so. It is so. It is so."])
+def test_a_rationale_that_says_nothing(text):
+    assert kind(PROBLEM, 0, text) == "no_rationale"
+
+
+def test_a_rule_of_the_lecture_that_is_turned_round():
+    text = "The poles that face each other are south and south. Like poles attract. So, the magnets will attract."
+    assert kind(PROBLEM, 0, text) == kind(PROBLEM, 0, text, images=[object()]) == "factual"
+    assert "'like poles attract', where gold says 'like poles repel'" in reason(PROBLEM, 0, text)
+
+
+def test_a_misread_context():
+    problem = {
+        "question": "What did Ann eat?",
+        "context": "On Monday Ann ate a green apple at the lake.",
+        "solution": "",
+    }
+    assert kind(PROBLEM, 0, "On Monday Ann ate a green pear at the lake. So it is a pear.", **problem) == "factual"
+
+
+def test_something_seen_that_is_not_there():
+    text = "The poles that face each other are south and north. So, they attract."
+    assert kind(PROBLEM, 0, text, images=[object()]) == "commonsense"
+
+
+def test_a_conclusion_that_does_not_follow():
+    text = PROBLEM["solution"].replace("will repel", "will attract")
+    assert kind(PROBLEM, 0, text) == "logical" and "does not follow" in reason(PROBLEM, 0, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "The blue tower is 5 and the red tower is 9. 5 is greater than 9. So, the blue tower is the tallest.",
+            "5 is not greater than 9",
+        ),
+        ("There are 9, 5 and 7. 5 is the most. So, the blue tower is the tallest.", "5 is not the most of 9, 5, 7"),
+        ("Its parts are 3 and 1, and 3 + 1 = 5. So, the blue tower is the tallest.", "3 + 1 is not 5"),
+        (
+            "The red tower is made of stone. The red tower is not made of stone. So, the blue tower is the tallest.",
+            "contradicts",
+        ),
+    ],
+)
+def test_arithmetic_comparisons_and_contradictions(text, found):
+    assert kind(HEIGHTS, 1, text) == "logical" and found in reason(HEIGHTS, 1, text)
+
+
+def test_arithmetic_that_is_right_is_no_mistake_of_logic():
+    text = "Blue has 9 stones of glass. 9 is greater than 5, and 4 + 5 = 9. The blue tower is the tallest."
+    verdict = sort_mistake(HEIGHTS, {"answer": 1, "rationale": text})
+    assert "greater" not in verdict.reason and "+" not in verdict.reason
+
+
+def test_an_answer_that_is_not_the_rationales():
+    text = "One tower was built of marble long ago by masons. So, the green tower is the tallest."
+    assert kind(HEIGHTS, 1, text) == "logical"
+    assert "supports 'the green tower', and 'the blue tower' is answered" in reason(HEIGHTS, 1, text)
+
+
+def test_whether_the_picture_was_used_is_told_where_it_is_known():
+    problem = {**PROBLEM, "images": [object()]}
+    prediction = {"answer": 0, "rationale": "The poles that face each other are south and north. So, they attract."}
+    assert sort_mistake(problem, prediction).picture_not_used is None
+    assert sort_mistake(problem, prediction, {"answer": 0}).picture_not_used is True
+    assert sort_mistake(problem, prediction, {"answer": 1}).picture_not_used is False
+    assert sort_mistake(PROBLEM, prediction, {"answer": 0}).picture_not_used is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is blue. So it is dark blue.", 1),
+        ("It is not blue.", None),
+        ("It is dark blue or red.", None),
+        ("The red one is here. It is large.", 2),
+        ("Nothing of it.", None),
+    ],
+)
+def test_the_choice_that_a_rationale_supports(text, expected):
+    assert supported_choice(text, ["blue", "dark blue", "red"]) == expected
+
+
+def test_sentences_of_decimal_numbers_and_lines():
+    assert sentences("Solution: It is 3.5 m high.\\nSo it's tall!") == [
+        ["it", "is", "3.5", "m", "high"],
+        ["so", "it's", "tall"],
+    ]
