@@ -3,6 +3,7 @@
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --split test [--output SCORES]
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --compare OTHER          # two systems on the same problems
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --seeds OTHER OTHER      # one system, trained with other seeds
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --report DIR             # a page to look through the problems
     python -m mmcot.evaluate --leaderboard SCORES_OR_REPO SCORES_OR_REPO …      # any number of scores files
     python -m mmcot.evaluate FILE --dataset AOKVQA_DIR --split test --submission predictions_test.json
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--leaderboard", nargs="+", metavar="SCORES", help="scores files, or repositories that have one"
     )
+    parser.add_argument("--report", metavar="DIR", help="write a page to look through the problems")
+    parser.add_argument("--without_picture", metavar="OTHER", help="for the report: predictions with pictures withheld")
+    parser.add_argument("--attention", metavar="MODEL", help="for the report: what predicted, to show where it looked")
     parser.add_argument("--format", default="text", choices=("text", "markdown", "csv"), help="of the leaderboard")
     return parser
 
@@ -196,11 +201,40 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
         result = spread([scores, *(score(problems, predictions) for predictions in rest)])
         scores["seeds"] = {"n": 1 + len(rest), "accuracy": result}
         tables.append(format_spread(result, 1 + len(rest)))
+    if arguments.report is not None:
+        write_page(arguments, problems, first, scores)
+        tables.append(f"report: {Path(arguments.report) / 'index.html'}")
     write_json(scores_file, scores)
     print("\n\n".join(tables))
     for line in warnings_of(suspicion(problems, rationales_of(first))):
         print(line)
     print(f"scores: {scores_file}")
+
+
+def write_page(
+    arguments: argparse.Namespace, problems: Dataset, predictions: Predictions, scores: dict[str, Any]
+) -> None:
+    from mmcot.report import write_report  # what draws is not needed to score
+
+    blind = None
+    if arguments.without_picture is not None:
+        blind = fitting(read_predictions(arguments.without_picture), problems, False, arguments)
+    seen = select(load_problems(arguments.dataset, arguments.split), problems["id"])
+    attention = token_maps_of(arguments.attention, seen, predictions) if arguments.attention is not None else ()
+    write_report(Path(arguments.report), seen, predictions, scores, Path(arguments.file), blind, attention)
+
+
+def token_maps_of(model: str, problems: Dataset, predictions: Predictions) -> Iterator[tuple[str, Any]]:
+    """Of the last stage that sees pictures, over the columns that were predicted for it."""
+    from mmcot.attention import token_maps
+    from mmcot.predict import load_system, with_columns
+
+    processor, models = load_system(model)
+    seeing = [stage for stage in processor.stages if "images" in stage.reads]
+    if not seeing:
+        raise ValueError(f"--attention {model}: no stage of it sees pictures")
+    earlier = processor.stages[: processor.stages.index(seeing[-1])]
+    return token_maps(models[seeing[-1].name], processor, seeing[-1], with_columns(problems, predictions, earlier))
 
 
 if __name__ == "__main__":

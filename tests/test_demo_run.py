@@ -6,8 +6,10 @@ import random
 import pytest
 from conftest import run_script
 from test_predict import plainly
+from test_report import drive
 
 from mmcot.demo import PICTURE_SKILLS, seen
+from mmcot.evaluate import main as evaluate
 from mmcot.predict import load_system, predict_stage
 from mmcot.problems import load_problems, without_gold
 
@@ -92,6 +94,17 @@ def test_the_answer_comes_from_the_rationale(demo, picture_problems):
     for skill in PICTURE_SKILLS:
         rows = of_skill(picture_problems, skill)
         assert percent_right(rows, swapped) <= chance(rows) + 12, skill
+
+
+def test_nothing_leaks_and_its_report_can_be_used(demo, problems, tmp_path):
+    folder, predictions, _ = demo
+    run_script("-m", "mmcot.predict", folder, "--dataset", "demo", "--leak_check", "--limit", "200")
+    wrong = [row["id"] for row in problems if predictions[row["id"]]["answer"] != row["answer"]]
+    some = list(dict.fromkeys([*wrong, *problems["id"][:100]]))
+    file, report = tmp_path / "some.json", tmp_path / "report"
+    file.write_text(json.dumps({problem_id: predictions[problem_id] for problem_id in some}))
+    evaluate([str(file), "--dataset", "demo", "--report", str(report), "--attention", str(folder), "--ids", *some])
+    drive(report, tmp_path)
 
 
 def test_without_pictures_the_picture_skills_are_at_chance(picture_problems, tmp_path):

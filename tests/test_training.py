@@ -12,8 +12,10 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from safetensors.torch import load_file
+from test_report import drive
 
 from mmcot.building import build_stage
+from mmcot.evaluate import main as evaluate
 from mmcot.pictures import read_pictures
 from mmcot.preparation import prepare
 from mmcot.problems import load_problems
@@ -272,3 +274,7 @@ def test_scienceqa_smoke(tmp_path):
     without = json.loads(withheld.read_text())
     assert any(without[p]["rationale"] != predictions[p]["rationale"] for p in predictions)
     assert any(without[p]["scores"] != pytest.approx(predictions[p]["scores"], abs=1e-3) for p in predictions)
+    run_script("-m", "mmcot.predict", run, "--dataset", dataset, "--leak_check", "--limit", "100")
+    report = ["--report", str(tmp_path / "report"), "--attention", str(run), "--without_picture", str(withheld)]
+    evaluate([str(run / "predictions/test.json"), "--dataset", str(dataset), *report])
+    drive(tmp_path / "report", tmp_path)

@@ -1,0 +1,87 @@
+"""The report's page with as many problems as ScienceQA's test split has: seconds to load, to filter and to open one.
+
+    python -m benchmarks.report
+
+4,241 problems of the demonstration with answers drawn by chance, in headless Chromium, from the disk; medians of several
+times. Prints a JSON object.
+"""
+
+import argparse
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.setting import report
+from mmcot.demo import SPLIT_SIZES
+from mmcot.metrics import score
+from mmcot.problems import load_problems
+from mmcot.report import write_report
+
+COUNT = 4241
+TIMES = 5
+
+
+def some_predictions(problems) -> dict[str, dict]:
+    drawn = random.Random(0)
+    predictions = {}
+    for row in problems.remove_columns("images"):
+        scores = [drawn.random() for _ in row["choices"]]
+        scores = [value / sum(scores) for value in scores]
+        predictions[row["id"]] = {"answer": scores.index(max(scores)), "scores": scores, "rationale": row["solution"]}
+    return predictions
+
+
+def in_browser(page_file: Path) -> dict[str, float]:
+    """Seconds, each the median of several times."""
+    from playwright.sync_api import expect, sync_playwright
+
+    found: dict[str, list[float]] = {"load": [], "filter": [], "search": [], "open": []}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for _ in range(TIMES):
+            page = browser.new_page()
+            start = time.perf_counter()
+            page.goto(page_file.as_uri())
+            page.wait_for_selector("#list li")
+            found["load"].append(time.perf_counter() - start)
+            for name, act in (
+                ("filter", lambda page=page: page.select_option("#answer", "wrong")),
+                ("search", lambda page=page: page.fill("#search", "thermometer")),
+                ("open", lambda page=page: page.click("#list button >> nth=3")),
+            ):
+                start = time.perf_counter()
+                act()
+                page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
+                found[name].append(time.perf_counter() - start)
+            expect(page.locator("dialog")).to_be_visible()
+            page.close()
+        browser.close()
+    return {name: round(statistics.median(values), 3) for name, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    arguments = parser.parse_args()
+    assert COUNT <= SPLIT_SIZES["train"]
+    problems = load_problems("demo", "train").select(range(COUNT))
+    predictions = some_predictions(problems)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        scores = score(problems, predictions)
+        write_report(Path(folder) / "report", problems, predictions, scores, Path(folder) / "predictions" / "test.json")
+        written = round(time.perf_counter() - start, 1)
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        seconds = in_browser(Path(folder) / "report" / "index.html")
+    report(
+        "report",
+        {"problems": COUNT, "written": written, "mb": round(size / 1e6, 1), "seconds": seconds},
+        arguments.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The report: a page of what was predicted, as a researcher uses it, in a real browser from the disk."""
+
+import base64
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModel, DetrConfig
+
+from mmcot.attention import grid, places, token_maps
+from mmcot.evaluate import main
+from mmcot.files import read_json, write_json
+from mmcot.mistakes import KINDS
+from mmcot.predict import load_system
+from mmcot.problems import load_problems
+from mmcot.report import FULL
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def report(tiny_run, tiny_dataset, tmp_path_factory):
+    """Of the tiny run, with pictures withheld as the other file."""
+    folder = tmp_path_factory.mktemp("reports")
+    predictions = read_json(tiny_run / "predictions" / "test.json")
+    withheld = {name: {**columns, "answer": 0} for name, columns in predictions.items()}
+    write_json(folder / "withheld.json", withheld)
+    options = ["--dataset", str(tiny_dataset), "--report", str(folder / "report"), "--attention", str(tiny_run)]
+    options += ["--output", str(folder / "scores.json"), "--without_picture", str(folder / "withheld.json")]
+    main([str(tiny_run / "predictions" / "test.json"), *options])
+    return folder / "report"
+
+
+def problems_of(report):
+    text = (report / "problems.js").read_text(encoding="utf-8")
+    return json.loads(text.removeprefix("const PROBLEMS = ").rstrip().removesuffix(";"))
+
+
+def test_the_page_holds_every_problem_as_it_was_predicted(report, tiny_run, tiny_dataset):
+    rows, predictions = problems_of(report), read_json(tiny_run / "predictions" / "test.json")
+    problems = load_problems(str(tiny_dataset), "test")
+    processor, _ = load_system(str(tiny_run))
+    assert [row["id"] for row in rows] == problems["id"]
+    for row, problem in zip(rows, problems, strict=True):
+        columns = predictions[row["id"]]
+        assert (row["given"], row["answer"]) == (columns["answer"], problem["answer"])
+        assert row["scores"] == columns["scores"] and row["rationale"] == columns["rationale"]
+        assert len(row["pictures"]) == len(problem["images"])
+        assert all((report / name).is_file() for name in row["pictures"])
+        assert row["attended"] == bool(problem["images"])
+        shown = {**{name: problem[name] for name in ("question", "choices", "context", "caption")}, **columns}
+        assert row["prompts"]["answer"] == processor.stages[1].render_source(shown)
+        assert problem["solution"] not in row["prompts"]["rationale"]
+        if columns["answer"] != problem["answer"]:
+            assert row["verdict"]["kind"] in KINDS
+            unused = columns["answer"] == 0 if problem["images"] else None
+            assert row["verdict"]["picture_not_used"] == unused
+
+
+def test_the_overlay_is_the_fusions_attention(report, tiny_run, tiny_dataset):
+    number, row = next((number, row) for number, row in enumerate(problems_of(report)) if row["pictures"])
+    script = (report / "attention" / f"{number}.js").read_text()
+    data = json.loads(re.fullmatch(rf"attention\({number}, (.*)\);\n", script)[1])
+    processor, models = load_system(str(tiny_run))
+    problem = next(other for other in load_problems(str(tiny_dataset), "test") if other["id"] == row["id"])
+    problem = {**{name: problem[name] for name in ("question", "choices", "context", "caption", "images")}}
+    problem["rationale"] = row["rationale"]
+    inputs = processor([problem], stage="answer", images=[[picture["path"] for picture in problem["images"]]])
+    with torch.no_grad():
+        encoder = models["answer"].get_encoder()
+        weights = encoder(**inputs, output_attentions=True).fusion_attentions[0]
+    side = math.isqrt(weights.shape[1])
+    assert (data["rows"], data["columns"], len(data["tokens"])) == (side, side, len(weights))
+    shares = weights[:, weights.shape[1] - side**2 :] * side**2
+    expected = ((shares - 0.5) / (FULL - 0.5) * 255).clamp(0, 255)
+    stored = np.frombuffer(base64.b64decode(data["maps"]), dtype=np.uint8).reshape(len(weights), -1)
+    assert np.abs(stored.astype(float) - expected.numpy()).max() <= 0.51
+
+
+def test_detrs_queries_are_where_its_decoder_attended(detr):
+    tower = AutoModel.from_config(DetrConfig.from_pretrained(detr)).eval()
+    pixels = torch.randn(3, 96, 160)
+    with torch.no_grad():
+        maps = places(tower, pixels, 5)
+        rows, columns = grid(tower, pixels, 5)
+        attentions = tower(pixel_values=pixels[None], output_attentions=True).cross_attentions[-1]
+    assert maps.shape == (5, rows * columns) and columns > rows
+    assert torch.allclose(maps, attentions[0].mean(dim=0)) and torch.allclose(maps.sum(dim=1), torch.ones(5))
+
+
+def test_a_class_token_has_no_place():
+    tower = tiny_model().encoder.vision_tower
+    found = places(tower, torch.zeros(3, 32, 32), 5)
+    assert found.shape == (5, 4) and found[0].sum() == 0 and torch.equal(found[1:], torch.eye(4))
+    with pytest.raises(ValueError, match="7 patches are neither a square grid nor one and a class token"):
+        places(tower, torch.zeros(3, 32, 32), 7)
+
+
+def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmcot.attention.token_maps", token_maps)
+    processor, models = load_system(str(tiny_run))
+    for stage in processor.stages:
+        stage.reads.remove("images")
+    monkeypatch.setattr("mmcot.predict.load_system", lambda model: (processor, models))
+    options = ["--dataset", str(tiny_dataset), "--output", str(tmp_path / "scores.json")]
+    options += ["--report", str(tmp_path / "report")]
+    with pytest.raises(SystemExit, match="no stage of it sees pictures"):
+        main([str(tiny_run / "predictions/test.json"), *options, "--attention", str(tiny_run)])
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_folder_with_other_content_is_left_alone_and_a_report_replaced(report, tiny_run, tiny_dataset, tmp_path):
+    command = [str(tiny_run / "predictions/test.json"), "--dataset", str(tiny_dataset)]
+    command += ["--output", str(tmp_path / "scores.json")]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="exists and holds something else than a report"):
+        main([*command, "--report", str(tmp_path / "mine")])
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    shutil.copytree(report, tmp_path / "old")
+    (tmp_path / "old" / "stale.js").write_text("")
+    main([*command, "--report", str(tmp_path / "old")])
+    assert not (tmp_path / "old" / "stale.js").exists() and (tmp_path / "old" / "index.html").is_file()
+    assert not list((tmp_path / "old" / "attention").iterdir())
+
+
+def drive(report, downloads):
+    """What a researcher does, in headless Chromium, from the disk: any console message is an error."""
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium, and there is none on this machine")
+    from playwright.sync_api import expect, sync_playwright
+
+    rows = problems_of(report)
+    wrong = [row for row in rows if row["given"] != row["answer"]]
+    seeing = next(row for row in rows if row["attended"])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(accept_downloads=True)
+        page, said = context.new_page(), []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
+        page.goto((report / "index.html").as_uri())
+        expect(page.locator("#count")).to_have_text(f"{len(rows)} of {len(rows)}")
+        page.select_option("#answer", "wrong")
+        expect(page.locator("#count")).to_have_text(f"{len(wrong)} of {len(rows)}")
+        kind = wrong[0]["verdict"]["kind"]
+        page.select_option("#kind", kind)
+        count = sum(row["verdict"]["kind"] == kind for row in wrong)
+        expect(page.locator("#count")).to_have_text(f"{count} of {len(rows)}")
+        page.select_option("#kind", "")
+        page.select_option("#answer", "")
+        page.fill("#search", seeing["id"])
+        found = sum(seeing["id"] in "\n".join([row["id"], row["question"], row["rationale"]]) for row in rows)
+        expect(page.locator("#count")).to_have_text(f"{found} of {len(rows)}")
+        page.click(f'[data-id="{seeing["id"]}"]')
+        expect(page.locator("#rationale")).to_have_text(seeing["rationale"] or "none")
+        tokens = page.locator(".tokens span")
+        drawn = []
+        for number in (0, tokens.count() - 2):
+            tokens.nth(number).hover()
+            drawn.append(page.evaluate("document.querySelector('.picture canvas').toDataURL()"))
+        assert drawn[0] != drawn[1], "the overlay did not change"
+        page.click("#close")
+        page.fill("#search", "")
+        page.select_option("#answer", "wrong")
+        for row, label in zip(wrong[:3], ("factual", "logical", "logical"), strict=True):
+            page.click(f'[data-id="{row["id"]}"]')
+            page.check(f'input[name=label][value="{label}"]')
+            page.click("#close")
+        agreement = page.inner_text("#agreement")
+        assert "3 labelled" in agreement and "kappa" in agreement
+        with page.expect_download() as download:
+            page.click("#export")
+        download.value.save_as(downloads / "labels.jsonl")
+        lines = (downloads / "labels.jsonl").read_text().splitlines()
+        expected = zip(wrong[:3], ("factual", "logical", "logical"), strict=True)
+        assert [json.loads(line) for line in lines] == [{"id": row["id"], "label": label} for row, label in expected]
+        page.reload()
+        expect(page.locator("#agreement")).to_have_text(agreement)
+        page.evaluate("localStorage.clear()")
+        page.reload()
+        expect(page.locator("#agreement")).to_contain_text("No label")
+        page.set_input_files("#import", downloads / "labels.jsonl")
+        expect(page.locator("#imported")).to_have_text("3 labels imported.")
+        expect(page.locator("#agreement")).to_have_text(agreement)
+        (downloads / "unknown.jsonl").write_text('{"id": "nobody", "label": "factual"}\n')
+        page.set_input_files("#import", downloads / "unknown.jsonl")
+        expect(page.locator("#imported")).to_contain_text("1 labels are of problems that are not here: nobody")
+        expect(page.locator("#agreement")).to_have_text(agreement)
+        assert said == []
+        browser.close()
+
+
+def test_the_page_in_a_browser(report, tmp_path):
+    drive(report, tmp_path)
