@@ -2,8 +2,8 @@
 
     python -m benchmarks.report
 
-4,241 problems of the demonstration with answers drawn by chance, in headless Chromium, from the disk; medians of several
-times. Prints a JSON object.
+4,241 problems of the demonstration with answers drawn by chance, in headless Chromium, from the disk; medians of five.
+Prints a JSON object.
 """
 
 import argparse
