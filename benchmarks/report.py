@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         scores = score(problems, predictions)
-        write_report(Path(folder) / "report", problems, predictions, scores, Path(folder) / "predictions" / "test.json")
+        write_report(Path(folder) / "report", problems, predictions, scores, Path(folder) / "test.json")
         written = round(time.perf_counter() - start, 1)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         seconds = in_browser(Path(folder) / "report" / "index.html")

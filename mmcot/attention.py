@@ -17,6 +17,7 @@ from mmcot.problems import without_gold
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_rgb
 from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.vision_mmcot import real_sizes
 
 STRIDES = (8, 16, 32, 64)
 
@@ -26,56 +27,57 @@ class TokenMaps:
     """
     Args:
         tokens: the source's.
-        maps (`torch.FloatTensor` of shape `(num_tokens, num_pictures, rows, columns)`): over all pictures of a problem
+        maps (`list[torch.FloatTensor]`): of each picture, `(num_tokens, rows, columns)`. Over all pictures of a problem
             a token's sum to 1, as far as its attention has a place (a class token has none).
     """
 
     tokens: list[str]
-    maps: torch.FloatTensor
+    maps: list[torch.FloatTensor]
 
 
 @torch.no_grad()
 def token_maps(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: Dataset
 ) -> Iterator[tuple[str, TokenMaps]]:
-    """For each problem with a picture, its id and its maps. `problems` have the columns that the stage reads."""
+    """
+    For each problem with a picture, its id and its maps. `problems` have the columns that the stage reads.
+
+    Raises:
+        ValueError: the tower's patches have no known places.
+    """
     encoder = model.get_encoder()
     for problem in without_gold(problems):
         if not problem["images"]:
             continue
         images = [as_rgb(picture) for picture in read_pictures(problem)]
         inputs = BatchFeature(processor([problem], stage=stage.name, images=[images])).to(model.device, model.dtype)
-        weights = encoder(**inputs, output_attentions=True).fusion_attentions[0].float()
-        weights = weights.view(len(weights), len(images), -1)
-        maps = [
-            weights[:, number] @ places(encoder.vision_tower, inputs["pixel_values"][0, number], weights.shape[-1])
-            for number in range(len(images))
-        ]
-        rows, columns = grid(encoder.vision_tower, inputs["pixel_values"][0, 0], weights.shape[-1])
         tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
-        yield problem["id"], TokenMaps(tokens, torch.stack(maps, dim=1).view(len(tokens), len(images), rows, columns))
-
-
-def grid(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> tuple[int, int]:
-    """Rows and columns of the map of a picture `(3, height, width)`."""
-    if is_detr(tower):
-        height, width = pixels.shape[1:]
-        length = cross_attention(tower, pixels).shape[-1]
-        sizes = ((math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES)
-        return next(size for size in sizes if size[0] * size[1] == length)
-    side = math.isqrt(num_patches)  # of a class token and its grid too, whose side is as large
-    return side, side
+        read = inputs if model.virtual_tokens is None else model.virtual_tokens.before_source(inputs)
+        weights = encoder(**read, output_attentions=True).fusion_attentions[0].float()
+        weights = weights[-len(tokens) :].view(len(tokens), len(images), -1)  # without those of virtual tokens
+        maps = []
+        for number, pixels in enumerate(inputs["pixel_values"][0]):
+            height, width = real_sizes(inputs["pixel_mask"][0, number, None].bool())[0].tolist()
+            cells = places(encoder.vision_tower, pixels[:, :height, :width], weights.shape[-1])
+            maps.append(torch.einsum("tp,prc->trc", weights[:, number], cells))
+        yield problem["id"], TokenMaps(tokens, maps)
 
 
 def places(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> torch.FloatTensor:
-    """How much of each patch lies in each cell of the map, `(num_patches, rows * columns)`."""
+    """How much of each patch of a picture `(3, height, width)` lies where, `(num_patches, rows, columns)`."""
     if is_detr(tower):
-        return cross_attention(tower, pixels)
+        attended = cross_attention(tower, pixels)
+        sizes = ([math.ceil(side / stride) for side in pixels.shape[1:]] for stride in STRIDES)
+        return attended.unflatten(1, next(size for size in sizes if math.prod(size) == attended.shape[1]))
     side = math.isqrt(num_patches)
-    if num_patches - side**2 not in (0, 1):
-        raise ValueError(f"{num_patches} patches are neither a square grid nor one and a class token.")
+    if num_patches - side**2 not in (0, 1) or pixels.shape[1] != pixels.shape[2]:
+        raise ValueError(
+            f"{num_patches} patches of a picture of {tuple(pixels.shape[1:])} pixels: expected those of a square one, "
+            f"on a square grid, with a class token or without."
+        )
     identity = torch.eye(side**2, device=pixels.device)
-    return torch.cat([identity.new_zeros(num_patches - side**2, side**2), identity])  # a class token comes first
+    # A class token comes first, and has no place.
+    return torch.cat([identity.new_zeros(num_patches - side**2, side**2), identity]).unflatten(1, (side, side))
 
 
 def is_detr(tower: PreTrainedModel) -> bool:

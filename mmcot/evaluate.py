@@ -25,7 +25,7 @@ from mmcot.comparison import compare, leaderboard, spread
 from mmcot.files import read_json, write_json
 from mmcot.leaks import suspicion, warnings_of
 from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score
-from mmcot.problems import SOURCES, SPLITS, first_few, load_problems, require_answers
+from mmcot.problems import SOURCES, SPLITS, first_few, join_captions, load_problems, require_answers
 from mmcot.results import scores_of
 from mmcot.subsets import select
 from mmcot.tables import format_comparison, format_leaderboard, format_spread, format_table
@@ -201,27 +201,37 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
         result = spread([scores, *(score(problems, predictions) for predictions in rest)])
         scores["seeds"] = {"n": 1 + len(rest), "accuracy": result}
         tables.append(format_spread(result, 1 + len(rest)))
-    if arguments.report is not None:
-        write_page(arguments, problems, first, scores)
-        tables.append(f"report: {Path(arguments.report) / 'index.html'}")
     write_json(scores_file, scores)
     print("\n\n".join(tables))
     for line in warnings_of(suspicion(problems, rationales_of(first))):
         print(line)
     print(f"scores: {scores_file}")
+    if arguments.report is not None:
+        write_page(arguments, problems, first, scores)
+        print(f"report: {Path(arguments.report) / 'index.html'}")
 
 
 def write_page(
     arguments: argparse.Namespace, problems: Dataset, predictions: Predictions, scores: dict[str, Any]
 ) -> None:
-    from mmcot.report import write_report  # what draws is not needed to score
+    from mmcot.report import origin_of, write_report  # what draws is not needed to score
 
-    blind = None
+    blind, origin = None, origin_of(Path(arguments.file))
     if arguments.without_picture is not None:
         blind = fitting(read_predictions(arguments.without_picture), problems, False, arguments)
-    seen = select(load_problems(arguments.dataset, arguments.split), problems["id"])
-    attention = token_maps_of(arguments.attention, seen, predictions) if arguments.attention is not None else ()
-    write_report(Path(arguments.report), seen, predictions, scores, Path(arguments.file), blind, attention)
+    try:
+        seen = load_problems(arguments.dataset, arguments.split, origin.max_images)
+    except ValueError as error:
+        if arguments.attention is not None:
+            raise
+        logger.warning("the report shows no pictures: %s", error)
+        seen = load_problems(arguments.dataset, arguments.split, origin.max_images, pictures=False)
+    seen = select(seen, problems["id"])
+    if origin.captions is not None:
+        seen = join_captions(seen, origin.captions)
+    attention = () if arguments.attention is None else token_maps_of(arguments.attention, seen, predictions)
+    report = Path(arguments.report)
+    write_report(report, seen, predictions, scores, Path(arguments.file), origin.stages, blind, attention)
 
 
 def token_maps_of(model: str, problems: Dataset, predictions: Predictions) -> Iterator[tuple[str, Any]]:
@@ -231,9 +241,16 @@ def token_maps_of(model: str, problems: Dataset, predictions: Predictions) -> It
 
     processor, models = load_system(model)
     seeing = [stage for stage in processor.stages if "images" in stage.reads]
-    if not seeing:
-        raise ValueError(f"--attention {model}: no stage of it sees pictures")
+    if not seeing or models[seeing[-1].name].get_encoder().vision_tower is None:
+        raise ValueError(f"--attention {model}: no stage of it sees pictures, or it has no picture tower")
     earlier = processor.stages[: processor.stages.index(seeing[-1])]
+    for stage in earlier:
+        absent = [name for name in problems["id"] if stage.writes not in predictions[name]]
+        if absent:
+            raise ValueError(
+                f"--attention: {len(absent)} predictions have no {stage.writes!r}, which the {seeing[-1].name} stage "
+                f"reads: {first_few(absent)}"
+            )
     return token_maps(models[seeing[-1].name], processor, seeing[-1], with_columns(problems, predictions, earlier))
 
 

@@ -3,6 +3,7 @@
 A batch is known by its problems: with other batches, results differ in last bits, and nothing of them is taken.
 """
 
+import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Journal:
             self.append(settings)
 
     def files(self) -> list[Path]:
-        return sorted(self.output.parent.glob(f"{self.output.name}.partial-*.jsonl"))
+        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*.jsonl"))
 
     def read(self, file: Path) -> None:
         lines = file.read_bytes()[: whole_length(file)].splitlines()

@@ -34,7 +34,7 @@ COMPARISONS = {
     "less": -1, "fewer": -1, "lower": -1, "smaller": -1, "shorter": -1, "lighter": -1, "colder": -1, "cooler": -1,
 }  # fmt: skip
 EXTREMES = {"most": max, "greatest": max, "highest": max, "largest": max, "least": min, "fewest": min, "lowest": min}
-NUMBER = r"(-?\d+(?:\.\d+)?)"
+NUMBER = r"(-?\d[\d,]*(?:\.\d+)?)"
 # What a question asks to look at, count or sort.
 OBSERVED = re.compile(
     r"\b(map|picture|image|diagram|shown|color|colour|how many|which (?:of these )?(?:states?|countr|ocean|continent)|"
@@ -127,7 +127,7 @@ def parts(text: str) -> list[str]:
 
 def sentences(text: str) -> list[list[str]]:
     """Each sentence's words in lower case."""
-    return [words for words in (re.findall(r"[a-z0-9'.-]*[a-z0-9']", part) for part in parts(text)) if words]
+    return [words for words in (re.findall(r"[\w'.-]*[\w']", part) for part in parts(text)) if words]
 
 
 def content(words: list[str]) -> set[str]:
@@ -148,10 +148,13 @@ def says_nothing(said: list[list[str]]) -> bool:
 
 def supported_choice(rationale: str, choices: list[str]) -> int | None:
     """The choice that the last sentence which names just one of them, and does not deny it, names."""
-    names = [re.sub(r"^(a|an|the)\s+", "", choice.lower().strip(" .")) for choice in choices]
+    names = [" ".join(word for words in sentences(choice) for word in words) for choice in choices]
+    names = [re.sub(r"^(a|an|the)\s+", "", name) for name in names]
     for words in reversed(sentences(rationale)):
         text = " ".join(words)
-        named = [number for number, name in enumerate(names) if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+        named = [
+            number for number, name in enumerate(names) if name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)
+        ]
         # Of "blue" and "dark blue", the longer one is meant.
         named = [a for a in named if not any(a != b and names[a] in names[b] for b in named)]
         if len(named) == 1 and not NEGATIONS & set(words):
@@ -163,20 +166,28 @@ def false_arithmetic(rationale: str) -> Verdict | None:
     """A comparison, an extreme or a sum of numbers that are stated, and it is not so."""
     numbers: list[float] = []
     for text in parts(rationale):
-        here = [float(number) for number in re.findall(NUMBER, text)]
-        for first, word, second in re.findall(rf"{NUMBER}\D*?\b({'|'.join(COMPARISONS)}) than\D*?{NUMBER}", text):
-            if (float(first) - float(second)) * COMPARISONS[word] <= 0:
+        here = [number_of(number) for number in re.findall(NUMBER, text)]
+        for first, between, word, second in re.findall(
+            rf"{NUMBER}(\D*?)\b({'|'.join(COMPARISONS)}) than\D*?{NUMBER}", text
+        ):
+            # Of "2 more than" the 2 is a difference, and "not" or "no more than" says something else.
+            is_said = between.strip() and not NEGATIONS & set(between.split())
+            if is_said and (number_of(first) - number_of(second)) * COMPARISONS[word] <= 0:
                 return Verdict("logical", 0.9, f"{first} is not {word} than {second}.")
         for number, word in re.findall(rf"{NUMBER} is the ({'|'.join(EXTREMES)})\b", text):
-            if numbers and float(number) != EXTREMES[word](numbers):
+            if numbers and number_of(number) != EXTREMES[word](numbers):
                 return Verdict("logical", 0.9, f"{number} is not the {word} of {', '.join(f'{n:g}' for n in numbers)}.")
         for first, operation, second, result in re.findall(rf"{NUMBER} ?([-+*/x]) ?{NUMBER} ?= ?{NUMBER}", text):
-            value = {"+": float(first) + float(second), "-": float(first) - float(second)}
-            value |= {"x": float(first) * float(second), "*": float(first) * float(second)}
-            if operation in value and abs(value[operation] - float(result)) > 1e-9:
+            a, b = number_of(first), number_of(second)
+            value = {"+": a + b, "-": a - b, "x": a * b, "*": a * b}
+            if operation in value and abs(value[operation] - number_of(result)) > 1e-9:
                 return Verdict("logical", 0.9, f"{first} {operation} {second} is not {result}.")
         numbers.extend(here)
     return None
+
+
+def number_of(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def contradiction(said: list[list[str]]) -> Verdict | None:

@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.leak_check:
             tell_leaks(problems, lambda rows: predict(processor, models, rows, **options))
             return
-        meta = {**provenance(arguments.model, processor, models, problems), **settings}
+        meta = {**provenance(arguments.model, processor, models, problems, store), **settings}
         output = Path(arguments.output)
         journal = Journal(output, meta)
     except (ValueError, OSError) as error:

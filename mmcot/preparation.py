@@ -72,6 +72,9 @@ def prepare(recipe: Recipe) -> Run:
         else prepare_problems(recipe, stages, split, store)
         for split in SPLITS
     }
+    if recipe.arguments.streaming:  # of which only this much is known
+        for stage in stages:
+            check_targets(problems["val"], stage, recipe.arguments.dataset)
     processor = build_processor(recipe, stages, problems["train"])
     if store is not None:
         model = build_model(recipe, processor.tokenizer, store)
@@ -150,7 +153,7 @@ def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
     if gold and "answer" not in gold and not any(any(problems[name]) for name in gold):
         raise ValueError(
             f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "
-            f"for all {len(problems)} training problems. Ways out: a recipe with one stage "
+            f"for all {len(problems)} problems. Ways out: a recipe with one stage "
             f"(configs/demo_one_stage.yaml), or texts of your own joined by problem id "
             f"(--target_column {stage.writes}=FILE.json)."
         )

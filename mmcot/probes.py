@@ -20,11 +20,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from mmcot.comparison import two_places
+from mmcot.feature_store import FeatureStore
 from mmcot.files import write_json
 from mmcot.metrics import percentage
-from mmcot.predict import load_system, predict, predict_stage
-from mmcot.problems import FEATURES, SOURCES, SPLITS, load_problems, require_answers
-from mmcot.subsets import select
+from mmcot.predict import load_inputs, load_system, predict, predict_stage
+from mmcot.problems import FEATURES, SOURCES, SPLITS, require_answers
 from mmcot.uncertainty import mcnemar, mean_interval
 from modeling_mmcot import MMCoTProcessor
 
@@ -85,11 +85,16 @@ def with_permuted_choices(problems: Dataset, drawn: random.Random) -> tuple[Data
 
 
 def probe(
-    processor: MMCoTProcessor, models: Mapping[str, PreTrainedModel], problems: Dataset, batch_size: int = 32
+    processor: MMCoTProcessor,
+    models: Mapping[str, PreTrainedModel],
+    problems: Dataset,
+    batch_size: int = 32,
+    store: FeatureStore | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     Args:
         problems: with their right answers, which no model sees.
+        store: features that stand in for their pictures, found by the pictures' content.
 
     Returns:
         By probe, `n` problems that it concerns, their `accuracy` as they are and `probed`, both in percent, the 95 %
@@ -97,7 +102,7 @@ def probe(
         shares that `follow_content` and `follow_letter`.
     """
     last = processor.stages[-1]
-    options = {"batch_size": batch_size}
+    options = {"batch_size": batch_size, "pictures": store}
     predictions = predict(processor, models, problems, **options)
     results = {}
     if len(processor.stages) > 1:
@@ -178,18 +183,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")
     parser.add_argument("--limit", type=int, metavar="N", help="of the first N")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--features", metavar="DIR", help="features of the pictures, as mmcot.features wrote them")
+    parser.add_argument("--captions", metavar="FILE", help="captions.json, as mmcot.features --captions wrote it")
     parser.add_argument("--output", metavar="FILE", help="write the table as JSON too")
     arguments = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())
     try:
         processor, models = load_system(arguments.model)
-        max_images = min(model.config.max_images for model in models.values())
-        problems = load_problems(arguments.dataset, arguments.split, max_images)
+        problems, store = load_inputs(arguments, processor, models)
         require_answers(problems)
-        problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
+        if store is not None and not store.needs_files:
+            raise ValueError(
+                f"{arguments.features} keeps features by problem, so pictures cannot be withheld or swapped."
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    results = probe(processor, models, problems, arguments.batch_size)
+    results = probe(processor, models, problems, arguments.batch_size, store)
     if PartialState().is_main_process:
         if arguments.output is not None:
             write_json(Path(arguments.output), results)

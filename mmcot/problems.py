@@ -175,6 +175,10 @@ def hub_problems(source: str, split: str, streaming: bool = False) -> datasets.D
             f"dataset is {source!r}; expected {SOURCES}. As a dataset of the Hub its split {split!r} cannot be loaded "
             f"({error})."
         ) from error
+    if loaded.column_names is None:
+        raise ValueError(
+            f"{source}: the columns of its split {split!r} are not known before it is read; expected Parquet."
+        )
     for name in set(loaded.column_names) - HUB_COLUMNS:
         raise ValueError(f"{source}: unknown column {name!r}; expected those of derek-thomas/ScienceQA.")
     if "image" in loaded.column_names:

@@ -118,6 +118,9 @@ class ValidationReport:
         examples = tokenized(rows, self.stage, self.processor, with_targets=False)
         batch = StageCollator(self.processor, self.stage, self.pictures)(list(examples))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        mask = batch["attention_mask"].bool()
+        if model.virtual_tokens is not None:
+            batch = model.virtual_tokens.before_source(batch)
         seen: list[torch.Tensor] = []
 
         def look(module, inputs, outputs):
@@ -130,7 +133,8 @@ class ValidationReport:
             model.get_encoder()(**batch)
         finally:
             handle.remove()
-        return seen[0].masked_fill(~batch["attention_mask"].bool(), float("nan")).nanmean(dim=0).cpu()
+        shares = seen[0][:, -mask.shape[1] :]  # without those of virtual tokens
+        return shares.masked_fill(~mask, float("nan")).nanmean(dim=0).cpu()
 
     @staticmethod
     def shown(problem: dict) -> list[Image.Image]:

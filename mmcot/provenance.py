@@ -10,8 +10,9 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from mmcot.feature_store import FeatureStore
+from mmcot.features import commit_of
 from mmcot.pictures import ContentKeys
 from modeling_mmcot import MMCoTProcessor
 
@@ -19,38 +20,41 @@ VERSIONS = ("torch", "transformers", "peft", "datasets", "accelerate")
 
 
 def meta_file(predictions_file: Path) -> Path:
-    return predictions_file.with_suffix(".meta.json")
+    """`NAME.meta.json` beside `NAME.json`."""
+    return predictions_file.with_name(predictions_file.name.removesuffix(".json") + ".meta.json")
 
 
 def provenance(
-    model: str, processor: MMCoTProcessor, models: Mapping[str, PreTrainedModel], problems: Dataset
+    model: str,
+    processor: MMCoTProcessor,
+    models: Mapping[str, PreTrainedModel],
+    problems: Dataset,
+    store: FeatureStore | None = None,
 ) -> dict[str, Any]:
     """
     Args:
         model: a finished run, a folder in the Hub's layout, or a Hub id.
         models: of each stage, loaded from it.
+        store: what stands in for the pictures.
     """
     folder = Path(model) / "hub" if (Path(model) / "hub").is_dir() else Path(model)
     return {
         "model": str(folder.resolve()) if folder.is_dir() else model,
-        "revision": weights_digest(folder) if folder.is_dir() else commit_of(model),
+        "revision": folder_digest(folder) if folder.is_dir() else commit_of(model, None),
         "dataset_fingerprint": problems_digest(problems),
         "n": len(problems),
+        "max_images": min(models[stage.name].config.max_images for stage in processor.stages),
+        "features_made_from": None if store is None else store.manifest,
         "stages": [asdict(stage) for stage in processor.stages],
         "decoding": {stage.name: models[stage.name].generation_config.to_diff_dict() for stage in processor.stages},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
 
 
-def commit_of(repository: str) -> str:
-    """Of a Hub id, the commit that was loaded: the name of its snapshot on this machine."""
-    return Path(cached_file(repository, "config.json")).parent.name
-
-
-def weights_digest(folder: Path) -> str:
-    """Of all weights in a folder and below it, by their places."""
+def folder_digest(folder: Path) -> str:
+    """Of all weights and settings in a folder and below it, by their places."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -58,9 +62,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def problems_digest(problems: Dataset) -> str:
-    """Of the problems' columns and of their pictures' content, wherever those lie."""
+    """Of the problems' columns and their pictures' content, wherever those lie; of a file that is absent its name."""
     digest, key_of = hashlib.sha256(), ContentKeys()
     for row in problems:
-        pictures = [key_of(picture) for picture in row["images"]]
+        pictures = [
+            key_of(picture) if picture["bytes"] or Path(picture["path"]).is_file() else picture["path"]
+            for picture in row["images"]
+        ]
         digest.update(json.dumps({**row, "images": pictures}, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()}"

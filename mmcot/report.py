@@ -5,18 +5,21 @@ its mistake, and where the fusion looked. What the page does stands in `report_t
 """
 
 import base64
+import hashlib
 import io
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
+import yaml
 from datasets import Dataset
 from matplotlib.figure import Figure
 from PIL import Image
@@ -46,6 +49,7 @@ def write_report(
     predictions: Predictions,
     scores: Mapping[str, Any],
     predictions_file: Path,
+    stages: Sequence[Stage] = (),
     without_picture: Predictions | None = None,
     attention: Iterable[tuple[str, TokenMaps]] = (),
 ) -> None:
@@ -54,7 +58,8 @@ def write_report(
         folder: is made, or replaced where it holds a report.
         problems: with their gold columns.
         scores: of the predictions (`metrics.score`).
-        predictions_file: what they were read from; where the prompts' templates stand beside it, prompts are shown.
+        predictions_file: what they were read from.
+        stages: those that wrote it, whose prompts are shown.
         without_picture: what is predicted with pictures withheld.
         attention: maps of some problems.
 
@@ -67,7 +72,7 @@ def write_report(
     try:
         (unfinished / "pictures").mkdir(parents=True)
         (unfinished / "attention").mkdir()
-        rows = list(problem_rows(problems, predictions, stages_of(predictions_file), without_picture, unfinished))
+        rows = list(problem_rows(problems, predictions, stages, without_picture, unfinished))
         attended = set()
         for problem_id, maps in attention:
             number = problems["id"].index(problem_id)
@@ -86,7 +91,7 @@ def write_report(
             classes=list(CLASSES),
             kinds=KINDS,
             plots=plots(problems, predictions, scores, without_picture),
-            report=scores["problems"],
+            report=hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()[:16],
         )
         (unfinished / "index.html").write_text(html, encoding="utf-8")
         (unfinished / MARKER).write_text(json.dumps({"of": str(predictions_file), "n": len(rows)}), encoding="utf-8")
@@ -96,16 +101,34 @@ def write_report(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def stages_of(predictions_file: Path) -> list[Stage]:
-    """Those that wrote it, where they stand beside it, or in the run that it lies in."""
-    for file in (meta_file(predictions_file), predictions_file.absolute().parents[1] / "hub" / "processor_config.json"):
-        if file.is_file():
-            return [Stage(**stage) for stage in read_json(file)["stages"]]
-    return []
+@dataclass
+class Origin:
+    """What a page has to know of how predictions were made, as far as that is known."""
+
+    stages: list[Stage] = field(default_factory=list)
+    max_images: int | None = None
+    captions: str | None = None
+
+
+def origin_of(predictions_file: Path) -> Origin:
+    """From what `mmcot.predict` wrote beside it, or from the run that it lies in."""
+    run = predictions_file.absolute().parent.parent
+    if meta_file(predictions_file).is_file():
+        meta = read_json(meta_file(predictions_file))
+        return Origin([Stage(**stage) for stage in meta["stages"]], meta["max_images"], meta["captions"])
+    if (run / "hub" / "processor_config.json").is_file() and (run / "recipe.yaml").is_file():
+        stages = read_json(run / "hub" / "processor_config.json")["stages"]
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        return Origin([Stage(**stage) for stage in stages], recipe.get("max_images", 1), recipe.get("captions"))
+    return Origin()
 
 
 def problem_rows(
-    problems: Dataset, predictions: Predictions, stages: list[Stage], without_picture: Predictions | None, folder: Path
+    problems: Dataset,
+    predictions: Predictions,
+    stages: Sequence[Stage],
+    without_picture: Predictions | None,
+    folder: Path,
 ) -> Iterator[dict[str, Any]]:
     """What the page shows of each problem; its pictures go into the folder."""
     classes = {name: belongs for name, belongs in CLASSES.items() if name != "Avg"}
@@ -127,7 +150,7 @@ def problem_rows(
         }
 
 
-def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: list[Stage]) -> dict[str, str]:
+def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, str]:
     """What each stage read, but for what is cut of a text that is too long."""
     row = {name: value for name, value in problem.items() if name not in GOLD_COLUMNS}
     shown = {}
@@ -139,6 +162,8 @@ def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: l
 
 def write_pictures(problem: Mapping[str, Any], number: int, folder: Path) -> list[str]:
     names = []
+    if not all(picture["bytes"] or Path(picture["path"]).is_file() for picture in problem["images"]):
+        return names  # features stood in for files that are not at hand
     for place, picture in enumerate(read_pictures(problem)):
         picture = as_rgb(picture)
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
@@ -152,11 +177,12 @@ def write_attention(file: Path, number: int, found: TokenMaps) -> None:
     As a script: a page from the disk may load one, and may not read files. What is stored is 0 for half of an even
     share or less, 255 for `FULL` times an even share or more: attention that looks nowhere is to look so.
     """
-    pictures, rows, columns = found.maps.shape[1:]
-    shares = found.maps * pictures * rows * columns
-    scaled = ((shares - 0.5) / (FULL - 0.5) * 255).clamp(0, 255).round().byte()
-    data = {"tokens": found.tokens, "pictures": pictures, "rows": rows, "columns": columns}
-    data["maps"] = base64.b64encode(scaled.cpu().numpy().tobytes()).decode()
+    even = 1 / sum(maps[0].numel() for maps in found.maps)
+    data: dict[str, Any] = {"tokens": found.tokens, "pictures": []}
+    for maps in found.maps:
+        scaled = ((maps / even - 0.5) / (FULL - 0.5) * 255).clamp(0, 255).round().byte()
+        encoded = base64.b64encode(scaled.cpu().numpy().tobytes()).decode()
+        data["pictures"].append({"rows": maps.shape[1], "columns": maps.shape[2], "maps": encoded})
     file.write_text(f"attention({number}, {json.dumps(data)});\n", encoding="utf-8")
 
 
@@ -214,7 +240,8 @@ def bars(right: Mapping[str, list[bool]], beside: Mapping[str, list[bool]] | Non
             axes.plot([100 * bound for bound in interval], [number, number], color="#f58518", linewidth=2)
         if beside is not None:
             axes.barh(number + 0.35, percentage(beside[name]), color="#bab0ac", height=0.35)
-    axes.set_yticks(range(len(names)), [f"{name} ({len(right[name])})" for name in names])
+    # A skill's name may hold dollars, which would be read as mathematics.
+    axes.set_yticks(range(len(names)), [f"{name} ({len(right[name])})" for name in names], parse_math=False)
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
     return svg(figure)

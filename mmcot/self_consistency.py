@@ -40,8 +40,10 @@ def agreed(samples: list[dict], problem: dict, stage: Stage) -> dict:
         scores = torch.tensor([sample["scores"] for sample in samples], dtype=torch.float64).mean(dim=0)
         answer = int(scores.argmax())
         columns = {"answer": answer, "scores": scores.tolist()}
-        columns["answer_text"] = stage.render_target({**problem, "answer": answer})
         agreeing = [sample for sample in samples if sample["answer"] == answer]
+        written = {name: value for name, value in samples[0].items() if name != "answer_text"}
+        rendered = stage.render_target({**problem, **written, "answer": answer})
+        columns["answer_text"] = agreeing[0]["answer_text"] if agreeing else rendered
     else:
         ((text, _),) = Counter(sample["answer_text"] for sample in samples).most_common(1)
         agreeing = [sample for sample in samples if sample["answer_text"] == text]

@@ -125,10 +125,39 @@ def test_whether_the_picture_was_used_is_told_where_it_is_known():
         ("It is dark blue or red.", None),
         ("The red one is here. It is large.", 2),
         ("Nothing of it.", None),
+        ("Das ist dunkelblau.", None),
     ],
 )
 def test_the_choice_that_a_rationale_supports(text, expected):
     assert supported_choice(text, ["blue", "dark blue", "red"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "expected"),
+    [
+        ("The city is Juneau, Alaska.", ["Juneau, Alaska", "Alaska"], 0),
+        ("It is 1/2 of it.", ["1/2", "2"], 0),
+        ("Es ist Größe.", ["Größe", "Gr"], 0),
+        ("It is 20°C here.", ["20°C", "30°C"], 0),
+        ("What?", ["…", "?"], None),
+    ],
+)
+def test_choices_are_read_as_rationales_are(text, choices, expected):
+    assert supported_choice(text, choices) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Blue is not tall: 5 is not greater than 7. The blue tower is the tallest.",
+        "Blue is tall, because 7 is 2 more than 5. The blue tower is the tallest.",
+        "Blue has 1,000 stones, and 1,000 is greater than 500. The blue tower is the tallest.",
+        "Blue has 3, and 3 is no more than 5. The blue tower is the tallest.",
+    ],
+)
+def test_what_is_true_of_numbers_is_no_mistake_of_logic(text):
+    verdict = sort_mistake(HEIGHTS, {"answer": 1, "rationale": text})
+    assert " than " not in verdict.reason, verdict
 
 
 def test_sentences_of_decimal_numbers_and_lines():

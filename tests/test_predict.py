@@ -16,12 +16,14 @@ from mmcot.predict import batches_of, load_system, main, predict_stage
 from mmcot.predict import predict as predict_all
 from mmcot.problems import load_problems, without_gold
 from mmcot.provenance import provenance
+from mmcot.self_consistency import agreed
 from mmcot.subsets import select
 from modeling_mmcot.pictures_mmcot import as_pictures
+from modeling_mmcot.processing_mmcot import Stage
 
 
 def predict(model, dataset, output, *options):
-    run_script("-m", "mmcot.predict", model, "--dataset", dataset, "--split", "test", "--output", output, *options)
+    main([str(model), "--dataset", str(dataset), "--split", "test", "--output", str(output), *options])
     return output
 
 
@@ -110,7 +112,7 @@ def unbroken(tiny_run, tiny_dataset, tmp_path):
 def test_a_prediction_that_was_interrupted_goes_on_with_the_batch_it_was_at(
     tiny_run, tiny_dataset, tmp_path, monkeypatch, unbroken
 ):
-    output = tmp_path / "broken.json"
+    output = tmp_path / "broken[1].json"  # brackets, which a pattern of file names reads otherwise
     command = [str(tiny_run), "--dataset", str(tiny_dataset), *OPTIONS, "--output", str(output)]
     written = []
     write = Journal.write
@@ -125,10 +127,12 @@ def test_a_prediction_that_was_interrupted_goes_on_with_the_batch_it_was_at(
         write(journal, of, ids, columns)
 
     monkeypatch.setattr(Journal, "write", killed_at_the_third)
-    for _ in range(3):
+    for kill in range(3):
         with pytest.raises(KeyboardInterrupt):
             main(command)
         assert not output.exists()
+        if kill == 0:  # as if another process had written it
+            (tmp_path / f"{output.name}.partial-0.jsonl").rename(tmp_path / f"{output.name}.partial-1.jsonl")
     monkeypatch.setattr(Journal, "write", lambda journal, *batch: (written.append(batch[:2]), write(journal, *batch)))
     main(command)
     assert output.read_bytes() == unbroken
@@ -229,6 +233,19 @@ def test_what_cannot_be_selected_is_named(tiny_dataset, options, said):
         select(problems, **options)
 
 
+def test_an_answer_whose_text_shows_the_rationale_can_be_agreed_on():
+    target = "The answer is ({{ letters[answer] }}) because {{ rationale }}"
+    stage = Stage("answer", ["question", "rationale"], "answer_text", "{{ question }}", target)
+    samples = [
+        {"rationale": "so", "answer": 0, "answer_text": "The answer is (A) because so", "scores": [0.6, 0.0, 0.4]},
+        {"rationale": "no", "answer": 1, "answer_text": "The answer is (B) because no", "scores": [0.0, 0.5, 0.5]},
+    ]
+    found = agreed(samples, {"id": "1", "question": "?", "choices": ["a", "b", "c"]}, stage)
+    assert found["answer"] == 2 and found["agreement"] == 0
+    assert found["answer_text"] == "The answer is (C) because so"
+    assert agreed(samples[:1], {"choices": ["a", "b", "c"]}, stage)["answer_text"] == samples[0]["answer_text"]
+
+
 def test_an_answer_that_samples_agree_on(tiny_run, tiny_dataset):
     processor, models = load_system(str(tiny_run))
     problems = load_problems(str(tiny_dataset), "test")
@@ -300,6 +317,7 @@ def test_pictures_change_what_is_predicted(tiny_run, tiny_dataset, tmp_path):
 def test_what_is_no_model_is_refused(name, tmp_path):
     (tmp_path / "empty").mkdir()
     output = tmp_path / "predictions.json"
-    result = run_script("-m", "mmcot.predict", tmp_path / name, "--dataset", "demo", "--output", output, check=False)
-    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert str(tmp_path / name) in result.stderr and "Traceback" not in result.stderr and not output.exists()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / name), "--dataset", "demo", "--output", str(output)])
+    assert stopped.value.code.startswith("error: ") and str(tmp_path / name) in stopped.value.code
+    assert not output.exists()

@@ -93,6 +93,14 @@ def test_a_system_that_likes_a_letter(probed):
     assert results["follow_letter"] == 100 and results["follow_content"] < 60
 
 
+def test_a_system_without_tower_is_not_probed_blind(tiny_run, tiny_dataset, monkeypatch):
+    processor, models = load_system(str(tiny_run))
+    processor.image_processor = None
+    monkeypatch.setattr(probing, "load_system", lambda model: (processor, models))
+    with pytest.raises(SystemExit, match="has no picture tower, and problems have pictures: give --features"):
+        main([str(tiny_run), "--dataset", str(tiny_dataset)])
+
+
 def test_the_command_prints_the_table(tiny_run, tiny_dataset, tmp_path, capsys):
     output = tmp_path / "probes.json"
     main([str(tiny_run), "--dataset", str(tiny_dataset), "--limit", "6", "--output", str(output)])

@@ -1,6 +1,7 @@
 """The report: a page of what was predicted, as a researcher uses it, in a real browser from the disk."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -10,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import AutoModel, DetrConfig
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, DetrConfig
+from trl import ModelConfig
 
-from mmcot.attention import grid, places, token_maps
+from mmcot.adapters import adapt
+from mmcot.attention import places, token_maps
 from mmcot.evaluate import main
 from mmcot.files import read_json, write_json
 from mmcot.mistakes import KINDS
 from mmcot.predict import load_system
-from mmcot.problems import load_problems
-from mmcot.report import FULL
+from mmcot.predict import main as predict
+from mmcot.problems import FEATURES, load_problems, with_column
+from mmcot.report import FULL, bars, origin_of
 
 CHROMIUM = shutil.which("chromium")
 
@@ -75,10 +80,11 @@ def test_the_overlay_is_the_fusions_attention(report, tiny_run, tiny_dataset):
         encoder = models["answer"].get_encoder()
         weights = encoder(**inputs, output_attentions=True).fusion_attentions[0]
     side = math.isqrt(weights.shape[1])
-    assert (data["rows"], data["columns"], len(data["tokens"])) == (side, side, len(weights))
+    (picture,) = data["pictures"]
+    assert (picture["rows"], picture["columns"], len(data["tokens"])) == (side, side, len(weights))
     shares = weights[:, weights.shape[1] - side**2 :] * side**2
     expected = ((shares - 0.5) / (FULL - 0.5) * 255).clamp(0, 255)
-    stored = np.frombuffer(base64.b64decode(data["maps"]), dtype=np.uint8).reshape(len(weights), -1)
+    stored = np.frombuffer(base64.b64decode(picture["maps"]), dtype=np.uint8).reshape(len(weights), -1)
     assert np.abs(stored.astype(float) - expected.numpy()).max() <= 0.51
 
 
@@ -87,22 +93,74 @@ def test_detrs_queries_are_where_its_decoder_attended(detr):
     pixels = torch.randn(3, 96, 160)
     with torch.no_grad():
         maps = places(tower, pixels, 5)
-        rows, columns = grid(tower, pixels, 5)
         attentions = tower(pixel_values=pixels[None], output_attentions=True).cross_attentions[-1]
-    assert maps.shape == (5, rows * columns) and columns > rows
-    assert torch.allclose(maps, attentions[0].mean(dim=0)) and torch.allclose(maps.sum(dim=1), torch.ones(5))
+    assert maps.shape[0] == 5 and maps.shape[1] / maps.shape[2] == 96 / 160
+    assert torch.allclose(maps.flatten(1), attentions[0].mean(dim=0))
+    assert torch.allclose(maps.sum(dim=(1, 2)), torch.ones(5))
+
+
+def seeing_problem(tiny_dataset):
+    problems = load_problems(str(tiny_dataset), "test")
+    rows = [row for row, images in enumerate(problems["images"]) if images]
+    return with_column(problems.select(rows[:1]), "rationale", ["So it is."])
+
+
+def test_of_two_pictures_of_unlike_sizes_each_has_its_own_map(detr, tiny_run, tiny_dataset):
+    """As large as the picture is, not as its padding to the other one's size; both together sum to 1."""
+    processor, _ = load_system(str(tiny_run))
+    processor.image_processor = AutoImageProcessor.from_pretrained(detr)
+    tower = AutoModel.from_config(DetrConfig.from_pretrained(detr))
+    model = tiny_model(vision_config=None, vision_hidden_size=24, vocab_size=len(processor.tokenizer), max_images=2)
+    model.attach_tower(tower)
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, size in zip(files, ((160, 80), (60, 120)), strict=True):
+        Image.new("RGB", size, "red").save(file, "PNG")
+    images = [[{"bytes": file.getvalue(), "path": None} for file in files]]
+    problem = (
+        seeing_problem(tiny_dataset).remove_columns("images").add_column("images", images, feature=FEATURES["images"])
+    )
+    ((_, found),) = token_maps(model.eval(), processor, processor.stages[1], problem)
+    shapes = [maps.shape[1:] for maps in found.maps]
+    assert shapes[0][1] > shapes[0][0] and shapes[1][0] > shapes[1][1]
+    sums = sum(maps.sum(dim=(1, 2)) for maps in found.maps)
+    assert torch.allclose(sums, torch.ones(len(found.tokens)), atol=1e-5)
+
+
+def test_maps_of_a_prompted_stage_are_those_of_what_it_reads(tiny_run, tiny_dataset):
+    """The source's tokens look elsewhere when virtual tokens stand before them; those have no map."""
+    processor, models = load_system(str(tiny_run))
+    model, problem, stage = models["answer"], seeing_problem(tiny_dataset), processor.stages[1]
+    ((_, plain),) = token_maps(model, processor, stage, problem)
+    adapted = adapt(model, ModelConfig(use_peft=True), peft_type="PROMPT_TUNING", num_virtual_tokens=4).eval()
+    with torch.no_grad():
+        adapted.prompt_encoder["default"].embedding.weight.mul_(20)
+    ((_, found),) = token_maps(model, processor, stage, problem)
+    assert found.tokens == plain.tokens and found.maps[0].shape == plain.maps[0].shape
+    assert not torch.allclose(found.maps[0], plain.maps[0], atol=1e-4)
+    images = [[picture["path"] for picture in problem[0]["images"]]]
+    row = {name: value for name, value in problem[0].items() if name not in ("answer", "lecture", "solution")}
+    inputs = processor([row], stage="answer", images=images)
+    seen = []
+    handle = model.encoder.fusion.register_forward_hook(lambda module, given, out: seen.append(out[1]))
+    labels = torch.tensor([[5, 1]])
+    with torch.no_grad():
+        adapted(**inputs, labels=labels)  # PEFT's own pass
+    handle.remove()
+    side = found.maps[0].shape[1]
+    expected = seen[0][0, 4:, -(side**2) :].view(-1, side, side)
+    assert torch.allclose(found.maps[0], expected, atol=1e-6)
 
 
 def test_a_class_token_has_no_place():
     tower = tiny_model().encoder.vision_tower
     found = places(tower, torch.zeros(3, 32, 32), 5)
-    assert found.shape == (5, 4) and found[0].sum() == 0 and torch.equal(found[1:], torch.eye(4))
-    with pytest.raises(ValueError, match="7 patches are neither a square grid nor one and a class token"):
-        places(tower, torch.zeros(3, 32, 32), 7)
+    assert found.shape == (5, 2, 2) and found[0].sum() == 0 and torch.equal(found[1:].flatten(1), torch.eye(4))
+    for size, count in (((32, 32), 7), ((32, 48), 9)):
+        with pytest.raises(ValueError, match=f"{count} patches of a picture of .*: expected those of a square one"):
+            places(tower, torch.zeros(3, *size), count)
 
 
 def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmcot.attention.token_maps", token_maps)
     processor, models = load_system(str(tiny_run))
     for stage in processor.stages:
         stage.reads.remove("images")
@@ -112,6 +170,50 @@ def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tm
     with pytest.raises(SystemExit, match="no stage of it sees pictures"):
         main([str(tiny_run / "predictions/test.json"), *options, "--attention", str(tiny_run)])
     assert not (tmp_path / "report").exists()
+
+
+def test_answers_without_the_rationales_that_a_stage_reads_have_no_maps(tiny_run, tiny_dataset, tmp_path):
+    answers = {name: 0 for name in load_problems(str(tiny_dataset), "test")["id"]}
+    write_json(tmp_path / "answers.json", answers)
+    options = ["--dataset", str(tiny_dataset), "--report", str(tmp_path / "report"), "--attention", str(tiny_run)]
+    with pytest.raises(SystemExit, match="20 predictions have no 'rationale', which the answer stage reads"):
+        main([str(tmp_path / "answers.json"), *options])
+    assert (tmp_path / "answers.scores.json").is_file(), "the scores are lost with the report"
+    main([str(tmp_path / "answers.json"), *options[:4]])
+    assert problems_of(tmp_path / "report")[0]["prompts"] == {}
+
+
+def test_the_page_shows_what_was_predicted_from(tiny_run, tiny_dataset, tmp_path):
+    """As many pictures as the model takes, and the captions that it was given."""
+    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
+    rows = [{**row, "images": [str(tiny_dataset.parent / name) for name in row["images"]]} for row in rows]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    captions = {row["id"]: f"a picture of {row['id']}" for row in rows}
+    write_json(tmp_path / "captions.json", {"captions": captions})
+    shutil.copytree(tiny_run / "hub", tmp_path / "hub")
+    settings = read_json(tmp_path / "hub" / "processor_config.json")
+    settings["stages"][0]["reads"].append("caption")
+    write_json(tmp_path / "hub" / "processor_config.json", settings)
+    options = ["--dataset", str(tmp_path / "problems.jsonl"), "--limit", "5"]
+    files = ["--captions", str(tmp_path / "captions.json"), "--output", str(tmp_path / "p.json")]
+    predict([str(tmp_path / "hub"), *options, *files])
+    main([str(tmp_path / "p.json"), *options, "--report", str(tmp_path / "report")])
+    for row in problems_of(tmp_path / "report"):
+        assert captions[row["id"]] in row["prompts"]["rationale"]
+    assert origin_of(tmp_path / "p.json").max_images == 1
+
+
+def test_a_page_without_the_pictures_files_says_so(tiny_run, tiny_dataset, tmp_path, caplog):
+    shutil.copy(tiny_dataset, tmp_path / "problems.jsonl")
+    shutil.copy(tiny_run / "predictions/test.json", tmp_path / "p.json")
+    options = ["--dataset", str(tmp_path / "problems.jsonl"), "--report", str(tmp_path / "report")]
+    main([str(tmp_path / "p.json"), *options])
+    assert "the report shows no pictures" in caplog.text
+    assert not any(row["pictures"] for row in problems_of(tmp_path / "report"))
+
+
+def test_a_skill_with_dollars_is_drawn():
+    assert "$5 and $10 (2)" in bars({"$5 and $10": [True, False], r"a $\foo$": [True, True]})
 
 
 def test_a_folder_with_other_content_is_left_alone_and_a_report_replaced(report, tiny_run, tiny_dataset, tmp_path):

@@ -17,10 +17,12 @@ from test_report import drive
 from mmcot.building import build_stage
 from mmcot.evaluate import main as evaluate
 from mmcot.pictures import read_pictures
+from mmcot.predict import main as predict
 from mmcot.preparation import prepare
 from mmcot.problems import load_problems
 from mmcot.recipes import parse_recipe
 from mmcot.stage_inputs import with_gold_columns
+from mmcot.training import main
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 
@@ -31,6 +33,14 @@ def train(dataset, folder, *options, check=True):
     return run_script(
         "train.py", "--config", TINY_RECIPE, "--dataset", dataset, "--output_dir", folder, *options, check=check
     )
+
+
+def refused_at_once(command, *words):
+    """With what the script would print before it ends with 1."""
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    assert stopped.value.code.startswith("error: ")
+    assert all(word in stopped.value.code for word in words), stopped.value.code
 
 
 def refused(result, *words):
@@ -196,16 +206,15 @@ def test_an_unfinished_checkpoint_folder_without_weights_is_named(tiny_run, tmp_
     folder = tmp_path / "hub"
     shutil.copytree(tiny_run / "hub", folder)
     (folder / "model.safetensors").unlink()
-    result = run_script(
-        "-m", "mmcot.predict", folder, "--dataset", "demo", "--output", tmp_path / "p.json", check=False
-    )
-    refused(result, "model.safetensors", str(folder))
+    command = [str(folder), "--dataset", "demo", "--output", str(tmp_path / "p.json")]
+    refused_at_once(lambda: predict(command), "model.safetensors", str(folder))
 
 
 def test_a_run_folder_of_another_recipe_is_left_alone(tiny_run, tiny_dataset):
     before = (tiny_run / "recipe.yaml").read_bytes()
-    result = train(tiny_dataset, tiny_run, "--learning_rate", "0.5", check=False)
-    refused(result, str(tiny_run), "another recipe", "learning_rate", "0.001", "0.5")
+    command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tiny_run)]
+    words = (str(tiny_run), "another recipe", "learning_rate", "0.001", "0.5")
+    refused_at_once(lambda: main([*command, "--learning_rate", "0.5"]), *words)
     assert (tiny_run / "recipe.yaml").read_bytes() == before
 
 
@@ -215,8 +224,8 @@ def test_a_bad_picture_is_found_before_training(tiny_dataset, tmp_path):
     row = next(row for row in reversed(rows) if row["images"] and row["split"] == "test")
     picture = tmp_path / "data" / row["images"][0]
     picture.write_bytes(picture.read_bytes()[:300])
-    result = train(tmp_path / "data" / "problems.jsonl", tmp_path / "run", check=False)
-    refused(result, row["id"], str(picture))
+    command = ["--config", str(TINY_RECIPE), "--dataset", str(tmp_path / "data" / "problems.jsonl")]
+    refused_at_once(lambda: main([*command, "--output_dir", str(tmp_path / "run")]), row["id"], str(picture))
     assert not (tmp_path / "run").exists()
 
 
