@@ -26,6 +26,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
 from modeling_mmcot.prompts_mmcot import VirtualTokens
+from modeling_mmcot.stages_mmcot import base_digest
 
 # Trained and saved whole, beside what adapts the text model: it is new, there is nothing in it to adapt.
 FUSION = "fusion"
@@ -52,6 +53,7 @@ def adapt(
         config = lora_config(model_config)
     else:
         config = prompt_config(model.config, peft_type, num_virtual_tokens)
+    digest = base_digest(model)
     trains_fusion = model.encoder.fusion is not None and not freeze_fusion
     saved = {*(model_config.lora_modules_to_save or []), *([FUSION] if trains_fusion else [])}
     config.modules_to_save = sorted(saved) or None
@@ -60,6 +62,7 @@ def adapt(
         model.virtual_tokens = VirtualTokens(adapted)
     # A path of this machine, which PEFT would publish. An adapter lies beside its base.
     adapted.peft_config["default"].base_model_name_or_path = ""
+    adapted.peft_config["default"].revision = digest
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # a bfloat16 weight would swallow most of its updates
             parameter.data = parameter.data.float()

@@ -3,6 +3,7 @@
 What a stage does with its model is `pipeline_mmcot.py`'s. PEFT is imported only where stages are adapters.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -77,10 +78,16 @@ class StageAdapters(Mapping):
             raise ImportError(f"The stages of {repository} are adapters, which PEFT loads: pip install peft") from error
         folders = {name: adapter_folder(repository, name, revision) for name in names}
         config = PeftConfig.from_pretrained(folders[names[0]])
+        digest = base_digest(base)
         self.model = PeftModelForSeq2SeqLM(base, config, adapter_name=names[0], autocast_adapter_dtype=False)
         self.generation_configs = {}
         for name, folder in folders.items():
             self.load(folder, name)
+            trained_on = self.model.peft_config[name].revision
+            if None not in (digest, trained_on) and trained_on != digest:
+                raise ValueError(
+                    f"The adapter in {folder} was trained on another base: {trained_on}, this one is {digest}"
+                )
             self.generation_configs[name] = load_generation_config(repository, name, revision)
         if config.is_prompt_learning:
             base.virtual_tokens = VirtualTokens(self.model)
@@ -106,6 +113,22 @@ class StageAdapters(Mapping):
 
     def __len__(self) -> int:
         return len(self.generation_configs)
+
+
+def base_digest(base: PreTrainedModel) -> str | None:
+    """
+    Tells a base from another of the same shape, by the beginnings of its weights in bfloat16, without the fusion's,
+    which each adapter brings. An adapter says it in its configuration, as the `revision` of its base. None of a base
+    whose weights are quantized, or not there.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in base.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point():
+            return None
+        if ".fusion." not in name:
+            beginning = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16)
+            digest.update(name.encode() + beginning.view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def adapter_folder(repository: str, name: str, revision: str | None) -> str:

@@ -303,3 +303,18 @@ def test_an_adapter_of_another_base_is_refused(adapter_run, tmp_path, change):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="adapter in .*answer was trained on another base or fusion"):
         load_system(str(tmp_path / "hub"))
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(adapter_run, tmp_path):
+    """One weight of the base is another one; in another dtype it is the same base."""
+    shutil.copytree(adapter_run / "hub", tmp_path / "hub")
+    load_system(str(tmp_path / "hub"), torch.bfloat16)
+    file = tmp_path / "hub" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("SelfAttention.q.weight"))
+    tensors[name][0, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="adapter in .*rationale was trained on another base: sha256:.*, this one is sha"
+    ):
+        load_system(str(tmp_path / "hub"))
