@@ -27,7 +27,7 @@ from mmcot.leaks import suspicion, warnings_of
 from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score
 from mmcot.problems import SOURCES, SPLITS, first_few, join_captions, load_problems, require_answers
 from mmcot.results import scores_of
-from mmcot.subsets import select
+from mmcot.subsets import add_selection, select
 from mmcot.tables import format_comparison, format_leaderboard, format_spread, format_table
 
 logger = logging.getLogger(__name__)
@@ -138,9 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", metavar="PATH_OR_ID", help=SOURCES)
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--ids", nargs="+", metavar="ID", help="of these problems")
-    parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")
-    parser.add_argument("--limit", type=int, metavar="N", help="of the first N")
+    add_selection(parser)
     parser.add_argument("--allow_missing", action="store_true", help="a problem without a prediction counts as wrong")
     parser.add_argument("--similarity", metavar="MODEL", help="an encoder that compares rationales in meaning")
     parser.add_argument("--output", metavar="SCORES", help="default: RUN/scores/SPLIT.json, else beside FILE")

@@ -40,7 +40,7 @@ from mmcot.problems import (
 )
 from mmcot.provenance import meta_file, provenance
 from mmcot.self_consistency import Sample, agreed
-from mmcot.subsets import select
+from mmcot.subsets import add_selection, select
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.pipeline_mmcot import write_column
@@ -200,9 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
     parser.add_argument("--dataset", required=True, help=SOURCES)
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--ids", nargs="+", metavar="ID", help="of these problems")
-    parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")
-    parser.add_argument("--limit", type=int, metavar="N", help="of the first N")
+    add_selection(parser)
     parser.add_argument("--output", help="the predictions file to write")
     parser.add_argument("--leak_check", action="store_true", help="predict with and without gold columns, and compare")
     parser.add_argument("--batch_size", type=int, default=32)

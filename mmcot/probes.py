@@ -25,6 +25,7 @@ from mmcot.files import write_json
 from mmcot.metrics import percentage
 from mmcot.predict import load_inputs, load_system, predict, predict_stage
 from mmcot.problems import FEATURES, SOURCES, SPLITS, require_answers
+from mmcot.subsets import add_selection
 from mmcot.uncertainty import mcnemar, mean_interval
 from modeling_mmcot import MMCoTProcessor
 
@@ -179,9 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
     parser.add_argument("--dataset", required=True, help=SOURCES)
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--ids", nargs="+", metavar="ID", help="of these problems")
-    parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")
-    parser.add_argument("--limit", type=int, metavar="N", help="of the first N")
+    add_selection(parser)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--features", metavar="DIR", help="features of the pictures, as mmcot.features wrote them")
     parser.add_argument("--captions", metavar="FILE", help="captions.json, as mmcot.features --captions wrote it")

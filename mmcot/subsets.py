@@ -1,10 +1,18 @@
 """Some problems of a split: by id, by the text of a column, the first few. Nothing is known of models."""
 
+import argparse
 from collections.abc import Sequence
 
 from datasets import Dataset
 
 from mmcot.problems import FEATURES, first_few, shown
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """The options of `select`, for a command."""
+    parser.add_argument("--ids", nargs="+", metavar="ID", help="of these problems")
+    parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")
+    parser.add_argument("--limit", type=int, metavar="N", help="of the first N")
 
 
 def select(
