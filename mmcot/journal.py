@@ -30,7 +30,7 @@ class Journal:
         self.output, self.settings = output, settings
         state = PartialState()
         self.done: dict[str, dict[Batch, list[dict]]] = {}
-        for file in self.files():
+        for file in partial_files(output):
             self.read(file)
         state.wait_for_everyone()  # before any process writes: all have read the same
         own = output.with_name(f"{output.name}.partial-{state.process_index}.jsonl")
@@ -39,9 +39,6 @@ class Journal:
         self.lines.truncate(whole_length(own))
         if own.stat().st_size == 0:
             self.append(settings)
-
-    def files(self) -> list[Path]:
-        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*.jsonl"))
 
     def read(self, file: Path) -> None:
         lines = file.read_bytes()[: whole_length(file)].splitlines()
@@ -71,9 +68,17 @@ class Journal:
         """When the file that is being made is there."""
         self.lines.close()
         PartialState().wait_for_everyone()
-        if PartialState().is_main_process:
-            for file in self.files():
-                file.unlink()
+        remove_partial_files(self.output)
+
+
+def partial_files(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.partial-*.jsonl"))
+
+
+def remove_partial_files(output: Path) -> None:
+    if PartialState().is_main_process:
+        for file in partial_files(output):
+            file.unlink()
 
 
 def whole_length(file: Path) -> int:

@@ -51,10 +51,11 @@ def provenance(
     }
 
 
-def folder_digest(folder: Path) -> str:
-    """Of all weights and settings in a folder and below it, by their places."""
+def folder_digest(folder: Path, *patterns: str) -> str:
+    """Of the files of those names in a folder and below it, by their places; by default of all weights and settings."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
+    patterns = patterns or ("*.safetensors", "*.json")
+    for file in sorted(file for pattern in patterns for file in folder.rglob(pattern)):
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

@@ -8,6 +8,8 @@ its last whole checkpoint. What is checked before stands in `preparation.py`, wh
 
 import copy
 import gc
+import hashlib
+import json
 import logging
 import random
 import signal
@@ -30,11 +32,13 @@ from mmcot.evaluate import format_table, reported_scores
 from mmcot.examples import lengths_of, tokenized
 from mmcot.files import write_json
 from mmcot.hub import BASE, export
+from mmcot.journal import Journal, remove_partial_files
 from mmcot.metrics import score
 from mmcot.predict import log_shortened, predict_stage
 from mmcot.preparation import Run, prepare
 from mmcot.problems import is_answered
 from mmcot.progress import ValidationReport, plot_curves
+from mmcot.provenance import folder_digest
 from mmcot.recipes import Recipe, parse_recipe
 from mmcot.stage_inputs import (
     CROSS_FITTED,
@@ -340,10 +344,13 @@ def is_written(prepared: Run, stage: Stage, split: str) -> bool:
 
 def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
     """The stage's column for a split, into its predictions file, unless it is there."""
+    output = prepared.folder / "predictions" / f"{split}.{stage.name}"  # of this stage alone, while it writes
     if is_written(prepared, stage, split):
+        remove_partial_files(output)  # of a call that was killed in between
         return
     recipe, problems = prepared.recipe, prepared.problems[split]
     predictions = read_predictions(prepared.folder, split)
+    journal = journal_of(prepared, stage, output, predictions)
     predict_stage(
         model,
         prepared.processor,
@@ -354,10 +361,22 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
         decode_answer=recipe.arguments.decode_answer,
         pictures=prepared.pictures,
         num_workers=recipe.training_arguments.dataloader_num_workers,
+        journal=journal,
     )
     if PartialState().is_main_process:
         write_json(predictions_file(prepared.folder, split), predictions)
+    journal.remove()
     PartialState().wait_for_everyone()
+
+
+def journal_of(prepared: Run, stage: Stage, output: Path, predictions: dict[str, dict]) -> Journal:
+    """So that a call that is killed while a stage writes goes on with the batch that it was at."""
+    given = hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()
+    weights = folder_digest(prepared.folder / stage.name, "*.safetensors")
+    try:
+        return Journal(output, {"weights": weights, "given": given})
+    except ValueError as error:
+        raise RunStopped(str(error)) from error
 
 
 def describe_result(prepared: Run) -> str:

@@ -52,7 +52,9 @@ weights = {{
 }}
 if rank == 0:
     save_file(weights, sys.argv[1])
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # torch 2.14 sometimes aborts in its threads when an interpreter ends, after all is done
 """
 
 

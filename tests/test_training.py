@@ -16,6 +16,7 @@ from test_report import drive
 
 from mmcot.building import build_stage
 from mmcot.evaluate import main as evaluate
+from mmcot.journal import Journal
 from mmcot.pictures import read_pictures
 from mmcot.predict import main as predict
 from mmcot.preparation import prepare
@@ -169,7 +170,7 @@ def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, 
         assert (folder / name).read_bytes() == (tiny_run / name).read_bytes()
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize("strategy", [pytest.param("random", marks=pytest.mark.slow), "group_by_length"])
 def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path, strategy):
     """The same 16 problems a step (unequal targets, accumulation) on one process and on two: the same losses."""
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
@@ -200,6 +201,32 @@ def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path, strategy):
         shutil.rmtree(answer / "checkpoint-4")
         run_script(*launch, *script, "4", "--output_dir", tmp_path / "two")
         assert (answer / "model.safetensors").read_bytes() == finished
+
+
+def test_a_call_that_is_killed_while_a_stage_writes_goes_on_with_its_batch(
+    tiny_run, tiny_dataset, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.rmtree(run / "hub")
+    (run / "predictions" / "test.json").unlink()
+    command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(run)]
+    written, write = [], Journal.write
+
+    def once(journal, of, ids, columns):
+        if written:
+            raise KeyboardInterrupt
+        written.append((of, ids))
+        write(journal, of, ids, columns)
+
+    monkeypatch.setattr(Journal, "write", once)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    monkeypatch.setattr(Journal, "write", lambda journal, *batch: (written.append(batch[:2]), write(journal, *batch)))
+    main(command)
+    assert (run / "predictions/test.json").read_bytes() == (tiny_run / "predictions/test.json").read_bytes()
+    assert len(written) == len(set(written)) == 4, "two batches for each stage"
+    assert sorted(file.name for file in (run / "predictions").iterdir()) == ["test.json", "val.json"]
 
 
 def test_an_unfinished_checkpoint_folder_without_weights_is_named(tiny_run, tmp_path):
