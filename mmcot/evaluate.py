@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -212,35 +212,55 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
 def write_page(
     arguments: argparse.Namespace, problems: Dataset, predictions: Predictions, scores: dict[str, Any]
 ) -> None:
+    from mmcot.predict import load_system
     from mmcot.report import origin_of, write_report  # what draws is not needed to score
 
     blind, origin = None, origin_of(Path(arguments.file))
     if arguments.without_picture is not None:
         blind = fitting(read_predictions(arguments.without_picture), problems, False, arguments)
-    try:
-        seen = load_problems(arguments.dataset, arguments.split, origin.max_images)
-    except ValueError as error:
-        if arguments.attention is not None:
-            raise
-        logger.warning("the report shows no pictures: %s", error)
-        seen = load_problems(arguments.dataset, arguments.split, origin.max_images, pictures=False)
-    seen = select(seen, problems["id"])
-    if origin.captions is not None:
-        seen = join_captions(seen, origin.captions)
-    attention = () if arguments.attention is None else token_maps_of(arguments.attention, seen, predictions)
+    attention: Iterable[tuple[str, Any]] = ()
+    if arguments.attention is not None:
+        processor, models = load_system(arguments.attention)
+        if origin.max_images is None:
+            origin.max_images = min(models[stage.name].config.max_images for stage in processor.stages)
+        seen = problems_as_predicted(arguments, problems, origin)
+        attention = token_maps_of(processor, models, seen, predictions)
+    else:
+        seen = problems_as_predicted(arguments, problems, origin)
     report = Path(arguments.report)
     write_report(report, seen, predictions, scores, Path(arguments.file), origin.stages, blind, attention)
 
 
-def token_maps_of(model: str, problems: Dataset, predictions: Predictions) -> Iterator[tuple[str, Any]]:
+def problems_as_predicted(arguments: argparse.Namespace, problems: Dataset, origin: Any) -> Dataset:
+    """With the pictures and captions that were predicted from; a page without maps does without what is absent."""
+    source = (arguments.dataset, arguments.split, origin.max_images)
+    try:
+        seen = load_problems(*source)
+    except ValueError as error:
+        if arguments.attention is not None:
+            raise
+        logger.warning("the report shows no pictures: %s", error)
+        seen = load_problems(*source, pictures=False)
+    seen = select(seen, problems["id"])
+    try:
+        return seen if origin.captions is None else join_captions(seen, origin.captions)
+    except ValueError as error:
+        if arguments.attention is not None:
+            raise
+        logger.warning("the report shows prompts without their captions: %s", error)
+        return seen
+
+
+def token_maps_of(
+    processor: Any, models: Mapping[str, Any], problems: Dataset, predictions: Predictions
+) -> Iterator[tuple[str, Any]]:
     """Of the last stage that sees pictures, over the columns that were predicted for it."""
     from mmcot.attention import token_maps
-    from mmcot.predict import load_system, with_columns
+    from mmcot.predict import with_columns
 
-    processor, models = load_system(model)
     seeing = [stage for stage in processor.stages if "images" in stage.reads]
     if not seeing or models[seeing[-1].name].get_encoder().vision_tower is None:
-        raise ValueError(f"--attention {model}: no stage of it sees pictures, or it has no picture tower")
+        raise ValueError("--attention: no stage of that model sees pictures, or it has no picture tower")
     earlier = processor.stages[: processor.stages.index(seeing[-1])]
     for stage in earlier:
         absent = [name for name in problems["id"] if stage.writes not in predictions[name]]

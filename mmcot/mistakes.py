@@ -34,7 +34,7 @@ COMPARISONS = {
     "less": -1, "fewer": -1, "lower": -1, "smaller": -1, "shorter": -1, "lighter": -1, "colder": -1, "cooler": -1,
 }  # fmt: skip
 EXTREMES = {"most": max, "greatest": max, "highest": max, "largest": max, "least": min, "fewest": min, "lowest": min}
-NUMBER = r"(-?\d[\d,]*(?:\.\d+)?)"
+NUMBER = r"(-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)"  # 1,000 is one, 4,7,9 are three
 # What a question asks to look at, count or sort.
 OBSERVED = re.compile(
     r"\b(map|picture|image|diagram|shown|color|colour|how many|which (?:of these )?(?:states?|countr|ocean|continent)|"

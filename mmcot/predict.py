@@ -25,7 +25,7 @@ from mmcot.batching import Lengths, by_both_lengths, filled, length_batches, sha
 from mmcot.examples import StageCollator, lengths_of, tokenized
 from mmcot.feature_store import FeatureStore
 from mmcot.features import vision_source
-from mmcot.files import write_json
+from mmcot.files import resolved, write_json
 from mmcot.journal import Journal
 from mmcot.leaks import leaking
 from mmcot.pictures import PixelStore
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     PartialState(cpu=not torch.accelerator.is_available())  # else processes without accelerator know nothing of others
     try:
         check_options(arguments)
+        arguments.captions = arguments.captions and resolved(arguments.captions)
         processor, models = load_system(arguments.model, torch.bfloat16 if arguments.bf16 else "auto")
         if arguments.num_rationales > 1 and len(processor.stages) == 1:
             raise ValueError(f"--num_rationales is {arguments.num_rationales}, and {arguments.model} writes none.")

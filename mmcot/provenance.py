@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from mmcot.features import commit_of
 from mmcot.pictures import ContentKeys
 from modeling_mmcot import MMCoTProcessor
 
+WEIGHTS = ("*.safetensors",)
+# What decides the predictions of a model's folder.
+MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "*config.json", "tokenizer.json")
 VERSIONS = ("torch", "transformers", "peft", "datasets", "accelerate")
 
 
@@ -38,9 +41,10 @@ def provenance(
         store: what stands in for the pictures.
     """
     folder = Path(model) / "hub" if (Path(model) / "hub").is_dir() else Path(model)
+    folders = [folder, *(folder / stage.name for stage in processor.stages)]
     return {
         "model": str(folder.resolve()) if folder.is_dir() else model,
-        "revision": folder_digest(folder) if folder.is_dir() else commit_of(model, None),
+        "revision": folders_digest(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
         "dataset_fingerprint": problems_digest(problems),
         "n": len(problems),
         "max_images": min(models[stage.name].config.max_images for stage in processor.stages),
@@ -51,14 +55,14 @@ def provenance(
     }
 
 
-def folder_digest(folder: Path, *patterns: str) -> str:
-    """Of the files of those names in a folder and below it, by their places; by default of all weights and settings."""
+def folders_digest(folders: Iterable[Path], patterns: Sequence[str]) -> str:
+    """Of the files of those names that lie in the folders, by their places."""
     digest = hashlib.sha256()
-    patterns = patterns or ("*.safetensors", "*.json")
-    for file in sorted(file for pattern in patterns for file in folder.rglob(pattern)):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+    for number, folder in enumerate(folders):
+        for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+            digest.update(f"{number}/{file.name}".encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -119,7 +119,10 @@ def origin_of(predictions_file: Path) -> Origin:
     if (run / "hub" / "processor_config.json").is_file() and (run / "recipe.yaml").is_file():
         stages = read_json(run / "hub" / "processor_config.json")["stages"]
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        return Origin([Stage(**stage) for stage in stages], recipe.get("max_images", 1), recipe.get("captions"))
+        # Of problems whose pictures no stage sees, a run takes as many as there are.
+        sees = any("images" in stage["reads"] for stage in stages)
+        max_images = recipe.get("max_images", 1) if sees else None
+        return Origin([Stage(**stage) for stage in stages], max_images, recipe.get("captions"))
     return Origin()
 
 

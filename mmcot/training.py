@@ -38,7 +38,7 @@ from mmcot.predict import log_shortened, predict_stage
 from mmcot.preparation import Run, prepare
 from mmcot.problems import is_answered
 from mmcot.progress import ValidationReport, plot_curves
-from mmcot.provenance import folder_digest
+from mmcot.provenance import WEIGHTS, folders_digest, problems_digest
 from mmcot.recipes import Recipe, parse_recipe
 from mmcot.stage_inputs import (
     CROSS_FITTED,
@@ -96,6 +96,9 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[
         splits = splits | {"val"}
     if "generated" in later:
         splits = splits | {"train"}
+    for split in splits:
+        if is_written(prepared, stage, split):
+            remove_partial_files(being_written(prepared, stage, split))  # of a call that was killed in between
     if (prepared.folder / stage.name / FINISHED).exists() and all(is_written(prepared, stage, name) for name in splits):
         logger.info("stage %s is trained and has written already: %s", stage.name, prepared.folder)
         return
@@ -344,13 +347,11 @@ def is_written(prepared: Run, stage: Stage, split: str) -> bool:
 
 def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
     """The stage's column for a split, into its predictions file, unless it is there."""
-    output = prepared.folder / "predictions" / f"{split}.{stage.name}"  # of this stage alone, while it writes
     if is_written(prepared, stage, split):
-        remove_partial_files(output)  # of a call that was killed in between
         return
     recipe, problems = prepared.recipe, prepared.problems[split]
     predictions = read_predictions(prepared.folder, split)
-    journal = journal_of(prepared, stage, output, predictions)
+    journal = journal_of(prepared, stage, split, predictions)
     predict_stage(
         model,
         prepared.processor,
@@ -369,12 +370,20 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
     PartialState().wait_for_everyone()
 
 
-def journal_of(prepared: Run, stage: Stage, output: Path, predictions: dict[str, dict]) -> Journal:
+def being_written(prepared: Run, stage: Stage, split: str) -> Path:
+    """Beside what the journal of a stage lies while it writes."""
+    return prepared.folder / "predictions" / f"{split}.{stage.name}"
+
+
+def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
     """So that a call that is killed while a stage writes goes on with the batch that it was at."""
-    given = hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()
-    weights = folder_digest(prepared.folder / stage.name, "*.safetensors")
+    settings = {
+        "weights": folders_digest([prepared.folder / stage.name], WEIGHTS),
+        "problems": problems_digest(prepared.problems[split]),
+        "given": hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest(),
+    }
     try:
-        return Journal(output, {"weights": weights, "given": given})
+        return Journal(being_written(prepared, stage, split), settings)
     except ValueError as error:
         raise RunStopped(str(error)) from error
 

@@ -119,11 +119,13 @@ def base_digest(base: PreTrainedModel) -> str | None:
     """
     Tells a base from another of the same shape, by the beginnings of its weights in bfloat16, without the fusion's,
     which each adapter brings. An adapter says it in its configuration, as the `revision` of its base. None of a base
-    whose weights are quantized, or not there.
+    whose weights are quantized, in shards, not there, or in float16, which rounds otherwise.
     """
+    if getattr(base, "is_quantized", False) or base.dtype == torch.float16:
+        return None
     digest = hashlib.sha256()
     for name, parameter in base.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
+        if parameter.is_meta or parameter.numel() == 0 or not parameter.is_floating_point():
             return None
         if ".fusion." not in name:
             beginning = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16)

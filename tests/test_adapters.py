@@ -308,7 +308,8 @@ def test_an_adapter_of_another_base_is_refused(adapter_run, tmp_path, change):
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(adapter_run, tmp_path):
     """One weight of the base is another one; in another dtype it is the same base."""
     shutil.copytree(adapter_run / "hub", tmp_path / "hub")
-    load_system(str(tmp_path / "hub"), torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        load_system(str(tmp_path / "hub"), dtype)
     file = tmp_path / "hub" / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("SelfAttention.q.weight"))

@@ -153,11 +153,12 @@ def test_choices_are_read_as_rationales_are(text, choices, expected):
         "Blue is tall, because 7 is 2 more than 5. The blue tower is the tallest.",
         "Blue has 1,000 stones, and 1,000 is greater than 500. The blue tower is the tallest.",
         "Blue has 3, and 3 is no more than 5. The blue tower is the tallest.",
+        "The masses are 4,7,9, and blue has 9. 9 is the highest. The blue tower is the tallest.",
     ],
 )
 def test_what_is_true_of_numbers_is_no_mistake_of_logic(text):
     verdict = sort_mistake(HEIGHTS, {"answer": 1, "rationale": text})
-    assert " than " not in verdict.reason, verdict
+    assert " than " not in verdict.reason and "highest" not in verdict.reason, verdict
 
 
 def test_sentences_of_decimal_numbers_and_lines():

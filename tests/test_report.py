@@ -167,7 +167,7 @@ def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tm
     monkeypatch.setattr("mmcot.predict.load_system", lambda model: (processor, models))
     options = ["--dataset", str(tiny_dataset), "--output", str(tmp_path / "scores.json")]
     options += ["--report", str(tmp_path / "report")]
-    with pytest.raises(SystemExit, match="no stage of it sees pictures"):
+    with pytest.raises(SystemExit, match="no stage of that model sees pictures"):
         main([str(tiny_run / "predictions/test.json"), *options, "--attention", str(tiny_run)])
     assert not (tmp_path / "report").exists()
 
@@ -201,6 +201,19 @@ def test_the_page_shows_what_was_predicted_from(tiny_run, tiny_dataset, tmp_path
     for row in problems_of(tmp_path / "report"):
         assert captions[row["id"]] in row["prompts"]["rationale"]
     assert origin_of(tmp_path / "p.json").max_images == 1
+
+
+@pytest.mark.parametrize(("reads", "said", "expected"), [(["images"], {}, 1), (["images"], {"max_images": 3}, 3)])
+def test_how_many_pictures_a_run_took_stands_in_its_recipe(tmp_path, reads, said, expected):
+    (tmp_path / "hub").mkdir()
+    stage = {"name": "answer", "reads": ["question", *reads], "writes": "answer_text", "source": "", "target": ""}
+    write_json(tmp_path / "hub" / "processor_config.json", {"stages": [stage]})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(said))
+    assert origin_of(tmp_path / "predictions" / "test.json").max_images == expected
+    stage["reads"].remove("images")
+    write_json(tmp_path / "hub" / "processor_config.json", {"stages": [stage]})
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"max_images": 0}))
+    assert origin_of(tmp_path / "predictions" / "test.json").max_images is None, "nobody looked how many there are"
 
 
 def test_a_page_without_the_pictures_files_says_so(tiny_run, tiny_dataset, tmp_path, caplog):
