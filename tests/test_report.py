@@ -271,7 +271,9 @@ def drive(report, downloads):
         page.select_option("#kind", "")
         page.select_option("#answer", "")
         page.fill("#search", seeing["id"])
-        found = sum(seeing["id"] in "\n".join([row["id"], row["question"], row["rationale"]]) for row in rows)
+        shown = ("id", "question", "context", "rationale", "skill")
+        texts = ["\n".join([*(row[name] for name in shown), *row["choices"]]).lower() for row in rows]
+        found = sum(seeing["id"].lower() in text for text in texts)
         expect(page.locator("#count")).to_have_text(f"{found} of {len(rows)}")
         page.click(f'[data-id="{seeing["id"]}"]')
         expect(page.locator("#rationale")).to_have_text(seeing["rationale"] or "none")
