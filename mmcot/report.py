@@ -73,9 +73,9 @@ def write_report(
         (unfinished / "pictures").mkdir(parents=True)
         (unfinished / "attention").mkdir()
         rows = list(problem_rows(problems, predictions, stages, without_picture, unfinished))
-        attended = set()
+        attended, numbers = set(), {problem_id: number for number, problem_id in enumerate(problems["id"])}
         for problem_id, maps in attention:
-            number = problems["id"].index(problem_id)
+            number = numbers[problem_id]
             attended.add(number)
             write_attention(unfinished / "attention" / f"{number}.js", number, maps)
         for number, row in enumerate(rows):

@@ -117,7 +117,7 @@ def publish(
     scores, card = scores_of(str(scores_file)), folder / "README.md"
     if not card.is_file():
         raise ValueError(f"{folder} has no README.md; expected a folder in the Hub's layout, as RUN/hub")
-    notes = f"{split}, {scores['n']} problems, free-running"
+    notes = f"{split}, {scores['n']} problems"
     entries = eval_entries(scores, dataset_id, revision, date, notes)
     write_eval_results(folder / ".eval_results" / f"{dataset_id.replace('/', '--')}.yaml", entries)
     index = model_index(scores, folder.resolve().parent.name, dataset_id, split, revision)

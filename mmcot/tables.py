@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmcot.comparison import two_places
@@ -11,15 +11,16 @@ from mmcot.metrics import CLASSES
 RATIONALE_NAMES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rougeL": "ROUGE-L", "similarity": "similarity"}
 
 
+Row = tuple[str, list[str]]  # its title and a cell for each class
+
+
 def format_table(scores: Mapping[str, Any]) -> str:
     """The scores as aligned text: one column per class, then the rationales and the calibration."""
-    rows = {"": list(CLASSES), "problems": [str(scores["class_n"][name]) for name in CLASSES]}
+    rows: list[Row] = [("", list(CLASSES)), ("problems", [str(scores["class_n"][name]) for name in CLASSES])]
     for key in ("accuracy", "decoded_accuracy"):
         if key in scores:
-            rows[key.replace("_", " ")] = [two_places(scores[key][name]) for name in CLASSES]
-            intervals = [scores["intervals"][key][name] or (None, None) for name in CLASSES]
-            rows["  95 %, from" + " " * (key != "accuracy")] = [two_places(low) for low, _ in intervals]
-            rows["  to" + " " * (key != "accuracy")] = [two_places(high) for _, high in intervals]
+            rows.append((key.replace("_", " "), [two_places(scores[key][name]) for name in CLASSES]))
+            rows.extend(interval_rows([scores["intervals"][key][name] for name in CLASSES]))
     rationale = "   ".join(f"{RATIONALE_NAMES[key]} {two_places(value)}" for key, value in scores["rationale"].items())
     lines = [*aligned(rows), f"{'rationale':<16}  {rationale}"]
     if scores["calibration"] is not None:
@@ -29,31 +30,32 @@ def format_table(scores: Mapping[str, Any]) -> str:
 
 
 def format_comparison(compared: Mapping[str, Any]) -> str:
-    empty = dict.fromkeys(("first", "second", "difference", "p")) | {"n": 0, "interval": (None, None)}
+    empty = dict.fromkeys(("first", "second", "difference", "interval", "p")) | {"n": 0}
     columns = [compared[name] or empty for name in CLASSES]
-    return "\n".join(
-        aligned(
-            {
-                "": list(CLASSES),
-                "problems": [str(column["n"]) for column in columns],
-                **{key: [two_places(column[key]) for column in columns] for key in ("first", "second", "difference")},
-                "  95 %, from": [two_places((column["interval"] or (None, None))[0]) for column in columns],
-                "  to": [two_places((column["interval"] or (None, None))[1]) for column in columns],
-                "McNemar's p": ["-" if column["p"] is None else f"{column['p']:.4f}" for column in columns],
-            }
-        )
-    )
-
-
-def format_spread(result: Mapping[str, Any], count: int) -> str:
-    rows = {f"{count} seeds": list(CLASSES)}
-    for key, title in (("mean", "mean accuracy"), ("sd", "standard dev.")):
-        rows[title] = [two_places(None if result[name] is None else result[name][key]) for name in CLASSES]
+    rows: list[Row] = [("", list(CLASSES)), ("problems", [str(column["n"]) for column in columns])]
+    rows.extend((key, [two_places(column[key]) for column in columns]) for key in ("first", "second", "difference"))
+    rows.extend(interval_rows([column["interval"] for column in columns]))
+    rows.append(("McNemar's p", ["-" if column["p"] is None else f"{column['p']:.4f}" for column in columns]))
     return "\n".join(aligned(rows))
 
 
-def aligned(rows: Mapping[str, list[str]]) -> list[str]:
-    return [f"{title:<16}" + "".join(f"{cell:>8}" for cell in cells) for title, cells in rows.items()]
+def format_spread(result: Mapping[str, Any], count: int) -> str:
+    rows: list[Row] = [(f"{count} seeds", list(CLASSES))]
+    for key, title in (("mean", "mean accuracy"), ("sd", "standard dev.")):
+        rows.append((title, [two_places(None if result[name] is None else result[name][key]) for name in CLASSES]))
+    return "\n".join(aligned(rows))
+
+
+def interval_rows(intervals: list[Sequence[float] | None]) -> list[Row]:
+    bounds = [interval or (None, None) for interval in intervals]
+    return [
+        ("  95 %, from", [two_places(low) for low, _ in bounds]),
+        ("  to", [two_places(high) for _, high in bounds]),
+    ]
+
+
+def aligned(rows: list[Row]) -> list[str]:
+    return [f"{title:<16}" + "".join(f"{cell:>8}" for cell in cells) for title, cells in rows]
 
 
 def format_leaderboard(table: list[list[str]], form: str) -> str:
