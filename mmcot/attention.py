@@ -1,42 +1,19 @@
-"""Where on the picture the fusion looked: for each token of a source, a map over the picture.
+"""Where the fusion looked, over a dataset's problems. How it is found stands in `attention_mmcot.py`."""
 
-Patch towers have their grid. DETR's object queries have no place of their own: each is where its last decoder layer
-attended to. Nothing is drawn here; `report.py` shows the maps.
-"""
-
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
-from transformers import BatchFeature, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mmcot.pictures import read_pictures
 from mmcot.problems import without_gold
 from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.attention_mmcot import TokenMaps, token_maps
 from modeling_mmcot.pictures_mmcot import as_rgb
 from modeling_mmcot.processing_mmcot import Stage
-from modeling_mmcot.vision_mmcot import real_sizes
-
-STRIDES = (8, 16, 32, 64)
 
 
-@dataclass
-class TokenMaps:
-    """
-    Args:
-        tokens: the source's.
-        maps (`list[torch.FloatTensor]`): of each picture, `(num_tokens, rows, columns)`. Over all pictures of a problem
-            a token's sum to 1, as far as its attention has a place (a class token has none).
-    """
-
-    tokens: list[str]
-    maps: list[torch.FloatTensor]
-
-
-@torch.no_grad()
-def token_maps(
+def maps_of_problems(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: Dataset
 ) -> Iterator[tuple[str, TokenMaps]]:
     """
@@ -45,47 +22,7 @@ def token_maps(
     Raises:
         ValueError: the tower's patches have no known places.
     """
-    encoder = model.get_encoder()
     for problem in without_gold(problems):
-        if not problem["images"]:
-            continue
-        images = [as_rgb(picture) for picture in read_pictures(problem)]
-        inputs = BatchFeature(processor([problem], stage=stage.name, images=[images])).to(model.device, model.dtype)
-        tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
-        read = inputs if model.virtual_tokens is None else model.virtual_tokens.before_source(inputs)
-        weights = encoder(**read, output_attentions=True).fusion_attentions[0].float()
-        weights = weights[-len(tokens) :].view(len(tokens), len(images), -1)  # without those of virtual tokens
-        maps = []
-        for number, pixels in enumerate(inputs["pixel_values"][0]):
-            height, width = real_sizes(inputs["pixel_mask"][0, number, None].bool())[0].tolist()
-            cells = places(encoder.vision_tower, pixels[:, :height, :width], weights.shape[-1])
-            maps.append(torch.einsum("tp,prc->trc", weights[:, number], cells))
-        yield problem["id"], TokenMaps(tokens, maps)
-
-
-def places(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> torch.FloatTensor:
-    """How much of each patch of a picture `(3, height, width)` lies where, `(num_patches, rows, columns)`."""
-    if is_detr(tower):
-        attended = cross_attention(tower, pixels)
-        sizes = ([math.ceil(side / stride) for side in pixels.shape[1:]] for stride in STRIDES)
-        return attended.unflatten(1, next(size for size in sizes if math.prod(size) == attended.shape[1]))
-    side = math.isqrt(num_patches)
-    if num_patches - side**2 not in (0, 1) or pixels.shape[1] != pixels.shape[2]:
-        raise ValueError(
-            f"{num_patches} patches of a picture of {tuple(pixels.shape[1:])} pixels: expected those of a square one, "
-            f"on a square grid, with a class token or without."
-        )
-    identity = torch.eye(side**2, device=pixels.device)
-    # A class token comes first, and has no place.
-    return torch.cat([identity.new_zeros(num_patches - side**2, side**2), identity]).unflatten(1, (side, side))
-
-
-def is_detr(tower: PreTrainedModel) -> bool:
-    return tower.config.model_type == "detr"
-
-
-def cross_attention(tower: PreTrainedModel, pixels: torch.FloatTensor) -> torch.FloatTensor:
-    """Of DETR's last decoder layer, mean over its heads, `(num_queries, rows * columns)`."""
-    tower.set_attn_implementation("eager")  # the others give no weights
-    outputs = tower(pixel_values=pixels[None], output_attentions=True)
-    return outputs.cross_attentions[-1][0].mean(dim=0).float()
+        if problem["images"]:
+            images = [as_rgb(picture) for picture in read_pictures(problem)]
+            yield problem["id"], token_maps(model, processor, stage, problem, images)

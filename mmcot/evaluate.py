@@ -255,7 +255,7 @@ def token_maps_of(
     processor: Any, models: Mapping[str, Any], problems: Dataset, predictions: Predictions
 ) -> Iterator[tuple[str, Any]]:
     """Of the last stage that sees pictures, over the columns that were predicted for it."""
-    from mmcot.attention import token_maps
+    from mmcot.attention import maps_of_problems
     from mmcot.predict import with_columns
 
     seeing = [stage for stage in processor.stages if "images" in stage.reads]
@@ -269,7 +269,9 @@ def token_maps_of(
                 f"--attention: {len(absent)} predictions have no {stage.writes!r}, which the {seeing[-1].name} stage "
                 f"reads: {first_few(absent)}"
             )
-    return token_maps(models[seeing[-1].name], processor, seeing[-1], with_columns(problems, predictions, earlier))
+    return maps_of_problems(
+        models[seeing[-1].name], processor, seeing[-1], with_columns(problems, predictions, earlier)
+    )
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmcot.attention import TokenMaps
 from mmcot.files import read_json
 from mmcot.metrics import CLASSES, checked_answers, percentage, right_by_class
 from mmcot.mistakes import KINDS, sort_mistake
 from mmcot.pictures import read_pictures
 from mmcot.provenance import meta_file
 from mmcot.uncertainty import mean_interval
+from modeling_mmcot.attention_mmcot import TokenMaps
 from modeling_mmcot.pictures_mmcot import as_rgb
 from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
 

@@ -8,6 +8,11 @@ from typing import ClassVar
 from transformers import AutoConfig, PreTrainedConfig, T5Config
 from transformers.configuration_utils import SubConfigSpec
 
+__version__ = "0.1.0"
+
+# Of the files that make a model: rises when code can no longer read what an earlier version wrote, or the other way.
+FORMAT_VERSION = 1
+
 
 class MMCoTConfig(T5Config):
     """
@@ -33,6 +38,8 @@ class MMCoTConfig(T5Config):
             such a problem is not fused at all and is plain T5's.
         stage_adapters (`list[str]`, *optional*):
             Of a base that stages adapt: the subfolders of its repository that hold their adapters.
+        format_version (`int`):
+            Of the model's files. Any other than this code's is refused.
 
     Example:
 
@@ -67,12 +74,20 @@ class MMCoTConfig(T5Config):
     freeze_vision: bool = False
     zeros_for_missing_pictures: bool = False
     stage_adapters: list[str] | None = None
+    format_version: int = FORMAT_VERSION
     # `register_for_auto_class` writes one Auto class per class of ours; these entries stand for all of them.
     auto_map: dict | None = None
     custom_pipelines: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.format_version != FORMAT_VERSION:
+            age = "a newer" if self.format_version > FORMAT_VERSION else "an older"
+            raise ValueError(
+                f"format_version is {self.format_version}: this model was made by {age} mmcot, and this code "
+                f"({__version__}) reads format {FORMAT_VERSION}. Load it with the code that lies beside it "
+                f"(trust_remote_code=True, without code_revision), or use the mmcot that made it."
+            )
         if self.vision_config is not None:
             width = vision_width(self.vision_config)
             if width is None and self.vision_hidden_size is None:

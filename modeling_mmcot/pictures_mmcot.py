@@ -8,6 +8,7 @@ Notable:
 Nothing here knows of text, problems or the model.
 """
 
+import io
 import math
 import os
 
@@ -25,26 +26,35 @@ MAX_STRIP = 8192
 
 
 def as_pictures(entry) -> list[Image.Image]:
-    """The pictures of one problem, given as none, one or a list of PIL images, paths or URLs, as RGB."""
+    """
+    The pictures of one problem, given as none, one or a list of PIL images, paths, URLs or undecoded pictures of
+    `datasets` (`{"bytes": …, "path": …}`), as RGB.
+    """
     if entry is None:
         return []
     entries = entry if isinstance(entry, (list, tuple)) else [entry]
     return [as_rgb(open_picture(picture)) for picture in entries]
 
 
-def open_picture(picture: Image.Image | str | os.PathLike) -> Image.Image:
+def open_picture(picture: Image.Image | str | os.PathLike | dict) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
-    path = os.fspath(picture)
+    if isinstance(picture, dict) and picture.get("bytes"):
+        return decode_picture(io.BytesIO(picture["bytes"]), picture.get("path") or "given as bytes")
+    path = os.fspath(picture["path"] if isinstance(picture, dict) else picture)
     if not os.path.isfile(path):
         return load_image(path)  # a URL or base64, or an error that lists what may be given
+    return decode_picture(path, path)
+
+
+def decode_picture(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             shrink_while_reading(opened)
             opened.load()
             return opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {path} is not a whole image that Pillow reads, or is too large: {error}") from error
+        raise ValueError(f"picture {name} is not a whole image that Pillow reads, or is too large: {error}") from error
 
 
 def surplus(picture: Image.Image) -> int:

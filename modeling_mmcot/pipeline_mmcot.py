@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from transformers import BatchFeature, Pipeline, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
+from .attention_mmcot import TokenMaps, token_maps
 from .captioning_mmcot import Captioner
 from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
@@ -100,12 +102,19 @@ def rows_of_like_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def generate_texts(model: PreTrainedModel, processor: MMCoTProcessor, encoded: dict, **generation) -> list[str]:
-    """By the model's own generation config, but for what is given."""
+def generate_texts(
+    model: PreTrainedModel,
+    processor: MMCoTProcessor,
+    encoded: dict,
+    streamer: BaseStreamer | None = None,
+    **generation,
+) -> list[str]:
+    """By the model's own generation config, but for what is given. A streamer is told by transformers' own decoding."""
     config = copy.deepcopy(model.generation_config)
     config.update(**generation)
     is_greedy = config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
-    tokens = model.generate(**encoded, generation_config=config, custom_generate=greedy_search if is_greedy else None)
+    custom_generate = greedy_search if is_greedy and streamer is None else None
+    tokens = model.generate(**encoded, generation_config=config, custom_generate=custom_generate, streamer=streamer)
     return processor.batch_decode(tokens, skip_special_tokens=True)
 
 
@@ -137,19 +146,26 @@ def run_stages(
     problems: list[dict],
     images: list,
     decode_answer: bool = False,
+    streamer: BaseStreamer | None = None,
 ) -> list[dict]:
     """
-    All stages in order; for each problem the columns that they wrote. Pictures are prepared once, and seen once by each
-    tower: stages whose models have one tower between them share its patches.
+    All stages in order; for each problem the columns that they wrote. What problems hold already is not written again.
+    Pictures are prepared once, and seen once by each tower: stages whose models have one tower between them share its
+    patches.
     """
-    columns: list[dict] = [{} for _ in problems]
+    texts = {stage.writes for stage in processor.stages if not stage.answers}
+    columns: list[dict] = [{name: problem[name] for name in texts & problem.keys()} for problem in problems]
     pixels = {}
     if any("images" in stage.reads for stage in processor.stages):
         pixels = processor.prepare_pictures(images, len(problems))
     patches: dict[int, dict[str, torch.Tensor]] = {}
+    generation = {} if streamer is None else {"streamer": streamer}
     for stage in processor.stages:
+        bare = [number for number, written in enumerate(columns) if stage.writes not in written]
+        if not bare:
+            continue
         model = get_model(stage)
-        rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
+        rows = [{**problems[number], **columns[number]} for number in bare]
         inputs = processor(rows, stage=stage.name)
         if "images" in stage.reads and pixels:
             tower = model.get_encoder().vision_tower
@@ -157,11 +173,11 @@ def run_stages(
             tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
             if id(tower) not in patches:
                 patches[id(tower)] = see(model, pixels)
-            inputs.update(patches[id(tower)])
+            inputs.update({name: tensor[bare] for name, tensor in patches[id(tower)].items()})
         with packed_linears(model):
-            new = write_column(model, processor, stage, rows, inputs, decode_answer)
-        for written, column in zip(columns, new, strict=True):
-            written.update(column)
+            new = write_column(model, processor, stage, rows, inputs, decode_answer, **generation)
+        for number, column in zip(bare, new, strict=True):
+            columns[number].update(column)
     return columns
 
 
@@ -178,9 +194,19 @@ class MultimodalCoTPipeline(Pipeline):
     `pipeline("multimodal-cot", model=REPO, trust_remote_code=True)`: one problem or many -> rationale and answer.
 
     A problem is a dict with `question`, and if it has them `choices` (list of str), `context`, `caption` and `image` (a
-    PIL image, a path, a URL, a list of them, or None). The result is a dict with what each stage wrote (`rationale`),
-    `answer` (the choice's text; without choices the generated one), `answer_index` (-1 without choices) and `scores`
-    (a probability per choice).
+    PIL image, a path, a URL, a list of them, or None; or `images`, as `datasets` keeps them). The result is a dict with
+    what each stage wrote (`rationale`), `answer` (the choice's text; without choices the generated one), `answer_index`
+    (-1 without choices) and `scores` (a probability per choice).
+
+    A list gives a list. A `datasets.Dataset`, a generator or any other iterable gives an iterator, which reads and
+    answers `batch_size` problems at a time: `for result in tqdm(answer(dataset, batch_size=32), total=len(dataset))`.
+
+    A call takes besides:
+
+    - `decode_answer` (`bool`): generate "The answer is (B)." too and read it (the paper's way), as `decoded_answer`;
+    - `given` (`dict[str, str]`): what stands in place of what a stage would write, as `{"rationale": "…"}`. (A
+      problem's own column of that name is not looked at: in a dataset it is the gold one.)
+    - `streamer` (`BaseStreamer`): gets the tokens of one problem's texts as they are generated, and `end()` after each.
 
     Args:
         caption_model (`str`, *optional*): what captions the first picture of a problem that comes without a caption,
@@ -227,8 +253,38 @@ class MultimodalCoTPipeline(Pipeline):
         reads_captions = any("caption" in stage.reads for stage in self.processor.stages)
         self.captioner = Captioner(caption_model, device=self.device) if caption_model and reads_captions else None
 
-    def _sanitize_parameters(self, decode_answer: bool = False):
-        return {}, {"decode_answer": decode_answer}, {}
+    def _sanitize_parameters(
+        self,
+        decode_answer: bool = False,
+        given: dict[str, str] | None = None,
+        streamer: BaseStreamer | None = None,
+    ):
+        known = [stage.writes for stage in self.processor.stages if not stage.answers]
+        if unknown := set(given or {}) - set(known):
+            raise ValueError(f"given is for what a stage writes ({', '.join(known) or 'none here'}); found {unknown}.")
+        return {}, {"decode_answer": decode_answer, "given": given or {}, "streamer": streamer}, {}
+
+    def __call__(self, inputs: dict | Iterable[dict], *args, **kwargs) -> dict | list[dict] | Iterator[dict]:
+        # transformers streams torch's datasets and generators only, and would take any other for one problem.
+        if isinstance(inputs, Iterable) and not isinstance(inputs, (dict, str, list)):
+            inputs = (problem for problem in inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def token_maps(self, problem: dict, stage: str, given: dict[str, str] | None = None) -> TokenMaps:
+        """
+        Where a stage looked on a problem's pictures, by the tokens that it read.
+
+        Args:
+            given (`dict[str, str]`, *optional*): what earlier stages wrote for it.
+
+        Raises:
+            ValueError: the problem has no picture, the stage sees none, or the tower's patches have no known places.
+        """
+        row, images = self.preprocess(problem).values()
+        if not images or "images" not in self.processor.stage(stage).reads:
+            raise ValueError(f"The {stage} stage saw no picture of this problem: there is no map.")
+        problem = {**row, **(given or {})}
+        return token_maps(self.models[stage], self.processor, self.processor.stage(stage), problem, images)
 
     def preprocess(self, problem: dict) -> dict:
         if not isinstance(problem, dict) or not isinstance(problem.get("question"), str):
@@ -237,7 +293,7 @@ class MultimodalCoTPipeline(Pipeline):
         if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"`choices` of a problem is a list of str; found {choices!r}.")
         texts = {name: problem.get(name) or "" for name in ("question", "context", "caption")}
-        images = as_pictures(problem.get("image"))
+        images = as_pictures(problem.get("image", problem.get("images")))
         if len(images) > self.model.config.max_images:
             raise ValueError(
                 f"`image` of a problem holds {len(images)} pictures; this model takes at most "
@@ -245,15 +301,18 @@ class MultimodalCoTPipeline(Pipeline):
             )
         return {"problem": {**texts, "choices": list(choices)}, "images": images}
 
-    def _forward(self, rows: list[dict], decode_answer: bool = False) -> list[dict]:
+    def _forward(
+        self, rows: list[dict], decode_answer: bool, given: dict[str, str], streamer: BaseStreamer | None
+    ) -> list[dict]:
         self.add_captions(rows)
-        problems = [row["problem"] for row in rows]
+        problems = [{**row["problem"], **given} for row in rows]
         columns = run_stages(
             lambda stage: self.models[stage.name],
             self.processor,
             problems,
             [row["images"] for row in rows],
             decode_answer,
+            streamer,
         )
         return [{"choices": problem["choices"], **written} for problem, written in zip(problems, columns, strict=True)]
 

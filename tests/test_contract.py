@@ -5,10 +5,12 @@ What is particular to this model is in test_modeling.py.
 
 import copy
 import inspect
+import json
 import pickle
 
 import pytest
 import torch
+from conftest import tiny_model
 from transformers import AutoModel, AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -333,3 +335,13 @@ def test_a_fully_masked_picture_is_none_and_an_all_padding_row_gives_no_nan(buil
 def test_forward_takes_every_argument_of_t5s(build):
     theirs = inspect.signature(T5ForConditionalGeneration.forward).parameters
     assert set(theirs) <= set(inspect.signature(type(build()).forward).parameters)
+
+
+@pytest.mark.parametrize(("version", "age"), [(0, "an older"), (2, "a newer")])
+def test_a_model_of_another_format_is_refused_by_name(version, age, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format_version"] == 1, "a model says what it is"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "format_version": version}))
+    with pytest.raises(ValueError, match=f"format_version is {version}: this model was made by {age} mmcot"):
+        MMCoTForConditionalGeneration.from_pretrained(tmp_path)

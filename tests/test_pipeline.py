@@ -1,13 +1,16 @@
 """The stages in one process: what they share is computed once, and sharing changes nothing."""
 
+import io
+
+import datasets
 import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import PreTrainedTokenizerFast, TextStreamer, ViTImageProcessor
 
-from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.pipeline_mmcot import choose_answers, encode, rows_of_like_lengths, run_stages
 from modeling_mmcot.stages_mmcot import share_tower
 
@@ -103,3 +106,90 @@ def test_choices_over_unlike_sources_score_as_each_alone_and_no_padding_is_read(
         (alone,) = scores([problem])
         assert columns["answer"] == alone["answer"]
         torch.testing.assert_close(columns["scores"], alone["scores"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def answer(processor, monkeypatch):
+    """The pipeline, with both stages' models in memory."""
+    stages = {"rationale": tiny_model(1, initializer_factor=3.0), "answer": tiny_model(2, initializer_factor=3.0)}
+    monkeypatch.setattr("modeling_mmcot.pipeline_mmcot.load_stages", lambda *_: stages)
+    return MultimodalCoTPipeline(model=stages["answer"], processor=processor)
+
+
+RED = {"question": "w5 w6 w7", "choices": ["w8", "w9 w10"], "image": Image.new("RGB", (50, 40), "red")}
+
+
+def test_what_is_given_stands_in_place_of_what_a_stage_writes(answer):
+    free = answer(RED)
+    assert answer(RED, given={"rationale": free["rationale"]}) == free
+    assert answer({**RED, "rationale": "w20"}) == free, "a column of the problem may be the gold one"
+    edited, empty = (answer(RED, given={"rationale": text}) for text in ("w20 w21 w22", ""))
+    assert (edited["rationale"], empty["rationale"]) == ("w20 w21 w22", "")
+    assert free["scores"] != edited["scores"] != empty["scores"]
+    with pytest.raises(ValueError, match="what a stage writes .rationale.; found {'solution'}"):
+        answer(RED, given={"solution": "w20"})
+
+
+class Heard(TextStreamer):
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.texts = [[]]
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.texts[-1].append(text)
+        if stream_end:
+            self.texts.append([])
+
+
+def test_a_streamer_hears_each_text_as_it_is_written(answer, processor):
+    heard = Heard(processor.tokenizer)
+    assert answer(RED, streamer=heard) == answer(RED)
+    rationale, nothing_more = heard.texts
+    assert len(rationale) > 2 and "".join(rationale).strip() == answer(RED)["rationale"] and not nothing_more
+    heard = Heard(processor.tokenizer)
+    open_ended = answer({**RED, "choices": []}, streamer=heard)
+    assert ["".join(text).strip() for text in heard.texts] == [open_ended["rationale"], open_ended["answer"], ""]
+
+
+def test_many_problems_are_read_as_they_are_answered(answer):
+    rows = [{**RED, "question": f"w{number}"} for number in range(3, 10)]
+    expected = answer(rows)
+    read = []
+    results = answer((read.append(row) or row for row in rows), batch_size=2)
+    assert next(results) == expected[0] and len(read) <= 3  # transformers looks at the first before all
+    assert [expected[0], *results] == expected
+
+
+def test_a_dataset_is_answered_row_by_row_its_pictures_decoded_or_not(answer):
+    file = io.BytesIO()
+    RED["image"].save(file, "PNG")
+    rows = [
+        {
+            "question": f"w{number}",
+            "choices": RED["choices"],
+            "images": [{"bytes": file.getvalue(), "path": None}] * has,
+        }
+        for number, has in ((3, 1), (4, 0), (5, 1))
+    ]
+    plain = [{**row, "image": RED["image"] if row["images"] else None} for row in rows]
+    expected = answer(plain, batch_size=2)
+    assert expected != answer([{**row, "image": None} for row in plain], batch_size=2)
+    for decode in (False, True):
+        features = datasets.Features(
+            {
+                "question": datasets.Value("string"),
+                "choices": datasets.List(datasets.Value("string")),
+                "images": datasets.List(datasets.Image(decode=decode)),
+            }
+        )
+        dataset = datasets.Dataset.from_list(rows, features=features)
+        for source in (dataset, dataset.to_iterable_dataset()):
+            assert list(answer(source, batch_size=2)) == expected
+
+
+def test_maps_of_where_a_stage_looked(answer):
+    found = answer.token_maps(RED, "answer", {"rationale": "w20 w21"})
+    assert found.tokens[:3] == ["w5", "w6", "w7"] and {"w20", "w21"} <= set(found.tokens)
+    assert [maps.shape for maps in found.maps] == [(len(found.tokens), 2, 2)]
+    with pytest.raises(ValueError, match="saw no picture"):
+        answer.token_maps({**RED, "image": None}, "answer", {"rationale": ""})

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, DetrConfig
 from trl import ModelConfig
 
 from mmcot.adapters import adapt
-from mmcot.attention import places, token_maps
+from mmcot.attention import maps_of_problems
 from mmcot.evaluate import main
 from mmcot.files import read_json, write_json
 from mmcot.mistakes import KINDS
@@ -24,6 +24,7 @@ from mmcot.predict import load_system
 from mmcot.predict import main as predict
 from mmcot.problems import FEATURES, load_problems, with_column
 from mmcot.report import FULL, bars, origin_of
+from modeling_mmcot.attention_mmcot import places
 
 CHROMIUM = shutil.which("chromium")
 
@@ -119,7 +120,7 @@ def test_of_two_pictures_of_unlike_sizes_each_has_its_own_map(detr, tiny_run, ti
     problem = (
         seeing_problem(tiny_dataset).remove_columns("images").add_column("images", images, feature=FEATURES["images"])
     )
-    ((_, found),) = token_maps(model.eval(), processor, processor.stages[1], problem)
+    ((_, found),) = maps_of_problems(model.eval(), processor, processor.stages[1], problem)
     shapes = [maps.shape[1:] for maps in found.maps]
     assert shapes[0][1] > shapes[0][0] and shapes[1][0] > shapes[1][1]
     sums = sum(maps.sum(dim=(1, 2)) for maps in found.maps)
@@ -130,11 +131,11 @@ def test_maps_of_a_prompted_stage_are_those_of_what_it_reads(tiny_run, tiny_data
     """The source's tokens look elsewhere when virtual tokens stand before them; those have no map."""
     processor, models = load_system(str(tiny_run))
     model, problem, stage = models["answer"], seeing_problem(tiny_dataset), processor.stages[1]
-    ((_, plain),) = token_maps(model, processor, stage, problem)
+    ((_, plain),) = maps_of_problems(model, processor, stage, problem)
     adapted = adapt(model, ModelConfig(use_peft=True), peft_type="PROMPT_TUNING", num_virtual_tokens=4).eval()
     with torch.no_grad():
         adapted.prompt_encoder["default"].embedding.weight.mul_(20)
-    ((_, found),) = token_maps(model, processor, stage, problem)
+    ((_, found),) = maps_of_problems(model, processor, stage, problem)
     assert found.tokens == plain.tokens and found.maps[0].shape == plain.maps[0].shape
     assert not torch.allclose(found.maps[0], plain.maps[0], atol=1e-4)
     images = [[picture["path"] for picture in problem[0]["images"]]]
