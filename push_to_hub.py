@@ -1,30 +1,60 @@
-"""Upload a finished run to the Hub, in one commit.
+"""Publish a finished run on the Hub: built, checked, shown, uploaded in one commit, downloaded again and compared.
 
-python push_to_hub.py runs/demo --repo_id USER/NAME [--private] [--dry_run]
+python push_to_hub.py runs/demo --repo_id USER/NAME [--private] [--dry_run] [--space USER/SPACE]
 """
 
 import argparse
-import sys
+from pathlib import Path
 
-from mmcot.hub import files_to_upload, upload
+from mmcot.card import Publication
+from mmcot.publishing import HUB_ERRORS, Repository, advice, publish_run
+from mmcot.space import publish_space
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", help="a finished run's folder")
+    parser.add_argument("run_dir", nargs="?", type=Path, help="a finished run's folder; none to publish a Space alone")
     parser.add_argument("--repo_id", required=True, help="USER/NAME on the Hub")
-    parser.add_argument("--private", action="store_true", help="make the repository private, if it is created")
-    parser.add_argument("--dry_run", action="store_true", help="only list what would go up")
-    arguments = parser.parse_args()
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made")
+    parser.add_argument("--dry_run", action="store_true", help="all but the upload")
+    parser.add_argument("--revision", default="main", help="the branch to commit to; made where it is not there")
+    parser.add_argument("--base_model", metavar="ID", help="of the text model, where the recipe names it by a path")
+    parser.add_argument("--license", metavar="ID", help="of the weights, where that of their dataset is not known")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--adapters", action="store_true", help="stages as adapters of one base, as they were trained")
+    form.add_argument("--merge", action="store_true", help="stages that are adapters as whole models")
+    parser.add_argument("--allow_unscored", action="store_true", help='without scores; the card says "not evaluated"')
+    parser.add_argument("--overwrite", action="store_true", help="a repository whose content this tool did not make")
+    parser.add_argument("--space", metavar="USER/NAME", help="publish a Space that answers with the model, too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.run_dir is None and arguments.space is None:
+        parser.error("name a finished run's folder, or a --space for a model that is published already")
+    repository = Repository(arguments.repo_id, revision=arguments.revision, private=arguments.private)
     try:
-        for file, size in files_to_upload(arguments.run_dir):
-            print(f"{size:>12,}  {file}")
-        if arguments.dry_run:
-            print(f"Dry run: nothing was uploaded to {arguments.repo_id}.")
-        else:
-            print(upload(arguments.run_dir, arguments.repo_id, arguments.private))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        if arguments.run_dir is not None:
+            is_adapted = (arguments.run_dir / "base").is_dir()
+            if (arguments.adapters or arguments.merge) and not is_adapted:
+                raise ValueError(f"{arguments.run_dir}: its stages are no adapters; leave --adapters and --merge out.")
+            publication = Publication(arguments.repo_id, arguments.base_model, arguments.license, arguments.merge)
+            how = (arguments.allow_unscored, arguments.overwrite, arguments.dry_run)
+            commit = publish_run(arguments.run_dir, repository, publication, *how)
+            if commit is not None:
+                print(f"{arguments.repo_id} at {commit}: loads, and answers as {arguments.run_dir} does.")
+        if arguments.space is not None:
+            repository = Repository(arguments.space, "space", private=arguments.private)
+            how = (arguments.overwrite, arguments.dry_run)
+            commit = publish_space(repository, arguments.repo_id, arguments.revision, *how)
+            if commit is not None:
+                print(f"Space {arguments.space} at {commit}.")
+    except HUB_ERRORS as error:
+        raise SystemExit(f"error: {advice(error, repository)}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

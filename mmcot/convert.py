@@ -109,7 +109,13 @@ def convert(
             model.generation_config.update(max_new_tokens=stage.max_target_length)
             model.save_pretrained(Path(temporary) / stage.name)
         saved = {stage.name: Path(temporary) / stage.name for stage in stages}
-        write_hub_folder(Path(temporary) / "hub", processor, saved, CARD.format(source=source)).rename(out_dir)
+        card = CARD.format(source=source)
+        write_hub_folder(
+            Path(temporary) / "hub",
+            processor,
+            saved,
+            lambda hub_folder: (hub_folder / "README.md").write_text(card, encoding="utf-8"),
+        ).rename(out_dir)
     return report
 
 

@@ -26,6 +26,7 @@ from mmcot.files import read_json, write_json
 from mmcot.leaks import suspicion, warnings_of
 from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score
 from mmcot.problems import SOURCES, SPLITS, first_few, join_captions, load_problems, require_answers
+from mmcot.provenance import scored_weights
 from mmcot.results import scores_of
 from mmcot.subsets import add_selection, select
 from mmcot.tables import format_comparison, format_leaderboard, format_spread, format_table
@@ -186,7 +187,7 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
         fitting(read_predictions(file), problems, arguments.allow_missing, arguments)
         for file in (arguments.file, *others)
     )
-    scores = score(problems, first)
+    scores = score(problems, first) | scored_weights(Path(arguments.file))
     if arguments.similarity is not None:
         from mmcot.similarity import similarity
 

@@ -25,6 +25,7 @@ from mmcot.files import write_json
 from mmcot.metrics import percentage
 from mmcot.predict import load_inputs, load_system, predict, predict_stage
 from mmcot.problems import FEATURES, SOURCES, SPLITS, require_answers
+from mmcot.provenance import weights_of
 from mmcot.subsets import add_selection
 from mmcot.uncertainty import mcnemar, mean_interval
 from modeling_mmcot import MMCoTProcessor
@@ -200,7 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     results = probe(processor, models, problems, arguments.batch_size, store)
     if PartialState().is_main_process:
         if arguments.output is not None:
-            write_json(Path(arguments.output), results)
+            weights = weights_of(arguments.model, processor)
+            origin = {"dataset": arguments.dataset, "split": arguments.split, "weights": weights}
+            write_json(Path(arguments.output), {**origin, "probes": results})
         print(format_probes(results))
 
 

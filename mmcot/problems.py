@@ -87,6 +87,16 @@ def load_problems(source: str, split: str, max_images: int | None = None, pictur
     return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
 
 
+def known_as(source: str) -> str | None:
+    """By what name the field knows what a source holds: `demonstration`, `ScienceQA` or `A-OKVQA`; None of own rows."""
+    path = Path(source)
+    if source == "demo" or source.startswith("demo:"):
+        return "demonstration"
+    if is_hub_dataset(source) or (path / "pid_splits.json").is_file():
+        return "ScienceQA"
+    return "A-OKVQA" if path.is_dir() and any(path.glob("aokvqa_*.json")) else None
+
+
 def demo_problems(source: str, split: str) -> datasets.Dataset:
     from mmcot import demo
 

@@ -5,6 +5,8 @@ Figures go through the Trainer's own log, and so to TensorBoard or whatever `rep
 is trained.
 """
 
+import os
+import platform
 import time
 from pathlib import Path
 
@@ -187,3 +189,10 @@ def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:
         axes.set(title=title, xlabel="step")
         axes.legend()
     figure.savefig(file)
+
+
+def hardware() -> str:
+    """What a process trains on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"

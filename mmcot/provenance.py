@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mmcot.feature_store import FeatureStore
 from mmcot.features import commit_of
+from mmcot.files import read_json
 from mmcot.pictures import ContentKeys
 from modeling_mmcot import MMCoTProcessor
 
@@ -45,6 +46,7 @@ def provenance(
     return {
         "model": str(folder.resolve()) if folder.is_dir() else model,
         "revision": folders_digest(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
+        "weights": weights_of(model, processor),
         "dataset_fingerprint": problems_digest(problems),
         "n": len(problems),
         "max_images": min(models[stage.name].config.max_images for stage in processor.stages),
@@ -53,6 +55,25 @@ def provenance(
         "decoding": {stage.name: models[stage.name].generation_config.to_diff_dict() for stage in processor.stages},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
+
+
+def weights_of(model: str, processor: MMCoTProcessor) -> dict[str, str] | None:
+    """Of each stage's model in a run or a folder; None of a repository, which says its commit."""
+    folder = Path(model)
+    return {stage.name: stage_weights(folder, stage.name) for stage in processor.stages} if folder.is_dir() else None
+
+
+def stage_weights(folder: Path, stage: str) -> str:
+    """Of a stage in a run's folder or one in the Hub's layout, with those of the base where it is an adapter."""
+    own = folder / stage if (folder / stage).is_dir() else folder
+    base = folder / "base" if (folder / "base").is_dir() else folder
+    return folders_digest([base, own] if (own / "adapter_config.json").is_file() else [own], WEIGHTS)
+
+
+def scored_weights(predictions_file: Path) -> dict[str, dict[str, str]]:
+    """`{"weights": …}` of what made a file of predictions, as far as it is said beside it."""
+    meta = read_json(meta_file(predictions_file)) if meta_file(predictions_file).is_file() else {}
+    return {"weights": meta["weights"]} if meta.get("weights") else {}
 
 
 def folders_digest(folders: Iterable[Path], patterns: Sequence[str]) -> str:

@@ -19,7 +19,6 @@ from typing import Any
 
 import jinja2
 import matplotlib
-import yaml
 from datasets import Dataset
 from matplotlib.figure import Figure
 from PIL import Image
@@ -111,18 +110,10 @@ class Origin:
 
 
 def origin_of(predictions_file: Path) -> Origin:
-    """From what `mmcot.predict` wrote beside it, or from the run that it lies in."""
-    run = predictions_file.absolute().parent.parent
+    """From what `mmcot.predict` or the run wrote beside it."""
     if meta_file(predictions_file).is_file():
         meta = read_json(meta_file(predictions_file))
         return Origin([Stage(**stage) for stage in meta["stages"]], meta["max_images"], meta["captions"])
-    if (run / "hub" / "processor_config.json").is_file() and (run / "recipe.yaml").is_file():
-        stages = read_json(run / "hub" / "processor_config.json")["stages"]
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        # Of problems whose pictures no stage sees, a run takes as many as there are.
-        sees = any("images" in stage["reads"] for stage in stages)
-        max_images = recipe.get("max_images", 1) if sees else None
-        return Origin([Stage(**stage) for stage in stages], max_images, recipe.get("captions"))
     return Origin()
 
 

@@ -8,13 +8,12 @@ its last whole checkpoint. What is checked before stands in `preparation.py`, wh
 
 import copy
 import gc
-import hashlib
-import json
 import logging
 import random
 import signal
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from accelerate import PartialState
@@ -32,13 +31,13 @@ from mmcot.evaluate import format_table, reported_scores
 from mmcot.examples import lengths_of, tokenized
 from mmcot.files import write_json
 from mmcot.hub import BASE, export
-from mmcot.journal import Journal, remove_partial_files
+from mmcot.journal import remove_partial_files
 from mmcot.metrics import score
-from mmcot.predict import log_shortened, predict_stage
+from mmcot.predict import log_shortened
 from mmcot.preparation import Run, prepare
 from mmcot.problems import is_answered
-from mmcot.progress import ValidationReport, plot_curves
-from mmcot.provenance import WEIGHTS, folders_digest, problems_digest
+from mmcot.progress import ValidationReport, hardware, plot_curves
+from mmcot.provenance import scored_weights
 from mmcot.recipes import Recipe, parse_recipe
 from mmcot.stage_inputs import (
     CROSS_FITTED,
@@ -50,6 +49,7 @@ from mmcot.stage_inputs import (
     with_gold_columns,
     with_written_columns,
 )
+from mmcot.stage_outputs import being_written, is_written, predict_split
 from mmcot.streaming import stream_examples, streamed_pictures
 from mmcot.trainer import NamedCollator, SameSteps, StageTrainer, Termination, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
@@ -79,8 +79,12 @@ def run(prepared: Run) -> None:
         for split in ("val", "test"):
             if is_answered(prepared.problems[split]):
                 scores = score(prepared.problems[split], read_predictions(folder, split))
+                scores |= scored_weights(predictions_file(folder, split))
                 write_json(folder / "scores" / f"{split}.json", scores)
-        export(folder, prepared.processor)
+        try:
+            export(folder, prepared.processor)
+        except ValueError as error:  # scores of an earlier training
+            raise RunStopped(str(error)) from error
     PartialState().wait_for_everyone()
 
 
@@ -184,7 +188,8 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     save_trained(trainer, recipe, stage_folder)
     if trainer.is_world_process_zero():
         history = trainer.state.log_history[:-1]  # without the summary, which is in the metrics
-        summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "log_history": history}
+        summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "hardware": hardware()}
+        summary |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "log_history": history}
         write_json(stage_folder / FINISHED, summary)
         plot_curves(history, stage_folder / "curves.png")
     PartialState().wait_for_everyone()
@@ -338,54 +343,6 @@ def training_arguments(
 def by_length(examples: Dataset) -> Dataset:
     """The same examples, neighbours of like lengths, so that batches of a fixed size hold little padding."""
     return examples.select(by_both_lengths(lengths_of(examples)))
-
-
-def is_written(prepared: Run, stage: Stage, split: str) -> bool:
-    predictions = read_predictions(prepared.folder, split)
-    return all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
-
-
-def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
-    """The stage's column for a split, into its predictions file, unless it is there."""
-    if is_written(prepared, stage, split):
-        return
-    recipe, problems = prepared.recipe, prepared.problems[split]
-    predictions = read_predictions(prepared.folder, split)
-    journal = journal_of(prepared, stage, split, predictions)
-    predict_stage(
-        model,
-        prepared.processor,
-        stage,
-        problems,
-        predictions,
-        batch_size=recipe.training_arguments.per_device_eval_batch_size,
-        decode_answer=recipe.arguments.decode_answer,
-        pictures=prepared.pictures,
-        num_workers=recipe.training_arguments.dataloader_num_workers,
-        journal=journal,
-    )
-    if PartialState().is_main_process:
-        write_json(predictions_file(prepared.folder, split), predictions)
-    journal.remove()
-    PartialState().wait_for_everyone()
-
-
-def being_written(prepared: Run, stage: Stage, split: str) -> Path:
-    """Beside what the journal of a stage lies while it writes."""
-    return prepared.folder / "predictions" / f"{split}.{stage.name}"
-
-
-def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
-    """So that a call that is killed while a stage writes goes on with the batch that it was at."""
-    settings = {
-        "weights": folders_digest([prepared.folder / stage.name], WEIGHTS),
-        "problems": problems_digest(prepared.problems[split]),
-        "given": hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest(),
-    }
-    try:
-        return Journal(being_written(prepared, stage, split), settings)
-    except ValueError as error:
-        raise RunStopped(str(error)) from error
 
 
 def describe_result(prepared: Run) -> str:

@@ -172,7 +172,10 @@ class MMCoTProcessor(ProcessorMixin):
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        # A tokenizer keeps how it last padded and cut texts, which would be saved: one processor, two sets of files.
+        # A tokenizer keeps how it last padded and cut texts and where it was loaded from, which would be saved: one
+        # processor, several sets of files.
+        for name in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(name, None)
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.backend_tokenizer.no_truncation()
         return super().save_pretrained(save_directory, **kwargs)

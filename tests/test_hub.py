@@ -1,12 +1,11 @@
-"""What is published, used by a process that knows nothing of this repository, and the script that uploads it."""
+"""What is exported, used by a process that knows nothing of this repository. Publishing: test_publishing.py."""
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import as_a_stranger, run_script, tiny_model
+from conftest import as_a_stranger, tiny_model
 
 from mmcot.hub import shipped_code
 from modeling_mmcot import MMCoTProcessor
@@ -179,34 +178,3 @@ def test_a_pipeline_loads_every_stage_at_its_own_revision(elsewhere):
         second,
     )
     assert sums[0] == 0 and sums[1] > 0 and sums[2] == 0
-
-
-def test_the_card_tells_scores_and_recipe(tiny_run):
-    card = (tiny_run / "hub" / "README.md").read_text()
-    scores = json.loads((tiny_run / "scores/test.json").read_text())
-    assert f"{scores['accuracy']['Avg']:.2f}" in card and (tiny_run / "recipe.yaml").read_text() in card
-    assert card.startswith("---\n")
-    assert "| Avg | \n|---|" in card, "the table's head and rule stand on adjacent lines"
-
-
-def test_a_dry_run_lists_what_would_go_up(tiny_run):
-    result = run_script("push_to_hub.py", tiny_run, "--repo_id", "user/model", "--dry_run")
-    listed = [line.split()[-1] for line in result.stdout.splitlines()[:-1]]
-    assert sorted(listed) == sorted(
-        file.relative_to(tiny_run / "hub").as_posix() for file in (tiny_run / "hub").rglob("*") if file.is_file()
-    )
-    assert "rationale/model.safetensors" in listed and "nothing was uploaded" in result.stdout
-
-
-def test_an_unfinished_run_is_not_uploaded(tmp_path):
-    (tmp_path / "run").mkdir()
-    result = run_script("push_to_hub.py", tmp_path / "run", "--repo_id", "user/model", "--dry_run", check=False)
-    assert result.returncode == 1 and "not a finished run" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_shipped_files_import_nothing_of_ours_but_each_other():
-    for file in shipped_code():
-        for line in file.read_text().splitlines():
-            if line.startswith(("import ", "from ")) and not line.startswith("from ."):
-                root = line.split()[1].split(".")[0]
-                assert root in sys.stdlib_module_names | {"torch", "transformers", "PIL", "jinja2"}, (file.name, line)

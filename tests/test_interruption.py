@@ -73,9 +73,8 @@ def test_sigterm_saves_ends_with_143_and_says_how_to_go_on(tiny_run, tiny_datase
     assert is_as_if_uninterrupted(folder, tiny_run)
 
 
-@pytest.mark.parametrize(
-    "damage", ["changed", *(pytest.param(what, marks=pytest.mark.slow) for what in ("missing", "list"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["changed", "missing", "list"])
 def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(unfinished_run, tiny_run, tiny_dataset, damage):
     newest = unfinished_run / "answer" / "checkpoint-24"
     file = newest / ("files.json" if damage == "list" else "optimizer.pt")
@@ -91,6 +90,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(unfinishe
     assert is_as_if_uninterrupted(unfinished_run, tiny_run)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones_whole(unfinished_run, tiny_run, tiny_dataset):
     """A limit on the size of files stands for a full disk: the optimizer's state is over it, the weights are not."""
     stage = unfinished_run / "answer"

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from mmcot import probes as probing
+from mmcot.files import read_json
 from mmcot.predict import load_system
 from mmcot.probes import main, of_another, others, probe, with_permuted_choices
 from mmcot.problems import load_problems
@@ -107,4 +108,5 @@ def test_the_command_prints_the_table(tiny_run, tiny_dataset, tmp_path, capsys):
     printed = capsys.readouterr().out
     for name in (*probing.RATIONALES, "picture dropped", "another problem's picture", "choices permuted"):
         assert name in printed
-    assert output.is_file()
+    scores = read_json(tiny_run / "scores" / "test.json")
+    assert read_json(output)["weights"] == scores["weights"], "by which a card knows that they are of its model"

@@ -23,6 +23,7 @@ from mmcot.mistakes import KINDS
 from mmcot.predict import load_system
 from mmcot.predict import main as predict
 from mmcot.problems import FEATURES, load_problems, with_column
+from mmcot.provenance import stage_weights
 from mmcot.report import FULL, bars, origin_of
 from modeling_mmcot.attention_mmcot import places
 
@@ -204,17 +205,12 @@ def test_the_page_shows_what_was_predicted_from(tiny_run, tiny_dataset, tmp_path
     assert origin_of(tmp_path / "p.json").max_images == 1
 
 
-@pytest.mark.parametrize(("reads", "said", "expected"), [(["images"], {}, 1), (["images"], {"max_images": 3}, 3)])
-def test_how_many_pictures_a_run_took_stands_in_its_recipe(tmp_path, reads, said, expected):
-    (tmp_path / "hub").mkdir()
-    stage = {"name": "answer", "reads": ["question", *reads], "writes": "answer_text", "source": "", "target": ""}
-    write_json(tmp_path / "hub" / "processor_config.json", {"stages": [stage]})
-    (tmp_path / "recipe.yaml").write_text(json.dumps(said))
-    assert origin_of(tmp_path / "predictions" / "test.json").max_images == expected
-    stage["reads"].remove("images")
-    write_json(tmp_path / "hub" / "processor_config.json", {"stages": [stage]})
-    (tmp_path / "recipe.yaml").write_text(json.dumps({"max_images": 0}))
-    assert origin_of(tmp_path / "predictions" / "test.json").max_images is None, "nobody looked how many there are"
+def test_a_run_says_beside_its_predictions_what_made_them(tiny_run):
+    origin = origin_of(tiny_run / "predictions" / "test.json")
+    assert [stage.name for stage in origin.stages] == ["rationale", "answer"] and origin.max_images == 1
+    scores = read_json(tiny_run / "scores" / "test.json")
+    for folder in (tiny_run, tiny_run / "hub"):
+        assert scores["weights"] == {name: stage_weights(folder, name) for name in ("rationale", "answer")}
 
 
 def test_a_page_without_the_pictures_files_says_so(tiny_run, tiny_dataset, tmp_path, caplog):

@@ -6,14 +6,13 @@ import shutil
 
 import pytest
 import yaml
-from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, parse_eval_result_entries
+from huggingface_hub import EvalResultEntry, ModelCardData, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from mmcot.evaluate import main
 from mmcot.files import read_json, write_json
 from mmcot.metrics import score
-from mmcot.results import eval_entries, model_index, write_eval_results
-from mmcot.results import main as publish
+from mmcot.results import eval_entries, eval_results, write_eval_results
 
 
 def scores(right, count=4, **columns):
@@ -47,32 +46,14 @@ def test_results_for_the_hub_are_read_by_its_own_parser(tmp_path):
 
 
 def test_the_model_index_is_read_by_the_librarys_own_parser():
-    index = model_index(scores(3), "mine", "derek-thomas/ScienceQA", "test", revision="a" * 40)
-    name, results = model_index_to_eval_results(index)
+    results = eval_results(scores(3), "derek-thomas/ScienceQA", "test")
+    index = ModelCardData(model_name="mine", eval_results=results).to_dict()["model-index"]
+    name, parsed = model_index_to_eval_results(index)
     assert name == "mine"
-    found = {result.metric_name: result.metric_value for result in results}
+    found = {result.metric_name: result.metric_value for result in parsed}
     assert found["accuracy, natural science"] == found["accuracy, Avg"] == 75 and found["rougeL"] == 100
     assert "accuracy, social science" not in found
-    assert {(result.dataset_split, result.dataset_revision) for result in results} == {("test", "a" * 40)}
-    card = ModelCardData(model_name="mine", eval_results=results)
-    assert card.to_dict()["model-index"] == index
-
-
-def test_scores_are_put_into_a_folder_that_goes_to_the_hub(files, tmp_path, capsys):
-    folder = tmp_path / "mine" / "hub"
-    folder.mkdir(parents=True)
-    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# Mine\n\nText.\n")
-    publish([files[1], str(folder), "--dataset_id", "derek-thomas/ScienceQA", "--date", "2026-11-25"])
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "transformers" and card.text.strip() == "# Mine\n\nText."
-    accuracy = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert card.data.model_name == "mine" and accuracy["accuracy, Avg"] == 75
-    (file,) = (folder / ".eval_results").iterdir()
-    assert parse_eval_result_entries(yaml.safe_load(file.read_text()))[0].value == 75
-    main(["--leaderboard", str(folder)])
-    assert "75.00" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="has no README.md"):
-        publish([files[1], str(tmp_path), "--dataset_id", "derek-thomas/ScienceQA"])
+    assert {result.dataset_split for result in parsed} == {"test"}
 
 
 @pytest.fixture

@@ -1,0 +1,89 @@
+"""What a trained stage writes for a split of a run's problems: its column in the predictions file, and what wrote it.
+
+How a stage predicts stands in `predict.py`, what later stages are trained on in `stage_inputs.py`.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import PartialState
+
+from mmcot.checkpoints import RunStopped
+from mmcot.files import read_json, write_json
+from mmcot.journal import Journal
+from mmcot.predict import predict_stage
+from mmcot.preparation import Run
+from mmcot.problems import known_as
+from mmcot.provenance import WEIGHTS, folders_digest, meta_file, problems_digest, stage_weights
+from mmcot.stage_inputs import predictions_file, read_predictions
+from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot.processing_mmcot import Stage
+
+
+def is_written(prepared: Run, stage: Stage, split: str) -> bool:
+    predictions = read_predictions(prepared.folder, split)
+    return all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
+
+
+def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
+    """The stage's column for a split, into its predictions file, unless it is there."""
+    if is_written(prepared, stage, split):
+        return
+    recipe, problems = prepared.recipe, prepared.problems[split]
+    predictions = read_predictions(prepared.folder, split)
+    journal = journal_of(prepared, stage, split, predictions)
+    predict_stage(
+        model,
+        prepared.processor,
+        stage,
+        problems,
+        predictions,
+        batch_size=recipe.training_arguments.per_device_eval_batch_size,
+        decode_answer=recipe.arguments.decode_answer,
+        pictures=prepared.pictures,
+        num_workers=recipe.training_arguments.dataloader_num_workers,
+        journal=journal,
+    )
+    if PartialState().is_main_process:
+        tell_origin(prepared, stage, split)
+        write_json(predictions_file(prepared.folder, split), predictions)
+    journal.remove()
+    PartialState().wait_for_everyone()
+
+
+def tell_origin(prepared: Run, stage: Stage, split: str) -> None:
+    """Beside a split's predictions, what they are made by: before they are written, so that none lies without it."""
+    file = meta_file(predictions_file(prepared.folder, split))
+    earlier = read_json(file).get("weights", {}) if file.is_file() else {}
+    arguments = prepared.recipe.arguments
+    sees = any("images" in stage.reads for stage in prepared.stages)
+    weights = {**earlier, stage.name: stage_weights(prepared.folder, stage.name)}
+    meta = {
+        "dataset": arguments.dataset,
+        "dataset_known_as": known_as(arguments.dataset),
+        "captions": arguments.captions,
+        "max_images": arguments.max_images if sees else None,
+        "stages": [asdict(stage) for stage in prepared.stages],
+        "weights": weights,
+    }
+    write_json(file, meta)
+
+
+def being_written(prepared: Run, stage: Stage, split: str) -> Path:
+    """Beside what the journal of a stage lies while it writes."""
+    return prepared.folder / "predictions" / f"{split}.{stage.name}"
+
+
+def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
+    """So that a call that is killed while a stage writes goes on with the batch that it was at."""
+    settings = {
+        "weights": folders_digest([prepared.folder / stage.name], WEIGHTS),
+        "problems": problems_digest(prepared.problems[split]),
+        "given": hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest(),
+    }
+    try:
+        return Journal(being_written(prepared, stage, split), settings)
+    except ValueError as error:
+        raise RunStopped(str(error)) from error

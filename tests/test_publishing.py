@@ -1,0 +1,530 @@
+"""A run published to a Hub on loopback, by the script as a user runs it, and loaded from there by strangers.
+
+What the Hub does, and how it can fail, is `loopback_hub.py`'s.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY_RECIPE, run_script
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from loopback_hub import LoopbackHub, client_environment
+from safetensors.torch import load_file, save_file
+
+from mmcot.files import read_json, write_json
+from mmcot.hub import shipped_code
+from mmcot.publishing import check_model_folder
+from push_to_hub import main
+
+# `push_to_hub.py` many times in one process, which has to import torch once: a list of arguments a line.
+PUSHES = """
+import contextlib, io, json, sys
+import push_to_hub
+for line in sys.stdin:
+    printed, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(printed):
+        try:
+            push_to_hub.main(json.loads(line))
+        except SystemExit as error:
+            status = error.code
+        except Exception as error:
+            status = f"Traceback: {error!r}"
+    print(json.dumps([printed.getvalue(), status]), flush=True)
+"""
+
+
+class Client:
+    """A user's machine, whose token may write to `ada`'s repositories."""
+
+    def __init__(self, hub, home, token):
+        self.environment = client_environment(hub, home, token)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PUSHES],
+            cwd=REPOSITORY,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def push(self, *arguments):
+        """What it prints, and the message with which it ends in error (0 for none)."""
+        self.process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+        self.process.stdin.flush()
+        printed, status = json.loads(self.process.stdout.readline())
+        return SimpleNamespace(stdout=printed, error=status)
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    started = Client(hub, tmp_path_factory.mktemp("home"), hub.add_user("ada"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """Of rows of nobody knows whose, so that a licence has to be said."""
+    folder = tmp_path_factory.mktemp("published") / "tiny"
+    shutil.copytree(tiny_run, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(client, run):
+    """What the first push of the run printed."""
+    result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit")
+    assert not result.error, result.error
+    return result
+
+
+def content(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def on_the_hub(hub, repo_id, repo_type="model", revision="main"):
+    files = hub.files(repo_type, repo_id, revision)
+    files.pop(".gitattributes", None)
+    return files
+
+
+def as_a_user(code, environment, cwd, **changes):
+    """Code in a fresh process that knows only what is on the Hub, or in its cache; what it prints last."""
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=cwd, env={**environment, **changes}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_a_run_is_published_in_one_commit_and_found_to_answer_alike(hub, client, run, published):
+    assert on_the_hub(hub, "ada/tiny") == content(run / "hub")
+    first, created = hub.commits("model", "ada/tiny")
+    assert f"ada/tiny at {first}: loads, and answers as {run} does." in published.stdout
+    assert re.search(r"[\d,]+  new      rationale/model.safetensors", published.stdout)
+    assert not hub.is_private("model", "ada/tiny") and created != first
+
+
+def test_pushed_again_nothing_changes(hub, client, run, published):
+    before = hub.commits("model", "ada/tiny")
+    result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit")
+    assert not result.error and f"Nothing changes: ada/tiny stays at {before[0]}" in result.stdout
+    assert hub.commits("model", "ada/tiny") == before
+
+
+def test_every_code_block_of_the_card_runs_from_the_hub_and_then_from_the_cache(hub, client, published, run, tmp_path):
+    card = on_the_hub(hub, "ada/tiny")["README.md"].decode()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 3 and all("ada/tiny" in block for block in (blocks[0], blocks[2]))
+    check = (
+        "\nassert {type(thing).__module__.split('.')[0] for thing in (model, processor)} == {'transformers_modules'}"
+    )
+    check += "\nprint(sorted(result), type(rationale).__name__)"
+    environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
+    expected = "['answer', 'answer_index', 'rationale', 'scores'] MMCoTForConditionalGeneration"
+    assert as_a_user("\n".join(blocks) + check, environment, tmp_path) == expected
+    asked = len(hub.requests)
+    assert as_a_user("\n".join(blocks) + check, environment, tmp_path, HF_HUB_OFFLINE="1") == expected
+    assert len(hub.requests) == asked, "offline, from the cache"
+
+
+def test_the_cards_commands_give_the_cards_figures(hub, client, published, tiny_dataset, tmp_path):
+    files = on_the_hub(hub, "ada/tiny")
+    (block,) = re.findall(r"```bash\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+    for file in tiny_dataset.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    for command in block.strip().splitlines():
+        python, *words = command.split()
+        assert python == "python"
+        run_script(*words, cwd=tmp_path, **client.environment, PYTHONPATH=str(REPOSITORY))
+    found, published_scores = read_json(tmp_path / "scores.json"), json.loads(files["scores.json"])
+    for name in ("accuracy", "decoded_accuracy", "rationale", "n", "intervals"):
+        assert found[name] == published_scores[name]
+
+
+def test_the_card_says_what_the_scores_file_says(hub, published, run):
+    card = ModelCard(on_the_hub(hub, "ada/tiny")["README.md"].decode())
+    scores = read_json(run / "scores" / "test.json")
+    assert (card.data.license, card.data.pipeline_tag, card.data.model_name) == ("mit", "image-text-to-text", "tiny")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    rows = dict(re.findall(r"^\| ([\w-]+) \| \d+ \| ([\d.]+) \|", card.text, re.MULTILINE))
+    for name, value in scores["accuracy"].items():
+        assert rows[name] == f"{value:.2f}"
+    assert values["accuracy, Avg"] == round(scores["accuracy"]["Avg"], 2)
+    assert values["rougeL"] == round(scores["rationale"]["rougeL"], 2)
+    low, high = scores["intervals"]["accuracy"]["Avg"]
+    assert f"| Avg | 20 | {scores['accuracy']['Avg']:.2f} | {low:.2f} – {high:.2f} |" in card.text
+    assert "max_steps: 24" in card.text and "dataset: problems.jsonl" in card.text and "/tmp" not in card.text
+    assert "Not measured: how it answers without the picture" in card.text
+
+
+# What is wrong with a run or a name is said before anything is asked of the Hub.
+
+
+@pytest.fixture
+def broken(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def dry_run(folder, *options, repo_id="ada/tiny"):
+    main([str(folder), "--repo_id", repo_id, "--dry_run", *options])
+
+
+def test_a_dry_run_offline_builds_and_lists(broken, capsys):
+    dry_run(broken, "--license", "mit")
+    printed = capsys.readouterr().out
+    listed = re.findall(r"^ *[\d,]+  new      (.+)$", printed, re.MULTILINE)
+    assert listed == sorted(content(broken / "hub")) and "nothing was uploaded" in printed
+
+
+@pytest.mark.parametrize("repo_id", ["tiny", "ada/tiny/more", "ada/ti ny", "datasets/tiny", "ada/tiny..git", ""])
+def test_a_malformed_id_is_refused(broken, repo_id):
+    with pytest.raises(SystemExit, match="expected USER/NAME"):
+        dry_run(broken, repo_id=repo_id)
+
+
+def test_an_unfinished_run_is_refused(broken, tmp_path):
+    (broken / "answer" / "train_results.json").unlink()
+    with pytest.raises(SystemExit, match="not a finished run: its answer stage is not trained to its end"):
+        dry_run(broken)
+    with pytest.raises(SystemExit, match="not a finished run: it has no hub/"):
+        dry_run(tmp_path)
+
+
+def test_scores_of_other_weights_are_refused(broken):
+    file = broken / "answer" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"test.json is of other weights than the run's \(answer\)"):
+        dry_run(broken, "--license", "mit")
+    scores = read_json(broken / "scores" / "test.json")
+    del scores["weights"]
+    write_json(broken / "scores" / "test.json", scores)
+    with pytest.raises(SystemExit, match="does not say of which weights it is"):
+        dry_run(broken, "--license", "mit")
+
+
+def test_a_run_without_scores_says_so_in_its_card(broken):
+    shutil.rmtree(broken / "scores")
+    with pytest.raises(SystemExit, match="has no scores"):
+        dry_run(broken, "--license", "mit")
+    dry_run(broken, "--license", "mit", "--allow_unscored")
+    card = ModelCard.load(broken / "hub" / "README.md")
+    assert "Not evaluated" in card.text and card.data.eval_results is None
+    assert not (broken / "hub" / "scores.json").exists()
+
+
+def test_a_licence_is_said_by_the_dataset_or_by_the_user(broken):
+    with pytest.raises(SystemExit, match="no licence, and that of the dataset is not known: give --license"):
+        dry_run(broken)
+    for split in ("val", "test"):
+        meta = broken / "predictions" / f"{split}.meta.json"
+        write_json(meta, {**read_json(meta), "dataset_known_as": "ScienceQA"})
+    dry_run(broken)
+    card = ModelCard.load(broken / "hub" / "README.md")
+    assert card.data.license == "cc-by-nc-sa-4.0" and card.data.datasets == ["derek-thomas/ScienceQA"]
+    assert "not for commercial use" in card.text and "lu2022learn" in card.text
+    (entry,) = (broken / "hub" / ".eval_results").iterdir()
+    scores = read_json(broken / "scores" / "test.json")
+    results = parse_eval_result_entries(yaml.safe_load(entry.read_text()))
+    assert results[0].value == round(scores["accuracy"]["Avg"], 2)
+    with pytest.raises(SystemExit, match="ScienceQA.* is cc-by-nc-sa-4.0; --license mit is another"):
+        dry_run(broken, "--license", "mit")
+
+
+def test_probes_stand_in_the_card(broken):
+    row = {"n": 14, "accuracy": 50.0, "probed": 21.43, "interval": [0, 1], "p": 0.1, "changed": 42.86}
+    weights = read_json(broken / "scores" / "test.json")["weights"]
+    probes = {"dataset": "rows", "split": "test", "weights": weights, "probes": {"picture dropped": row}}
+    write_json(broken / "scores" / "probes.json", probes)
+    dry_run(broken, "--license", "mit")
+    assert "| picture dropped | 14 | 50.00 | 21.43 | 42.86 |" in (broken / "hub" / "README.md").read_text()
+    write_json(broken / "scores" / "probes.json", {**probes, "weights": {**weights, "rationale": "sha256:0"}})
+    with pytest.raises(SystemExit, match=r"probes.json is of other weights than the run's \(rationale\)"):
+        dry_run(broken, "--license", "mit")
+
+
+def test_adapters_are_asked_for_of_adapters_only(broken):
+    with pytest.raises(SystemExit, match="its stages are no adapters"):
+        dry_run(broken, "--merge")
+
+
+TOKEN = "hf_" + "a1" * 20
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "said"),
+    [
+        ("pytorch_model.bin", b"x", "pytorch_model.bin: is no file of a model's repository"),
+        ("rationale/optimizer.pt", b"x", "rationale/optimizer.pt: is no file"),
+        ("train.jsonl", b"{}", "train.jsonl: is no file"),
+        ("model.safetensors", b"x" * 100, "model.safetensors: not whole"),
+        ("layers_mmcot.py", b"import torch\n", "layers_mmcot.py: differs from this mmcot's own"),
+        ("more_mmcot.py", b"def f():\n    import datasets\n", "more_mmcot.py, line 2: imports datasets"),
+        ("more_mmcot.py", b"import peft\n", "more_mmcot.py, line 1: imports peft"),
+        ("config.json", f'{{"token": "{TOKEN}"}}'.encode(), "config.json, line 1: holds a token of the Hub"),
+        (
+            "config.json",
+            b'{"a": 1,\n"from": "/home/ada/base"}',
+            "config.json, line 2: holds a path of this machine, /home/",
+        ),
+    ],
+)
+def test_what_must_not_be_published_is_named_by_its_file(run, tmp_path, name, written, said):
+    shutil.copytree(run / "hub", tmp_path / "hub")
+    (tmp_path / "hub" / name).write_bytes(written)
+    with pytest.raises(ValueError) as caught:
+        check_model_folder(tmp_path / "hub")
+    assert said in str(caught.value) and TOKEN not in str(caught.value)
+
+
+def test_what_is_exported_has_no_faults(published, run):
+    check_model_folder(run / "hub")
+    assert {file.name for file in shipped_code()} <= content(run / "hub").keys()
+
+
+# What takes a push, and a look at what it left, each.
+
+
+@pytest.fixture
+def changed(run, tmp_path):
+    """The run with other weights in its rationale stage, and without scores, which are not theirs."""
+    shutil.copytree(run, tmp_path / "changed")
+    file = tmp_path / "changed" / "rationale" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.final_layer_norm.weight"] += torch.linspace(0, 1, 32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "changed" / "scores")
+    return tmp_path / "changed"
+
+
+UNSCORED = ("--license", "mit", "--allow_unscored")
+WRITES = """
+import sys
+from transformers import pipeline
+for revision in {revisions}:
+    revisions = {{"revision": revision, "code_revision": revision}}
+    answer = pipeline("multimodal-cot", model="{repo_id}", **revisions, trust_remote_code=True)
+    print(answer.models["rationale"].encoder.final_layer_norm.weight.sum().item(), end=" ")
+"""
+
+
+@pytest.mark.slow
+def test_new_weights_go_up_alone_and_each_revision_keeps_its_own(hub, client, run, changed, tmp_path):
+    assert not client.push(run, "--repo_id", "ada/twice", "--license", "mit").error
+    old = hub.commits("model", "ada/twice")[0]
+    result = client.push(changed, "--repo_id", "ada/twice", *UNSCORED)
+    assert not result.error
+    listed = re.findall(r"^ *[\d,]*  (\w+) +(\S+)$", result.stdout, re.MULTILINE)
+    assert {name for state, name in listed if state == "changed"} == {"rationale/model.safetensors", "README.md"}
+    assert {name for state, name in listed if state == "deleted"} == {"scores.json"}
+    new = hub.commits("model", "ada/twice")[0]
+    assert on_the_hub(hub, "ada/twice") == content(changed / "hub")
+    code = WRITES.format(revisions=[None, old, new], repo_id="ada/twice")
+    sums = as_a_user(code, client.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path).split()
+    assert sums[0] == sums[2] != sums[1]
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_the_difference_and_sends_nothing(hub, client, run, published, changed):
+    before, sent = hub.commits("model", "ada/tiny"), len(hub.requests)
+    result = client.push(changed, "--repo_id", "ada/tiny", *UNSCORED, "--dry_run")
+    assert not result.error and "changed  rationale/model.safetensors" in result.stdout
+    assert hub.commits("model", "ada/tiny") == before
+    assert {method for method, path, _ in hub.requests[sent:] if "validate-yaml" not in path} <= {"GET", "HEAD"}
+    assert not client.push(run, "--repo_id", "ada/unborn", "--license", "mit", "--dry_run").error
+    with pytest.raises(KeyError):
+        hub.files("model", "ada/unborn")
+
+
+@pytest.mark.slow
+def test_private_and_branches(hub, client, run, changed, published):
+    assert not client.push(run, "--repo_id", "ada/secret", "--license", "mit", "--private").error
+    assert hub.is_private("model", "ada/secret")
+    refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--private")
+    assert "ada/tiny is there and is public" in refused.error
+    main_before = hub.commits("model", "ada/secret")
+    assert not client.push(changed, "--repo_id", "ada/secret", *UNSCORED, "--revision", "next").error
+    assert hub.commits("model", "ada/secret") == main_before
+    assert on_the_hub(hub, "ada/secret", revision="next") == content(changed / "hub")
+
+
+@pytest.mark.slow
+def test_what_another_tool_made_is_not_overwritten(hub, client, run, tmp_path):
+    code = """
+from huggingface_hub import HfApi
+HfApi().create_repo("ada/other")
+HfApi().upload_file(path_or_fileobj=b"---\\nlicense: mit\\n---\\n# Mine", path_in_repo="README.md", repo_id="ada/other")
+HfApi().create_repo("ada/rows", repo_type="dataset")
+print(1)
+"""
+    as_a_user(code, client.environment, tmp_path)
+    before = hub.commits("model", "ada/other")
+    refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
+    assert "holds what this tool did not make" in refused.error and hub.commits("model", "ada/other") == before
+    assert not client.push(run, "--repo_id", "ada/other", "--license", "mit", "--overwrite").error
+    assert on_the_hub(hub, "ada/other") == content(run / "hub")
+    assert "ada/rows is a dataset" in client.push(run, "--repo_id", "ada/rows", "--license", "mit").error
+
+
+FAILURES = {  # the first one first: what is uploaded once is not sent again
+    "cut in a large file": (("cut", "PUT", ""), {"after_bytes": 1000, "times": None}, "push again"),
+    "refused at the end": (("fail", "POST", "/commit/"), {"status": 500}, "the Hub answered 500"),
+    "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "your token may not write to ada/again"),
+    "token expired": (("fail", "POST", "/commit/"), {"status": 401}, "the Hub does not know your token"),
+    "another was faster": (("fail", "POST", "/commit/"), {"status": 412}, "somebody else committed"),
+    "cut in the commit": (("cut", "POST", "/commit/"), {"after_bytes": 50, "times": None}, "the connection failed"),
+    "always too busy": (("fail", "POST", "/commit/"), {"status": 429}, "wait some minutes"),
+}
+PASSING = {
+    "busy once": (("fail", "POST", "/preupload/"), {"status": 429, "times": 1, "headers": {"Retry-After": "0"}}),
+    "broken once": (("fail", "POST", "/info/lfs/objects/batch"), {"status": 500, "times": 1}),
+    "cut once, coming down": (("cut", "GET", "/resolve/.*/model.safetensors"), {"after_bytes": 1000, "times": 1}),
+}
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_path):
+    """Each of the ways, one after the other, on a Hub of its own; then it goes through."""
+    with LoopbackHub() as failing:
+        user = Client(failing, tmp_path / "home", failing.add_user("ada"))
+        assert not user.push(run, "--repo_id", "ada/again", "--license", "mit").error
+        before, old = failing.commits("model", "ada/again"), on_the_hub(failing, "ada/again")
+        for name, ((how, method, path), options, said) in FAILURES.items():
+            getattr(failing, how)(method, path, **options)
+            result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
+            assert said in str(result.error) and "stays as it was" in str(result.error), (name, result)
+            assert failing.commits("model", "ada/again") == before, name
+            failing.heal()
+        assert on_the_hub(failing, "ada/again") == old
+        code = WRITES.format(revisions=[None], repo_id="ada/again")
+        assert as_a_user(code, user.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
+        for (how, method, path), options in PASSING.values():
+            getattr(failing, how)(method, path, **options)
+        result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
+        assert not result.error, result.error
+        assert on_the_hub(failing, "ada/again") == content(changed / "hub")
+        user.stop()
+
+
+@pytest.mark.slow
+def test_without_token_rights_or_network_it_says_what_to_do(hub, run, published, tmp_path):
+    stranger = hub.add_user("bob")
+    for token, changes, said in (
+        (None, {}, "there is none: log in with `hf auth login`"),
+        ("hf_unknown", {}, "the Hub does not know your token"),
+        (stranger, {}, "your token may not write to ada/tiny"),
+        (stranger, {"HF_HUB_OFFLINE": "1"}, "offline .* was not reached"),
+        (stranger, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection failed"),
+    ):
+        environment = client_environment(hub, tmp_path / "home", token) | changes
+        arguments = (run, "--repo_id", "ada/tiny", "--license", "apache-2.0")
+        result = run_script("push_to_hub.py", *arguments, check=False, **environment)
+        assert result.returncode == 1 and re.search(said, result.stderr), result.stderr
+        assert "Traceback" not in result.stderr and (token or "hf_") not in result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_dataset, tmp_path_factory):
+    """A finished run whose stages adapt one base."""
+    folder = tmp_path_factory.mktemp("runs") / "adapters"
+    lora = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q", "v", "--learning_rate", "0.02")
+    run_script("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder, *lora)
+    return folder
+
+
+ANSWERS = """
+import json, sys
+from transformers import pipeline
+problem = {"question": "Which color is it?", "choices": ["red", "blue", "green"], "image": sys.argv[2]}
+answer = pipeline("multimodal-cot", model=sys.argv[1], trust_remote_code=True)
+print(json.dumps(answer(problem)))
+"""
+
+
+@pytest.mark.slow
+def test_adapters_are_published_over_their_base_or_merged_into_it(hub, client, adapters, tiny_dataset, tmp_path):
+    assert not client.push(adapters, "--repo_id", "ada/adapters", "--license", "mit", "--adapters").error
+    files = on_the_hub(hub, "ada/adapters")
+    assert files == content(adapters / "hub") and "adapter_config.json" not in files
+    blocks = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+    environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
+    printed = as_a_user(
+        "\n".join(blocks) + "\nprint(type(model).__name__, model.active_adapter)", environment, tmp_path
+    )
+    assert printed == "PeftModelForSeq2SeqLM default"
+
+    assert not client.push(adapters, "--repo_id", "ada/merged", "--license", "mit", "--merge").error
+    merged = on_the_hub(hub, "ada/merged")
+    assert merged == content(adapters / "hub_merged") and "rationale/model.safetensors" in merged
+    assert not any("adapter" in name for name in merged) and json.loads(merged["config.json"])["stage_adapters"] is None
+    assert b"before they were merged" in merged["README.md"]
+    picture = str(next(tiny_dataset.parent.glob("*.png")))
+    answers = []
+    for name in ("ada/adapters", "ada/merged"):
+        arguments = ["-c", ANSWERS, name, picture]
+        answers.append(json.loads(run_script(*arguments, cwd=tmp_path, **environment).stdout.splitlines()[-1]))
+    scores = [answer.pop("scores") for answer in answers]
+    assert answers[0] == answers[1] and scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_space_answers_with_the_model_at_its_commit(hub, client, run, published):
+    unborn = client.push("--repo_id", "ada/nothing", "--space", "ada/ask")
+    assert "a Space wants a model: ada/nothing has no main on the Hub" in unborn.error
+    result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--space", "ada/ask")
+    assert not result.error, result.error
+    files = on_the_hub(hub, "ada/ask", "space")
+    app = content(REPOSITORY / "space")
+    assert {name: text for name, text in files.items() if name not in ("README.md", "model.json")} == {
+        name: text for name, text in app.items() if name != "README.md" and "__pycache__" not in name
+    }
+    model = {"repo_id": "ada/tiny", "revision": hub.commits("model", "ada/tiny")[0]}
+    assert json.loads(files["model.json"]) == model
+    metadata = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert metadata["models"] == ["ada/tiny"] and (metadata["sdk"], metadata["app_file"]) == ("gradio", "app.py")
+    before = hub.commits("space", "ada/ask")
+    again = client.push("--repo_id", "ada/tiny", "--space", "ada/ask")
+    assert "Nothing changes" in again.stdout and hub.commits("space", "ada/ask") == before
+
+
+def test_a_space_is_not_published_with_nothing(capsys):
+    with pytest.raises(SystemExit):
+        main(["--repo_id", "ada/tiny"])
+    assert "name a finished run's folder, or a --space" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_that_is_loaded_and_saved_is_published_as_the_same_files(hub, client, published, run, tmp_path):
+    code = """
+from transformers import AutoModelForSeq2SeqLM, AutoProcessor
+AutoProcessor.from_pretrained("ada/tiny", trust_remote_code=True).save_pretrained("again")
+AutoModelForSeq2SeqLM.from_pretrained("ada/tiny", trust_remote_code=True).save_pretrained("again")
+stage = AutoModelForSeq2SeqLM.from_pretrained("ada/tiny", subfolder="rationale", trust_remote_code=True)
+stage.save_pretrained("again/rationale")
+print(1)
+"""
+    as_a_user(code, client.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
+    again, files = content(tmp_path / "again"), on_the_hub(hub, "ada/tiny")
+    some = {"model.safetensors", "rationale/model.safetensors", "processor_config.json", "modeling_mmcot.py"}
+    assert some <= again.keys() and "tokenizer_config.json" in again
+    for name in again.keys() & files.keys():
+        assert again[name] == files[name], name
