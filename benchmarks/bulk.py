@@ -1,10 +1,10 @@
 """The pipeline over a generator of 2,000 problems: its answers against `mmcot.predict`'s, its speed and its memory.
 
-    python -m benchmarks.bulk RUN [--batch_size 32]
+    python -m benchmarks.bulk RUN [--count 2000]
 
-RUN is a finished run of the demonstration, whose problems these are (of its test and validation splits). The pipeline
-is loaded as its users load it, by `trust_remote_code` from the exported folder. Each way runs in a process of its own,
-twice, in turns. Prints a JSON object.
+RUN is a finished run of the demonstration, whose problems these are (of its test split, and others as far as they are
+needed). The pipeline is loaded as its users load it, by `trust_remote_code` from the exported folder. Each way runs in
+a process of its own, twice, in turns, 32 problems a batch. Prints a JSON object.
 """
 
 import argparse
@@ -25,44 +25,44 @@ from benchmarks.setting import report
 from mmcot.demo import generate
 from mmcot.files import read_json
 
-COUNT = 2000
+BATCH_SIZE = 32
 TIMES = 2
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    return islice(chain(generate("test"), generate("val")), COUNT)
+def rows(count: int) -> Iterator[dict[str, Any]]:
+    return islice(chain.from_iterable(map(generate, ("test", "val", "train"))), count)
 
 
-def problems() -> Iterator[dict[str, Any]]:
-    for row in rows():
+def problems(count: int) -> Iterator[dict[str, Any]]:
+    for row in rows(count):
         yield {name: row[name] for name in ("question", "choices", "context", "images")}
 
 
-def in_pipeline(run: Path, batch_size: int) -> dict[str, Any]:
+def in_pipeline(run: Path, count: int) -> dict[str, Any]:
     """Answers, seconds, and the resident memory in MB after each fifth of the problems."""
     from tqdm import tqdm
     from transformers import pipeline
 
     answer = pipeline("multimodal-cot", model=str(run / "hub"), trust_remote_code=True)
     start, answers, memory = time.perf_counter(), [], []
-    for result in tqdm(answer(problems(), batch_size=batch_size), total=COUNT):
+    for result in tqdm(answer(problems(count), batch_size=BATCH_SIZE), total=count):
         answers.append([result["answer_index"], result["rationale"]])
-        if len(answers) % (COUNT // 5) == 0:
+        if len(answers) % (count // 5) == 0:
             memory.append(round(psutil.Process().memory_info().rss / 1e6))
     return {"answers": answers, "seconds": time.perf_counter() - start, "memory": memory}
 
 
-def in_predict(run: Path, batch_size: int) -> dict[str, Any]:
+def in_predict(run: Path, count: int) -> dict[str, Any]:
     """The same by `mmcot.predict`, its start and loading left out."""
     import datasets
 
     from mmcot.predict import load_system, predict
     from mmcot.problems import FEATURES
 
-    dataset = datasets.Dataset.from_list(list(rows()), features=FEATURES)
+    dataset = datasets.Dataset.from_list(list(rows(count)), features=FEATURES)
     processor, models = load_system(str(run))
     start = time.perf_counter()
-    predictions = predict(processor, models, dataset, batch_size=batch_size)
+    predictions = predict(processor, models, dataset, batch_size=BATCH_SIZE)
     seconds = time.perf_counter() - start
     answers = [[predictions[name]["answer"], predictions[name]["rationale"]] for name in dataset["id"]]
     return {"answers": answers, "seconds": seconds, "memory": round(psutil.Process().memory_info().rss / 1e6)}
@@ -71,10 +71,10 @@ def in_predict(run: Path, batch_size: int) -> dict[str, Any]:
 WAYS = {"pipeline": in_pipeline, "predict": in_predict}
 
 
-def in_a_process(way: str, run: Path, batch_size: int) -> dict[str, Any]:
+def in_a_process(way: str, run: Path, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "benchmarks.bulk", run, "--batch_size", str(batch_size)]
+        command = [sys.executable, "-m", "benchmarks.bulk", run, "--count", str(count)]
         subprocess.run([*map(str, command), "--way", way, "--output", str(output)], check=True)
         return read_json(output)
 
@@ -82,24 +82,25 @@ def in_a_process(way: str, run: Path, batch_size: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way is not None:
-        arguments.output.write_text(json.dumps(WAYS[arguments.way](arguments.run, arguments.batch_size)))
+        arguments.output.write_text(json.dumps(WAYS[arguments.way](arguments.run, arguments.count)))
         return
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for _ in range(TIMES):
         for way in WAYS:
-            found[way].append(in_a_process(way, arguments.run, arguments.batch_size))
+            found[way].append(in_a_process(way, arguments.run, arguments.count))
     pairs = list(zip(found["pipeline"][0]["answers"], found["predict"][0]["answers"], strict=True))
     result = {
         "problems": len(pairs),
         "same answers": sum(one[0] == other[0] for one, other in pairs),
         "same rationales": sum(one[1] == other[1] for one, other in pairs),
         "problems a second": {
-            way: round(COUNT / statistics.median(run["seconds"] for run in runs)) for way, runs in found.items()
+            way: round(arguments.count / statistics.median(run["seconds"] for run in runs))
+            for way, runs in found.items()
         },
         "resident MB": {way: runs[0]["memory"] for way, runs in found.items()},
     }

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from peft import PeftConfig
+
 import modeling_mmcot
 from mmcot.card import Publication, write_card
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -90,6 +92,11 @@ def merge(base: Path, processor: MMCoTProcessor, folder: Path) -> dict[str, Path
     """Whole models of the stages that adapt a base, into the folder: each stage's name and where it is."""
     saved = {}
     for stage in processor.stages:
+        kind = PeftConfig.from_pretrained(base.parent / stage.name)
+        if kind.is_prompt_learning:
+            raise ValueError(
+                f"--merge: {stage.name} adapts its base by {kind.peft_type.value}, which cannot be merged into it."
+            )
         # The base anew for each, because merging changes it.
         root = MMCoTForConditionalGeneration.from_pretrained(base, dtype="auto")
         adapters = StageAdapters(root, str(base.parent), [stage.name])

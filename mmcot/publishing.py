@@ -46,9 +46,9 @@ from modeling_mmcot import MMCoTProcessor
 
 # What a model's repository may hold; anything else (pickles, optimizer states, data) does not go up.
 MODEL_PATTERNS = (
-    r"(\w+/)?(config|generation_config|adapter_config)\.json",
-    r"(\w+/)?(model|adapter_model)(-\d+-of-\d+)?\.safetensors",
-    r"(\w+/)?model\.safetensors\.index\.json",
+    r"([\w.-]+/)?(config|generation_config|adapter_config)\.json",
+    r"([\w.-]+/)?(model|adapter_model)(-\d+-of-\d+)?\.safetensors",
+    r"([\w.-]+/)?model\.safetensors\.index\.json",
     r"(processor_config|tokenizer_config|tokenizer|special_tokens_map|added_tokens)\.json",
     r"spiece\.model|chat_template\.jinja",
     r"\.eval_results/[\w.-]+\.yaml",
@@ -351,9 +351,14 @@ def verify(folder: Path, repository: Repository, commit: str) -> None:
         ValueError: what the Hub gives back, into an empty cache, is not what was sent.
     """
     with tempfile.TemporaryDirectory() as cache:
-        downloaded = Path(
-            snapshot_download(repository.repo_id, repo_type=repository.repo_type, revision=commit, cache_dir=cache)
-        )
+        where = {"repo_type": repository.repo_type, "revision": commit, "cache_dir": cache}
+        try:
+            downloaded = Path(snapshot_download(repository.repo_id, **where))
+        except HUB_ERRORS as error:
+            raise ValueError(
+                f"{repository.repo_id} is at {commit} now, which could not be read again ({type(error).__name__}): the "
+                f"same command compares it once more."
+            ) from error
         sent, got = ({name: sha256_of(place / name) for name in names_of(place)} for place in (folder, downloaded))
     got.pop(GITATTRIBUTES, None)
     differing = sorted(name for name in sent.keys() | got.keys() if sent.get(name) != got.get(name))

@@ -79,6 +79,7 @@ def is_detr(tower: PreTrainedModel) -> bool:
 
 def cross_attention(tower: PreTrainedModel, pixels: torch.FloatTensor) -> torch.FloatTensor:
     """Of DETR's last decoder layer, mean over its heads, `(num_queries, rows * columns)`."""
-    tower.set_attn_implementation("eager")  # the others give no weights
+    # The others give no weights. It stays so: the same results but for rounding.
+    tower.set_attn_implementation("eager")
     outputs = tower(pixel_values=pixels[None], output_attentions=True)
     return outputs.cross_attentions[-1][0].mean(dim=0).float()

@@ -41,7 +41,11 @@ def open_picture(picture: Image.Image | str | os.PathLike | dict) -> Image.Image
         return picture
     if isinstance(picture, dict) and picture.get("bytes"):
         return decode_picture(io.BytesIO(picture["bytes"]), picture.get("path") or "given as bytes")
-    path = os.fspath(picture["path"] if isinstance(picture, dict) else picture)
+    name = picture.get("path") if isinstance(picture, dict) else picture
+    if not isinstance(name, (str, os.PathLike)):
+        kinds = 'a PIL image, a path, a URL or {"bytes": …, "path": …}'
+        raise ValueError(f"a picture is given as {kinds}; found {picture!r:.80}")
+    path = os.fspath(name)
     if not os.path.isfile(path):
         return load_image(path)  # a URL or base64, or an error that lists what may be given
     return decode_picture(path, path)

@@ -7,7 +7,7 @@ generated freely from the problem, with no gold column in sight.
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from transformers import BatchFeature, Pipeline, PreTrainedModel
@@ -19,7 +19,7 @@ from .attention_mmcot import TokenMaps, token_maps
 from .captioning_mmcot import Captioner
 from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
-from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, read_answer
+from .processing_mmcot import GOLD_COLUMNS, LETTERS, MMCoTProcessor, Stage, read_answer
 from .stages_mmcot import load_stages
 
 
@@ -109,12 +109,21 @@ def generate_texts(
     streamer: BaseStreamer | None = None,
     **generation,
 ) -> list[str]:
-    """By the model's own generation config, but for what is given. A streamer is told by transformers' own decoding."""
+    """
+    By the model's own generation config, but for what is given. A streamer is told by transformers' own decoding; of
+    beams, which are not known before the end, the whole text at once.
+    """
     config = copy.deepcopy(model.generation_config)
     config.update(**generation)
-    is_greedy = config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
-    custom_generate = greedy_search if is_greedy and streamer is None else None
-    tokens = model.generate(**encoded, generation_config=config, custom_generate=custom_generate, streamer=streamer)
+    mode = config.get_generation_mode()
+    custom_generate = greedy_search if mode == GenerationMode.GREEDY_SEARCH and streamer is None else None
+    streams = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    in_steps = streamer if streams else None
+    tokens = model.generate(**encoded, generation_config=config, custom_generate=custom_generate, streamer=in_steps)
+    if streamer is not None and not streams:
+        streamer.put(tokens[:, :1].cpu())
+        streamer.put(tokens[0, 1:].cpu())
+        streamer.end()
     return processor.batch_decode(tokens, skip_special_tokens=True)
 
 
@@ -146,26 +155,28 @@ def run_stages(
     problems: list[dict],
     images: list,
     decode_answer: bool = False,
+    given: dict[str, str] | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[dict]:
     """
-    All stages in order; for each problem the columns that they wrote. What problems hold already is not written again.
-    Pictures are prepared once, and seen once by each tower: stages whose models have one tower between them share its
-    patches.
+    All stages in order; for each problem the columns that they wrote. Pictures are prepared once, and seen once by each
+    tower: stages whose models have one tower between them share its patches.
+
+    Args:
+        given (`dict[str, str]`, *optional*): columns that are not written but taken from here.
     """
-    texts = {stage.writes for stage in processor.stages if not stage.answers}
-    columns: list[dict] = [{name: problem[name] for name in texts & problem.keys()} for problem in problems]
+    given = given or {}
+    columns: list[dict] = [dict(given) for _ in problems]
     pixels = {}
     if any("images" in stage.reads for stage in processor.stages):
         pixels = processor.prepare_pictures(images, len(problems))
     patches: dict[int, dict[str, torch.Tensor]] = {}
     generation = {} if streamer is None else {"streamer": streamer}
     for stage in processor.stages:
-        bare = [number for number, written in enumerate(columns) if stage.writes not in written]
-        if not bare:
+        if stage.writes in given:
             continue
         model = get_model(stage)
-        rows = [{**problems[number], **columns[number]} for number in bare]
+        rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
         inputs = processor(rows, stage=stage.name)
         if "images" in stage.reads and pixels:
             tower = model.get_encoder().vision_tower
@@ -173,11 +184,11 @@ def run_stages(
             tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
             if id(tower) not in patches:
                 patches[id(tower)] = see(model, pixels)
-            inputs.update({name: tensor[bare] for name, tensor in patches[id(tower)].items()})
+            inputs.update(patches[id(tower)])
         with packed_linears(model):
             new = write_column(model, processor, stage, rows, inputs, decode_answer, **generation)
-        for number, column in zip(bare, new, strict=True):
-            columns[number].update(column)
+        for written, column in zip(columns, new, strict=True):
+            written.update(column)
     return columns
 
 
@@ -255,45 +266,68 @@ class MultimodalCoTPipeline(Pipeline):
 
     def _sanitize_parameters(
         self,
-        decode_answer: bool = False,
+        decode_answer: bool | None = None,
         given: dict[str, str] | None = None,
         streamer: BaseStreamer | None = None,
     ):
-        known = [stage.writes for stage in self.processor.stages if not stage.answers]
-        if unknown := set(given or {}) - set(known):
-            raise ValueError(f"given is for what a stage writes ({', '.join(known) or 'none here'}); found {unknown}.")
-        return {}, {"decode_answer": decode_answer, "given": given or {}, "streamer": streamer}, {}
+        if given is not None:
+            self.check_given(given)
+        options = {"decode_answer": decode_answer, "given": given, "streamer": streamer}
+        return {}, {name: value for name, value in options.items() if value is not None}, {}
 
-    def __call__(self, inputs: dict | Iterable[dict], *args, **kwargs) -> dict | list[dict] | Iterator[dict]:
-        # transformers streams torch's datasets and generators only, and would take any other for one problem.
-        if isinstance(inputs, Iterable) and not isinstance(inputs, (dict, str, list)):
+    def check_given(self, given: dict[str, str]) -> None:
+        known = [stage.writes for stage in self.processor.stages if not stage.answers]
+        is_fitting = isinstance(given, Mapping) and all(isinstance(text, str) for text in given.values())
+        if not is_fitting or set(given) - set(known):
+            names = ", ".join(known) or "none here"
+            raise ValueError(f"given is a dict of texts for what a stage writes ({names}); found {given!r}.")
+
+    def __call__(self, inputs: dict | Iterable[dict], *args, batch_size: int | None = None, **kwargs):
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
+        if isinstance(inputs, list) and not inputs:
+            return []
+        # transformers streams torch's datasets and generators only, and would take any other for one problem; and it
+        # would ask a dataset of torch's without an iterator for ever more rows.
+        if isinstance(inputs, Iterable) and not isinstance(inputs, (Mapping, str, list)):
             inputs = (problem for problem in inputs)
-        return super().__call__(inputs, *args, **kwargs)
+        elif isinstance(inputs, torch.utils.data.Dataset):
+            inputs = (problem for problem in map(inputs.__getitem__, range(len(inputs))))
+        return super().__call__(inputs, *args, batch_size=batch_size, **kwargs)
 
     def token_maps(self, problem: dict, stage: str, given: dict[str, str] | None = None) -> TokenMaps:
         """
         Where a stage looked on a problem's pictures, by the tokens that it read.
 
         Args:
-            given (`dict[str, str]`, *optional*): what earlier stages wrote for it.
+            given (`dict[str, str]`, *optional*): what earlier stages wrote for it, as far as this one reads it.
 
         Raises:
             ValueError: the problem has no picture, the stage sees none, or the tower's patches have no known places.
         """
-        row, images = self.preprocess(problem).values()
-        if not images or "images" not in self.processor.stage(stage).reads:
+        given, reading = given or {}, self.processor.stage(stage)
+        self.check_given(given)
+        row = self.preprocess(problem)
+        if not row["images"] or "images" not in reading.reads:
             raise ValueError(f"The {stage} stage saw no picture of this problem: there is no map.")
-        problem = {**row, **(given or {})}
-        return token_maps(self.models[stage], self.processor, self.processor.stage(stage), problem, images)
+        written = {earlier.writes for earlier in self.processor.stages[: self.processor.stages.index(reading)]}
+        if absent := written & set(reading.reads) - given.keys():
+            raise ValueError(f"The {stage} stage reads {', '.join(sorted(absent))}: give what was written.")
+        self.add_captions([row])
+        return token_maps(self.models[stage], self.processor, reading, {**row["problem"], **given}, row["images"])
 
     def preprocess(self, problem: dict) -> dict:
-        if not isinstance(problem, dict) or not isinstance(problem.get("question"), str):
+        if not isinstance(problem, Mapping) or not isinstance(problem.get("question"), str):
             raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r}.")
-        choices = problem.get("choices") or []
+        choices = problem.get("choices")
+        choices = [] if choices is None else choices
         if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"`choices` of a problem is a list of str; found {choices!r}.")
+        if len(choices) > len(LETTERS):
+            raise ValueError(f"`choices` of a problem are at most {len(LETTERS)}; found {len(choices)}.")
         texts = {name: problem.get(name) or "" for name in ("question", "context", "caption")}
-        images = as_pictures(problem.get("image", problem.get("images")))
+        images = problem.get("image")
+        images = as_pictures(problem.get("images") if images is None else images)
         if len(images) > self.model.config.max_images:
             raise ValueError(
                 f"`image` of a problem holds {len(images)} pictures; this model takes at most "
@@ -302,16 +336,21 @@ class MultimodalCoTPipeline(Pipeline):
         return {"problem": {**texts, "choices": list(choices)}, "images": images}
 
     def _forward(
-        self, rows: list[dict], decode_answer: bool, given: dict[str, str], streamer: BaseStreamer | None
+        self,
+        rows: list[dict],
+        decode_answer: bool = False,
+        given: dict[str, str] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> list[dict]:
         self.add_captions(rows)
-        problems = [{**row["problem"], **given} for row in rows]
+        problems = [row["problem"] for row in rows]
         columns = run_stages(
             lambda stage: self.models[stage.name],
             self.processor,
             problems,
             [row["images"] for row in rows],
             decode_answer,
+            given,
             streamer,
         )
         return [{"choices": problem["choices"], **written} for problem, written in zip(problems, columns, strict=True)]

@@ -17,6 +17,7 @@ from string import ascii_uppercase as LETTERS  # the prompts letter the choices 
 
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import Pipeline, TextStreamer, pipeline
 
@@ -40,6 +41,7 @@ LOOKED = """### Where the model looked
 Choose a token to see which patches of the picture it attended to. That is not a proof of why the model answers as it
 does.
 """
+CROPPED = "The model saw the middle of the picture only, cut to a square: the map is of that."
 NO_PICTURE = "This file is not a whole picture that can be read here. Give a PNG, JPEG, WebP or GIF."
 TOO_LARGE = f"This picture has more than {MAX_PIXELS // 1_000_000} million pixels. Give a smaller one."
 
@@ -92,11 +94,24 @@ def read_problem(answer: Pipeline, file: dict | None, question: str, choices: st
     lines = [line.strip() for line in choices.splitlines() if line.strip()]
     if len(lines) > len(LETTERS):
         raise refusal(f"There are {len(lines)} choices; at most {len(LETTERS)} are taken.")
-    path = None
-    if file is not None:
-        path = file["path"] or file["url"]  # a URL is not a file, and is refused as one that cannot be read
+    path = None if file is None else uploaded(file)
+    if path is not None:
         read_picture(answer, path)
-    return {"question": question, "choices": lines, "context": context, "caption": caption, "image": path}
+    problem = {"question": question, "choices": lines, "context": context, "caption": caption}
+    first = answer.processor.stages[0]
+    if answer.processor.is_too_long(answer.processor.fit_source(problem, first), first):
+        raise refusal(
+            f"Question and choices are longer than the {first.max_source_length} tokens that the model reads."
+        )
+    return {**problem, "image": path}
+
+
+def uploaded(file: dict) -> str:
+    """The path of a picture that was uploaded to this page: a client could name any file of the machine."""
+    path = file.get("path") if isinstance(file, dict) else None
+    if not isinstance(path, str) or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise refusal(NO_PICTURE)
+    return path
 
 
 def read_picture(answer: Pipeline, path: str) -> Image.Image:
@@ -117,12 +132,22 @@ def check_length(name: str, text: str) -> None:
         raise refusal(f"The {name} field has {len(text):,} characters; at most {MAX_LENGTH:,} are taken.")
 
 
+class NobodyListens(Exception):
+    """Ends a generation whose reader has left."""
+
+
 class Pieces(TextStreamer):
     """Puts into a queue what is written, piece by piece: the text, and whether a stage's text ends with it."""
 
     def __init__(self, tokenizer, pieces: queue.SimpleQueue):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.pieces = pieces
+        self.is_heard = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_heard:
+            raise NobodyListens
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.pieces.put((text, stream_end))
@@ -143,11 +168,14 @@ def stream(answer: Pipeline, problem: dict, given: dict[str, str]) -> Iterator[d
     with ThreadPoolExecutor(max_workers=1) as thread:
         future = thread.submit(answer, problem, given=given, streamer=streamer)
         future.add_done_callback(lambda _: pieces.put(None))
-        for text, is_end in iter(pieces.get, None):
-            result[unwritten[0]] = result.get(unwritten[0], "") + text
-            if is_end:
-                del unwritten[0]
-            yield dict(result)
+        try:
+            for text, is_end in iter(pieces.get, None):
+                result[unwritten[0]] = result.get(unwritten[0], "") + text
+                if is_end:
+                    del unwritten[0]
+                yield dict(result)
+        finally:
+            streamer.is_heard = False  # a visitor who leaves is not waited for longer than a token
         yield future.result()
 
 
@@ -275,6 +303,7 @@ class Page:
                     self.unseen = gr.HTML(elem_id="unseen-answered")
             with gr.Column() as self.looked_part:
                 gr.Markdown(LOOKED)
+                gr.Markdown(CROPPED, visible=getattr(self.answer.processor.image_processor, "do_center_crop", False))
                 self.stage = gr.Radio(
                     self.seeing,
                     value=next(iter(self.seeing), None),
@@ -289,18 +318,25 @@ class Page:
                         self.overlay = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="overlay")
 
     def listen(self) -> None:
-        ask = {"concurrency_id": "model", "show_progress_on": self.boxes or self.answered}
+        private = {"api_visibility": "private"}  # of the page, and nobody's API
+        ask = {**private, "concurrency_id": "model", "show_progress_on": self.boxes or self.answered}
         maps = [self.looked_part, self.found, self.tokens, self.overlay]
-        look = {"fn": self.look, "inputs": [self.asked, self.stage], "outputs": maps, "concurrency_id": "model"}
+        look = {
+            "fn": self.look,
+            "inputs": [self.asked, self.stage],
+            "outputs": maps,
+            **private,
+            "concurrency_id": "model",
+        }
         results = [self.results, self.heading, self.asked, *self.boxes, self.answered, self.unseen_part, self.unseen]
         # Without preprocessing: gr.Image's own would show the user Pillow's exception of a file that is no picture.
         asking = self.ask_button.click(self.ask, self.form, [*results, self.looked_part], preprocess=False, **ask)
-        asking = asking.success(self.answer_unseen, self.asked, self.unseen, concurrency_id="model")
+        asking = asking.success(self.answer_unseen, self.asked, self.unseen, **private, concurrency_id="model")
         asking.success(**look)
         texts = [self.asked, *self.boxes]
         self.again_button.click(self.ask_again, texts, [*texts, self.answered], **ask).success(**look)
         self.stage.input(**look)
-        self.tokens.select(self.show_token, [self.asked, self.found], self.overlay, show_progress="hidden")
+        self.tokens.select(self.show_token, [self.asked, self.found], self.overlay, **private, show_progress="hidden")
 
     def ask(self, *form) -> Iterator[dict]:
         problem = read_problem(self.answer, *form)
@@ -315,6 +351,8 @@ class Page:
 
     def ask_again(self, asked: dict, *texts: str) -> Iterator[dict]:
         """From the texts as the user has edited them."""
+        if asked is None:
+            raise refusal("Ask a question first.")
         given = dict(zip(self.written, texts, strict=True))
         for column, text in given.items():
             check_length(column, text)

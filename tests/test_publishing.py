@@ -16,11 +16,13 @@ import yaml
 from conftest import REPOSITORY, TINY_RECIPE, run_script
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from loopback_hub import LoopbackHub, client_environment
+from peft import PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
 from mmcot.files import read_json, write_json
-from mmcot.hub import shipped_code
+from mmcot.hub import merge, shipped_code
 from mmcot.publishing import check_model_folder
+from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main
 
 # `push_to_hub.py` many times in one process, which has to import torch once: a list of arguments a line.
@@ -146,6 +148,7 @@ def test_every_code_block_of_the_card_runs_from_the_hub_and_then_from_the_cache(
     assert len(hub.requests) == asked, "offline, from the cache"
 
 
+@pytest.mark.slow
 def test_the_cards_commands_give_the_cards_figures(hub, client, published, tiny_dataset, tmp_path):
     files = on_the_hub(hub, "ada/tiny")
     (block,) = re.findall(r"```bash\n(.*?)```", files["README.md"].decode(), re.DOTALL)
@@ -265,6 +268,13 @@ def test_probes_stand_in_the_card(broken):
 def test_adapters_are_asked_for_of_adapters_only(broken):
     with pytest.raises(SystemExit, match="its stages are no adapters"):
         dry_run(broken, "--merge")
+
+
+def test_what_cannot_be_merged_is_named(run, tmp_path):
+    for stage in ("rationale", "answer"):
+        PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2).save_pretrained(tmp_path / stage)
+    with pytest.raises(ValueError, match="--merge: rationale adapts its base by PROMPT_TUNING"):
+        merge(tmp_path / "base", MMCoTProcessor.from_pretrained(run / "hub"), tmp_path)
 
 
 TOKEN = "hf_" + "a1" * 20

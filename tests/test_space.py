@@ -276,7 +276,8 @@ def test_pictures_of_all_kinds_are_read(app, answer, tmp_path, content):
         (saved("PNG", "1", (20_000, 10_000)), "more than 50 million pixels"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_refused_in_words(app, answer, tmp_path, content, message):
+def test_a_picture_that_cannot_be_read_is_refused_in_words(app, answer, tmp_path, monkeypatch, content, message):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(gr.Error, match=message):
         app.read_problem(answer, {"path": str(tmp_path / "x.png")}, "Which?", "", "", "")
@@ -288,11 +289,42 @@ def test_a_picture_that_cannot_be_read_is_refused_in_words(app, answer, tmp_path
         (("\n", "", "", ""), "Write a question first"),
         (("Which?", "x\n" * 27, "", ""), "There are 27 choices; at most 26"),
         (("Which?", "", "x" * 4_001, ""), "The context field has 4,001 characters; at most 4,000"),
+        (("Which? " * 200, "", "", ""), "longer than the 128 tokens that the model reads"),
     ],
 )
 def test_texts_that_cannot_be_answered_are_refused_in_words(app, answer, texts, message):
     with pytest.raises(gr.Error, match=message):
         app.read_problem(answer, None, *texts)
+
+
+@pytest.mark.parametrize("named", [{"path": str(PICTURE)}, {"path": None, "url": str(PICTURE)}, {"url": "x"}, "x", {}])
+def test_only_what_was_uploaded_is_opened(app, answer, tmp_path, monkeypatch, named):
+    """A client that speaks to the server directly could name any file of it."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with pytest.raises(gr.Error, match="not a whole picture"):
+        app.read_problem(answer, named, "Which?", "", "", "")
+    inside = shutil.copy(PICTURE, tmp_path)
+    assert app.read_problem(answer, {"path": str(inside)}, "Which?", "", "", "")["image"] == str(inside)
+
+
+def test_a_generation_ends_when_its_reader_leaves(app, answer):
+    problem = {"question": "Which bar is it?", "choices": [], "context": "", "image": str(PICTURE)}
+    tokens, put = [], app.Pieces.put
+
+    def counted(streamer, value):
+        tokens.append(value)
+        put(streamer, value)
+        time.sleep(0.05)
+
+    growing = app.stream(answer, problem, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.Pieces, "put", counted)
+        next(growing)
+        growing.close()
+    written = len(tokens)
+    assert written < 8, "of twelve and more"
+    time.sleep(0.3)
+    assert len(tokens) == written
 
 
 def test_the_published_model_is_named_beside_the_app(app, tmp_path, monkeypatch):

@@ -110,6 +110,7 @@ def test_each_tower_gives_its_patches_at_its_real_size(name):
     assert tower_width(tower) == row.hidden_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", ["", "timm torchvision"])
 def test_with_each_tower_a_saved_model_loads_in_a_process_that_knows_only_the_folder(needs, tmp_path):
     """And gives there, from a picture file, what it gives here."""
