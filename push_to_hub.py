@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 
 from mmcot.card import Publication
-from mmcot.publishing import HUB_ERRORS, Repository, advice, publish_run
+from mmcot.publishing import HUB_ERRORS, Repository, advice, check_repository_id, publish_run
+from mmcot.run_folder import is_adapted
 from mmcot.space import publish_space
 
 
@@ -36,9 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("name a finished run's folder, or a --space for a model that is published already")
     repository = Repository(arguments.repo_id, revision=arguments.revision, private=arguments.private)
     try:
+        check_repository_id(repository)
+        if arguments.space is not None:
+            check_repository_id(Repository(arguments.space, "space"))
         if arguments.run_dir is not None:
-            is_adapted = (arguments.run_dir / "base").is_dir()
-            if (arguments.adapters or arguments.merge) and not is_adapted:
+            if (arguments.adapters or arguments.merge) and not is_adapted(arguments.run_dir):
                 raise ValueError(f"{arguments.run_dir}: its stages are no adapters; leave --adapters and --merge out.")
             publication = Publication(arguments.repo_id, arguments.base_model, arguments.license, arguments.merge)
             how = (arguments.allow_unscored, arguments.overwrite, arguments.dry_run)

@@ -7,9 +7,9 @@ The text stands in `card_template.md`; this file gathers what it says, as huggin
 import hashlib
 import math
 import re
-import shutil
+import shlex
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,9 +20,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from mmcot.files import read_json
-from mmcot.provenance import meta_file, weights_of
+from mmcot.files import read_json, write_json
+from mmcot.provenance import weights_of
 from mmcot.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
+from mmcot.run_folder import FINISHED, is_adapted, judged_split, scores_file
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
 from modeling_mmcot.processing_mmcot import Stage
@@ -75,27 +76,33 @@ class Publication:
 
 def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, publication: Publication) -> None:
     """README.md, the picture that it shows, and the scores where there are any, into a folder that holds all else."""
-    split, scores = judged(run_folder, processor)
-    dataset_name = meta_of(run_folder).get("dataset_known_as")
+    trainings = {stage.name: training_of(run_folder / stage.name) for stage in processor.stages}
+    dataset_name = trainings[processor.stages[-1].name]["dataset_known_as"]
     dataset = DATASETS.get(dataset_name)
     if dataset and dataset.shares_alike and publication.license not in (None, dataset.license):
         raise ValueError(
             f"{dataset_name}, on which this run was trained, is {dataset.license}; --license {publication.license} is "
             f"another, and what is made of it has to be shared alike."
         )
-    draw_stages(processor.stages, folder / PICTURE)
-    results = None
-    if scores is not None:
-        shutil.copyfile(run_folder / "scores" / f"{split}.json", folder / SCORES_FILE)
-        dataset_type = (dataset and dataset.id) or dataset_name or "own problems"
-        results = eval_results(scores, dataset_type, split)
-        if dataset is not None and dataset.id is not None:
-            entries = eval_entries(scores, dataset.id, notes=f"{split}, {scores['n']} problems")
-            write_eval_results(folder / ".eval_results" / f"{dataset.id.replace('/', '--')}.yaml", entries)
+    scores = scores_of_run(run_folder, processor)
     recipe = published_recipe(run_folder)
-    tower = read_json(folder / "config.json").get("vision_config") or {}
+    tower = read_json(folder / "config.json").get("vision_config")
+    text_model, tower_model = started_from(publication, recipe, tower)
+    code = code_digest(folder)
+    draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        license=publication.license or (dataset and dataset.license),
+        base_model=[name for name in (text_model, tower_model) if name and is_repository_id(name)] or None,
+        datasets=[dataset.id] if dataset and dataset.id else None,
+        tags=["multimodal-cot", "custom_code"],
+        model_name=publication.repo_id.split("/")[-1],
+        eval_results=None if scores is None else publish_scores(scores, folder),
+        mmcot={"version": __version__, "code": code},
+    )
     card = ModelCard.from_template(
-        metadata(publication, recipe, dataset, results, folder),
+        data,
         template_str=resources.files("mmcot").joinpath("card_template.md").read_text(encoding="utf-8"),
         repo_id=publication.repo_id,
         version=__version__,
@@ -103,51 +110,53 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         picture=PICTURE,
         sees_pictures=any("images" in stage.reads for stage in processor.stages),
         has_tower=processor.image_processor is not None,
-        has_adapters=not publication.merge and is_adapted(run_folder),
+        has_adapters=is_adapted(run_folder) and not publication.merge,
         is_merged=publication.merge,
         parameters=num_parameters(folder),
         dataset=recipe["dataset"],
         dataset_name=dataset_name,
         known_dataset=dataset,
-        tower=tower.get("model_type"),
-        base_models=base_models(publication, recipe),
-        started_from=recipe.get("model_name_or_path", "random weights"),
-        trainings={stage.name: training_of(run_folder / stage.name) for stage in processor.stages},
+        tower=cited_tower(tower),
+        text_model=text_model,
+        tower_model=tower_model,
+        trainings=trainings,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        split=split,
         scores=scores,
+        predict_options=scores and command_options(scores["predict_options"]),
+        evaluate_options=scores and command_options(scores["evaluate_options"]),
         probes=probes_of(run_folder, processor),
-        code=code_digest(folder),
+        code=code,
     )
     card.save(folder / "README.md")
 
 
-def judged(run_folder: Path, processor: MMCoTProcessor) -> tuple[str, dict[str, Any] | None]:
+def scores_of_run(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | None:
     """
-    The split that a run is judged by, and its scores: test, or val where test has none. None where there are none.
+    The scores that a run is judged by, without paths of this machine; None where there are none.
 
     Raises:
-        ValueError: they are of other weights than the run's, or do not say of which.
+        ValueError: they are of other weights than the run's, or of another split than their name says, or do not say.
     """
-    for split in ("test", "val"):
-        file = run_folder / "scores" / f"{split}.json"
-        if file.is_file():
-            scores = read_json(file)
-            check_weights(scores, file, run_folder, processor)
-            return split, scores
-    return "test", None
+    split = judged_split(run_folder)
+    if split is None:
+        return None
+    file = scores_file(run_folder, split)
+    scores = read_json(file)
+    check_weights(scores, file, run_folder, processor)
+    if scores["split"] != split:
+        raise ValueError(f"{file} is of the split {scores['split']!r}; expected {split!r}, by its name.")
+    return without_paths(scores)
 
 
 def check_weights(measured: dict[str, Any], file: Path, run_folder: Path, processor: MMCoTProcessor) -> None:
-    weights = weights_of(str(run_folder), processor) or {}
-    if measured.get("weights") == weights:
+    weights, said = weights_of(str(run_folder), processor) or {}, measured.get("weights")
+    if said == weights:
         return
-    said = measured.get("weights")
     differing = [name for name, digest in weights.items() if (said or {}).get(name) != digest]
     found = "does not say of which weights it is" if said is None else "is of other weights than the run's"
     raise ValueError(
-        f"{file} {found} ({', '.join(differing)}). Predict and score again: python -m mmcot.predict {run_folder} …, "
-        f"then python -m mmcot.evaluate FILE … --output {file}"
+        f"{file} {found} ({', '.join(differing)}). Predict and measure again: python -m mmcot.predict {run_folder} …, "
+        f"then python -m mmcot.evaluate FILE … --output {file}; mmcot.probes for {PROBES_FILE}."
     )
 
 
@@ -161,60 +170,75 @@ def probes_of(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | N
     return probes
 
 
-def meta_of(run_folder: Path) -> dict[str, Any]:
-    """What a run says beside its predictions of where they come from."""
-    file = meta_file(run_folder / "predictions" / "test.json")
-    return read_json(file) if file.is_file() else {}
+def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
+    """The scores file, and the Hub's own results where it knows the dataset. Returns those of the card's metadata."""
+    write_json(folder / SCORES_FILE, scores)
+    dataset = DATASETS.get(scores["dataset_known_as"])
+    if dataset is None or dataset.id is None:
+        return eval_results(scores, scores["dataset_known_as"] or "own-problems", scores["split"])
+    notes = " ".join(
+        [f"{scores['split']}, {scores['n']} problems", command_options(scores["evaluate_options"])]
+    ).strip()
+    entries = eval_entries(scores, dataset.id, notes=notes)
+    write_eval_results(folder / ".eval_results" / f"{dataset.id.replace('/', '--')}.yaml", entries)
+    return eval_results(scores, dataset.id, scores["split"])
 
 
-def metadata(
-    publication: Publication,
-    recipe: dict[str, Any],
-    dataset: KnownDataset | None,
-    results: list[EvalResult] | None,
-    folder: Path,
-) -> ModelCardData:
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        license=publication.license or (dataset and dataset.license),
-        base_model=base_models(publication, recipe) or None,
-        datasets=[dataset.id] if dataset and dataset.id else None,
-        tags=["multimodal-cot", "custom_code"],
-        model_name=publication.repo_id.split("/")[-1],
-        eval_results=results,
-        mmcot={"version": __version__, "code": code_digest(folder)},
-    )
+def command_options(options: dict[str, Any]) -> str:
+    """As they are written on a command line."""
+    words = []
+    for name, value in options.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(shlex.quote(str(one)) for one in values)]
+    return " ".join(words)
 
 
-def base_models(publication: Publication, recipe: dict[str, Any]) -> list[str]:
-    """The Hub's ids of the text model and the tower that a run started from."""
-    tower = recipe.get("vision_model_name_or_path")
-    named = [publication.base_model or recipe.get("model_name_or_path"), tower in TOWERS and TOWERS[tower].checkpoint]
-    named[1] = named[1] or tower
-    return [name for name in named if name and is_repository_id(name)]
+def started_from(
+    publication: Publication, recipe: dict[str, Any], tower: dict[str, Any] | None
+) -> tuple[str | None, str | None]:
+    """The checkpoints of the text model and of the tower; None of what began with random weights, or is not there."""
+    named = recipe.get("vision_model_name_or_path")
+    named = TOWERS[named].checkpoint if named in TOWERS else named
+    return publication.base_model or recipe.get("model_name_or_path"), named if tower else None
 
 
 def is_repository_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def published_recipe(run_folder: Path) -> dict[str, Any]:
-    """The run's recipe, of paths on the machine that it ran on only their names."""
+    """The run's recipe, without what is of its author's machine and account."""
     recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
-    return {
-        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for name, value in recipe.items()
-    }
+    return without_paths({name: value for name, value in recipe.items() if not name.startswith("hub_")})
 
 
-def is_adapted(run_folder: Path) -> bool:
-    return (run_folder / "base").is_dir()
+def without_paths(value: Any) -> Any:
+    """Of paths on this machine, wherever they stand, only their names."""
+    if isinstance(value, dict):
+        return {name: without_paths(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+    return Path(value).name if is_path else value
+
+
+def cited_tower(tower: dict[str, Any] | None) -> str | None:
+    """By which name the card cites it."""
+    if tower is None:
+        return None
+    is_clip = "clip" in str(tower.get("architecture", tower["model_type"])) and "siglip" not in tower["model_type"]
+    return "clip" if is_clip else tower["model_type"]
 
 
 def training_of(stage_folder: Path) -> dict[str, Any]:
     """What the Trainer said of a stage's training."""
-    return read_json(stage_folder / "train_results.json")
+    training = read_json(stage_folder / FINISHED)
+    for name in ("hardware", "finished", "dataset_known_as"):
+        if name not in training:
+            raise ValueError(
+                f"{stage_folder / FINISHED} does not say {name!r}: an older mmcot trained it. Train it anew."
+            )
+    return training
 
 
 def num_parameters(folder: Path) -> dict[str, int]:
@@ -236,9 +260,8 @@ def code_digest(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def draw_stages(stages: Iterable[Stage], file: Path) -> None:
+def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
     """Each pass as a row: what it reads, the model, what it writes."""
-    stages = list(stages)
     figure = Figure(figsize=(8, 1.5 * len(stages)), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(0, 10), ylim=(-0.1, 1.5 * len(stages)))
@@ -250,7 +273,8 @@ def draw_stages(stages: Iterable[Stage], file: Path) -> None:
         written = {earlier.writes for earlier in stages[:number]}
         reads = [name for name in stage.reads if name != "images"]
         texts = ", ".join(f"its {name}" if name in written else name for name in reads)
-        sees = "picture → tower → gated fusion" if "images" in stage.reads else "no picture"
+        seen = "picture → tower" if has_tower else "a picture's features"
+        sees = f"{seen} → gated fusion" if "images" in stage.reads else "no picture"
         writes = "a probability per choice" if stage.answers else stage.writes
         axes.text(1.6, height, textwrap.fill(texts, 24), **centred, bbox={**box, "facecolor": "#eef3f8"})
         axes.text(5.2, height, f"{sees}\nT5, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})

@@ -26,8 +26,9 @@ from mmcot.files import read_json, write_json
 from mmcot.leaks import suspicion, warnings_of
 from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score
 from mmcot.problems import SOURCES, SPLITS, first_few, join_captions, load_problems, require_answers
-from mmcot.provenance import scored_weights
+from mmcot.provenance import origin_of_scores
 from mmcot.results import scores_of
+from mmcot.run_folder import judged_split, scores_file
 from mmcot.subsets import add_selection, select
 from mmcot.tables import format_comparison, format_leaderboard, format_spread, format_table
 
@@ -39,7 +40,8 @@ Predictions = dict[str, dict[str, Any]]
 def evaluate(predictions_file: str | Path, dataset: str, split: str) -> dict[str, Any]:
     """The scores (DESIGN section 4) of a predictions file against the gold columns of `split` of `dataset`."""
     predictions = read_predictions(predictions_file)
-    return score(load_answered_problems(dataset, split), predictions)
+    scores = score(load_answered_problems(dataset, split), predictions)
+    return scores | origin_of_scores(Path(predictions_file), dataset, split)
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -113,8 +115,8 @@ def split_ids(dataset: str, split: str) -> list[str]:
 
 def reported_scores(run_folder: Path) -> tuple[str, dict[str, Any]]:
     """The split that a run is judged by, and its scores: test, or val where the answers of test are not known."""
-    split = "test" if (run_folder / "scores" / "test.json").exists() else "val"
-    return split, read_json(run_folder / "scores" / f"{split}.json")
+    split = judged_split(run_folder) or "val"
+    return split, read_json(scores_file(run_folder, split))
 
 
 def submission(problems: Dataset, predictions: Predictions) -> dict[str, dict[str, str]]:
@@ -177,17 +179,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_files(arguments: argparse.Namespace) -> None:
-    scores_file = Path(arguments.output or default_scores_file(arguments.file))
+    output = Path(arguments.output or default_scores_file(arguments.file))
     others = [arguments.compare] if arguments.compare is not None else arguments.seeds or []
-    if scores_file.resolve() in (Path(file).resolve() for file in (arguments.file, *others)):
-        raise ValueError(f"--output {scores_file} is a predictions file itself")
+    if output.resolve() in (Path(file).resolve() for file in (arguments.file, *others)):
+        raise ValueError(f"--output {output} is a predictions file itself")
     problems = load_answered_problems(arguments.dataset, arguments.split)
     problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
     first, *rest = (
         fitting(read_predictions(file), problems, arguments.allow_missing, arguments)
         for file in (arguments.file, *others)
     )
-    scores = score(problems, first) | scored_weights(Path(arguments.file))
+    selection = {name: getattr(arguments, name) for name in ("ids", "filter", "limit", "allow_missing")}
+    scores = score(problems, first)
+    scores |= origin_of_scores(Path(arguments.file), arguments.dataset, arguments.split, selection)
     if arguments.similarity is not None:
         from mmcot.similarity import similarity
 
@@ -200,11 +204,11 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
         result = spread([scores, *(score(problems, predictions) for predictions in rest)])
         scores["seeds"] = {"n": 1 + len(rest), "accuracy": result}
         tables.append(format_spread(result, 1 + len(rest)))
-    write_json(scores_file, scores)
+    write_json(output, scores)
     print("\n\n".join(tables))
     for line in warnings_of(suspicion(problems, rationales_of(first))):
         print(line)
-    print(f"scores: {scores_file}")
+    print(f"scores: {output}")
     if arguments.report is not None:
         write_page(arguments, problems, first, scores)
         print(f"report: {Path(arguments.report) / 'index.html'}")

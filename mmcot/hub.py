@@ -14,6 +14,7 @@ from peft import PeftConfig
 
 import modeling_mmcot
 from mmcot.card import Publication, write_card
+from mmcot.run_folder import BASE, is_adapted
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.stages_mmcot import StageAdapters
 
@@ -24,8 +25,6 @@ MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-
-BASE = "base"  # folder in a run: the base that its stages adapt, where they are adapters
 
 
 def shipped_code() -> list[Path]:
@@ -38,7 +37,7 @@ def export(run_folder: Path, processor: MMCoTProcessor, publication: Publication
     """Write `RUN_FOLDER/hub/` (or `hub_merged/`) from the trained stages, whole or not at all. Returns it."""
     publication = publication or Publication()
     stages = {stage.name: run_folder / stage.name for stage in processor.stages}
-    base = run_folder / BASE if (run_folder / BASE).is_dir() else None
+    base = run_folder / BASE if is_adapted(run_folder) else None
     with tempfile.TemporaryDirectory(dir=run_folder, prefix=".merged-") as merged:
         if publication.merge:
             stages, base = merge(run_folder / BASE, processor, Path(merged)), None

@@ -45,7 +45,7 @@ FEATURES = datasets.Features(
 GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
 SPLITS = ("train", "val", "test")
 SOURCES = "demo, a ScienceQA or A-OKVQA folder, a dataset of the Hub, or a .jsonl or .parquet file of problems"
-# https://huggingface.co/datasets/derek-thomas/ScienceQA
+SCIENCEQA_ID = "derek-thomas/ScienceQA"  # https://huggingface.co/datasets/derek-thomas/ScienceQA
 HUB_COLUMNS = {"image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category"}
 HUB_COLUMNS |= {"skill", "lecture", "solution"}
 
@@ -92,7 +92,8 @@ def known_as(source: str) -> str | None:
     path = Path(source)
     if source == "demo" or source.startswith("demo:"):
         return "demonstration"
-    if is_hub_dataset(source) or (path / "pid_splits.json").is_file():
+    is_scienceqa = path.is_dir() and (is_hub_dataset(source) or (path / "pid_splits.json").is_file())
+    if is_scienceqa or source == SCIENCEQA_ID:
         return "ScienceQA"
     return "A-OKVQA" if path.is_dir() and any(path.glob("aokvqa_*.json")) else None
 

@@ -15,11 +15,15 @@ from mmcot.feature_store import FeatureStore
 from mmcot.features import commit_of
 from mmcot.files import read_json
 from mmcot.pictures import ContentKeys
+from mmcot.problems import known_as
+from mmcot.run_folder import BASE, is_adapted
 from modeling_mmcot import MMCoTProcessor
 
 WEIGHTS = ("*.safetensors",)
 # What decides the predictions of a model's folder.
 MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "*config.json", "tokenizer.json")
+# Of `mmcot.predict`, what changes the predictions.
+PREDICT_OPTIONS = ("decode_answer", "bf16", "features", "captions")
 VERSIONS = ("torch", "transformers", "peft", "datasets", "accelerate")
 
 
@@ -66,14 +70,32 @@ def weights_of(model: str, processor: MMCoTProcessor) -> dict[str, str] | None:
 def stage_weights(folder: Path, stage: str) -> str:
     """Of a stage in a run's folder or one in the Hub's layout, with those of the base where it is an adapter."""
     own = folder / stage if (folder / stage).is_dir() else folder
-    base = folder / "base" if (folder / "base").is_dir() else folder
+    base = folder / BASE if is_adapted(folder) else folder
     return folders_digest([base, own] if (own / "adapter_config.json").is_file() else [own], WEIGHTS)
 
 
-def scored_weights(predictions_file: Path) -> dict[str, dict[str, str]]:
-    """`{"weights": …}` of what made a file of predictions, as far as it is said beside it."""
+def origin_of_scores(
+    predictions_file: Path, dataset: str, split: str, selection: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """
+    What scores are of, as far as it is said beside the predictions.
+
+    Args:
+        selection: which of the split's problems they are of, as `mmcot.evaluate` was told.
+
+    Returns:
+        `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (by the commands' names, as far
+        as they are not the usual), and `weights`, each stage's digest, where it is known.
+    """
     meta = read_json(meta_file(predictions_file)) if meta_file(predictions_file).is_file() else {}
-    return {"weights": meta["weights"]} if meta.get("weights") else {}
+    selected = {name: value for name, value in (selection or {}).items() if value}
+    options = {name: meta[name] for name in PREDICT_OPTIONS if meta.get(name)}
+    if meta.get("num_rationales", 1) > 1:
+        options |= {name: meta[name] for name in ("num_rationales", "temperature", "seed")}
+    some = {name: value for name, value in selected.items() if name != "allow_missing"}
+    origin = {"dataset": dataset, "dataset_known_as": known_as(dataset), "split": split}
+    origin |= {"predict_options": some | options, "evaluate_options": selected}
+    return origin | ({"weights": meta["weights"]} if meta.get("weights") else {})
 
 
 def folders_digest(folders: Iterable[Path], patterns: Sequence[str]) -> str:

@@ -5,22 +5,19 @@ huggingface_hub's own business: here is only what has to hold before and after. 
 at the commit that it had.
 """
 
-import ast
 import hashlib
-import re
-import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     RepoCard,
-    get_token,
     hf_hub_download,
     metadata_load,
     snapshot_download,
@@ -36,38 +33,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
-from safetensors import SafetensorError, safe_open
 
-from mmcot.card import PICTURE, Publication, judged
-from mmcot.hub import export, shipped_code
-from mmcot.results import SCORES_FILE
-from mmcot.verification import answers_alike
+from mmcot.card import Publication
+from mmcot.hub import export
+from mmcot.hub_checks import check_model_folder, is_model_file, names_of
+from mmcot.run_folder import FINISHED, judged_split
+from mmcot.verification import answer_of_a_stranger
 from modeling_mmcot import MMCoTProcessor
 
-# What a model's repository may hold; anything else (pickles, optimizer states, data) does not go up.
-MODEL_PATTERNS = (
-    r"([\w.-]+/)?(config|generation_config|adapter_config)\.json",
-    r"([\w.-]+/)?(model|adapter_model)(-\d+-of-\d+)?\.safetensors",
-    r"([\w.-]+/)?model\.safetensors\.index\.json",
-    r"(processor_config|tokenizer_config|tokenizer|special_tokens_map|added_tokens)\.json",
-    r"spiece\.model|chat_template\.jinja",
-    r"\.eval_results/[\w.-]+\.yaml",
-    r"README\.md|\w+\.py",
-    re.escape(PICTURE),
-    re.escape(SCORES_FILE),
-)
-ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "transformers", "PIL", "jinja2"}
-GUARDED_IMPORTS = {"peft"}  # where stages are adapters, in a `try`
-SECRETS = {
-    "a token of the Hub": rb"hf_[A-Za-z0-9]{30,}",
-    "a token of GitHub": rb"gh[pousr]_[A-Za-z0-9]{36,}",
-    "a key of AWS": rb"AKIA[0-9A-Z]{16}",
-    "a key of an API": rb"sk-[A-Za-z0-9_-]{32,}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
-FOLDERS = rb"home|Users|root|mnt|tmp|work|workspace|scratch|data|content"
-ABSOLUTE_PATH = rb"(?<![\w./:-])(?:/(?:" + FOLDERS + rb")/|[A-Z]:\\+Users)[\w./\\-]+"
-TEXT_FILES = {".json", ".md", ".py", ".yaml", ".jinja", ".txt"}
 GITATTRIBUTES = ".gitattributes"  # the Hub's own
 HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx2.TransportError, ConnectionError)
 MAKER = "mmcot"  # the key in a card's metadata by which a repository of ours is known
@@ -115,19 +88,24 @@ def publish_run(
     Raises:
         ValueError: what is wrong with the run, its scores, the repository or what came back from it.
     """
-    check_repository_id(repository)
     processor = finished_processor(run_folder)
-    if judged(run_folder, processor)[1] is None and not allow_unscored:
+    if judged_split(run_folder) is None and not allow_unscored:
         raise ValueError(
             f"{run_folder} has no scores: python -m mmcot.evaluate makes them. --allow_unscored publishes it without, "
             f'and its card says "not evaluated".'
         )
     folder = export(run_folder, processor, publication)
     check_model_folder(folder)
-    commit = push(folder, repository, overwrite, dry_run)
-    if commit is not None:
-        verify(folder, repository, commit)
-        answers_alike(folder, repository.repo_id, commit)
+    plan = compare(folder, repository, overwrite, dry_run)
+    expected = answer_of_a_stranger(str(folder.resolve()))
+    if dry_run:
+        print(f"Dry run: nothing was uploaded to {repository.repo_id}.")
+        return None
+    commit = upload(plan)
+    verify(plan, commit)
+    found = answer_of_a_stranger(repository.repo_id, commit)
+    if found != expected:
+        raise ValueError(f"{repository.repo_id} at {commit} answers {found}, and {folder} answers {expected}")
     return commit
 
 
@@ -138,7 +116,7 @@ def finished_processor(run_folder: Path) -> MMCoTProcessor:
         )
     processor = MMCoTProcessor.from_pretrained(run_folder / "hub")
     for stage in processor.stages:
-        if not (run_folder / stage.name / "train_results.json").is_file():
+        if not (run_folder / stage.name / FINISHED).is_file():
             raise ValueError(f"{run_folder} is not a finished run: its {stage.name} stage is not trained to its end.")
     return processor
 
@@ -157,111 +135,68 @@ def check_repository_id(repository: Repository) -> None:
         raise ValueError(f"{name!r} is no repository id: expected USER/NAME")
     if name.split("/")[0] in ("datasets", "spaces", "models"):
         raise ValueError(f"{name!r} names a kind of repository: expected USER/NAME of a {repository.repo_type}")
+    if repository.revision.startswith("refs/"):
+        raise ValueError(f"--revision {repository.revision}: expected the name of a branch")
 
 
-def check_model_folder(folder: Path) -> None:
+@dataclass(frozen=True)
+class Plan:
     """
+    What a push would do.
+
+    Args:
+        changes: what becomes of each file: `new`, `changed`, `same` or `deleted`.
+    """
+
+    folder: Path
+    repository: Repository
+    state: State
+    changes: dict[str, str]
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.state.has_branch and set(self.changes.values()) <= {"same"}
+
+
+def compare(folder: Path, repository: Repository, overwrite: bool, dry_run: bool) -> Plan:
+    """
+    The folder's content in place of the repository's, file by file, and shown; nothing is changed.
+
     Raises:
-        ValueError: all that must not, or cannot, be published, by file.
+        ValueError: the repository holds what this tool did not make, or the Hub does not take the folder's card.
     """
-    found = [*surplus_files(folder), *broken_weights(folder), *code_faults(folder), *leaks(folder)]
-    metadata = metadata_load(folder / "README.md") or {}
-    if not metadata.get("license"):
-        found.append("README.md: no licence, and that of the dataset is not known: give --license")
-    if found:
-        raise ValueError(f"{folder} is not published:\n  " + "\n  ".join(found))
-
-
-def surplus_files(folder: Path) -> Iterator[str]:
-    for name in names_of(folder):
-        if not any(re.fullmatch(pattern, name) for pattern in MODEL_PATTERNS):
-            yield f"{name}: is no file of a model's repository"
-
-
-def broken_weights(folder: Path) -> Iterator[str]:
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            yield f"{file.relative_to(folder)}: not whole ({error})"
-
-
-def code_faults(folder: Path) -> Iterator[str]:
-    """Code that is not the library's, and imports of what a user of the model need not have."""
-    ours = {file.name: file.read_bytes() for file in shipped_code()}
-    theirs = {file.name: file.read_bytes() for file in folder.glob("*.py")}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            yield f"{name}: differs from this mmcot's own"
-    for name, content in theirs.items():
-        tree = ast.parse(content)
-        guarded = {id(node) for tried in ast.walk(tree) if isinstance(tried, ast.Try) for node in ast.walk(tried)}
-        for node in ast.walk(tree):
-            allowed = ALLOWED_IMPORTS | (GUARDED_IMPORTS if id(node) in guarded else set())
-            for module in imported(node):
-                if module.split(".")[0] not in allowed:
-                    yield f"{name}, line {node.lineno}: imports {module}"
-
-
-def imported(node: ast.AST) -> list[str]:
-    """The modules of other packages that a statement imports."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    return [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-
-
-def leaks(folder: Path) -> Iterator[str]:
-    """Paths of this machine, and what looks like a secret; which is not repeated."""
-    token = get_token()
-    patterns = SECRETS | ({"your token of the Hub": re.escape(token).encode()} if token else {})
-    for name in names_of(folder):
-        if Path(name).suffix not in TEXT_FILES:
-            continue
-        for number, line in enumerate((folder / name).read_bytes().splitlines(), start=1):
-            for what, pattern in patterns.items():
-                if re.search(pattern, line):
-                    yield f"{name}, line {number}: holds {what}"
-            if path := re.search(ABSOLUTE_PATH, line):
-                yield f"{name}, line {number}: holds a path of this machine, {path[0].decode(errors='replace')}"
-
-
-def names_of(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-
-
-def push(folder: Path, repository: Repository, overwrite: bool, dry_run: bool) -> str | None:
-    """
-    The folder's content in place of the repository's, in one commit; none where nothing changes.
-
-    Returns:
-        The commit that now holds it, or None of a dry run.
-    """
-    api = HfApi()
     try:
-        state = state_of(api, repository)
+        state = state_of(HfApi(), repository)
         RepoCard.load(folder / "README.md").validate(repository.repo_type)
     except OfflineModeIsEnabled:
         if not dry_run:
             raise
         print("Offline: not compared with what stands on the Hub.")
         state = State()
-    if not (state.is_ours or overwrite):
-        raise ValueError(
-            f"{repository.repo_id} holds what this tool did not make; nothing was changed. --overwrite replaces it."
-        )
     changes = changes_of(folder, state)
-    show(folder, changes)
-    if dry_run:
-        print(f"Dry run: nothing was uploaded to {repository.repo_id}.")
-        return None
-    if state.commit is not None and state.has_branch and set(changes.values()) <= {"same"}:
-        print(f"Nothing changes: {repository.repo_id} stays at {state.commit}.")
-        return state.commit
-    head = prepare_repository(api, repository, state)
+    foreign = [name for name, change in changes.items() if change == "deleted" and not is_known(name, repository)]
+    if not overwrite and (foreign or not state.is_ours):
+        what = f"files ({', '.join(foreign)}) that" if state.is_ours else "what"
+        raise ValueError(
+            f"{repository.repo_id} holds {what} this tool did not make; nothing was changed. --overwrite replaces "
+            f"its content."
+        )
+    for name, change in changes.items():
+        size = f"{(folder / name).stat().st_size:,}" if change != "deleted" else ""
+        print(f"{size:>16}  {change:<8} {name}")
+    return Plan(folder, repository, state, changes)
+
+
+def upload(plan: Plan) -> str:
+    """In one commit; none where nothing changes. Returns the one that now holds the folder's content."""
+    api, repository = HfApi(), plan.repository
+    if plan.changes_nothing:
+        print(f"Nothing changes: {repository.repo_id} stays at {plan.state.commit}.")
+        return plan.state.commit
+    head = prepare_repository(api, repository, plan.state)
     operations = [
-        CommitOperationDelete(name) if change == "deleted" else CommitOperationAdd(name, folder / name)
-        for name, change in changes.items()
+        CommitOperationDelete(name) if change == "deleted" else CommitOperationAdd(name, plan.folder / name)
+        for name, change in plan.changes.items()
         if change != "same"
     ]
     if not operations:
@@ -276,9 +211,33 @@ def push(folder: Path, repository: Repository, overwrite: bool, dry_run: bool) -
             revision=repository.revision,
             parent_commit=head,
         )
-    except RuntimeError as error:  # what the client makes of a large file that could not be sent
-        raise error.__cause__ if isinstance(error.__cause__, HUB_ERRORS) else error from None
+    except (RuntimeError, *HUB_ERRORS) as error:
+        raise after_failure(api, repository, head, error) from error
     return commit.oid
+
+
+def is_known(name: str, repository: Repository) -> bool:
+    """Whether a file that is no longer there may be an earlier push's."""
+    return repository.repo_type == "model" and is_model_file(name)
+
+
+def after_failure(api: HfApi, repository: Repository, head: str, error: Exception) -> Exception:
+    """What to raise for a commit that ended in an error: the answer to one that was made can be lost."""
+    # The client makes a RuntimeError of a large file that could not be sent, its Xet part of other failures too.
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    failure = cause if isinstance(cause, HUB_ERRORS) else ConnectionError(str(error))
+    try:
+        info = api.repo_info(repository.repo_id, repo_type=repository.repo_type, revision=repository.revision)
+    except HUB_ERRORS:
+        return ValueError(
+            f"{repository.repo_id} could not be asked whether it took the commit ({type(failure).__name__}): the same "
+            f"command compares, and goes on."
+        )
+    if info.sha == head:
+        return failure
+    return ValueError(
+        f"{repository.repo_id} is at {info.sha} now, but the answer to the commit was lost: the same command compares."
+    )
 
 
 def state_of(api: HfApi, repository: Repository) -> State:
@@ -286,6 +245,8 @@ def state_of(api: HfApi, repository: Repository) -> State:
     try:
         info = api.repo_info(**where, revision=repository.revision)
     except RevisionNotFoundError:
+        if repository.revision == "main":
+            raise
         state = state_of(api, replace(repository, revision="main"))
         return replace(state, has_branch=False)
     except RepositoryNotFoundError:
@@ -299,15 +260,23 @@ def state_of(api: HfApi, repository: Repository) -> State:
         for entry in api.list_repo_tree(**where, revision=info.sha, recursive=True)
         if isinstance(entry, RepoFile) and entry.path != GITATTRIBUTES
     }
-    is_ours = not files
-    if "README.md" in files:
+    # A Space is born with a README of the Hub's.
+    is_ours = not files or (repository.repo_type == "space" and set(files) == {"README.md"})
+    if "README.md" in files and not is_ours:
         readme = hf_hub_download(**where, filename="README.md", revision=info.sha)
-        is_ours = MAKER in (metadata_load(readme) or {})
+        is_ours = MAKER in metadata_of(Path(readme))
     return State(info.sha, True, files, is_ours)
 
 
+def metadata_of(readme: Path) -> dict[str, Any]:
+    try:
+        return metadata_load(readme) or {}
+    except (yaml.YAMLError, ValueError):  # somebody else's, and broken
+        return {}
+
+
 def changes_of(folder: Path, state: State) -> dict[str, str]:
-    """What becomes of each file: `new`, `changed`, `same` or `deleted`."""
+    """Of each file that is in the folder or in the repository."""
     changes = {}
     for name in names_of(folder):
         there = state.files.get(name)
@@ -328,12 +297,6 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def show(folder: Path, changes: dict[str, str]) -> None:
-    for name, change in changes.items():
-        size = f"{(folder / name).stat().st_size:,}" if change != "deleted" else ""
-        print(f"{size:>16}  {change:<8} {name}")
-
-
 def prepare_repository(api: HfApi, repository: Repository, state: State) -> str:
     """The repository and the branch, made where they are not there. Returns the branch's head."""
     where = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
@@ -342,14 +305,17 @@ def prepare_repository(api: HfApi, repository: Repository, state: State) -> str:
         api.create_repo(**where, private=repository.private or None, exist_ok=True, **sdk)
     if not state.has_branch and repository.revision != "main":
         api.create_branch(**where, branch=repository.revision, exist_ok=True)
+    if state.has_branch:
+        return state.commit  # what was compared with: a commit that came since is not built upon
     return api.repo_info(**where, revision=repository.revision).sha
 
 
-def verify(folder: Path, repository: Repository, commit: str) -> None:
+def verify(plan: Plan, commit: str) -> None:
     """
     Raises:
         ValueError: what the Hub gives back, into an empty cache, is not what was sent.
     """
+    repository = plan.repository
     with tempfile.TemporaryDirectory() as cache:
         where = {"repo_type": repository.repo_type, "revision": commit, "cache_dir": cache}
         try:
@@ -359,7 +325,7 @@ def verify(folder: Path, repository: Repository, commit: str) -> None:
                 f"{repository.repo_id} is at {commit} now, which could not be read again ({type(error).__name__}): the "
                 f"same command compares it once more."
             ) from error
-        sent, got = ({name: sha256_of(place / name) for name in names_of(place)} for place in (folder, downloaded))
+        sent, got = ({name: sha256_of(place / name) for name in names_of(place)} for place in (plan.folder, downloaded))
     got.pop(GITATTRIBUTES, None)
     differing = sorted(name for name in sent.keys() | got.keys() if sent.get(name) != got.get(name))
     if differing:
@@ -378,18 +344,17 @@ def advice(error: Exception, repository: Repository) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"no token: log in with `hf auth login`, or set HF_TOKEN. {untouched}"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None:
+        failure = type(error).__name__
+        return f"the connection failed ({failure}): push again; what is uploaded is not sent twice. {untouched}"
     words = {
         401: "the Hub does not know your token, or there is none: log in with `hf auth login`, or set HF_TOKEN.",
-        403: f"your token may not write to {name}: use one with write access to {name.split('/')[0]}.",
+        403: f"the Hub refuses: your token has to have write access to {name.split('/')[0]}.",
         404: f"{name} is not there, or your token may not see it.",
         409: "somebody else is committing to it: push again.",
         412: "somebody else committed to it meanwhile: push again, and look at the difference that is shown.",
         429: "the Hub is asked too often: wait some minutes and push again; what is uploaded is not sent twice.",
     }
-    if status is not None:
-        fallback = f"the Hub answered {status}: push again later; what is uploaded already is not sent twice."
-        return f"{words.get(status, fallback)} {untouched}"
-    return (
-        f"the connection failed ({type(error).__name__}): push again; what is uploaded already is not sent twice. "
-        f"{untouched}"
-    )
+    other = "push again later; what is uploaded is not sent twice." if status >= 500 else "it refuses what was sent."
+    said = getattr(error, "server_message", None)
+    return f"{words.get(status, other)} (The Hub: {status}{f', {said}' if said else ''}.) {untouched}"

@@ -42,6 +42,7 @@ MACHINE_SETTINGS = {
     "pass_over_damaged_checkpoints",
     "fold",
     "report_problems",
+    "hub_token",
 }
 # How a step's problems are shared out; how many they are is checked when a run goes on (`trainer.SameSteps`).
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}

@@ -9,7 +9,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 import mmcot
 from mmcot.files import write_json
-from mmcot.publishing import MAKER, Repository, check_repository_id, leaks, push, verify
+from mmcot.hub_checks import leaks
+from mmcot.publishing import MAKER, Repository, compare, upload, verify
 from modeling_mmcot.configuration_mmcot import __version__
 
 APP = Path(mmcot.__file__).parents[1] / "space"
@@ -25,16 +26,18 @@ def publish_space(
     Raises:
         ValueError: the model is not on the Hub, or the Space's repository holds what this tool did not make.
     """
-    check_repository_id(repository)
     commit = commit_of_model(model_id, model_revision, dry_run)
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_space(Path(temporary), model_id, commit)
         found = list(leaks(folder))
         if found:
             raise ValueError("the Space is not published:\n  " + "\n  ".join(found))
-        space_commit = push(folder, repository, overwrite, dry_run)
-        if space_commit is not None:
-            verify(folder, repository, space_commit)
+        plan = compare(folder, repository, overwrite, dry_run)
+        if dry_run:
+            print(f"Dry run: nothing was uploaded to {repository.repo_id}.")
+            return None
+        space_commit = upload(plan)
+        verify(plan, space_commit)
     return space_commit
 
 

@@ -15,7 +15,6 @@ from mmcot.files import read_json, write_json
 from mmcot.journal import Journal
 from mmcot.predict import predict_stage
 from mmcot.preparation import Run
-from mmcot.problems import known_as
 from mmcot.provenance import WEIGHTS, folders_digest, meta_file, problems_digest, stage_weights
 from mmcot.stage_inputs import predictions_file, read_predictions
 from modeling_mmcot import MMCoTForConditionalGeneration
@@ -56,13 +55,15 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
 def tell_origin(prepared: Run, stage: Stage, split: str) -> None:
     """Beside a split's predictions, what they are made by: before they are written, so that none lies without it."""
     file = meta_file(predictions_file(prepared.folder, split))
-    earlier = read_json(file).get("weights", {}) if file.is_file() else {}
+    earlier = (read_json(file).get("weights") or {}) if file.is_file() else {}
     arguments = prepared.recipe.arguments
     sees = any("images" in stage.reads for stage in prepared.stages)
     weights = {**earlier, stage.name: stage_weights(prepared.folder, stage.name)}
     meta = {
         "dataset": arguments.dataset,
-        "dataset_known_as": known_as(arguments.dataset),
+        "split": split,
+        "decode_answer": arguments.decode_answer,
+        "features": arguments.features,
         "captions": arguments.captions,
         "max_images": arguments.max_images if sees else None,
         "stages": [asdict(stage) for stage in prepared.stages],

@@ -30,15 +30,16 @@ from mmcot.checkpoints import RunStopped, checkpoint_to_resume
 from mmcot.evaluate import format_table, reported_scores
 from mmcot.examples import lengths_of, tokenized
 from mmcot.files import write_json
-from mmcot.hub import BASE, export
+from mmcot.hub import export
 from mmcot.journal import remove_partial_files
 from mmcot.metrics import score
 from mmcot.predict import log_shortened
 from mmcot.preparation import Run, prepare
-from mmcot.problems import is_answered
+from mmcot.problems import is_answered, known_as
 from mmcot.progress import ValidationReport, hardware, plot_curves
-from mmcot.provenance import scored_weights
+from mmcot.provenance import origin_of_scores
 from mmcot.recipes import Recipe, parse_recipe
+from mmcot.run_folder import BASE, FINISHED
 from mmcot.stage_inputs import (
     CROSS_FITTED,
     fold_folder,
@@ -57,8 +58,6 @@ from modeling_mmcot.processing_mmcot import LETTERS, Stage
 from modeling_mmcot.stages_mmcot import StageAdapters
 
 logger = logging.getLogger(__name__)
-
-FINISHED = "train_results.json"  # written last in a stage's folder: the stage is trained
 
 
 def run(prepared: Run) -> None:
@@ -79,7 +78,7 @@ def run(prepared: Run) -> None:
         for split in ("val", "test"):
             if is_answered(prepared.problems[split]):
                 scores = score(prepared.problems[split], read_predictions(folder, split))
-                scores |= scored_weights(predictions_file(folder, split))
+                scores |= origin_of_scores(predictions_file(folder, split), prepared.recipe.arguments.dataset, split)
                 write_json(folder / "scores" / f"{split}.json", scores)
         try:
             export(folder, prepared.processor)
@@ -189,6 +188,7 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     if trainer.is_world_process_zero():
         history = trainer.state.log_history[:-1]  # without the summary, which is in the metrics
         summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "hardware": hardware()}
+        summary |= {"dataset_known_as": known_as(recipe.arguments.dataset)}
         summary |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "log_history": history}
         write_json(stage_folder / FINISHED, summary)
         plot_curves(history, stage_folder / "curves.png")

@@ -164,13 +164,14 @@ class Refusal(Exception):
 
 @dataclass
 class Fault:
-    """What happens instead of an answer: another one, or the end of the connection within the body."""
+    """What happens instead of an answer: another one, or the end of the connection within the body or after it."""
 
     method: str
     path_pattern: str
     times: int | None
     answer: Answer | None = None
     cut_after: int | None = None
+    loses_answer: bool = False
 
 
 def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
@@ -228,6 +229,10 @@ class LoopbackHub:
     def cut(self, method: str, path_pattern: str, *, after_bytes: int, times: int | None = 1) -> None:
         """End the connection after so many bytes of the request's body or, where it has none, of the answer's."""
         self._faults.append(Fault(method, path_pattern, times, cut_after=after_bytes))
+
+    def lose(self, method: str, path_pattern: str) -> None:
+        """Do what the next request asks, and end the connection in place of the answer."""
+        self._faults.append(Fault(method, path_pattern, 1, loses_answer=True))
 
     def heal(self) -> None:
         """No fault any more."""
@@ -316,6 +321,8 @@ class LoopbackHub:
             return as_json({"error": f"You already created this {repo_type} repo", **address}, 409)
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
         files = {".gitattributes": StoredFile(attributes.encode())}
+        if repo_type == "space":
+            files["README.md"] = StoredFile(f"---\ntitle: {wanted['name']}\nsdk: {wanted['sdk']}\n---\n".encode())
         repository.add(Commit(None, "initial commit", "", user.name, files), "main")
         self._repositories[repo_type, name] = repository
         return as_json(address)
@@ -458,6 +465,9 @@ def card_errors(content: str, repo_type: str) -> list[str]:
     names = license if isinstance(license, list) else [license]
     if repo_type != "space" and not (names and all(isinstance(name, str) for name in names)):
         errors.append('"license" must be a string or a list of strings')
+    for result in (result for model in card.get("model-index", []) for result in model["results"]):
+        if not re.fullmatch(r"([\w-]+/)?[\w.-]+", result["dataset"]["type"]):
+            errors.append('"model-index[0].results[0].dataset.type" fails to match the required pattern')
     if "pipeline_tag" in card and card["pipeline_tag"] not in PIPELINE_TAGS:
         errors.append(f'"pipeline_tag" must be one of {", ".join(PIPELINE_TAGS)}')
     return errors
@@ -568,6 +578,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         request = Request(self.command, address.path, dict(parse_qsl(address.query)), self.headers, body)
         answer = fault.answer if fault and fault.answer else self.hub.answer(request)
+        if fault and fault.loses_answer:
+            self.record(None)
+            self.hang_up()
+            return
         # Before the client has its answer, or a test could look too early.
         self.record(answer.status if cut_after is None else None)
         self.send(answer, cut_after)

@@ -19,16 +19,21 @@ from loopback_hub import LoopbackHub, client_environment
 from peft import PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
+from mmcot.evaluate import main as evaluate
 from mmcot.files import read_json, write_json
 from mmcot.hub import merge, shipped_code
-from mmcot.publishing import check_model_folder
+from mmcot.hub_checks import check_model_folder
+from mmcot.predict import main as predict
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main
 
-# `push_to_hub.py` many times in one process, which has to import torch once: a list of arguments a line.
+# `push_to_hub.py` many times in one process, which has to import torch once, and asks no folder and no commit twice: a
+# list of arguments a line.
 PUSHES = """
-import contextlib, io, json, sys
+import contextlib, functools, io, json, sys
 import push_to_hub
+from mmcot import publishing
+publishing.answer_of_a_stranger = functools.cache(publishing.answer_of_a_stranger)
 for line in sys.stdin:
     printed, status = io.StringIO(), 0
     with contextlib.redirect_stdout(printed):
@@ -183,9 +188,15 @@ def test_the_card_says_what_the_scores_file_says(hub, published, run):
 
 
 @pytest.fixture
-def broken(run, tmp_path):
+def broken(run, tmp_path, monkeypatch):
+    """A copy to break; that it loads elsewhere is seen where it is published."""
+    monkeypatch.setattr("mmcot.publishing.answer_of_a_stranger", lambda *_: {})
     shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run"
+
+
+def rewrite(file, **values):
+    write_json(file, {**read_json(file), **values})
 
 
 def dry_run(folder, *options, repo_id="ada/tiny"):
@@ -218,10 +229,49 @@ def test_scores_of_other_weights_are_refused(broken):
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"test.json is of other weights than the run's \(answer\)"):
         dry_run(broken, "--license", "mit")
-    scores = read_json(broken / "scores" / "test.json")
-    del scores["weights"]
-    write_json(broken / "scores" / "test.json", scores)
+    rewrite(broken / "scores" / "test.json", weights=None)
     with pytest.raises(SystemExit, match="does not say of which weights it is"):
+        dry_run(broken, "--license", "mit")
+
+
+def test_scores_of_another_split_than_their_name_says_are_refused(broken):
+    rewrite(broken / "scores" / "test.json", split="val")
+    with pytest.raises(SystemExit, match="test.json is of the split 'val'; expected 'test'"):
+        dry_run(broken, "--license", "mit")
+
+
+def test_how_scores_were_made_stands_in_the_cards_command(broken, tiny_dataset):
+    file = broken / "predictions" / "test.json"
+    rows = ["--dataset", str(tiny_dataset), "--limit", "6"]
+    predict([str(broken), *rows, "--output", str(file), "--bf16", "--num_rationales", "2"])
+    evaluate([str(file), *rows])
+    dry_run(broken, "--license", "mit")
+    card = (broken / "hub" / "README.md").read_text()
+    assert "split of `problems.jsonl` (6 problems)" in card
+    drawn = "--limit 6 --bf16 --num_rationales 2 --temperature 0.7 --seed 42"
+    assert f"--dataset problems.jsonl --split test --output predictions.json {drawn}\n" in card
+    assert "--dataset problems.jsonl --split test --output scores.json --limit 6\n" in card
+
+
+def test_of_this_machine_and_account_nothing_is_in_the_recipe(broken):
+    recipe = yaml.safe_load((broken / "recipe.yaml").read_text())
+    recipe |= {
+        "hub_token": "0123secret",
+        "features": "/lustre/ada/store",
+        "vision_config": {"x": ["/nfs/x/y.json", "~/z"]},
+    }
+    (broken / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    dry_run(broken, "--license", "mit")
+    card = (broken / "hub" / "README.md").read_text()
+    assert not any(word in card for word in ("secret", "lustre", "nfs", "~"))
+    assert "features: store" in card and "- y.json" in card
+
+
+def test_a_run_of_an_older_version_is_refused(broken):
+    results = read_json(broken / "rationale" / "train_results.json")
+    del results["hardware"]
+    write_json(broken / "rationale" / "train_results.json", results)
+    with pytest.raises(SystemExit, match="train_results.json does not say 'hardware': an older mmcot trained it"):
         dry_run(broken, "--license", "mit")
 
 
@@ -238,9 +288,8 @@ def test_a_run_without_scores_says_so_in_its_card(broken):
 def test_a_licence_is_said_by_the_dataset_or_by_the_user(broken):
     with pytest.raises(SystemExit, match="no licence, and that of the dataset is not known: give --license"):
         dry_run(broken)
-    for split in ("val", "test"):
-        meta = broken / "predictions" / f"{split}.meta.json"
-        write_json(meta, {**read_json(meta), "dataset_known_as": "ScienceQA"})
+    rewrite(broken / "answer" / "train_results.json", dataset_known_as="ScienceQA")
+    rewrite(broken / "scores" / "test.json", dataset_known_as="ScienceQA")
     dry_run(broken)
     card = ModelCard.load(broken / "hub" / "README.md")
     assert card.data.license == "cc-by-nc-sa-4.0" and card.data.datasets == ["derek-thomas/ScienceQA"]
@@ -291,6 +340,7 @@ TOKEN = "hf_" + "a1" * 20
         ("more_mmcot.py", b"def f():\n    import datasets\n", "more_mmcot.py, line 2: imports datasets"),
         ("more_mmcot.py", b"import peft\n", "more_mmcot.py, line 1: imports peft"),
         ("config.json", f'{{"token": "{TOKEN}"}}'.encode(), "config.json, line 1: holds a token of the Hub"),
+        ("config.json", b'{"x": "see file:///srv/x"}', "config.json, line 1: holds a path of this machine, file:///"),
         (
             "config.json",
             b'{"a": 1,\n"from": "/home/ada/base"}',
@@ -306,8 +356,15 @@ def test_what_must_not_be_published_is_named_by_its_file(run, tmp_path, name, wr
     assert said in str(caught.value) and TOKEN not in str(caught.value)
 
 
-def test_what_is_exported_has_no_faults(published, run):
+def test_what_is_exported_has_no_faults(published, run, tmp_path):
     check_model_folder(run / "hub")
+    shutil.copytree(run / "hub", tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    harmless = (
+        "multi-task-learning-for-multimodal-chain-of-thought mask-conditioned-rationale https://huggingface.co/data/x"
+    )
+    (tmp_path / "hub" / "README.md").write_text(card + harmless)
+    check_model_folder(tmp_path / "hub")
     assert {file.name for file in shipped_code()} <= content(run / "hub").keys()
 
 
@@ -371,6 +428,8 @@ def test_private_and_branches(hub, client, run, changed, published):
     assert hub.is_private("model", "ada/secret")
     refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--private")
     assert "ada/tiny is there and is public" in refused.error
+    refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--revision", "refs/pr/1")
+    assert "expected the name of a branch" in refused.error
     main_before = hub.commits("model", "ada/secret")
     assert not client.push(changed, "--repo_id", "ada/secret", *UNSCORED, "--revision", "next").error
     assert hub.commits("model", "ada/secret") == main_before
@@ -392,13 +451,24 @@ print(1)
     assert "holds what this tool did not make" in refused.error and hub.commits("model", "ada/other") == before
     assert not client.push(run, "--repo_id", "ada/other", "--license", "mit", "--overwrite").error
     assert on_the_hub(hub, "ada/other") == content(run / "hub")
+    code = "from huggingface_hub import upload_file\nprint(upload_file(path_or_fileobj=b'x', "
+    code += "path_in_repo='onnx/model.onnx', repo_id='ada/other'))"
+    as_a_user(code, client.environment, tmp_path)
+    refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
+    assert "holds files (onnx/model.onnx) that this tool did not make" in refused.error
+    assert "onnx/model.onnx" in on_the_hub(hub, "ada/other")
     assert "ada/rows is a dataset" in client.push(run, "--repo_id", "ada/rows", "--license", "mit").error
 
 
 FAILURES = {  # the first one first: what is uploaded once is not sent again
     "cut in a large file": (("cut", "PUT", ""), {"after_bytes": 1000, "times": None}, "push again"),
-    "refused at the end": (("fail", "POST", "/commit/"), {"status": 500}, "the Hub answered 500"),
-    "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "your token may not write to ada/again"),
+    "refused at the end": (("fail", "POST", "/commit/"), {"status": 500}, "push again later"),
+    "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "has to have write access to ada"),
+    "not as it likes it": (
+        ("fail", "POST", "/commit/"),
+        {"status": 400},
+        "what was sent. (The Hub: 400, A fault",
+    ),
     "token expired": (("fail", "POST", "/commit/"), {"status": 401}, "the Hub does not know your token"),
     "another was faster": (("fail", "POST", "/commit/"), {"status": 412}, "somebody else committed"),
     "cut in the commit": (("cut", "POST", "/commit/"), {"after_bytes": 50, "times": None}, "the connection failed"),
@@ -427,6 +497,11 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
         assert on_the_hub(failing, "ada/again") == old
         code = WRITES.format(revisions=[None], repo_id="ada/again")
         assert as_a_user(code, user.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
+        failing.lose("POST", "/commit/")
+        lost = user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost")
+        assert "now, but the answer to the commit was lost: the same command compares" in lost.error
+        assert not user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost").error
+        assert len(failing.commits("model", "ada/again", "lost")) == len(before) + 1
         for (how, method, path), options in PASSING.values():
             getattr(failing, how)(method, path, **options)
         result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
@@ -441,7 +516,7 @@ def test_without_token_rights_or_network_it_says_what_to_do(hub, run, published,
     for token, changes, said in (
         (None, {}, "there is none: log in with `hf auth login`"),
         ("hf_unknown", {}, "the Hub does not know your token"),
-        (stranger, {}, "your token may not write to ada/tiny"),
+        (stranger, {}, "your token has to have write access to ada"),
         (stranger, {"HF_HUB_OFFLINE": "1"}, "offline .* was not reached"),
         (stranger, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection failed"),
     ):
