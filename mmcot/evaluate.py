@@ -40,8 +40,7 @@ Predictions = dict[str, dict[str, Any]]
 def evaluate(predictions_file: str | Path, dataset: str, split: str) -> dict[str, Any]:
     """The scores (DESIGN section 4) of a predictions file against the gold columns of `split` of `dataset`."""
     predictions = read_predictions(predictions_file)
-    scores = score(load_answered_problems(dataset, split), predictions)
-    return scores | origin_of_scores(Path(predictions_file), dataset, split)
+    return score(load_answered_problems(dataset, split), predictions)
 
 
 def read_predictions(path: str | Path) -> Predictions:

@@ -61,7 +61,9 @@ def test_the_command_prints_the_table_and_writes_the_scores_file(dataset, predic
     done = run(predictions_file, "--dataset", dataset, "--split", "test", "--output", tmp_path / "scores.json")
     assert done.returncode == 0, done.stderr
     scores = read_json(tmp_path / "scores.json")
-    assert scores == evaluate(predictions_file, dataset, "test")
+    measured = evaluate(predictions_file, dataset, "test")
+    assert {name: scores[name] for name in measured} == measured
+    assert (scores["dataset"], scores["split"], scores["evaluate_options"]) == (dataset, "test", {})
     assert (scores["accuracy"]["NAT"], scores["accuracy"]["IMG"], scores["n"]) == (50, None, 2)
     table = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert table[0] == "NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg"
