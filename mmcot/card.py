@@ -261,13 +261,14 @@ def code_digest(folder: Path) -> str:
 
 
 def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
-    """Each pass as a row: what it reads, the model, what it writes."""
+    """Each pass as a row: what it reads, the model, what it writes, and where the next pass reads it."""
     figure = Figure(figsize=(8, 1.5 * len(stages)), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(0, 10), ylim=(-0.1, 1.5 * len(stages)))
     axes.axis("off")
     centred = {"ha": "center", "va": "center"}
     box = {"boxstyle": "round,pad=0.5", "edgecolor": "0.4"}
+    arrow = {"arrowstyle": "->", "color": "0.4", "shrinkA": 0}
     for number, stage in enumerate(stages):
         height = 1.5 * (len(stages) - number) - 0.75
         written = {earlier.writes for earlier in stages[:number]}
@@ -280,5 +281,8 @@ def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
         axes.text(5.2, height, f"{sees}\nT5, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})
         axes.text(8.7, height, textwrap.fill(writes, 24), **centred, bbox={**box, "facecolor": "#fdf3e7"})
         for start, end in ((3.1, 3.6), (6.8, 7.4)):
-            axes.annotate("", (end, height), (start, height), arrowprops={"arrowstyle": "->", "color": "0.4"})
+            axes.annotate("", (end, height), (start, height), arrowprops=arrow)
+        if any(stage.writes in later.reads for later in stages[number + 1 : number + 2]):
+            axes.plot((8.7, 8.7, 1.6), (height - 0.3, height - 0.75, height - 0.75), color="0.4", linewidth=1)
+            axes.annotate("", (1.6, height - 1.15), (1.6, height - 0.75), arrowprops=arrow)
     figure.savefig(file, dpi=120, metadata={"Software": None})
