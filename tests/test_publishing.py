@@ -314,6 +314,14 @@ def test_probes_stand_in_the_card(broken):
         dry_run(broken, "--license", "mit")
 
 
+def test_seeds_stand_in_the_card(broken):
+    dry_run(broken, "--license", "mit")
+    assert "One training, one seed." in (broken / "hub" / "README.md").read_text()
+    rewrite(broken / "scores" / "test.json", seeds={"n": 3, "accuracy": {"Avg": {"mean": 61.25, "sd": 1.5}}})
+    dry_run(broken, "--license", "mit")
+    assert "Over 3 trainings with different seeds: 61.25 ± 1.50." in (broken / "hub" / "README.md").read_text()
+
+
 def test_adapters_are_asked_for_of_adapters_only(broken):
     with pytest.raises(SystemExit, match="its stages are no adapters"):
         dry_run(broken, "--merge")

@@ -106,7 +106,7 @@ def test_a_run_on_aokvqa_is_judged_on_val_and_predicts_test(aokvqa, aokvqa_run, 
     run, _, printed = aokvqa_run
     assert "One val problem, answered" in printed
     assert not (run / "scores/test.json").exists()
-    assert "On the validation split (3 problems)" in (run / "hub/README.md").read_text()
+    assert "On the validation split of `aokvqa` (3 problems)" in (run / "hub/README.md").read_text()
 
     predictions = read_json(run / "predictions/val.json")
     right = [
