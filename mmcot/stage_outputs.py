@@ -22,8 +22,16 @@ from modeling_mmcot.processing_mmcot import Stage
 
 
 def is_written(prepared: Run, stage: Stage, split: str) -> bool:
+    """Whether its column is there for every problem, by the weights that the stage has now."""
     predictions = read_predictions(prepared.folder, split)
-    return all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
+    is_whole = all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
+    return is_whole and written_by(prepared, split).get(stage.name) == stage_weights(prepared.folder, stage.name)
+
+
+def written_by(prepared: Run, split: str) -> dict[str, str]:
+    """The weights of each stage that wrote for a split, as far as what later ones read has not changed since."""
+    file = meta_file(predictions_file(prepared.folder, split))
+    return (read_json(file).get("weights") or {}) if file.is_file() else {}
 
 
 def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
@@ -54,11 +62,11 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
 
 def tell_origin(prepared: Run, stage: Stage, split: str) -> None:
     """Beside a split's predictions, what they are made by: before they are written, so that none lies without it."""
-    file = meta_file(predictions_file(prepared.folder, split))
-    earlier = (read_json(file).get("weights") or {}) if file.is_file() else {}
-    arguments = prepared.recipe.arguments
+    arguments, weights = prepared.recipe.arguments, written_by(prepared, split)
     sees = any("images" in stage.reads for stage in prepared.stages)
-    weights = {**earlier, stage.name: stage_weights(prepared.folder, stage.name)}
+    # What stages after this one wrote is of other texts than it writes now.
+    weights = {earlier.name: weights[earlier.name] for earlier in prepared.before(stage) if earlier.name in weights}
+    weights[stage.name] = stage_weights(prepared.folder, stage.name)
     meta = {
         "dataset": arguments.dataset,
         "split": split,
@@ -69,7 +77,7 @@ def tell_origin(prepared: Run, stage: Stage, split: str) -> None:
         "stages": [asdict(stage) for stage in prepared.stages],
         "weights": weights,
     }
-    write_json(file, meta)
+    write_json(meta_file(predictions_file(prepared.folder, split)), meta)
 
 
 def being_written(prepared: Run, stage: Stage, split: str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_report import drive
 
 from mmcot.building import build_stage
@@ -21,6 +21,7 @@ from mmcot.pictures import read_pictures
 from mmcot.predict import main as predict
 from mmcot.preparation import prepare
 from mmcot.problems import load_problems
+from mmcot.provenance import stage_weights
 from mmcot.recipes import parse_recipe
 from mmcot.stage_inputs import with_gold_columns
 from mmcot.training import main
@@ -219,6 +220,26 @@ def test_a_call_that_is_killed_while_a_stage_writes_goes_on_with_its_batch(
     assert len(written) == len(set(written)) == 4, "two batches for each stage"
     names = ["test.json", "test.meta.json", "val.json", "val.meta.json"]
     assert sorted(file.name for file in (run / "predictions").iterdir()) == names
+
+
+def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_path):
+    """And with them the stages that read it."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    file = run / "rationale" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.final_layer_norm.weight"] *= -3
+    save_file(tensors, file, metadata={"format": "pt"})
+    main(["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(run)])
+    before, after = (json.loads((folder / "predictions/test.json").read_text()) for folder in (tiny_run, run))
+    predict([str(run), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")])
+    anew = json.loads((tmp_path / "p.json").read_text())
+    for name, columns in anew.items():
+        assert after[name]["rationale"] == columns["rationale"]
+        assert after[name]["scores"] == pytest.approx(columns["scores"], abs=1e-5)
+    assert any(before[name]["scores"] != pytest.approx(after[name]["scores"], abs=1e-4) for name in before)
+    scores = json.loads((run / "scores/test.json").read_text())
+    assert scores["weights"] == {name: stage_weights(run, name) for name in STAGES}
 
 
 def test_an_unfinished_checkpoint_folder_without_weights_is_named(tiny_run, tmp_path):
