@@ -179,7 +179,7 @@ def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
     notes = " ".join(
         [f"{scores['split']}, {scores['n']} problems", command_options(scores["evaluate_options"])]
     ).strip()
-    entries = eval_entries(scores, dataset.id, notes=notes)
+    entries = eval_entries(scores, dataset.id, notes)
     write_eval_results(folder / ".eval_results" / f"{dataset.id.replace('/', '--')}.yaml", entries)
     return eval_results(scores, dataset.id, scores["split"])
 

@@ -46,23 +46,11 @@ def scores_of(name: str) -> dict[str, Any]:
     return scores
 
 
-def eval_entries(
-    scores: dict[str, Any],
-    dataset_id: str,
-    revision: str | None = None,
-    date: str | None = None,
-    notes: str | None = None,
-) -> list[EvalResultEntry]:
-    """
-    The accuracy over all problems, and the decoded one where there is one, in percent.
-
-    Args:
-        dataset_id, revision: of the Hub's dataset.
-        date: of the evaluation, ISO 8601.
-    """
+def eval_entries(scores: dict[str, Any], dataset_id: str, notes: str) -> list[EvalResultEntry]:
+    """The accuracy over all problems, and the decoded one where there is one, in percent, on a dataset of the Hub."""
     found = {"default": scores["accuracy"]["Avg"], "decoded_answer": scores.get("decoded_accuracy", {}).get("Avg")}
     return [
-        EvalResultEntry(dataset_id, task, round(value, 2), dataset_revision=revision, date=date, notes=notes)
+        EvalResultEntry(dataset_id, task, round(value, 2), notes=notes)
         for task, value in found.items()
         if value is not None
     ]

@@ -54,14 +54,14 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
         journal=journal,
     )
     if PartialState().is_main_process:
-        tell_origin(prepared, stage, split)
         write_json(predictions_file(prepared.folder, split), predictions)
+        tell_origin(prepared, stage, split)
     journal.remove()
     PartialState().wait_for_everyone()
 
 
 def tell_origin(prepared: Run, stage: Stage, split: str) -> None:
-    """Beside a split's predictions, what they are made by: before they are written, so that none lies without it."""
+    """Beside a split's predictions, what made them: after they are written, because what it tells counts as written."""
     arguments, weights = prepared.recipe.arguments, written_by(prepared, split)
     sees = any("images" in stage.reads for stage in prepared.stages)
     # What stages after this one wrote is of other texts than it writes now.
@@ -87,10 +87,13 @@ def being_written(prepared: Run, stage: Stage, split: str) -> Path:
 
 def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
     """So that a call that is killed while a stage writes goes on with the batch that it was at."""
+    read = [earlier.writes for earlier in prepared.before(stage)]
+    names = prepared.problems[split]["id"]
+    given = {name: [predictions.get(name, {}).get(column) for column in read] for name in names}
     settings = {
         "weights": folders_digest([prepared.folder / stage.name], WEIGHTS),
         "problems": problems_digest(prepared.problems[split]),
-        "given": hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest(),
+        "given": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
     }
     try:
         return Journal(being_written(prepared, stage, split), settings)

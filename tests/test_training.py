@@ -16,6 +16,7 @@ from test_report import drive
 
 from mmcot.building import build_stage
 from mmcot.evaluate import main as evaluate
+from mmcot.files import write_json
 from mmcot.journal import Journal
 from mmcot.pictures import read_pictures
 from mmcot.predict import main as predict
@@ -222,15 +223,30 @@ def test_a_call_that_is_killed_while_a_stage_writes_goes_on_with_its_batch(
     assert sorted(file.name for file in (run / "predictions").iterdir()) == names
 
 
-def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_path):
-    """And with them the stages that read it."""
+@pytest.mark.parametrize("has_written", [True, False])
+def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_path, monkeypatch, has_written):
+    """And with them the stages that read it; also where a call was killed between the two files that it writes."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     file = run / "rationale" / "model.safetensors"
     tensors = load_file(file)
     tensors["encoder.final_layer_norm.weight"] *= -3
     save_file(tensors, file, metadata={"format": "pt"})
-    main(["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(run)])
+    if not has_written:
+        shutil.rmtree(run / "predictions")
+    command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(run)]
+    written = []
+
+    def once(path, data):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_json(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mmcot.stage_outputs.write_json", once)
+        main(command)
+    main(command)
     before, after = (json.loads((folder / "predictions/test.json").read_text()) for folder in (tiny_run, run))
     predict([str(run), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")])
     anew = json.loads((tmp_path / "p.json").read_text())
