@@ -5,8 +5,9 @@ Flat on purpose: the text model's fields are T5's own, under T5's names, so that
 
 from typing import ClassVar
 
+from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
+
 from transformers import AutoConfig, PreTrainedConfig, T5Config
-from transformers.configuration_utils import SubConfigSpec
 
 __version__ = "0.1.0"
 
@@ -61,9 +62,7 @@ class MMCoTConfig(T5Config):
     """
 
     model_type = "mmcot"
-    sub_configs_defaults: ClassVar[dict] = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit", optional=True)
-    }
+    sub_configs: ClassVar[dict] = {"vision_config": AutoConfig}
 
     fusion: str = "gated"
     vision_config: dict | PreTrainedConfig | None = None
@@ -80,6 +79,8 @@ class MMCoTConfig(T5Config):
     custom_pipelines: dict | None = None
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.vision_config, dict):
+            self.vision_config = AutoConfig.for_model(**{"model_type": "vit", **self.vision_config})
         super().__post_init__(**kwargs)
         if self.format_version != FORMAT_VERSION:
             age = "a newer" if self.format_version > FORMAT_VERSION else "an older"

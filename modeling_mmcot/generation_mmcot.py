@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from .versions_mmcot import CACHE
+
 # Finished rows leave together, when they are this share of the batch: each leaving copies the cache of those that stay.
 LEAVING_SHARE = 1 / 8
 # Tokens for which the cache has room when it grows.
@@ -62,8 +64,8 @@ def greedy_search(
                 input_ids=tokens,
                 encoder_hidden_states=states,
                 encoder_attention_mask=attention_mask,
-                cache=cache,
                 use_cache=True,
+                **{CACHE: cache},
             )
             logits = model.next_token_logits(outputs.last_hidden_state[:, -1]).float()
             if logits_processor:

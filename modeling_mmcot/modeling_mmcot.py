@@ -12,6 +12,8 @@ Notable:
 import math
 from dataclasses import dataclass
 
+from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
+
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel, T5ForConditionalGeneration
@@ -19,13 +21,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
-from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_mmcot import MMCoTConfig
 from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .prompts_mmcot import VirtualTokens
+from .versions_mmcot import CACHE, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 
@@ -307,7 +309,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         self.encoder.train(self.training)
 
     @can_return_tuple
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as in T5's own
+    @takes_cache_by_either_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -435,8 +437,8 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
                 inputs_embeds=decoder_inputs_embeds,
                 encoder_hidden_states=encoder_outputs[0],
                 encoder_attention_mask=attention_mask,
-                cache=cache,
                 use_cache=False,
+                **{CACHE: cache},
                 **kwargs,
             )
             is_target = labels != -100
@@ -448,10 +450,10 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            cache=cache,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE: cache},
             **kwargs,
         )
         loss = (
@@ -507,8 +509,8 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
             attention_mask=self.packed_mask(packed, 0 if prefix is None else prefix.get_seq_length()),
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            cache=prefix,
             use_cache=False,
+            **{CACHE: prefix},
         ).last_hidden_state
         positions, inverse = packed.position.unique(return_inverse=True)
         log_probs = self.next_token_logits(states.flatten(0, 1)[positions]).float().log_softmax(dim=-1)

@@ -9,6 +9,8 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
+
 import torch
 from transformers import BatchFeature, Pipeline, PreTrainedModel
 from transformers.generation import GenerationMode

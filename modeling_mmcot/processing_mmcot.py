@@ -15,6 +15,8 @@ import functools
 import re
 from dataclasses import asdict, dataclass
 
+from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
+
 import torch
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import BatchFeature, EncoderDecoderCache
 
+from .versions_mmcot import CACHE
+
 
 class VirtualTokens:
     """
@@ -48,13 +50,13 @@ class VirtualTokens:
         return self.model.get_prompt(batch_size) if self.has_prefix else None
 
     def put_prefix(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        cache = kwargs.get("cache")
+        cache = kwargs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 0:
             return None  # it is there
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         prefix = self.prefix(len(tokens))
         if cache is None:
-            return args, {**kwargs, "cache": prefix}
+            return args, {**kwargs, CACHE: prefix}
         for number, layer in enumerate(prefix.self_attention_cache.layers):
             cache.self_attention_cache.update(layer.keys, layer.values, number)
         return None

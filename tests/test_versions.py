@@ -1,62 +1,206 @@
-"""One exported model under two sets of versions: the lowest that requirements.txt admits, and what is installed here.
+"""What ships, under each supported version of transformers: the same texts, the same scores; other versions refused.
 
-`make test-lowest` makes the other environment. Of the demonstration where `make demo` trained it, else of a tiny run.
+`make test-versions` makes the environments (`tests/make_versions.sh`) and runs all of them, for the demonstration
+where `make demo` trained it and for a run of adapters; without it the lowest version alone is tried, where it is there.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_RECIPE, run_script
 
 from mmcot.demo import generate
+from modeling_mmcot import versions_mmcot
 
-LOWEST = os.environ.get("LOWEST_PYTHON")
+VERSIONS = Path(os.environ.get("MMCOT_VERSIONS", REPOSITORY / ".versions"))
+ENVIRONMENTS = sorted(VERSIONS.glob("5.*"), key=lambda folder: tuple(map(int, folder.name.split("."))))
 DEMO = REPOSITORY / "runs" / "demo" / "hub"
 ANSWERS = """
-import json, sys
+import sys
+if sys.argv[1] != "installed":
+    sys.path.insert(0, sys.argv[1])
+import json
 import torch, transformers
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, GenerationConfig, pipeline
-for auto in (AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor):
-    assert type(auto.from_pretrained("model", trust_remote_code=True)).__module__.startswith("transformers_modules.")
-assert GenerationConfig.from_pretrained("model").max_new_tokens > 0
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import GenerationConfig, pipeline
+
+classes = (AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForImageTextToText, AutoProcessor)
+loaded = [auto.from_pretrained("model", trust_remote_code=True) for auto in classes]
+assert all(type(thing).__module__.startswith("transformers_modules.") for thing in loaded)
+assert GenerationConfig.from_pretrained("model").eos_token_id == 1
+problems = json.load(open("problems.json"))
 answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
-results = answer(json.load(open("problems.json")), batch_size=20, decode_answer=True)
-print(json.dumps([[torch.__version__, transformers.__version__], results]))
+results = answer(problems, batch_size=20, decode_answer=True)
+
+rationale = answer.processor.stages[0]
+model = answer.models[rationale.name]
+inputs = answer.processor(problems[:4], stage=rationale.name, images=[problem["image"] for problem in problems[:4]])
+texts = {}
+for name, settings in {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 5},
+    "without cache": {"use_cache": False},
+}.items():
+    torch.manual_seed(0)
+    texts[name] = model.generate(**inputs, max_new_tokens=20, **settings).tolist()
+assert texts["greedy"] == texts["without cache"]
+
+model.train()
+labels = torch.tensor([[5, 6, 7, 1]] * 4)
+for module in model.modules():
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+    elif hasattr(module, "dropout") and isinstance(module.dropout, float):
+        module.dropout = 0.0
+optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), lr=0.1)
+losses = []
+for _ in range(2):
+    loss = model(**inputs, labels=labels, num_items_in_batch=16).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+print(json.dumps([transformers.__version__, results, texts, losses]))
 """
 
 
-@pytest.fixture
-def folder(request):
-    return DEMO if DEMO.is_dir() else request.getfixturevalue("tiny_run") / "hub"
+def answers_of(environment: str, folder: Path) -> list:
+    """What `ANSWERS` prints in a fresh process that sees that version of transformers."""
+    home = folder / f"home-{Path(environment).name}"
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", ANSWERS, environment],
+        cwd=folder,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(LOWEST is None, reason="wants another environment: make test-lowest")
-def test_the_lowest_versions_give_the_answers_of_these(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "model")
-    problems = []
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """200 demonstration problems of the test split, as JSON, their pictures on disk."""
+    folder = tmp_path_factory.mktemp("problems")
+    rows = []
     for row in islice(generate("test"), 200):
         image = None
         if row["images"]:
-            image = str(tmp_path / f"{row['id']}.png")
-            (tmp_path / f"{row['id']}.png").write_bytes(row["images"][0]["bytes"])
-        problems.append({**{name: row[name] for name in ("question", "choices", "context")}, "image": image})
-    (tmp_path / "problems.json").write_text(json.dumps(problems))
-    found = []
-    for number, python in enumerate((REPOSITORY / LOWEST, sys.executable)):
-        environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / f"home-{number}"), "PATH": os.environ["PATH"]}
-        command = [str(python), "-I", "-c", ANSWERS]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
-        found.append(json.loads(result.stdout.splitlines()[-1]))
-    (lowest_versions, lowest), (these_versions, these) = found
-    print(f"torch and transformers {lowest_versions} and {these_versions}")
-    assert lowest_versions != these_versions and these_versions[1] == version("transformers")
-    for one, other in zip(lowest, these, strict=True):
-        assert one.pop("scores") == pytest.approx(other.pop("scores"), abs=1e-5)
+            image = str(folder / f"{row['id']}.png")
+            Path(image).write_bytes(row["images"][0]["bytes"])
+        rows.append({**{name: row[name] for name in ("question", "choices", "context")}, "image": image})
+    return json.dumps(rows)
+
+
+@pytest.fixture(scope="module")
+def whole(request, problems, tmp_path_factory):
+    """A folder with a repository of whole models and the problems, and what this environment answers."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(DEMO if DEMO.is_dir() else request.getfixturevalue("tiny_run") / "hub", folder / "model")
+    (folder / "problems.json").write_text(problems)
+    return folder, answers_of("installed", folder)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_dataset, problems, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted")
+    options = ("--use_peft", "true", "--lora_target_modules", "q", "v", "--lora_r", "2", "--learning_rate", "0.01")
+    command = ("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder / "run", *options)
+    run_script(*command)
+    shutil.copytree(folder / "run" / "hub", folder / "model")
+    (folder / "problems.json").write_text(problems)
+    return folder, answers_of("installed", folder)
+
+
+@pytest.mark.skipif(not ENVIRONMENTS, reason="needs other versions of transformers: make test-versions")
+@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("system", ["whole", "adapted"])
+def test_each_version_gives_the_same_texts_and_scores(system, environment, request):
+    folder, (_, expected, expected_texts, expected_losses) = request.getfixturevalue(system)
+    found_version, found, texts, losses = answers_of(str(environment), folder)
+    assert found_version == environment.name != version("transformers")
+    furthest = 0.0
+    for one, other in zip(found, expected, strict=True):
+        one, other = dict(one), dict(other)
+        scores, others = one.pop("scores"), other.pop("scores")
+        furthest = max([furthest, *(abs(a - b) for a, b in zip(scores, others, strict=True))])
         assert one == other
+    print(f"\ntransformers {environment.name}, {system}: {len(found)} problems, scores to {furthest:.0e}")
+    assert furthest <= 1e-5
+    assert texts == expected_texts
+    assert losses == pytest.approx(expected_losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("opened", ["AutoConfig", "AutoModel", "AutoProcessor", "pipeline"])
+def test_a_version_outside_of_the_window_is_refused_whatever_is_opened_first(opened, tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "hub", tmp_path / "model")
+    open_it = '("multimodal-cot", model=' if opened == "pipeline" else ".from_pretrained("
+    code = f"""
+import importlib.metadata
+from transformers import {opened}
+true_version = importlib.metadata.version
+importlib.metadata.version = lambda name: "6.0.0" if name == "transformers" else true_version(name)
+{opened}{open_it}"model", trust_remote_code=True)
+"""
+    assert refusal(sys.executable, code, tmp_path) == (
+        "ImportError: mmcot needs transformers>=5.12,<6, and transformers 6.0.0 is installed: "
+        "pip install 'transformers>=5.12,<6'"
+    )
+
+
+@pytest.mark.parametrize("environment", sorted(VERSIONS.glob("4.*")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("opened", ["AutoConfig", "AutoModel", "AutoProcessor"])
+def test_an_older_transformers_gives_the_sentence_before_any_other_error(opened, environment, tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "hub", tmp_path / "model")
+    code = f"""
+import sys
+sys.path.insert(0, {str(environment)!r})
+from transformers import {opened}
+{opened}.from_pretrained("model", trust_remote_code=True)
+"""
+    found = refusal(sys.executable, code, tmp_path)
+    assert found.startswith(f"ImportError: mmcot needs transformers>=5.12,<6, and transformers {environment.name} is")
+
+
+def refusal(python: str, code: str, folder: Path) -> str:
+    """The last line that a process which loads `model` says."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PATH": os.environ["PATH"]}
+    command = [python, "-I", "-c", code]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("library", "installed", "is_refused"),
+    [
+        ("transformers", "5.11.0", True),
+        ("transformers", "5.12.0.dev0", False),
+        ("transformers", "5.99.1", False),
+        ("transformers", "6.0.0.dev0", True),
+        ("torch", "2.8.0+cu128", True),
+        ("torch", "2.14.1+cu130", False),
+    ],
+)
+def test_the_window_of_versions(library, installed, is_refused, monkeypatch):
+    monkeypatch.setattr(versions_mmcot, "version", lambda name: installed if name == library else version(name))
+    if not is_refused:
+        versions_mmcot.check_versions()
+        return
+    with pytest.raises(ImportError, match=f"{library} {re.escape(installed)} is installed: pip install '{library}>="):
+        versions_mmcot.check_versions()
+
+
+def test_a_python_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(versions_mmcot.sys, "version_info", (3, 10, 4))
+    with pytest.raises(ImportError, match="needs Python 3.11 or newer, and this is 3.10"):
+        versions_mmcot.check_versions()
