@@ -1,8 +1,13 @@
-"""The metric as users of `evaluate` know it: loaded from its folder, offline, with the figures of `mmcot.evaluate`."""
+"""The metric as users of `evaluate` know it: loaded from its folder or a Hub, with the figures of `mmcot.evaluate`."""
+
+import json
+import subprocess
+import sys
 
 import evaluate
 import pytest
-from conftest import REPOSITORY, shared
+from conftest import REPOSITORY, run_script, shared
+from loopback_hub import LoopbackHub, client_environment
 
 from mmcot.evaluate import main
 from mmcot.files import read_json, write_json
@@ -59,3 +64,64 @@ def test_an_answer_that_was_generated_stands_beside_the_scored_one(metric):
 def test_an_id_that_stands_there_twice_is_refused(metric):
     with pytest.raises(ValueError, match="1 of 2 predictions are of an id that stands there already"):
         metric.compute(predictions=[{"id": "0", "answer": 0}, {"id": "0", "answer": 1}], references=[row(0), row(1)])
+
+
+def load_as_a_stranger(path, cwd, absent=("mmcot",), **environment):
+    """`evaluate.load` and one figure, in a fresh process that cannot import the packages in `absent`."""
+    predictions = [{"id": "0", "answer": 0, "scores": [0.75, 0.25], "rationale": "It is so."}]
+    references = [row(0, solution="It is so."), row(1, solution="It is not.")]
+    code = f"""
+import json, sys
+sys.modules |= dict.fromkeys({absent!r})
+import evaluate
+metric = evaluate.load({str(path)!r})
+print(json.dumps(metric.compute(predictions={predictions + [{"id": "1", "answer": 1}]!r}, references={references!r})))
+"""
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def offline(tmp_path):
+    return {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_folder_loads_without_mmcot(tmp_path, offline):
+    result = load_as_a_stranger(FOLDER, tmp_path, absent=("mmcot", "modeling_mmcot"), **offline)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["accuracy"]["Avg"], found["accuracy"]["SOC"], found["n"]) == (50, None, 2)
+    assert (found["rationale"]["bleu1"], found["rationale"]["rougeL"]) == pytest.approx((100, 100))
+    assert found["calibration"] is None and found["intervals"]["accuracy"]["Avg"] == [0, 100]
+
+
+UPLOAD = """
+import sys
+from huggingface_hub import create_repo, upload_folder
+create_repo("ada/mmcot_scienceqa", repo_type="space", space_sdk="static")
+upload_folder(repo_id="ada/mmcot_scienceqa", repo_type="space", folder_path=sys.argv[1])
+"""
+
+
+def test_a_space_that_holds_the_folder_loads_without_mmcot(tmp_path):
+    with LoopbackHub() as hub:
+        environment = client_environment(hub, tmp_path / "home", hub.add_user("ada"))
+        run_script("-c", UPLOAD, FOLDER, cwd=tmp_path, **environment)
+        result = load_as_a_stranger("ada/mmcot_scienceqa", tmp_path, **environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1])["accuracy"]["Avg"] == 50
+
+
+@pytest.mark.parametrize("package", ["nltk", "rouge", "scipy"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, offline, package):
+    result = load_as_a_stranger(FOLDER, tmp_path, absent=(package,), **offline)
+    assert f"you need to install the following dependencies['{package}'] using 'pip install {package}'" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["metrics.py", "uncertainty.py"])
+def test_the_folder_computes_by_the_packages_own_code(name):
+    source = (REPOSITORY / "mmcot" / name).read_text()
+    copy = (REPOSITORY / "metrics" / "mmcot_scienceqa" / name).read_text()
+    assert copy == source.replace("from mmcot.", "from ."), (
+        f"sed 's/^from mmcot[.]/from ./' mmcot/{name} gives the copy"
+    )
