@@ -1,0 +1,103 @@
+"""What may go to the Hub: which files, and which texts in them. A whole folder's check is test_publishing.py's."""
+
+from pathlib import Path
+
+import pytest
+
+from mmcot.hub_checks import is_model_file, leaks
+
+
+@pytest.fixture
+def leaks_of(tmp_path, monkeypatch):
+    """What is found in a text, on a machine whose home and working folder have names that no list can know."""
+    for name in ("quux/alice", "quux/job"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(Path, "home", lambda: Path("/quux/alice"))
+    monkeypatch.chdir(tmp_path / "quux/job")
+
+    def search(text):
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        (tmp_path / "hub" / "README.md").write_text(text)
+        return [fault.removeprefix("README.md, line 1: holds ") for fault in leaks(tmp_path / "hub")]
+
+    return search
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/home/alice/x",
+            "/Users/alice/x",
+            "/storage/alice/texts.json",
+            "/project/x/y",
+            "/projects/x/y",
+            "/export/x/y",
+        ),
+        *("/users/alice/x", "/net/scratch/x", "/gpfs/x/y", "/fsx/x/y", "/data1/x/y", "/mnt2/x/y", "/kaggle/input/x"),
+        *("/dev/shm/x", "../alice/x", "../../x", "runs/../../alice/x", "~/x.json", "~alice/x.json"),
+    ],
+)
+@pytest.mark.parametrize("written", ["{}", "target_column: rationale={}", '"file": "{}"', "see {}, and more"])
+def test_a_path_of_the_machine_is_found_wherever_it_stands(leaks_of, path, written):
+    (found,) = leaks_of(written.format(path))
+    assert found == f"a path of this machine, {path}"
+
+
+def test_the_home_and_the_working_folder_are_found_by_their_own_names(leaks_of):
+    (found,) = leaks_of("texts: rationale=/quux/alice/texts.json")
+    assert found == "a path of this machine, /quux/alice/texts.json"
+    assert leaks_of(f"texts=[{Path.cwd()}]") == [f"a path of this machine, {Path.cwd()}"]
+    assert leaks_of("a box of /quux/alices") == []
+
+
+def test_a_home_at_the_root_is_not_found_in_every_path(leaks_of, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    monkeypatch.chdir("/")
+    assert leaks_of("/ or /x/y") == []
+
+
+SECRETS = {
+    "a token of the Hub": ["hf_" + "a1" * 17],
+    "a token of GitHub": ["ghp_" + "a1" * 18, "github_pat_" + "A1" * 11 + "_" + "b2" * 29],
+    "a token of GitLab": ["glpat-" + "a1-_" * 5],
+    "a key of Google": ["AIza" + "a1-_B" * 7, "GOCSPX-" + "a1-_" * 7],
+    "a token of Slack": [f"xox{kind}-123456789012-abcDEF123456" for kind in "abprs"],
+    "a key of AWS": ["AKIA" + "A1" * 8, "ASIA" + "A1" * 8],
+    "a key of an API": ["sk-" + "a1" * 20, "sk-ant-api03-" + "a1" * 20, "gsk_" + "a1" * 26, "nvapi-" + "a1" * 30],
+    "a key of Stripe": ["sk_live_" + "a1" * 12, "rk_test_" + "a1" * 12],
+    "a token of npm": ["npm_" + "a1" * 18],
+    "a token of PyPI": ["pypi-AgEIcHlwaS5vcmc" + "a1" * 20],
+    "a key of Weights & Biases": ["WANDB_API_KEY=" + "a1" * 20, '"wandb_api_key": "' + "a1" * 20],
+    "a key of SendGrid": ["SG." + "a1" * 11 + "." + "b" * 43],
+    "a signed token (JWT)": ["eyJ" + "a1" * 10 + ".eyJ" + "b2" * 10 + "." + "c3" * 10],
+    "a password in an address": ["https://alice:s3cret@example.org/x"],
+    "a private key": ["-----BEGIN RSA PRIVATE KEY-----", "-----BEGIN PGP PRIVATE KEY BLOCK-----"],
+}
+
+
+@pytest.mark.parametrize(("kind", "secret"), [(kind, secret) for kind, all_ in SECRETS.items() for secret in all_])
+def test_a_secret_is_named_by_its_kind_and_not_repeated(leaks_of, kind, secret):
+    assert leaks_of(f"key={secret}") == [kind]
+    assert leaks_of(f'{{"key": "{secret}"}}') == [kind]
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "multi-task-learning-for-multimodal-chain-of-thought mask-conditioned-rationale sk-learn",
+        "https://huggingface.co/data/x https://example.org/home/x http://127.0.0.1:7860/tmp",
+        "a digest: sha256:" + "a1" * 32 + ' "model": "' + "b2" * 20 + '"',
+        "and/or, 1/2, ... /, wait.../so, NAT/SOC/LAN ~ 3, ~20/30, problems.jsonl, runs/demo/hub, ./x/y",
+        "mail@example.org, https://example.org:8080/a@b, git@github.com:a/b, AKIA, AIza, xoxo-hugs-and-kisses, glpat-x",
+    ],
+)
+def test_what_looks_like_a_path_or_a_secret_and_is_none_passes(leaks_of, harmless):
+    assert leaks_of(harmless) == []
+
+
+def test_the_files_of_a_models_repository():
+    allowed = ["known_answer.json", "rationale/known_answer.json", "chat_template.jinja", "chat_template.json"]
+    assert [name for name in allowed if not is_model_file(name)] == []
+    refused = ["a/b/known_answer.json", "rationale/chat_template.jinja", "known_answers.json", "train.jsonl"]
+    assert [name for name in refused if is_model_file(name)] == []
