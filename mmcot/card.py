@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -88,7 +88,8 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
     recipe = published_recipe(run_folder)
     tower = read_json(folder / "config.json").get("vision_config")
     text_model, tower_model = started_from(publication, recipe, tower)
-    code = code_digest(folder)
+    digests = code_digests(folder)
+    code = digest_of(digests)
     draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
     data = ModelCardData(
         library_name="transformers",
@@ -126,6 +127,7 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         evaluate_options=scores and command_options(scores["evaluate_options"]),
         probes=probes_of(run_folder, processor),
         code=code,
+        code_digests=digests,
     )
     card.save(folder / "README.md")
 
@@ -187,7 +189,7 @@ def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
 def command_options(options: dict[str, Any]) -> str:
     """As they are written on a command line."""
     words = []
-    for name, value in options.items():
+    for name, value in without_paths(options).items():
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [f"--{name}", *(shlex.quote(str(one)) for one in values)]
     return " ".join(words)
@@ -213,13 +215,23 @@ def published_recipe(run_folder: Path) -> dict[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """Of paths on this machine, wherever they stand, only their names."""
+    """A value in which each path outside of the working folder is cut to its name, `COLUMN=PATH` to `COLUMN=NAME`."""
     if isinstance(value, dict):
         return {name: without_paths(one) for name, one in value.items()}
     if isinstance(value, list):
         return [without_paths(one) for one in value]
-    is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
-    return Path(value).name if is_path else value
+    if not isinstance(value, str):
+        return value
+    if is_outside(value):
+        return PureWindowsPath(value).name  # splits at both kinds of slashes
+    column, equals, rest = value.partition("=")
+    return column + equals + without_paths(rest) if equals else value
+
+
+def is_outside(text: str) -> bool:
+    """Whether a text is a path that is absolute, in a home, or climbs out of the working folder."""
+    is_absolute = Path(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return is_absolute or text.startswith(("~", "file://")) or ".." in Path(text).parts
 
 
 def cited_tower(tower: dict[str, Any] | None) -> str | None:
@@ -252,11 +264,16 @@ def num_parameters(folder: Path) -> dict[str, int]:
     return counts
 
 
-def code_digest(folder: Path) -> str:
-    """Of the code that lies at a folder's root, by the files' names."""
+def code_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256, in hex digits, of each file of code at a folder's root, by name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.py"))}
+
+
+def digest_of(digests: dict[str, str]) -> str:
+    """One digest of the names and digests of several files."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    for name, hex_digits in digests.items():
+        digest.update(name.encode() + bytes.fromhex(hex_digits))
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
@@ -137,13 +138,19 @@ def test_pushed_again_nothing_changes(hub, client, run, published):
     assert hub.commits("model", "ada/tiny") == before
 
 
+def python_blocks(card, commit):
+    """The card's, with a commit in place of the one that its reader fills in."""
+    return [block.replace("COMMIT", commit) for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
+
+
 def test_every_code_block_of_the_card_runs_from_the_hub_and_then_from_the_cache(hub, client, published, run, tmp_path):
     card = on_the_hub(hub, "ada/tiny")["README.md"].decode()
-    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == 3 and all("ada/tiny" in block for block in (blocks[0], blocks[2]))
-    check = (
-        "\nassert {type(thing).__module__.split('.')[0] for thing in (model, processor)} == {'transformers_modules'}"
-    )
+    blocks = python_blocks(card, hub.commits("model", "ada/tiny")[0])
+    assert len(blocks) == 4 and all("ada/tiny" in block for block in (blocks[0], blocks[2], blocks[3]))
+    check = "\nloaded = model, processor, pinned_model"
+    check += "\nassert {type(thing).__module__.split('.')[0] for thing in loaded} == {'transformers_modules'}"
+    check += "\nassert commit in type(pinned_model).__module__ and commit in type(pinned_answer).__module__"
+    check += "\nassert pinned_answer(problem)['answer'] == answer(problem)['answer']"
     check += "\nprint(sorted(result), type(rationale).__name__)"
     environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
     expected = "['answer', 'answer_index', 'rationale', 'scores'] MMCoTForConditionalGeneration"
@@ -182,6 +189,14 @@ def test_the_card_says_what_the_scores_file_says(hub, published, run):
     assert f"| Avg | 20 | {scores['accuracy']['Avg']:.2f} | {low:.2f} – {high:.2f} |" in card.text
     assert "max_steps: 24" in card.text and "dataset: problems.jsonl" in card.text and "/tmp" not in card.text
     assert "Not measured: how it answers without the picture" in card.text
+
+
+def test_the_card_lists_the_code_that_it_runs(hub, published):
+    files = on_the_hub(hub, "ada/tiny")
+    card = files["README.md"].decode()
+    listed = dict(re.findall(r"^\| `(\w+\.py)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
+    assert listed == {name: sha256(text).hexdigest() for name, text in files.items() if name.endswith(".py")}
+    assert "modeling_mmcot.py" in listed and "https://huggingface.co/ada/tiny/commits/main" in card
 
 
 # What is wrong with a run or a name is said before anything is asked of the Hub.
@@ -258,13 +273,15 @@ def test_of_this_machine_and_account_nothing_is_in_the_recipe(broken):
     recipe |= {
         "hub_token": "0123secret",
         "features": "/lustre/ada/store",
+        "target_column": "rationale=/storage/alice/texts.json",
+        "captions": "../alice/captions.json",
         "vision_config": {"x": ["/nfs/x/y.json", "~/z"]},
     }
     (broken / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     dry_run(broken, "--license", "mit")
     card = (broken / "hub" / "README.md").read_text()
-    assert not any(word in card for word in ("secret", "lustre", "nfs", "~"))
-    assert "features: store" in card and "- y.json" in card
+    assert not any(word in card for word in ("secret", "lustre", "storage", "alice", "nfs", "~"))
+    assert "features: store" in card and "target_column: rationale=texts.json" in card and "- y.json" in card
 
 
 def test_a_run_of_an_older_version_is_refused(broken):
@@ -558,7 +575,7 @@ def test_adapters_are_published_over_their_base_or_merged_into_it(hub, client, a
     assert not client.push(adapters, "--repo_id", "ada/adapters", "--license", "mit", "--adapters").error
     files = on_the_hub(hub, "ada/adapters")
     assert files == content(adapters / "hub") and "adapter_config.json" not in files
-    blocks = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+    blocks = python_blocks(files["README.md"].decode(), hub.commits("model", "ada/adapters")[0])
     environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
     printed = as_a_user(
         "\n".join(blocks) + "\nprint(type(model).__name__, model.active_adapter)", environment, tmp_path

@@ -1,0 +1,55 @@
+"""What a card is made of; the card of a whole run, and its code blocks, are test_publishing.py's."""
+
+import hashlib
+
+import pytest
+
+from mmcot.card import code_digests, command_options, without_paths
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/storage/alice/texts.json", "texts.json"),
+        ("~/texts.json", "texts.json"),
+        ("../alice/texts.json", "texts.json"),
+        ("runs/../../alice/texts.json", "texts.json"),
+        ("rationale=/storage/alice/texts.json", "rationale=texts.json"),
+        ("rationale=../alice/texts.json", "rationale=texts.json"),
+        ("rationale=~alice/texts.json", "rationale=texts.json"),
+        ("file:///storage/alice/texts.json", "texts.json"),
+        (r"C:\Users\alice\texts.json", "texts.json"),
+        ("a=b=/storage/alice/x=1/texts.json", "a=b=texts.json"),
+        ("/storage/alice/x=1/texts.json", "texts.json"),
+        ("../..", ".."),
+        *(
+            (same, same)
+            for same in ("problems.jsonl", "runs/demo", "google/flan-t5-base", "https://x.org/a/b?c=d", "a=b")
+        ),
+        *((same, same) for same in ("{{ question }} = {{ a }}", "wait... what", "", 3, None, True)),
+    ],
+)
+def test_of_a_path_of_this_machine_only_the_name_is_left(value, expected):
+    assert without_paths(value) == expected
+    assert without_paths({"a": [value, {"b": value}]}) == {"a": [expected, {"b": expected}]}
+
+
+def test_a_command_shows_no_paths_of_this_machine():
+    options = {
+        "target_column": "rationale=/storage/alice/texts.json",
+        "limit": 6,
+        "bf16": True,
+        "files": ["../x/y", "z"],
+    }
+    assert command_options(options) == "--target_column rationale=texts.json --limit 6 --bf16 --files y z"
+
+
+def test_the_digests_of_the_code_are_those_of_its_files(tmp_path):
+    (tmp_path / "b_mmcot.py").write_bytes(b"import torch\n")
+    (tmp_path / "a_mmcot.py").write_bytes(b"")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "rationale").mkdir()
+    (tmp_path / "rationale" / "c.py").write_bytes(b"")
+    found = code_digests(tmp_path)
+    assert list(found) == ["a_mmcot.py", "b_mmcot.py"]
+    assert found["b_mmcot.py"] == hashlib.sha256(b"import torch\n").hexdigest()
