@@ -18,6 +18,7 @@ from conftest import REPOSITORY, TINY_RECIPE, run_script
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from loopback_hub import LoopbackHub, client_environment
 from peft import PromptTuningConfig
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmcot.evaluate import main as evaluate
@@ -138,19 +139,28 @@ def test_pushed_again_nothing_changes(hub, client, run, published):
     assert hub.commits("model", "ada/tiny") == before
 
 
-def python_blocks(card, commit):
-    """The card's, with a commit in place of the one that its reader fills in."""
-    return [block.replace("COMMIT", commit) for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
+PICTURE_ON_THE_HUB = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/p-blog/candy.JPG"
+
+
+def python_blocks(card, commit, folder):
+    """The card's, with a commit in place of the one that its reader fills in, and a picture that is here."""
+    Image.new("RGB", (50, 40), "red").save(folder / "candy.png")
+    text = card.replace("COMMIT", commit).replace(PICTURE_ON_THE_HUB, str(folder / "candy.png"))
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_every_code_block_of_the_card_runs_from_the_hub_and_then_from_the_cache(hub, client, published, run, tmp_path):
     card = on_the_hub(hub, "ada/tiny")["README.md"].decode()
-    blocks = python_blocks(card, hub.commits("model", "ada/tiny")[0])
-    assert len(blocks) == 4 and all("ada/tiny" in block for block in (blocks[0], blocks[2], blocks[3]))
-    check = "\nloaded = model, processor, pinned_model"
+    blocks = python_blocks(card, hub.commits("model", "ada/tiny")[0], tmp_path)
+    assert len(blocks) == 6 and [number for number, block in enumerate(blocks) if "ada/tiny" not in block] == [3]
+    assert 'pipeline("image-text-to-text"' in blocks[0] and PICTURE_ON_THE_HUB in card
+    assert "AutoModelForImageTextToText" in blocks[1] and "apply_chat_template" in blocks[1]
+    check = "\nloaded = model, processor, pinned_model, pipe.model"
     check += "\nassert {type(thing).__module__.split('.')[0] for thing in loaded} == {'transformers_modules'}"
     check += "\nassert commit in type(pinned_model).__module__ and commit in type(pinned_answer).__module__"
     check += "\nassert pinned_answer(problem)['answer'] == answer(problem)['answer']"
+    check += "\nassert reply == pipe(text=messages, return_full_text=False)[0]['generated_text'], reply"
+    check += "\nassert reply.endswith(('The answer is (A).', 'The answer is (B).'))"
     check += "\nprint(sorted(result), type(rationale).__name__)"
     environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
     expected = "['answer', 'answer_index', 'rationale', 'scores'] MMCoTForConditionalGeneration"
@@ -575,7 +585,7 @@ def test_adapters_are_published_over_their_base_or_merged_into_it(hub, client, a
     assert not client.push(adapters, "--repo_id", "ada/adapters", "--license", "mit", "--adapters").error
     files = on_the_hub(hub, "ada/adapters")
     assert files == content(adapters / "hub") and "adapter_config.json" not in files
-    blocks = python_blocks(files["README.md"].decode(), hub.commits("model", "ada/adapters")[0])
+    blocks = python_blocks(files["README.md"].decode(), hub.commits("model", "ada/adapters")[0], tmp_path)
     environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
     printed = as_a_user(
         "\n".join(blocks) + "\nprint(type(model).__name__, model.active_adapter)", environment, tmp_path
