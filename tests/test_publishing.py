@@ -436,7 +436,8 @@ def test_new_weights_go_up_alone_and_each_revision_keeps_its_own(hub, client, ru
     result = client.push(changed, "--repo_id", "ada/twice", *UNSCORED)
     assert not result.error
     listed = re.findall(r"^ *[\d,]*  (\w+) +(\S+)$", result.stdout, re.MULTILINE)
-    assert {name for state, name in listed if state == "changed"} == {"rationale/model.safetensors", "README.md"}
+    expected = {"rationale/model.safetensors", "known_answer.json", "README.md"}
+    assert {name for state, name in listed if state == "changed"} == expected
     assert {name for state, name in listed if state == "deleted"} == {"scores.json"}
     new = hub.commits("model", "ada/twice")[0]
     assert on_the_hub(hub, "ada/twice") == content(changed / "hub")
