@@ -16,7 +16,8 @@ import modeling_mmcot
 from mmcot.card import Publication, write_card
 from mmcot.run_folder import BASE, is_adapted
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.stages_mmcot import StageAdapters
+from modeling_mmcot.known_answer_mmcot import write_known_answer
+from modeling_mmcot.stages_mmcot import StageAdapters, load_stages
 
 MODEL_FILES = (
     "config.json",
@@ -74,6 +75,9 @@ def write_hub_folder(
         copy_model(stages[name], unfinished / name)
     for file in shipped_code():
         shutil.copyfile(file, unfinished / file.name)
+    root = MMCoTForConditionalGeneration.from_pretrained(unfinished, dtype="auto")
+    models = load_stages(root, str(unfinished), [stage.name for stage in processor.stages])
+    write_known_answer(unfinished, models, processor)
     write_readme(unfinished)
     shutil.rmtree(hub_folder, ignore_errors=True)
     unfinished.rename(hub_folder)

@@ -39,13 +39,14 @@ from mmcot.problems import (
     without_gold,
 )
 from mmcot.provenance import meta_file, provenance
-from mmcot.self_consistency import Sample, agreed
+from mmcot.self_consistency import Sample
 from mmcot.subsets import add_selection, select
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.pipeline_mmcot import write_column
 from modeling_mmcot.processing_mmcot import Stage
-from modeling_mmcot.stages_mmcot import load_stage_model, load_stages
+from modeling_mmcot.self_consistency_mmcot import TEMPERATURE, agreed
+from modeling_mmcot.stages_mmcot import load_stages
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
             f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
         )
     processor = MMCoTProcessor.from_pretrained(model)
-    root = load_stage_model(MMCoTForConditionalGeneration, model, "", dtype=dtype).to(PartialState().device)
+    root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype).to(PartialState().device)
     return processor, load_stages(root, model, [stage.name for stage in processor.stages])
 
 
@@ -169,7 +170,7 @@ def predict(
     models: Mapping[str, PreTrainedModel],
     problems: Dataset,
     num_rationales: int = 1,
-    temperature: float = 0.7,
+    temperature: float = TEMPERATURE,
     seed: int = 42,
     **options,
 ) -> dict[str, dict]:
@@ -206,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_tokens", type=int, metavar="N", help="of a batch's padded sources, in place of its size")
     parser.add_argument("--num_rationales", type=int, default=1, metavar="N", help="drawn; the answer is agreed on")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of that drawing")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of that drawing")
     parser.add_argument("--seed", type=int, default=42, help="of that drawing")
     parser.add_argument("--decode_answer", action="store_true", help='read a generated "The answer is (B)." too')
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures or features ahead")

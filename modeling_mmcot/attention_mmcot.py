@@ -4,6 +4,7 @@ Patch towers have their grid. DETR's object queries have no place of their own: 
 attended to. Nothing is drawn here: the Space and the report of `mmcot` show the maps.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -79,7 +80,8 @@ def is_detr(tower: PreTrainedModel) -> bool:
 
 def cross_attention(tower: PreTrainedModel, pixels: torch.FloatTensor) -> torch.FloatTensor:
     """Of DETR's last decoder layer, mean over its heads, `(num_queries, rows * columns)`."""
-    # The others give no weights. It stays so: the same results but for rounding.
+    # The others give no weights. Of a copy: other threads may be using the tower.
+    tower = copy.deepcopy(tower)
     tower.set_attn_implementation("eager")
     outputs = tower(pixel_values=pixels[None], output_attentions=True)
     return outputs.cross_attentions[-1][0].mean(dim=0).float()

@@ -109,12 +109,14 @@ class MMCoTConfig(T5Config):
             "AutoModelForSeq2SeqLM": model_class,
             "AutoModelForImageTextToText": model_class,
         }
+        # The second name is that of the card's `pipeline_tag`, which the Hub's own snippets use.
         self.custom_pipelines = {
-            "multimodal-cot": {
+            task: {
                 "impl": "pipeline_mmcot.MultimodalCoTPipeline",
                 "pt": ["AutoModelForSeq2SeqLM"],
                 "type": "multimodal",
             }
+            for task in ("multimodal-cot", "image-text-to-text")
         }
 
 

@@ -7,6 +7,8 @@ Nothing here knows of pictures: the encoder's states come fused.
 
 import contextlib
 import functools
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +70,8 @@ def greedy_search(
                 **{CACHE: cache},
             )
             logits = model.next_token_logits(outputs.last_hidden_state[:, -1]).float()
+            if sequences.shape[1] == 1 and logits.isnan().any():
+                raise ValueError("The decoder computes NaN: its weights hold numbers that are not finite.")
             if logits_processor:
                 every = logits.new_zeros(len(sequences), logits.shape[-1])
                 every[rows] = logits
@@ -127,20 +131,48 @@ def packed_linears(model: PreTrainedModel) -> Iterator[None]:
         module
         for module in model.modules()
         if type(module) is nn.Linear
-        and "forward" not in module.__dict__
+        and ("forward" not in module.__dict__ or module in PACKED)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
     ]
     is_useful = torch.backends.mkldnn.is_available() and sum(linear.weight.nbytes for linear in linears) < MAX_PACKED
     is_useful = is_useful and not torch.is_autocast_enabled("cpu")  # whose bfloat16 inputs float32 weights do not take
-    for linear in linears if is_useful else []:
-        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        linear.forward = functools.partial(packed_linear, weight=weight, bias=linear.bias)
+    taken = []
     try:
+        with PACKING:
+            for linear in linears if is_useful else []:
+                taken.append(linear)
+                pack(linear)
         yield
     finally:
-        for linear in linears if is_useful else []:
-            del linear.forward
+        with PACKING:
+            for linear in taken:
+                unpack(linear)
+
+
+# Layers that are packed now, each with how many blocks use it and the state of its weights when it was packed. Threads
+# share the packed weights of one model, and the last of them to leave unpacks it.
+PACKED: weakref.WeakKeyDictionary[nn.Linear, tuple[int, tuple]] = weakref.WeakKeyDictionary()
+PACKING = threading.Lock()
+
+
+def pack(linear: nn.Linear) -> None:
+    weight = linear.weight
+    state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+    users, packed_state = PACKED.get(linear, (0, None))
+    if packed_state != state:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        linear.forward = functools.partial(packed_linear, weight=packed, bias=linear.bias)
+    PACKED[linear] = (users + 1, state)
+
+
+def unpack(linear: nn.Linear) -> None:
+    users, state = PACKED.get(linear, (0, None))
+    if users > 1:
+        PACKED[linear] = (users - 1, state)
+    else:
+        PACKED.pop(linear, None)
+        linear.__dict__.pop("forward", None)
 
 
 def packed_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -16,8 +16,9 @@ class UniformDropout(nn.Dropout):
             return inputs
         if inputs.device.type != "cpu":
             return super().forward(inputs)
-        mask = torch.rand_like(inputs).ge_(self.p).div_(1 - self.p)
-        return inputs * mask
+        # In float32: bfloat16 has 256 numbers between 0 and 1, and cannot keep 0.1 % apart from 0.3 %.
+        mask = torch.rand_like(inputs, dtype=torch.float32).ge_(self.p).div_(1 - self.p)
+        return inputs * mask.to(inputs.dtype)
 
 
 def use_fast_layers(model: nn.Module) -> None:

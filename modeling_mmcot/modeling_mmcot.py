@@ -10,13 +10,16 @@ Notable:
 """
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel, T5ForConditionalGeneration
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, T5ForConditionalGeneration
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
@@ -27,8 +30,13 @@ from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .prompts_mmcot import VirtualTokens
+from .stages_mmcot import HUB_OPTIONS, PLACEMENT_OPTIONS
 from .versions_mmcot import CACHE, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
+
+# Tokens of all choices of a problem together up to which one packed pass is faster than a pass for each choice
+# (benchmarks/README.md).
+MAX_PACKED_LENGTH = 512
 
 
 @dataclass
@@ -225,7 +233,8 @@ def check_width(tower: PreTrainedModel, vision_hidden_size: int) -> None:
         )
 
 
-class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration):
+# GenerationMixin by name: else the Auto classes add it, in a new class at each load, because `generate` is overridden.
+class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration, GenerationMixin):
     r"""
     Multimodal chain-of-thought (Zhang et al. 2023, arXiv 2302.00923): T5 with a picture, one stage at a time.
 
@@ -256,10 +265,12 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
     config_class = MMCoTConfig
     input_modalities = ("image", "text")
     _no_split_modules = ["T5Block", "GatedFusion", "GatedMHAFusion"]
+    stages: Mapping[str, PreTrainedModel] | None = None  # all of its repository, loaded when a chat is answered
     virtual_tokens: VirtualTokens | None = None  # of the adapter by which it is prompted, set beside PEFT's own model
 
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
+        self.loading_options: dict[str, Any] = {}
         self.encoder = MMCoTEncoder(self.encoder.config)
         use_fast_layers(self.decoder)
         if config.vision_config is not None:
@@ -274,6 +285,24 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         if not self.config.scale_decoder_outputs:
             del tied["lm_head.weight"]
         return tied
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
+        """
+        transformers' own, and two things for systems of several stages: a stage in a subfolder gets the generation
+        config that lies there, and the model keeps (in memory only) how it was loaded, so that the other stages can be
+        loaded alike.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.loading_options = {
+            name: kwargs[name] for name in HUB_OPTIONS + PLACEMENT_OPTIONS if kwargs.get(name) is not None
+        }
+        folder = os.path.join(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if os.path.isfile(os.path.join(folder, "generation_config.json")):
+            # transformers joins a subfolder to a folder's absolute path in a way that drops it, and takes the root's.
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return loaded
 
     @classmethod
     def from_text_vision_pretrained(
@@ -292,6 +321,15 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         model = cls.from_pretrained(text_model, vision_hidden_size=tower_width(tower), **kwargs)
         model.attach_tower(tower, tower_name(vision_model, vision_tower))
         return model
+
+    def generate(self, *args, problems: Any = None, **kwargs):
+        """
+        transformers' own. With `problems`, which `processor.apply_chat_template` gives, the chats are answered by all
+        stages of this model's repository: `input_ids` and behind them the reply, `chat_mmcot.Conversation.reply`.
+        """
+        if problems is None:
+            return super().generate(*args, **kwargs)
+        return problems.reply(self, *args, **kwargs)
 
     def attach_tower(self, tower: PreTrainedModel, name: str | None = None) -> None:
         """
@@ -502,7 +540,11 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(attention_mask=attention_mask, **encoder_inputs)
+        is_choice = (choice_labels != -100).any(dim=-1)
         packed = pack_choices(choice_labels, self.config.decoder_start_token_id)
+        if packed.input_ids.shape[1] > MAX_PACKED_LENGTH:
+            scores = self.score_one_by_one(choice_labels, attention_mask, encoder_outputs)
+            return scores.masked_fill(~is_choice, -math.inf)
         prefix = None if self.virtual_tokens is None else self.virtual_tokens.prefix(len(packed.input_ids))
         states = self.decoder(
             input_ids=packed.input_ids,
@@ -516,8 +558,27 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration)
         log_probs = self.next_token_logits(states.flatten(0, 1)[positions]).float().log_softmax(dim=-1)
         scores = log_probs.new_zeros(choice_labels.shape[:2]).flatten()
         scores.index_add_(0, packed.choice, log_probs[inverse, packed.label])
-        is_choice = (choice_labels != -100).any(dim=-1)
         return scores.view(is_choice.shape).masked_fill(~is_choice, -math.inf)
+
+    def score_one_by_one(
+        self, choice_labels: torch.LongTensor, attention_mask: torch.Tensor, encoder_outputs: BaseModelOutput
+    ) -> torch.FloatTensor:
+        """As `score_choices`, in a pass for each choice: the work of a packed one grows with the square of all."""
+        scores = []
+        for labels in choice_labels.unbind(1):
+            labels = labels[:, : max(1, int((labels != -100).sum(dim=1).max()))]
+            prefix = None if self.virtual_tokens is None else self.virtual_tokens.prefix(len(labels))
+            states = self.decoder(
+                input_ids=self._shift_right(labels),
+                encoder_hidden_states=encoder_outputs.last_hidden_state,
+                encoder_attention_mask=attention_mask,
+                use_cache=False,
+                **{CACHE: prefix},
+            ).last_hidden_state
+            log_probs = self.next_token_logits(states).float().log_softmax(dim=-1)
+            taken = log_probs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+            scores.append(taken.masked_fill(labels == -100, 0).sum(dim=1))
+        return torch.stack(scores, dim=1)
 
     def packed_mask(self, packed: PackedChoices, prefix_length: int) -> torch.FloatTensor:
         """

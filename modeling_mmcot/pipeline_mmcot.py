@@ -5,24 +5,29 @@ generated freely from the problem, with no gold column in sight.
 """
 
 import copy
+import difflib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
 
 import torch
-from transformers import BatchFeature, Pipeline, PreTrainedModel
+from transformers import BatchFeature, GenerationConfig, LogitsProcessor, LogitsProcessorList, Pipeline, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .attention_mmcot import TokenMaps, token_maps
 from .captioning_mmcot import Captioner
+from .chat_mmcot import is_chat, read_chat, reply_text
 from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
 from .processing_mmcot import GOLD_COLUMNS, LETTERS, MMCoTProcessor, Stage, read_answer
-from .stages_mmcot import load_stages
+from .self_consistency_mmcot import TEMPERATURE, agreed
+from .stages_mmcot import StageAdapters, load_stages, stage_model
 
 
 def write_column(
@@ -54,6 +59,8 @@ def write_column(
         if leaked:
             raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): take them away before predicting.")
     encoded = encode(model, inputs)
+    is_finite = encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
+    refuse_non_finite(problems, stage, is_finite)
     if not stage.answers:
         return [{stage.writes: text} for text in generate_texts(model, processor, encoded, **generation)]
     columns = choose_answers(model, processor, stage, problems, encoded)
@@ -65,6 +72,32 @@ def write_column(
             if decode_answer:
                 columns[index]["decoded_answer"] = read_answer(text, len(problems[index]["choices"]))
     return columns
+
+
+def refuse_non_finite(problems: list[dict], stage: Stage, is_finite: torch.BoolTensor) -> None:
+    """
+    Raises:
+        ValueError: a problem's numbers are not all finite; it names the first such problem and the stage.
+    """
+    for problem, is_right in zip(problems, is_finite.tolist(), strict=True):
+        if not is_right:
+            name = problem.get("id") or problem.get("question", "")
+            raise ValueError(
+                f"The {stage.name} stage computes NaN or infinity for the problem {name!r:.100}: its weights, or the "
+                f"picture's features, hold numbers that are not finite (float16 overflows in T5: use bfloat16)."
+            )
+
+
+class FiniteLogits(LogitsProcessor):
+    """
+    Raises:
+        ValueError: a row's logits are all NaN, of which any token would be the likeliest.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.isnan().any():
+            raise ValueError("The decoder computes NaN: its weights hold numbers that are not finite.")
+        return scores
 
 
 @torch.no_grad()
@@ -121,7 +154,16 @@ def generate_texts(
     custom_generate = greedy_search if mode == GenerationMode.GREEDY_SEARCH and streamer is None else None
     streams = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     in_steps = streamer if streams else None
-    tokens = model.generate(**encoded, generation_config=config, custom_generate=custom_generate, streamer=in_steps)
+    # Beams expand the encoder's output in place: of a copy.
+    encoder_outputs = BaseModelOutput(last_hidden_state=encoded["encoder_outputs"].last_hidden_state)
+    tokens = model.generate(
+        **{**encoded, "encoder_outputs": encoder_outputs},
+        generation_config=config,
+        custom_generate=custom_generate,
+        # The greedy loop looks at its own logits.
+        logits_processor=None if custom_generate else LogitsProcessorList([FiniteLogits()]),
+        streamer=in_steps,
+    )
     if streamer is not None and not streams:
         streamer.put(tokens[:, :1].cpu())
         streamer.put(tokens[0, 1:].cpu())
@@ -142,6 +184,7 @@ def choose_answers(
         part = BaseModelOutput(last_hidden_state=states[rows[:, None], places])
         log_probs[rows] = model.score_choices(labels[rows], mask[rows[:, None], places], part)
     columns = []
+    refuse_non_finite(problems, stage, ~log_probs.isnan().any(dim=1))
     for problem, problem_log_probs in zip(problems, log_probs, strict=True):
         choices = problem["choices"]
         scores = problem_log_probs[: len(choices)].softmax(dim=0)
@@ -152,42 +195,45 @@ def choose_answers(
 
 
 def run_stages(
-    get_model: Callable[[Stage], PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
     processor: MMCoTProcessor,
     problems: list[dict],
     images: list,
     decode_answer: bool = False,
     given: dict[str, str] | None = None,
-    streamer: BaseStreamer | None = None,
+    **generation,
 ) -> list[dict]:
     """
     All stages in order; for each problem the columns that they wrote. Pictures are prepared once, and seen once by each
     tower: stages whose models have one tower between them share its patches.
 
     Args:
+        models: each stage's, as `load_stages` gives them.
         given (`dict[str, str]`, *optional*): columns that are not written but taken from here.
+        generation: of `generate_texts`.
     """
     given = given or {}
     columns: list[dict] = [dict(given) for _ in problems]
+    problems = [
+        {name: value for name, value in problem.items() if name not in ("image", "images")} for problem in problems
+    ]
     pixels = {}
     if any("images" in stage.reads for stage in processor.stages):
         pixels = processor.prepare_pictures(images, len(problems))
     patches: dict[int, dict[str, torch.Tensor]] = {}
-    generation = {} if streamer is None else {"streamer": streamer}
     for stage in processor.stages:
         if stage.writes in given:
             continue
-        model = get_model(stage)
         rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
         inputs = processor(rows, stage=stage.name)
-        if "images" in stage.reads and pixels:
-            tower = model.get_encoder().vision_tower
-            # One that was trained beside adapters is another one for each stage.
-            tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
-            if id(tower) not in patches:
-                patches[id(tower)] = see(model, pixels)
-            inputs.update(patches[id(tower)])
-        with packed_linears(model):
+        with stage_model(models, stage.name) as model, packed_linears(model):
+            if "images" in stage.reads and pixels:
+                tower = model.get_encoder().vision_tower
+                # One that was trained beside adapters is another one for each stage.
+                tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
+                if id(tower) not in patches:
+                    patches[id(tower)] = see(model, pixels)
+                inputs.update(patches[id(tower)])
             new = write_column(model, processor, stage, rows, inputs, decode_answer, **generation)
         for written, column in zip(columns, new, strict=True):
             written.update(column)
@@ -211,11 +257,16 @@ class MultimodalCoTPipeline(Pipeline):
     what each stage wrote (`rationale`), `answer` (the choice's text; without choices the generated one), `answer_index`
     (-1 without choices) and `scores` (a probability per choice).
 
+    A chat (`pipe(text=messages)`: one user message, as `chat_mmcot.read_chat` takes it) gives `input_text` and
+    `generated_text`, the messages with the rationale and the answer as the assistant's reply.
+
     A list gives a list. A `datasets.Dataset`, a generator or any other iterable gives an iterator, which reads and
     answers `batch_size` problems at a time: `for result in tqdm(answer(dataset, batch_size=32), total=len(dataset))`.
 
     A call takes besides:
 
+    - settings of `generate` (`max_new_tokens=…`, `num_beams=…`), or `generate_kwargs={…}`, for whatever is generated;
+    - `num_rationales` (`int`): draw so many and take the answer of the highest mean probability (Wang et al. 2023);
     - `decode_answer` (`bool`): generate "The answer is (B)." too and read it (the paper's way), as `decoded_answer`;
     - `given` (`dict[str, str]`): what stands in place of what a stage would write, as `{"rationale": "…"}`. (A
       problem's own column of that name is not looked at: in a dataset it is the gold one.)
@@ -224,6 +275,8 @@ class MultimodalCoTPipeline(Pipeline):
     Args:
         caption_model (`str`, *optional*): what captions the first picture of a problem that comes without a caption,
             where a stage reads captions: a checkpoint, or a name in `captioning_mmcot.CAPTIONERS`.
+        check (`bool`, defaults to `True`): compute the known answer that lies in the repository, where one does, and
+            raise an error if the result or a file of weights is another. Large files take seconds to read.
 
     Example, with one stage and random weights:
 
@@ -257,12 +310,14 @@ class MultimodalCoTPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, *args, caption_model: str | None = None, **kwargs):
+    def __init__(self, *args, caption_model: str | None = None, check: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
-        # Pipelines are not told their revision; the loader files remote code under the commit that it comes from.
-        repository = self.model.name_or_path
-        revision = None if os.path.isdir(repository) else type(self).__module__.split(".")[-2]
-        self.models = load_stages(self.model, repository, [stage.name for stage in self.processor.stages], revision)
+        names = [stage.name for stage in self.processor.stages]
+        self.models = load_stages(self.model, self.model.name_or_path, names)
+        if check:
+            from .known_answer_mmcot import check_known_answer  # which imports this file
+
+            check_known_answer(self.model, self.models, self.processor)
         reads_captions = any("caption" in stage.reads for stage in self.processor.stages)
         self.captioner = Captioner(caption_model, device=self.device) if caption_model and reads_captions else None
 
@@ -271,11 +326,28 @@ class MultimodalCoTPipeline(Pipeline):
         decode_answer: bool | None = None,
         given: dict[str, str] | None = None,
         streamer: BaseStreamer | None = None,
+        num_rationales: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        return_full_text: bool | None = None,
+        **generation,
     ):
         if given is not None:
             self.check_given(given)
-        options = {"decode_answer": decode_answer, "given": given, "streamer": streamer}
-        return {}, {name: value for name, value in options.items() if value is not None}, {}
+        if num_rationales is not None and num_rationales < 1:
+            raise ValueError(f"num_rationales is {num_rationales}; expected 1 or more.")
+        if twice := generation.keys() & (generate_kwargs or {}).keys():
+            raise ValueError(f"{', '.join(sorted(twice))} given twice: by itself and in generate_kwargs.")
+        generation = {**(generate_kwargs or {}), **generation}
+        check_generation(generation)
+        options = {
+            "decode_answer": decode_answer,
+            "given": given,
+            "streamer": streamer,
+            "num_rationales": num_rationales,
+            "generation": generation or None,
+        }
+        texts = {} if return_full_text is None else {"return_full_text": return_full_text}
+        return {}, {name: value for name, value in options.items() if value is not None}, texts
 
     def check_given(self, given: dict[str, str]) -> None:
         known = [stage.writes for stage in self.processor.stages if not stage.answers]
@@ -284,11 +356,27 @@ class MultimodalCoTPipeline(Pipeline):
             names = ", ".join(known) or "none here"
             raise ValueError(f"given is a dict of texts for what a stage writes ({names}); found {given!r}.")
 
-    def __call__(self, inputs: dict | Iterable[dict], *args, batch_size: int | None = None, **kwargs):
+    def __call__(
+        self,
+        inputs: dict | Iterable[dict] | None = None,
+        *args,
+        text: str | list | None = None,
+        images: Any = None,
+        batch_size: int | None = None,
+        **kwargs,
+    ):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
+        if text is not None:
+            inputs = self.asked_in_text(inputs, text, images)
+        elif images is not None:
+            raise ValueError("images were given without a text: give text=…, or a problem with its `image`.")
         if isinstance(inputs, list) and not inputs:
             return []
+        if is_chat(inputs):
+            inputs = {"messages": list(inputs)}
+        elif isinstance(inputs, list) and is_chat(inputs[0]):
+            inputs = [{"messages": list(messages)} for messages in inputs]
         # transformers streams torch's datasets and generators only, and would take any other for one problem; and it
         # would ask a dataset of torch's without an iterator for ever more rows.
         if isinstance(inputs, Iterable) and not isinstance(inputs, (Mapping, str, list)):
@@ -296,6 +384,18 @@ class MultimodalCoTPipeline(Pipeline):
         elif isinstance(inputs, torch.utils.data.Dataset):
             inputs = (problem for problem in map(inputs.__getitem__, range(len(inputs))))
         return super().__call__(inputs, *args, batch_size=batch_size, **kwargs)
+
+    def asked_in_text(self, inputs: Any, text: str | list, images: Any) -> Any:
+        """`pipe(text=messages)`, `pipe(picture, text="…")`: as pipelines of "image-text-to-text" are called."""
+        if inputs is not None and images is not None:
+            raise ValueError("pictures were given twice: at the first place and as images=.")
+        images = inputs if images is None else images
+        if not isinstance(text, str):
+            if images is not None:
+                raise ValueError("A chat holds its pictures in its message: leave images out.")
+            return text
+        content = [{"type": "image", "image": picture} for picture in as_list(images)]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
     def token_maps(self, problem: dict, stage: str, given: dict[str, str] | None = None) -> TokenMaps:
         """
@@ -316,18 +416,25 @@ class MultimodalCoTPipeline(Pipeline):
         if absent := written & set(reading.reads) - given.keys():
             raise ValueError(f"The {stage} stage reads {', '.join(sorted(absent))}: give what was written.")
         self.add_captions([row])
-        return token_maps(self.models[stage], self.processor, reading, {**row["problem"], **given}, row["images"])
+        with stage_model(self.models, stage) as model:
+            return token_maps(model, self.processor, reading, {**row["problem"], **given}, row["images"])
 
     def preprocess(self, problem: dict) -> dict:
+        if isinstance(problem, Mapping) and problem.keys() == {"messages"}:
+            return {**self.preprocess(read_chat(problem["messages"])), "messages": problem["messages"]}
         if not isinstance(problem, Mapping) or not isinstance(problem.get("question"), str):
-            raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r}.")
+            raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r:.200}.")
+        read = {column for stage in self.processor.stages for column in stage.reads}
+        written = {stage.writes for stage in self.processor.stages}
+        check_columns(problem, read | written)
+        columns = sorted(({"context", "caption"} | read) - written - set(GOLD_COLUMNS) - {"choices", "images"})
         choices = problem.get("choices")
         choices = [] if choices is None else choices
         if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"`choices` of a problem is a list of str; found {choices!r}.")
         if len(choices) > len(LETTERS):
             raise ValueError(f"`choices` of a problem are at most {len(LETTERS)}; found {len(choices)}.")
-        texts = {name: problem.get(name) or "" for name in ("question", "context", "caption")}
+        texts = {"question": problem["question"], **{name: problem.get(name) or "" for name in columns}}
         images = problem.get("image")
         images = as_pictures(problem.get("images") if images is None else images)
         if len(images) > self.model.config.max_images:
@@ -343,19 +450,30 @@ class MultimodalCoTPipeline(Pipeline):
         decode_answer: bool = False,
         given: dict[str, str] | None = None,
         streamer: BaseStreamer | None = None,
+        num_rationales: int = 1,
+        generation: dict[str, Any] | None = None,
     ) -> list[dict]:
         self.add_captions(rows)
-        problems = [row["problem"] for row in rows]
-        columns = run_stages(
-            lambda stage: self.models[stage.name],
-            self.processor,
-            problems,
-            [row["images"] for row in rows],
-            decode_answer,
-            given,
-            streamer,
-        )
-        return [{"choices": problem["choices"], **written} for problem, written in zip(problems, columns, strict=True)]
+        problems, images = [row["problem"] for row in rows], [row["images"] for row in rows]
+        generation = dict(generation or {})
+        if streamer is not None:
+            generation["streamer"] = streamer
+        if num_rationales > 1:
+            if streamer is not None or given:
+                raise ValueError("num_rationales draws several texts: leave streamer and given out.")
+            generation = {"do_sample": True, "num_beams": 1, "temperature": TEMPERATURE, **generation}
+        samples = [
+            run_stages(self.models, self.processor, problems, images, decode_answer, given, **generation)
+            for _ in range(num_rationales)
+        ]
+        columns = samples[0]
+        if num_rationales > 1:
+            last = self.processor.stages[-1]
+            columns = [agreed(list(drawn), row, last) for row, *drawn in zip(problems, *samples, strict=True)]
+        return [
+            {"choices": row["problem"]["choices"], "messages": row.get("messages"), **written}
+            for row, written in zip(rows, columns, strict=True)
+        ]
 
     def add_captions(self, rows: list[dict]) -> None:
         bare = [row for row in rows if row["images"] and not row["problem"]["caption"]]
@@ -364,8 +482,18 @@ class MultimodalCoTPipeline(Pipeline):
             for row, caption in zip(bare, captions, strict=True):
                 row["problem"]["caption"] = caption
 
-    def postprocess(self, columns: dict) -> dict:
-        result = {name: value for name, value in columns.items() if name not in ("choices", "answer", "answer_text")}
+    def postprocess(self, columns: dict, return_full_text: bool = True) -> dict | list[dict]:
+        if columns["messages"] is not None:
+            reply = reply_text(self.processor, columns)
+            turn = {"role": "assistant", "content": reply}
+            return [
+                {
+                    "input_text": columns["messages"],
+                    "generated_text": [*columns["messages"], turn] if return_full_text else reply,
+                }
+            ]
+        hidden = ("choices", "messages", "answer", "answer_text")
+        result = {name: value for name, value in columns.items() if name not in hidden}
         index = columns["answer"]
         result["answer"] = columns["choices"][index] if index >= 0 else columns["answer_text"]
         result["answer_index"] = index
@@ -388,3 +516,59 @@ class MultimodalCoTPipeline(Pipeline):
 
     def run_single(self, inputs: dict, preprocess_params, forward_params, postprocess_params) -> dict:
         return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """The whole system, as it was loaded: every stage, the processor, the code. `push_to_hub` uploads it."""
+        self.processor.save_pretrained(save_directory)
+        if isinstance(self.models, StageAdapters):
+            self.models.save_pretrained(save_directory, **kwargs)
+        else:
+            self.model.save_pretrained(save_directory, **kwargs)
+            for stage in self.processor.stages[:-1]:
+                folder = os.path.join(save_directory, stage.name)
+                self.models[stage.name].save_pretrained(folder, **kwargs)
+                for name in os.listdir(folder):
+                    if name.endswith(".py"):  # the code is at the root
+                        os.remove(os.path.join(folder, name))
+        custom_object_save(self, save_directory)
+        from .known_answer_mmcot import write_known_answer  # which imports this file
+
+        write_known_answer(save_directory, self.models, self.processor)
+
+
+# Columns that problems of our datasets have and no stage need read.
+KNOWN_COLUMNS = {
+    *("id", "question", "choices", "context", "caption", "image", "images", "hint", "task", "split"),
+    *("subject", "grade", "topic", "category", "skill"),
+    *GOLD_COLUMNS,
+}
+
+
+def check_columns(problem: Mapping, read: set[str]) -> None:
+    """
+    Raises:
+        ValueError: the problem has a key that is no column, which would be ignored.
+    """
+    known = KNOWN_COLUMNS | read
+    for name in problem.keys() - known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}."
+        raise ValueError(f"A problem has the unknown key {name!r}: {hint}")
+
+
+def check_generation(generation: dict[str, Any]) -> None:
+    """
+    Raises:
+        TypeError: a name that no setting of `generate` has.
+    """
+    known = GenerationConfig().to_dict().keys()
+    for name in generation.keys() - known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "expected a setting of `generate`."
+        raise TypeError(f"unexpected keyword {name!r}: {hint} (How to load is said in model_kwargs={{…}}.)")
+
+
+def as_list(value: Any) -> list:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -13,6 +13,8 @@ the model (`pipeline_mmcot.py`).
 import bisect
 import functools
 import re
+import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
@@ -24,6 +26,10 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
 
+# A fast tokenizer keeps how the last call padded and cut: a call of another thread would change it under this one.
+TOKENIZING = threading.RLock()
+# What a problem may leave out.
+EMPTY_COLUMNS = {"context": "", "caption": "", "choices": ()}
 GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_PATTERN = re.compile(r"The answer is \(([A-Z])\)")
@@ -113,6 +119,26 @@ def render(template: str, columns: dict) -> str:
 def fold(text: str) -> str:
     """White space folded to single blanks, as in the original."""
     return " ".join(text.split())
+
+
+def with_empty_columns(problem: Mapping) -> dict:
+    """The problem with what it may leave out, or give as None."""
+    return {**problem, **{name: empty for name, empty in EMPTY_COLUMNS.items() if problem.get(name) is None}}
+
+
+def own_images(problems: list[dict], images: list | None) -> list | None:
+    """The pictures of each problem: what is given beside them, or what they hold themselves; both is an error."""
+    own = [first_given(problem.get("image"), problem.get("images")) for problem in problems]
+    has_own = [entry is not None and not (isinstance(entry, (list, tuple)) and len(entry) == 0) for entry in own]
+    if not any(has_own):
+        return images
+    if images is not None:
+        raise ValueError("images were given, and the problems hold their own (`image` or `images`): give them once.")
+    return own
+
+
+def first_given(*values):
+    return next((value for value in values if value is not None), None)
 
 
 def read_answer(text: str, num_choices: int) -> int:
@@ -212,11 +238,12 @@ class MMCoTProcessor(ProcessorMixin):
         Either `problems` with a `stage`, or `text` as any processor of transformers takes it.
 
         Args:
-            problems (`dict` or `list[dict]`): rows of the problem schema; for a later stage with the columns that the
-                earlier ones wrote.
+            problems (`dict` or `list[dict]`): rows of the problem schema, their pictures as `image` or `images`; for a
+                later stage with the columns that the earlier ones wrote. `context`, `choices` and `caption` may be
+                missing.
             stage (`str`): the stage whose templates to use.
-            images (*optional*): one entry per problem: a picture, a list of pictures or None. A picture is a PIL image,
-                a path or a URL.
+            images (*optional*): in place of the problems' own, one entry per problem: a picture, a list of pictures or
+                None. A picture is anything that `pictures_mmcot.open_picture` takes: a PIL image, a path, a URL, …
             text (`str` or `list[str]`): ready-made sources.
             with_targets (`bool`): give `labels` too, padded with -100.
             kwargs: passed to the tokenizer, over the defaults (padding to the longest).
@@ -230,12 +257,14 @@ class MMCoTProcessor(ProcessorMixin):
             raise ValueError("Give problems with a stage, or text: exactly one of them.")
         kwargs = {"padding": True, "return_tensors": return_tensors, **kwargs}
         if text is not None:
-            batch = self.tokenizer(text, **kwargs)
+            batch = self.encode_texts(text, **kwargs)
             batch.update(self.prepare_pictures(images, 1 if isinstance(text, str) else len(text)))
             return BatchFeature(dict(batch), tensor_type=return_tensors)
-        problems = [problems] if isinstance(problems, dict) else problems
+        problems = [problems] if isinstance(problems, Mapping) else problems
         stage = self.stage(stage)
-        batch = self.tokenizer([self.fit_source(problem, stage) for problem in problems], **kwargs)
+        images = own_images(problems, images)
+        problems = [with_empty_columns(problem) for problem in problems]
+        batch = self.encode_texts([self.fit_source(problem, stage) for problem in problems], **kwargs)
         if "images" in stage.reads:
             batch.update(self.prepare_pictures(images, len(problems)))
         if with_targets:
@@ -259,8 +288,51 @@ class MMCoTProcessor(ProcessorMixin):
         return labels.view(len(problems), num_choices, -1)
 
     def tokenize_targets(self, targets: list[str], max_length: int) -> torch.LongTensor:
-        tokens = self.tokenizer(targets, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        tokens = self.encode_texts(targets, truncation=True, max_length=max_length)
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+
+    def encode_texts(self, texts: str | list[str], **kwargs):
+        """The tokenizer's own call. It keeps the padding and cutting of a call in itself: one thread at a time."""
+        with TOKENIZING:
+            return self.tokenizer(texts, **{"padding": True, "return_tensors": "pt", **kwargs})
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ):
+        """
+        A chat of one user message (`chat_mmcot.read_chat` says how it is read) as inputs of `generate`, which then
+        answers it by all stages. There is no template to give: a message becomes a problem, and the stages have theirs.
+
+        Returns:
+            The first stage's source (`str`, or a list for several chats); with `tokenize=True` its `input_ids`; with
+            `return_dict=True` all its inputs, and `problems`, by which `generate` knows that it is a chat.
+        """
+        if chat_template is not None or kwargs:
+            names = ", ".join([*(["chat_template"] if chat_template is not None else []), *kwargs])
+            raise ValueError(f"apply_chat_template: {names} has no effect here; the stages have their own templates.")
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors is {return_tensors!r}; expected 'pt'.")
+        from .chat_mmcot import Conversation, is_chat, read_chat  # which imports this file
+
+        chats = [conversation] if is_chat(conversation) else conversation
+        problems = [read_chat(chat) for chat in chats]
+        images = [as_pictures(problem.pop("image")) for problem in problems]
+        first = self.stages[0]
+        if not tokenize:
+            sources = [self.fit_source(problem, first) for problem in problems]
+            return sources[0] if is_chat(conversation) else sources
+        batch = self(problems, stage=first.name, images=images)
+        if not return_dict:
+            return batch["input_ids"]
+        batch["problems"] = Conversation(self, problems, images)
+        return batch
 
     def fit_source(self, problem: dict, stage: Stage) -> str:
         """The stage's source, shortened to its `max_source_length` where it has to be."""
@@ -289,7 +361,8 @@ class MMCoTProcessor(ProcessorMixin):
         return without(fits)
 
     def is_too_long(self, source: str, stage: Stage) -> bool:
-        return len(self.tokenizer(source, verbose=False)["input_ids"]) > stage.max_source_length
+        tokens = self.encode_texts(source, padding=False, return_tensors=None, verbose=False)
+        return len(tokens["input_ids"]) > stage.max_source_length
 
     def prepare_pictures(self, images, batch_size: int) -> dict[str, torch.Tensor]:
         """

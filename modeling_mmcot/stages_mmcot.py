@@ -3,8 +3,10 @@
 What a stage does with its model is `pipeline_mmcot.py`'s. PEFT is imported only where stages are adapters.
 """
 
+import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,12 +16,15 @@ from transformers.utils import cached_file
 
 from .prompts_mmcot import VirtualTokens
 
+# What `from_pretrained` was given for a repository's root and its other stages need too.
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision")
+PLACEMENT_OPTIONS = ("device_map", "max_memory", "offload_folder", "quantization_config")
 
-def load_stages(
-    root: PreTrainedModel, repository: str, names: list[str], revision: str | None = None
-) -> Mapping[str, PreTrainedModel]:
+
+def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Mapping[str, PreTrainedModel]:
     """
-    The model of each stage, in evaluation mode, by the stage's name.
+    The model of each stage, in evaluation mode, by the stage's name: loaded as the root was (token, cache, device map,
+    quantization), from the commit that it came from.
 
     Args:
         root (`PreTrainedModel`): what stands at the repository's root: the last stage, or the base that all adapt.
@@ -27,28 +32,38 @@ def load_stages(
         names (`list[str]`): the stages in order.
     """
     if root.config.stage_adapters:
-        return StageAdapters(root, repository, names, revision)
+        return StageAdapters(root, repository, names)
+    options = {"dtype": root.dtype, **hub_options(root), **placement_options(root)}
     models = {}
     for name in names[:-1]:
-        model = load_stage_model(type(root), repository, name, revision, dtype=root.dtype).to(root.device).eval()
+        model = type(root).from_pretrained(repository, subfolder=name, **options).eval()
+        if not placement_options(root):
+            model = model.to(root.device)
         share_tower(model, root)
         models[name] = model
     return {**models, names[-1]: root.eval()}
 
 
-def load_stage_model(
-    model_class: type[PreTrainedModel], repository: str, subfolder: str, revision: str | None = None, **kwargs
-) -> PreTrainedModel:
-    """A stage's model from its subfolder, with the generation config that lies there."""
-    model = model_class.from_pretrained(repository, subfolder=subfolder, revision=revision, **kwargs)
-    # Of a local folder transformers takes the root's: every stage would write as long as the last one does.
-    model.generation_config = load_generation_config(repository, subfolder, revision)
-    return model
+def hub_options(root: PreTrainedModel) -> dict[str, Any]:
+    """Where a root's files come from: as it was asked for, at the commit that it was loaded from."""
+    options = {name: root.loading_options[name] for name in HUB_OPTIONS if name in root.loading_options}
+    commit = getattr(root.config, "_commit_hash", None)
+    return options if commit is None else {**options, "revision": commit}
 
 
-def load_generation_config(repository: str, subfolder: str, revision: str | None) -> GenerationConfig:
-    file = os.path.join(subfolder, "generation_config.json")
-    return GenerationConfig.from_pretrained(repository, file, revision=revision)
+def placement_options(root: PreTrainedModel) -> dict[str, Any]:
+    """How a root's weights were laid out: on which devices, in which quantization."""
+    return {name: root.loading_options[name] for name in PLACEMENT_OPTIONS if name in root.loading_options}
+
+
+@contextlib.contextmanager
+def stage_model(models: Mapping[str, PreTrainedModel], name: str) -> Iterator[PreTrainedModel]:
+    """A stage's model for the length of the block. Where stages adapt one base, one thread at a time has it."""
+    if isinstance(models, StageAdapters):
+        with models.activated(name) as model:
+            yield model
+    else:
+        yield models[name]
 
 
 def share_tower(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -71,16 +86,19 @@ class StageAdapters(Mapping):
         ValueError: an adapter was trained on another base or another fusion.
     """
 
-    def __init__(self, base: PreTrainedModel, repository: str, names: list[str], revision: str | None = None):
+    def __init__(self, base: PreTrainedModel, repository: str, names: list[str]):
         try:
             from peft import PeftConfig, PeftModelForSeq2SeqLM
         except ImportError as error:
             raise ImportError(f"The stages of {repository} are adapters, which PEFT loads: pip install peft") from error
-        folders = {name: adapter_folder(repository, name, revision) for name in names}
+        options = hub_options(base)
+        folders = {name: adapter_folder(repository, name, options) for name in names}
         config = PeftConfig.from_pretrained(folders[names[0]])
         digest = base_digest(base)
         self.model = PeftModelForSeq2SeqLM(base, config, adapter_name=names[0], autocast_adapter_dtype=False)
+        self.base_generation_config = base.generation_config
         self.generation_configs = {}
+        self.lock = threading.RLock()
         for name, folder in folders.items():
             self.load(folder, name)
             trained_on = self.model.peft_config[name].revision
@@ -88,7 +106,7 @@ class StageAdapters(Mapping):
                 raise ValueError(
                     f"The adapter in {folder} was trained on another base: {trained_on}, this one is {digest}"
                 )
-            self.generation_configs[name] = load_generation_config(repository, name, revision)
+            self.generation_configs[name] = GenerationConfig.from_pretrained(folder)
         if config.is_prompt_learning:
             base.virtual_tokens = VirtualTokens(self.model)
 
@@ -108,11 +126,45 @@ class StageAdapters(Mapping):
         base.generation_config = self.generation_configs[name]
         return base
 
+    @contextlib.contextmanager
+    def activated(self, name: str) -> Iterator[PreTrainedModel]:
+        """The base with that stage's adapter, for this thread alone; afterwards it is as it was before."""
+        with self.lock:
+            base = self.model.get_base_model()
+            active, generation_config = self.model.active_adapter, base.generation_config
+            try:
+                yield self[name]
+            finally:
+                self.model.set_adapter(active, inference_mode=True)
+                base.generation_config = generation_config
+
+    def save_pretrained(self, folder: str | os.PathLike, **kwargs) -> None:
+        """The base as it was before it was adapted, and a subfolder with each stage's adapter."""
+        base = self.model.get_base_model()
+        with self.lock:
+            self.model.save_pretrained(folder, selected_adapters=list(self), save_embedding_layers=False)
+            generation_config, base.generation_config = base.generation_config, self.base_generation_config
+            try:
+                base.save_pretrained(folder, state_dict=weights_before_adapting(base), **kwargs)
+            finally:
+                base.generation_config = generation_config
+        for name, stage_config in self.generation_configs.items():
+            stage_config.save_pretrained(os.path.join(folder, name))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.generation_configs)
 
     def __len__(self) -> int:
         return len(self.generation_configs)
+
+
+def weights_before_adapting(base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A base's weights by its own names, without what PEFT put beside them."""
+    weights = {}
+    for name, tensor in base.state_dict().items():
+        if not any(part in name for part in (".lora_", ".modules_to_save.")):
+            weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+    return weights
 
 
 def base_digest(base: PreTrainedModel) -> str | None:
@@ -133,10 +185,10 @@ def base_digest(base: PreTrainedModel) -> str | None:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def adapter_folder(repository: str, name: str, revision: str | None) -> str:
+def adapter_folder(repository: str, name: str, options: dict[str, Any]) -> str:
     """Where a stage's adapter lies on this machine. PEFT (0.21) finds none in a subfolder when it is offline."""
     files = [
-        cached_file(repository, file, subfolder=name, revision=revision)
-        for file in ("adapter_config.json", "adapter_model.safetensors")
+        cached_file(repository, file, subfolder=name, **options)
+        for file in ("adapter_config.json", "adapter_model.safetensors", "generation_config.json")
     ]
     return os.path.dirname(files[0])

@@ -115,7 +115,7 @@ def test_a_stranger_gets_the_merged_models_answers_from_one_base(adapter_run, pr
     processor = MMCoTProcessor.from_pretrained(hub)
     images = [problem["image"] for problem in problems]
     rows = [{**problem, "caption": ""} for problem in problems]
-    expected = run_stages(lambda stage: models[stage.name], processor, rows, images)
+    expected = run_stages(models, processor, rows, images)
     for answer, columns in zip(answers, expected, strict=True):
         assert answer["rationale"] == columns["rationale"] and answer["answer_index"] == columns["answer"]
         assert answer["scores"] == pytest.approx(columns["scores"], abs=1e-5)
@@ -190,8 +190,8 @@ def test_a_tower_trained_beside_adapters_is_each_stages_own(recipe, problems, tm
     assert not all(torch.equal(towers[1][name], tensor) for name, tensor in towers[0].items())
     images = [problem["image"] for problem in problems]
     rows = [{**problem, "caption": ""} for problem in problems]
-    found = run_stages(lambda stage: models[stage.name], processor, rows, images)
-    expected = run_stages(lambda stage: apart[stage.name], processor, rows, images)
+    found = run_stages(models, processor, rows, images)
+    expected = run_stages(apart, processor, rows, images)
     for columns, other in zip(found, expected, strict=True):
         assert columns["rationale"] == other["rationale"]
         assert columns["scores"] == pytest.approx(other["scores"], abs=1e-5)

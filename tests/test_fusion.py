@@ -70,3 +70,19 @@ def test_a_row_without_patches_keeps_its_states_and_gives_a_finite_gradient(fusi
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="'gatd'.*gated, gated_mha"):
         build_fusion("gatd", 16, 12)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_stands_in_a_masked_patch_has_no_part(name, value):
+    torch.manual_seed(0)
+    fusion = build_fusion(name, 8, 6)
+    states, patches = torch.randn(2, 3, 8), torch.randn(2, 4, 6)
+    mask = torch.tensor([[True, True, False, False], [False] * 4])
+    expected, _ = fusion(states, patches, mask)
+    patches[~mask] = value
+    fused, weights = fusion(states, patches.requires_grad_(), mask)
+    torch.testing.assert_close(fused, expected)
+    fused.sum().backward()
+    assert patches.grad.isfinite().all() and weights.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters() if parameter.grad is not None)

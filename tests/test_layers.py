@@ -43,3 +43,11 @@ def test_dropout_keeps_its_share_and_the_mean(rate):
     torch.manual_seed(0)
     assert torch.equal(UniformDropout(rate)(inputs), outputs)
     assert UniformDropout(rate).eval()(inputs) is inputs and UniformDropout(0.0)(inputs) is inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probability", [0.001, 0.01, 0.1])
+def test_the_share_that_is_dropped_in_each_dtype(dtype, probability):
+    torch.manual_seed(0)
+    dropped = UniformDropout(probability).train()(torch.ones(2_000_000, dtype=dtype))
+    assert (dropped == 0).float().mean().item() == pytest.approx(probability, rel=0.1)

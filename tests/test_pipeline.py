@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
-from modeling_mmcot.pipeline_mmcot import choose_answers, encode, rows_of_like_lengths, run_stages
-from modeling_mmcot.stages_mmcot import share_tower
+from modeling_mmcot.pipeline_mmcot import choose_answers, encode, generate_texts, rows_of_like_lengths, run_stages
+from modeling_mmcot.stages_mmcot import load_stages, share_tower
 
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
 COLUMNS = ["question", "choices", "images"]
@@ -49,12 +49,12 @@ def test_stages_with_one_tower_see_a_picture_once(processor, problems):
     images = [Image.new("RGB", (50, 40), "red"), None]
     stages = {"rationale": tiny_model(), "answer": tiny_model()}
     calls = times_seen(stages)
-    apart = run_stages(lambda stage: stages[stage.name], processor, problems, images)
+    apart = run_stages(stages, processor, problems, images)
     assert len(calls) == 2
     share_tower(stages["rationale"], stages["answer"])
     assert stages["rationale"].encoder.vision_tower is stages["answer"].encoder.vision_tower
     calls.clear()
-    assert run_stages(lambda stage: stages[stage.name], processor, problems, images) == apart
+    assert run_stages(stages, processor, problems, images) == apart
     assert len(calls) == 1
 
 
@@ -255,3 +255,73 @@ def test_maps_of_where_a_stage_looked(answer):
         answer.token_maps(RED, "answer")
     with pytest.raises(ValueError, match="saw no picture"):
         answer.token_maps({**RED, "image": None}, "answer", {"rationale": ""})
+
+
+def test_a_key_that_is_no_column_is_refused_with_what_was_meant(answer):
+    with pytest.raises(ValueError, match="unknown key 'qestion': did you mean 'question'"):
+        answer({**RED, "qestion": "w5"})
+    columns = {"id": "1", "answer": 0, "solution": "w3", "grade": "grade2", "hint": "", "split": "test"}
+    assert answer({**RED, **columns}) == answer(RED)
+
+
+def test_settings_of_generate_are_taken_as_transformers_pipelines_take_them(answer):
+    short = answer(RED, max_new_tokens=2)["rationale"]
+    assert len(short.split()) <= 2 < len(answer(RED)["rationale"].split())
+    assert answer(RED, generate_kwargs={"max_new_tokens": 2})["rationale"] == short
+    assert answer(RED, num_beams=3, max_new_tokens=5)
+    with pytest.raises(ValueError, match="max_new_tokens given twice"):
+        answer(RED, max_new_tokens=2, generate_kwargs={"max_new_tokens": 2})
+    with pytest.raises(TypeError, match="unexpected keyword 'max_new_token': did you mean 'max_new_tokens'"):
+        answer(RED, max_new_token=2)
+
+
+def test_several_rationales_and_the_answer_that_they_agree_on(answer):
+    torch.manual_seed(0)
+    result = answer(RED, num_rationales=5, temperature=50.0)
+    assert len(result["rationales"]) == 5 > 1 < len(set(result["rationales"]))
+    assert result["agreement"] in (0, 0.2, 0.4, 0.6, 0.8, 1) and sum(result["scores"]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="num_rationales is 0"):
+        answer(RED, num_rationales=0)
+
+
+def test_a_stage_reads_any_text_column_but_gold(processor):
+    stages = [{**STAGES[1], "reads": [*COLUMNS, "grade", "topic"], "source": "{{ question }} {{ grade }} {{ topic }}"}]
+    processor = MMCoTProcessor(processor.tokenizer, processor.image_processor, stages)
+    pipe = MultimodalCoTPipeline(model=tiny_model(1, initializer_factor=3.0), processor=processor)
+    scores = [pipe({**RED, "grade": grade})["scores"] for grade in ("w20", "w21", "")]
+    assert scores[0] != scores[1] != scores[2] and pipe(RED)["scores"] == scores[2]
+
+
+@pytest.mark.parametrize("place", ["encoder.final_layer_norm", "decoder.final_layer_norm"])
+@pytest.mark.parametrize("stage", ["rationale", "answer"])
+def test_numbers_that_are_not_finite_are_an_error_that_names_problem_and_stage(answer, place, stage):
+    answer.models[stage].get_submodule(place).weight.data.fill_(torch.nan)
+    is_said = f"The {stage} stage computes NaN or infinity for the problem 'w5 w6 w7'|The decoder computes NaN"
+    with pytest.raises(ValueError, match=is_said):
+        answer(RED)
+    if stage == "rationale":
+        with pytest.raises(ValueError, match=is_said):
+            answer(RED, num_beams=2)
+
+
+def test_beams_leave_what_was_encoded_as_it_was(processor, problems):
+    model = tiny_model(1, initializer_factor=3.0)
+    encoded = encode(model, processor(problems, stage="rationale"))
+    twice = [generate_texts(model, processor, encoded, num_beams=3) for _ in range(2)]
+    assert twice[0] == twice[1] and len(encoded["encoder_outputs"].last_hidden_state) == 2
+
+
+def test_hub_options_reach_every_stage(answer, tmp_path, monkeypatch):
+    given = []
+    root = answer.models["answer"]
+    root.save_pretrained(tmp_path)
+    options = {"token": "secret", "cache_dir": str(tmp_path / "cache"), "device_map": "cpu"}
+    loaded = type(root).from_pretrained(tmp_path, **options)
+    assert loaded.loading_options == options
+    loaded.config._commit_hash = "a" * 40
+    monkeypatch.setattr(type(root), "from_pretrained", lambda *args, **kwargs: given.append((args, kwargs)) or root)
+    load_stages(loaded, "user/model", ["rationale", "answer"])
+    (((repository,), kwargs),) = given
+    assert repository == "user/model" and kwargs["subfolder"] == "rationale"
+    assert {name: kwargs[name] for name in options} == options
+    assert kwargs["revision"] == "a" * 40 and kwargs["dtype"] == loaded.dtype

@@ -16,10 +16,10 @@ from mmcot.predict import batches_of, load_system, main, predict_stage
 from mmcot.predict import predict as predict_all
 from mmcot.problems import load_problems, without_gold
 from mmcot.provenance import provenance
-from mmcot.self_consistency import agreed
 from mmcot.subsets import select
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.self_consistency_mmcot import agreed
 
 
 def predict(model, dataset, output, *options):

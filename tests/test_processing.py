@@ -191,3 +191,15 @@ def test_saved_and_loaded_it_gives_the_same_tensors(processor, tokenizer, tmp_pa
     for name in ("processor_config.json", "processing_mmcot.py", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), MMCoTProcessor)
+
+
+def test_a_problems_own_pictures_and_what_it_may_leave_out(processor):
+    picture = Image.new("RGB", (40, 30), "red")
+    stage = processor.stages[0].name
+    given = processor({"question": "Why?", "choices": [], "context": ""}, stage=stage, images=[picture])
+    for own in ({"image": picture}, {"images": [picture]}):
+        found = processor({"question": "Why?", **own}, stage=stage)
+        assert found.keys() == given.keys()
+        assert all(torch.equal(found[name], given[name]) for name in given)
+    with pytest.raises(ValueError, match="give them once"):
+        processor({"question": "Why?", "image": picture}, stage=stage, images=[picture])

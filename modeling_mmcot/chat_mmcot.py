@@ -1,0 +1,149 @@
+"""Chat messages -> a problem, and its rationale and answer as one reply: how the Hub shows an image-text-to-text model.
+
+A chat is one user message whose text is question, context and choices as people write them. The stages are run by
+`pipeline_mmcot.py`; this file reads the text and puts the reply into the tokens that `generate` returns.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .stages_mmcot import load_stages
+
+# "(A) red", "A. red", "A) red", "A: red", "- red", "* red".
+CHOICE = re.compile(r"(?:\((?P<inner>[A-Z])\)|(?P<outer>[A-Z])[.):]|[-*•])\s+(?P<text>\S.*)")
+LABEL = re.compile(r"(?P<label>question|context|hint|caption|choices|options)\s*:\s*(?P<text>.*)", re.IGNORECASE)
+CHOICE_LABELS = ("choices", "options")
+IMAGE_KEYS = ("image", "url", "path", "base64")
+
+
+def is_chat(inputs: Any) -> bool:
+    """Whether it is a list of messages."""
+    return isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], Mapping) and "role" in inputs[0]
+
+
+def read_chat(messages: Sequence[Mapping]) -> dict[str, Any]:
+    """
+    The problem that a chat's one message asks: `question`, `context`, `choices` and `image` (a list).
+
+    Raises:
+        ValueError: it is not one user message, or has a part that is neither text nor picture, or no text.
+    """
+    roles = [message.get("role") for message in messages]
+    if roles != ["user"]:
+        raise ValueError(
+            f"This model answers one question at a time, without earlier turns: expected one message of the role "
+            f"'user', found {len(messages)} of the roles {roles}. Give what the question needs as its context."
+        )
+    content = messages[0].get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    texts, images = [], []
+    for part in parts or []:
+        if part.get("type") == "text":
+            texts.append(part["text"])
+        elif part.get("type") == "image" and any(part.get(key) is not None for key in IMAGE_KEYS):
+            images.append(next(part[key] for key in IMAGE_KEYS if part.get(key) is not None))
+        else:
+            raise ValueError(
+                f'A part of a message is {{"type": "text", "text": …}} or {{"type": "image", "image" or "url": …}}; '
+                f"found {part!r:.200}"
+            )
+    return {**read_text("\n".join(texts)), "image": images}
+
+
+def read_text(text: str) -> dict[str, Any]:
+    """
+    Question, context and choices of a text. Choices are the last lines that follow each other as "(A) …", "A. …" or
+    "- …"; a line may say what it is ("Context: …"); else the last line that ends with "?" is the question (the first
+    line where none does), and all others are the context.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    start, end = find_choices(lines)
+    choices = [CHOICE.fullmatch(line)["text"] for line in lines[start:end]]
+    labelled: dict[str, list[str]] = {"question": [], "context": [], "caption": []}
+    plain = []
+    for line in lines[:start] + lines[end:]:
+        found = LABEL.fullmatch(line)
+        label = found["label"].lower() if found else None
+        if label is None:
+            plain.append(line)
+        elif label in CHOICE_LABELS and not found["text"]:
+            continue  # the heading of the lines below it
+        elif label in CHOICE_LABELS:
+            plain.append(line)
+        else:
+            labelled["context" if label == "hint" else label].append(found["text"])
+    if not labelled["question"]:
+        if not plain:
+            raise ValueError("A message has no question: expected a text, found none beside choices and labels.")
+        asks = [number for number, line in enumerate(plain) if line.endswith("?")]
+        labelled["question"].append(plain.pop(asks[-1] if asks else 0))
+    return {
+        "question": " ".join(labelled["question"]),
+        "context": " ".join(labelled["context"] + plain),
+        "caption": " ".join(labelled["caption"]),
+        "choices": choices,
+    }
+
+
+def find_choices(lines: list[str]) -> tuple[int, int]:
+    """The first line of the choices and the one after their last; where letters are given they run from A."""
+    end = len(lines)
+    while end > 0:
+        if CHOICE.fullmatch(lines[end - 1]) is None:
+            end -= 1
+            continue
+        start = end
+        while start > 0 and CHOICE.fullmatch(lines[start - 1]):
+            start -= 1
+        found = [CHOICE.fullmatch(line) for line in lines[start:end]]
+        letters = [match["inner"] or match["outer"] for match in found]
+        if end - start > 1 and (not any(letters) or letters == [chr(ord("A") + n) for n in range(len(letters))]):
+            return start, end
+        end = start
+    return len(lines), len(lines)
+
+
+class Conversation:
+    """
+    Problems on their way from `processor.apply_chat_template` to `model.generate`, which runs all stages for them.
+
+    Args:
+        processor (`MMCoTProcessor`)
+        problems (`list[dict]`): of text columns.
+        images (`list[list[PIL.Image.Image]]`): each problem's pictures.
+    """
+
+    def __init__(self, processor, problems: list[dict], images: list[list]):
+        self.processor, self.problems, self.images = processor, problems, images
+
+    def reply(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        **generation,
+    ) -> torch.LongTensor:
+        """
+        `input_ids` and behind them each problem's rationale and answer, `(batch_size, sequence_length + reply_length)`:
+        as a decoder-only model's `generate` returns them, because the Hub's snippet cuts the prompt away. The first
+        stage's other inputs are made again here, with those of all stages.
+        """
+        from .pipeline_mmcot import run_stages  # which imports this file
+
+        if model.stages is None:
+            names = [stage.name for stage in self.processor.stages]
+            model.stages = load_stages(model, model.name_or_path, names)
+        columns = run_stages(model.stages, self.processor, self.problems, self.images, **generation)
+        replies = self.processor.encode_texts([reply_text(self.processor, written) for written in columns])
+        return torch.cat([input_ids, replies["input_ids"].to(input_ids.device)], dim=1)
+
+
+def reply_text(processor, written: dict[str, Any]) -> str:
+    """What all stages wrote for a problem, in their order."""
+    return " ".join(written[stage.writes] for stage in processor.stages)

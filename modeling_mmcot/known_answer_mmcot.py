@@ -1,0 +1,155 @@
+"""A known answer that travels with a system: what each stage computed for one small problem where it was exported.
+
+The pipeline computes it again when it is loaded and says what differs, in place of answering otherwise without a word:
+other weights, another template, another library that computes something else. The code knows no dataset.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from .pipeline_mmcot import choose_answers, encode, generate_texts
+from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage
+from .stages_mmcot import hub_options, stage_model
+
+FILE = "known_answer.json"
+CHOICES = ["red", "blue"]
+TARGET = "The answer is (A)."
+MAX_NEW_TOKENS = 8
+NUM_LOGITS = 8  # of each position, evenly spread over the vocabulary
+NUM_POSITIONS = 4
+# By how much of the largest logit another machine or version may differ: by the rounding of the model's dtype.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def known_answer(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor) -> dict[str, Any]:
+    """What each stage computes for the problem: its source, some logits, greedy tokens, and the choices' scores."""
+    return {
+        "versions": versions(),
+        "stages": {stage.name: of_stage(models, processor, stage) for stage in processor.stages},
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+@torch.no_grad()
+def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, stage: Stage) -> dict[str, Any]:
+    problem = {name: f"A {name}." for name in stage.reads if name not in (*GOLD_COLUMNS, "images")}
+    problem = {**problem, "question": "Which color is it?", "choices": CHOICES}
+    with stage_model(models, stage.name) as model:
+        inputs = dict(processor(problem, stage=stage.name))
+        inputs.update(picture_inputs(model, processor, stage))
+        encoded = encode(model, inputs)
+        labels = processor.encode_texts([TARGET])["input_ids"][:, :NUM_POSITIONS].to(model.device)
+        logits = model(**encoded, labels=labels).logits[0].float()
+        spread = torch.linspace(0, logits.shape[-1] - 1, NUM_LOGITS).long()
+        found = {
+            "source": stage.render_source(problem),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "logits": [[round(value, 6) for value in row] for row in logits[:, spread].tolist()],
+            "greedy": generate_texts(
+                model, processor, encoded, num_beams=1, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
+            )[0],
+        }
+        if stage.answers:
+            found["scores"] = choose_answers(model, processor, stage, [problem], encoded)[0]["scores"]
+    return found
+
+
+def picture_inputs(model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage) -> dict[str, torch.Tensor]:
+    """A drawn picture, or features where the model has no tower; nothing for a stage that sees none."""
+    width = model.config.vision_hidden_size
+    if "images" not in stage.reads or width is None:
+        return {}
+    if processor.image_processor is None:
+        return {"vision_features": torch.linspace(-1, 1, 4 * width).view(1, 4, width)}
+    return processor.prepare_pictures([Image.linear_gradient("L").resize((96, 64)).convert("RGB")], 1)
+
+
+def write_known_answer(folder: str | os.PathLike, models: Mapping[str, PreTrainedModel], processor) -> None:
+    """Into a folder that holds the whole system, whose weights' files it names by their SHA-256."""
+    known = {**known_answer(models, processor), "weights": weights_of(folder)}
+    with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
+        json.dump(known, file, indent=1)
+        file.write("\n")
+
+
+def weights_of(folder: str | os.PathLike) -> dict[str, str]:
+    """The SHA-256 of each safetensors file of the folder and its subfolders."""
+    digests = {}
+    for parent, _, names in sorted(os.walk(folder)):
+        for name in sorted(names):
+            if name.endswith(".safetensors"):
+                path = os.path.join(parent, name)
+                digests[os.path.relpath(path, folder).replace(os.sep, "/")] = sha256(path)
+    return digests
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedModel], processor) -> None:
+    """
+    Compare with the repository's known answer, where it has one.
+
+    Raises:
+        ValueError: a file of weights is another than that of the export, or a stage computes something else: by how
+            much, and with which versions.
+    """
+    repository, options = root.name_or_path, hub_options(root)
+    path = cached_file(repository, FILE, _raise_exceptions_for_missing_entries=False, **options) if repository else None
+    if path is None:
+        return
+    with open(path, encoding="utf-8") as file:
+        known = json.load(file)
+    for name, digest in known["weights"].items():
+        if sha256(cached_file(repository, name, **options)) != digest:
+            raise ValueError(
+                f"{repository}: {name} is not the file that was exported with its known answer: it is damaged or was "
+                f"replaced. Download it again (force_download=True); of weights of your own, write the system with "
+                f"pipe.save_pretrained, or load it with check=False."
+            )
+    if getattr(root, "is_quantized", False):
+        return  # rounds by more than a fault would show
+    for stage in processor.stages:
+        difference = differs(known["stages"][stage.name], of_stage(models, processor, stage))
+        if difference is not None:
+            exported = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+            here = ", ".join(f"{name} {version}" for name, version in versions().items())
+            raise ValueError(
+                f"{repository}: the {stage.name} stage does not compute what it computed when it was exported: "
+                f"{difference}. Exported with {exported}; here {here}. check=False loads it all the same."
+            )
+
+
+def differs(known: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """What differs by more than rounding, in words; None where nothing does."""
+    if found["source"] != known["source"]:
+        return f"its source is {found['source']!r}, and was {known['source']!r}"
+    expected, logits = torch.tensor(known["logits"]), torch.tensor(found["logits"])
+    if logits.shape != expected.shape:
+        return f"its logits are of shape {tuple(logits.shape)}, and were {tuple(expected.shape)}"
+    dtypes = [getattr(torch, answer["dtype"]) for answer in (known, found)]
+    tolerance = max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in dtypes)
+    error = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
+    if not error <= tolerance:
+        return f"its logits differ by {error:.2g} of the largest, and rounding explains {tolerance:g}"
+    if dtypes == [torch.float32, torch.float32] and found["greedy"] != known["greedy"]:
+        return f"it writes {found['greedy']!r}, and wrote {known['greedy']!r}"
+    scores, others = found.get("scores", []), known.get("scores", [])
+    error = max((abs(one - other) for one, other in zip(scores, others, strict=True)), default=0.0)
+    if not error <= tolerance:
+        return f"its scores differ by {error:.2g}, and rounding explains {tolerance:g}"
+    return None

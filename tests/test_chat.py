@@ -1,0 +1,129 @@
+"""The Hub's own snippets for an image-text-to-text model: a chat of one message, answered by all stages."""
+
+import json
+import shutil
+
+import pytest
+from conftest import as_a_stranger
+
+from modeling_mmcot.chat_mmcot import read_chat, read_text
+
+QUESTION = {"question": "Which color is it?", "context": "", "caption": ""}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    ["A. red\nB. blue", "(A) red\n(B) blue", "A) red\nB) blue", "- red\n- blue", "* red\n\n* blue", "A: red\nB: blue"],
+)
+def test_choices_as_people_write_them(choices):
+    assert read_text(f"Which color is it?\n{choices}") == {**QUESTION, "choices": ["red", "blue"]}
+    assert read_text(f"Which color is it?\nOptions:\n{choices}") == {**QUESTION, "choices": ["red", "blue"]}
+
+
+def test_what_is_no_choice_stays_text():
+    assert read_text("Which color is it?") == {**QUESTION, "choices": []}
+    assert read_text("Read this.\nB. Franklin wrote it.\nWho wrote it?") == {
+        **{"question": "Who wrote it?", "context": "Read this. B. Franklin wrote it.", "caption": "", "choices": []}
+    }
+
+
+def test_question_and_context_with_labels_and_without():
+    expected = {
+        "question": "Which is it?",
+        "context": "Red is hot. Blue is cold.",
+        "caption": "",
+        "choices": ["a", "b"],
+    }
+    assert read_text("Red is hot.\nBlue is cold.\nWhich is it?\n- a\n- b") == expected
+    assert read_text("Question: Which is it?\nContext: Red is hot. Blue is cold.\nChoices:\n- a\n- b") == expected
+    assert read_text("Which is it?\n- a\n- b\nHint: Red is hot. Blue is cold.") == expected
+
+
+def test_pictures_of_a_message_by_every_key():
+    for key in ("image", "url", "path", "base64"):
+        content = [{"type": "image", key: "x.png"}, {"type": "text", "text": "Why?"}]
+        assert read_chat([{"role": "user", "content": content}])["image"] == ["x.png"]
+    assert read_chat([{"role": "user", "content": "Why?"}])["image"] == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        (
+            [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}],
+            "earlier turns.*'assistant'",
+        ),
+        ([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "without earlier turns.*'system'"),
+        ([{"role": "user", "content": []}], "has no question"),
+        ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "A part of a message is .*'video'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "A part of a message is"),
+    ],
+)
+def test_a_chat_that_cannot_be_answered_is_refused(messages, said):
+    with pytest.raises(ValueError, match=said):
+        read_chat(messages)
+
+
+def test_both_snippets_of_the_hub_answer_as_the_pipeline_does(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "hub", tmp_path / "model")
+    found = as_a_stranger(
+        """
+        from PIL import Image
+        Image.new("RGB", (50, 40), "red").save("red.png")
+        messages = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "url": "red.png"},
+                    {"type": "text", "text": "Which color is it?\\nA. red\\nB. blue"},
+                ],
+            },
+        ]
+        problem = {"question": "Which color is it?", "choices": ["red", "blue"], "image": "red.png"}
+        results = [pipeline("multimodal-cot", model="model", trust_remote_code=True)(problem)]
+
+        pipe = pipeline("image-text-to-text", model="model", trust_remote_code=True)
+        results.append(pipe(text=messages))
+        results.append(pipe(text=messages, return_full_text=False))
+        results.append(pipe("red.png", text="Which color is it?\\nA. red\\nB. blue", return_full_text=False))
+        results.append(pipe([messages, messages]))
+        results.append(pipe(problem))
+        results.append(pipe(text=messages, return_full_text=False, max_new_tokens=40)[0]["generated_text"])
+
+        processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained("model", trust_remote_code=True)
+        inputs = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)
+        outputs = model.generate(**inputs, max_new_tokens=40)
+        text = processor.decode(outputs[0][inputs["input_ids"].shape[-1]:], skip_special_tokens=True)
+        print(json.dumps([*results, text, processor.decode(outputs[0], skip_special_tokens=True)]))
+        """,
+        tmp_path,
+    )
+    plain, chat, reply, by_parts, two, again, longer, decoded, whole = found
+    assert again == plain
+    expected = reply[0]["generated_text"]
+    assert expected.startswith(plain["rationale"])
+    letter = "AB"[plain["answer_index"]]
+    assert expected == " ".join(f"{plain['rationale']} The answer is ({letter}).".split())
+    assert chat[0]["generated_text"] == [*chat[0]["input_text"], {"role": "assistant", "content": expected}]
+    assert by_parts[0]["generated_text"] == expected and two == [chat, chat]
+    assert decoded == longer and whole.endswith(longer) and "Which color is it?" in whole
+
+
+def test_a_template_of_the_callers_own_is_refused(tiny_run):
+    from modeling_mmcot import MMCoTProcessor
+
+    processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
+    chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
+    assert "Which color is it?" in processor.apply_chat_template(chat)
+    assert processor.apply_chat_template(chat, tokenize=True).shape[0] == 1
+    batch = processor.apply_chat_template([chat, chat], tokenize=True, return_dict=True)
+    assert batch["input_ids"].shape[0] == 2 and len(batch["problems"].problems) == 2
+    with pytest.raises(ValueError, match="chat_template, tools has no effect here"):
+        processor.apply_chat_template(chat, chat_template="{{ x }}", tools=[json])

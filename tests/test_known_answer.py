@@ -1,0 +1,99 @@
+"""The known answer of an exported system: it holds where nothing changed, and catches what did, by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+from test_pipeline import processor  # noqa: F401 (a fixture)
+from transformers import pipeline
+
+from modeling_mmcot.known_answer_mmcot import FILE, differs, of_stage, sha256
+
+
+@pytest.fixture
+def folder(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "hub", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load(folder, **kwargs):
+    return pipeline("multimodal-cot", model=str(folder), trust_remote_code=True, **kwargs)
+
+
+def known(folder):
+    return json.loads((folder / FILE).read_text())
+
+
+def test_it_names_each_stage_and_each_file_of_weights(folder):
+    found = known(folder)
+    assert found["stages"].keys() == {"rationale", "answer"}
+    assert found["weights"] == {
+        name: sha256(str(folder / name)) for name in ("model.safetensors", "rationale/model.safetensors")
+    }
+    assert sum(found["stages"]["answer"]["scores"]) == pytest.approx(1, abs=1e-5)
+    assert "Which color is it?" in found["stages"]["rationale"]["source"]
+    load(folder)
+    for dtype in ("bfloat16", "float16"):
+        load(folder, dtype=dtype)
+
+
+def test_a_flipped_bit_is_found_and_the_file_named(folder):
+    file = folder / "rationale" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="rationale/model.safetensors is not the file that was exported"):
+        load(folder)
+    load(folder, check=False)
+
+
+def test_a_truncated_file_is_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)incomplete|not the file that was exported|InvalidHeader|metadata"):
+        load(folder)
+
+
+def test_changed_weights_are_caught_by_what_they_compute(folder):
+    file = folder / "rationale" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.final_layer_norm.weight"] *= 1.05
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = known(folder)
+    found["weights"]["rationale/model.safetensors"] = sha256(str(file))
+    (folder / FILE).write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="rationale stage does not compute what .* logits differ by .*transformers 5"):
+        load(folder)
+
+
+def test_a_changed_template_is_caught(folder):
+    file = folder / "processor_config.json"
+    file.write_text(file.read_text().replace("Question:", "Q:"))
+    with pytest.raises(ValueError, match="its source is 'Q: Which color is it"):
+        load(folder)
+
+
+def test_a_keyword_of_another_name_is_caught(processor, monkeypatch):  # noqa: F811
+    """As transformers 5.23 met a decoder cache called `cache`: swallowed, no error, other tokens."""
+    models, stage = {"rationale": tiny_model(5, initializer_factor=6.0)}, processor.stages[0]
+    expected = of_stage(models, processor, stage)
+    assert differs(expected, of_stage(models, processor, stage)) is None
+    monkeypatch.setattr("modeling_mmcot.generation_mmcot.CACHE", "another_name")
+    assert "it writes" in differs(expected, of_stage(models, processor, stage))
+
+
+def test_a_saved_pipeline_is_the_whole_system_again(folder, tmp_path):
+    problem = {"question": "Which color is it?", "choices": ["red", "blue"]}
+    pipe = load(folder)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again(problem) == pipe(problem)
+    weights = [load_file(place / "rationale" / "model.safetensors") for place in (folder, tmp_path / "saved")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert again.models["rationale"].generation_config.max_new_tokens == (
+        pipe.models["rationale"].generation_config.max_new_tokens
+    )
