@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mmcot.files import cache_folder
 from mmcot.problems import check_file
 from modeling_mmcot import pictures_mmcot
-from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, shrink_while_reading, stack_pixels
+from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, picture_pixels, shrink_while_reading, stack_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,15 @@ def distinct_pictures(problems: Dataset, first_only: bool = False) -> list[Pictu
     return list(found.values())
 
 
+def open_header(picture: dict[str, Any]) -> Image.Image:
+    """A picture of a problem, its pixels not decoded yet; only of the formats that cannot start another program."""
+    return Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"], formats=FORMATS)
+
+
 def aspect_ratio(picture: dict[str, Any]) -> float:
     """Width / height as the file's header says; 0 where that cannot be read."""
     try:
-        with Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as opened:
+        with open_header(picture) as opened:
             return opened.width / opened.height
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return 0.0
@@ -83,7 +88,7 @@ def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
         check_file(Path(picture["path"]), f"problem {problem_id}")
     where = f"problem {problem_id}: picture {picture['path'] or 'given as bytes'}"
     try:
-        with Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as opened:
+        with open_header(picture) as opened:
             shrink_while_reading(opened)
             return ImageOps.exif_transpose(opened)
     except UnidentifiedImageError as error:

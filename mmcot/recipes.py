@@ -71,6 +71,10 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     config = config_path(command_line)
     command_line = [*command_line]
     command_line[command_line.index("--config") + 1] = config
+    recipe = yaml.safe_load(Path(config).read_text())
+    if "env" in recipe:
+        # TrlParser would set the variables, whatever they do to other programs, and no record would be kept.
+        raise ValueError(f"{config}: env is not read: set variables of the environment where the command is started.")
     parser = TrlParser((RecipeArguments, Seq2SeqTrainingArguments, ModelConfig), allow_abbrev=False)
     arguments, training_arguments, model_config, unknown, surplus = parser.parse_args_and_config(
         args=command_line, return_remaining_strings=True, separate_remaining_strings=True
@@ -82,7 +86,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     for name in ("features", "captions"):
         if getattr(arguments, name) is not None:
             setattr(arguments, name, resolved(getattr(arguments, name)))
-    said = yaml.safe_load(Path(config).read_text()).keys() | {
+    said = recipe.keys() | {
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
     }
     parsed = (arguments, training_arguments, model_config)

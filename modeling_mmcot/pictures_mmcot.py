@@ -8,27 +8,37 @@ Notable:
 Nothing here knows of text, problems or the model.
 """
 
+import base64
+import binascii
 import io
 import math
 import os
+import urllib.request
 
 import torch
 import transformers
 from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 
 # A larger picture is reduced by a whole factor as it is read, and a longer strip is made shorter and wider: no tower
 # sees the difference, and a resize by the shorter side would make either fill the memory.
 MAX_PIXELS = 16_000_000
 MAX_ASPECT = 32
 MAX_STRIP = 8192
+# All are raster formats that Pillow reads by itself.
+Image.init()
+FORMATS = tuple(
+    name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
+)
+MAX_DOWNLOAD = 64_000_000
+DOWNLOAD_TIMEOUT = 30  # seconds
+MAX_PATH = 1024  # characters; a longer text that names no file is base64
+BASE64_BEGINNINGS = ("iVBOR", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WEBP
 
 
 def as_pictures(entry) -> list[Image.Image]:
     """
-    The pictures of one problem, given as none, one or a list of PIL images, paths, URLs or undecoded pictures of
-    `datasets` (`{"bytes": …, "path": …}`), as RGB.
+    The pictures of one problem, given as none, one or a list of what `open_picture` takes, as RGB.
     """
     if entry is None:
         return []
@@ -36,24 +46,95 @@ def as_pictures(entry) -> list[Image.Image]:
     return [as_rgb(open_picture(picture)) for picture in entries]
 
 
-def open_picture(picture: Image.Image | str | os.PathLike | dict) -> Image.Image:
+def open_picture(picture) -> Image.Image:
+    """
+    Args:
+        picture: a PIL image, a path (`~` is the home folder), a URL, a `data:` URL or base64, the bytes of a file or a
+            file in memory, an undecoded picture of `datasets` (`{"bytes": …, "path": …}`), or an array or tensor of
+            shape `(height, width)`, `(height, width, 3)` or `(3, height, width)`, of whole numbers from 0 to 255 or
+            floats from 0 to 1.
+
+    Raises:
+        FileNotFoundError: a path that leads to no file.
+        ValueError: anything else, or what it leads to is not a whole picture in one of `FORMATS`.
+    """
     if isinstance(picture, Image.Image):
         return picture
+    if isinstance(picture, (bytes, bytearray)):
+        return decode_picture(io.BytesIO(picture), "given as bytes")
+    if isinstance(picture, io.BytesIO):
+        return decode_picture(picture, "given as a file in memory")
+    if isinstance(picture, torch.Tensor) or hasattr(picture, "__array__"):  # numpy's
+        return from_array(picture)
     if isinstance(picture, dict) and picture.get("bytes"):
         return decode_picture(io.BytesIO(picture["bytes"]), picture.get("path") or "given as bytes")
     name = picture.get("path") if isinstance(picture, dict) else picture
     if not isinstance(name, (str, os.PathLike)):
-        kinds = 'a PIL image, a path, a URL or {"bytes": …, "path": …}'
+        kinds = 'a PIL image, a path, a URL, bytes, an array or {"bytes": …, "path": …}'
         raise ValueError(f"a picture is given as {kinds}; found {picture!r:.80}")
-    path = os.fspath(name)
-    if not os.path.isfile(path):
-        return load_image(path)  # a URL or base64, or an error that lists what may be given
-    return decode_picture(path, path)
+    name = os.fspath(name)
+    if name.startswith(("http://", "https://")):
+        return decode_picture(io.BytesIO(download(name)), name)
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return decode_picture(path, path)
+    if name.startswith("data:"):
+        return decode_picture(io.BytesIO(from_base64(name.partition(",")[2])), shortened(name))
+    if name.startswith(BASE64_BEGINNINGS) or len(name) > MAX_PATH:
+        return decode_picture(io.BytesIO(from_base64(name)), shortened(name))
+    raise FileNotFoundError(f"picture {name!r}: there is no such file.")
+
+
+def shortened(name: str) -> str:
+    return f"{name[:40]}…" if len(name) > 80 else name
+
+
+def from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"picture {shortened(text)!r} is neither a file's path, a URL nor base64: {error}") from error
+
+
+def download(url: str) -> bytes:
+    """
+    Raises:
+        ValueError: it cannot be had, or is larger than `MAX_DOWNLOAD` bytes.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "mmcot"})
+    try:
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            content = response.read(MAX_DOWNLOAD + 1)
+    except OSError as error:
+        raise ValueError(f"picture {shortened(url)} cannot be downloaded: {error}") from error
+    if len(content) > MAX_DOWNLOAD:
+        raise ValueError(f"picture {shortened(url)} is larger than {MAX_DOWNLOAD} bytes.")
+    return content
+
+
+def from_array(array) -> Image.Image:
+    values = torch.as_tensor(array).detach().cpu()
+    if values.dim() == 3 and values.shape[0] == 3 and values.shape[2] != 3:
+        values = values.permute(1, 2, 0)
+    if values.dim() not in (2, 3) or values.numel() == 0 or (values.dim() == 3 and values.shape[2] != 3):
+        raise ValueError(
+            f"a picture as an array is of shape (height, width), (height, width, 3) or (3, height, width); found "
+            f"{tuple(array.shape)}."
+        )
+    highest = 1 if values.is_floating_point() else 255
+    if not (values.min() >= 0 and values.max() <= highest):
+        raise ValueError(
+            f"a picture as an array holds whole numbers from 0 to 255 or floats from 0 to 1; found {array.dtype} from "
+            f"{values.min().item():g} to {values.max().item():g}."
+        )
+    values = (values.float() * 255).round() if values.is_floating_point() else values
+    return Image.fromarray(values.to(torch.uint8).contiguous().numpy())
 
 
 def decode_picture(file: str | io.BytesIO, name: str) -> Image.Image:
+    """Only the formats of `FORMATS`: Pillow would hand PostScript to Ghostscript, whatever the file's name says."""
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             shrink_while_reading(opened)
             opened.load()
             return opened
@@ -105,7 +186,8 @@ def build_image_processor(settings: dict) -> BaseImageProcessor:
         return transformers.TimmWrapperImageProcessor(settings["data_config"], settings.get("architecture"))
     name = str(name).removesuffix("Fast")
     image_processor_class = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
-    if image_processor_class is None:
+    # The name comes from a file that may be a stranger's: nothing but an image processor is called.
+    if not (isinstance(image_processor_class, type) and issubclass(image_processor_class, BaseImageProcessor)):
         raise ValueError(f"image_processor_type is {name!r}; expected an image processor of transformers.")
     return image_processor_class(**settings)
 

@@ -97,6 +97,12 @@ class Stage:
     max_source_length: int = 512
     max_target_length: int = 512
 
+    def __post_init__(self):
+        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", self.name) is None:
+            raise ValueError(
+                f"name of a stage is {self.name!r}: it is a folder's name too; expected letters, digits, _ and -."
+            )
+
     def render_source(self, problem: dict) -> str:
         return render(self.source, {name: problem[name] for name in self.reads if name in problem})
 

@@ -27,6 +27,7 @@ MODEL_FILE = FOLDER / "model.json"
 MAX_LENGTH = 4_000  # of a text, characters
 MAX_PIXELS = 50_000_000
 MAX_FILE_SIZE = "10mb"
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of an upload; Pillow would hand PostScript to Ghostscript
 FULL = 4  # times an even share of the attention, which the overlay shows in full colour
 OVERLAY = (245, 60, 0)
 OPACITY = 0.75
@@ -117,7 +118,7 @@ def uploaded(file: dict) -> str:
 def read_picture(answer: Pipeline, path: str) -> Image.Image:
     """As the pipeline reads it: upright and RGB."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
         return answer.preprocess({"question": "", "image": path})["images"][0]

@@ -1,14 +1,18 @@
 """Pictures of every kind that users have: what becomes of them, by both ways in, within how much memory."""
 
+import functools
+import http.server
 import io
 import json
 import sys
+import threading
+from base64 import b64encode
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from PIL import Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile
 from transformers import CLIPImageProcessor, DetrImageProcessor, ViTImageProcessor
 
 from mmcot.pictures import read_pictures
@@ -156,8 +160,68 @@ def test_what_is_no_whole_picture_is_named(tmp_path, content):
 
 
 def test_what_is_neither_picture_nor_path():
-    with pytest.raises(ValueError, match="Incorrect image source"):
+    with pytest.raises(FileNotFoundError, match="picture 'nowhere.png': there is no such file"):
         as_pictures("nowhere.png")
+    for surplus in ("A" * 1_000_001, "data:image/png;base64," + "?" * 1_000_001):
+        with pytest.raises(ValueError, match="base64|whole image") as error:
+            as_pictures(surplus)
+        assert len(str(error.value)) < 500, "no message repeats a megabyte"
+
+
+def test_every_kind_of_picture_is_the_same_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture = Image.effect_noise((50, 40), 80).convert("RGB")
+    picture.save(tmp_path / "x.png")
+    content, array = (tmp_path / "x.png").read_bytes(), np.asarray(picture)
+    base64 = b64encode(content).decode()
+    for kind in (
+        *(picture, content, io.BytesIO(content), "~/x.png", tmp_path / "x.png", base64),
+        *(f"data:image/png;base64,{base64}", {"bytes": content, "path": None}),
+        *(
+            array,
+            array / 255,
+            array.transpose(2, 0, 1),
+            torch.tensor(array),
+            torch.tensor(array).permute(2, 0, 1) / 255,
+        ),
+    ):
+        assert as_pictures(kind)[0].tobytes() == picture.tobytes(), type(kind)
+    assert as_pictures(np.zeros((4, 6), dtype=np.uint8))[0].size == (6, 4)
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 5, 4)), np.zeros(5), np.full((4, 5, 3), 1.5), np.full((4, 5), -1)])
+def test_an_array_that_is_no_picture_is_named(array):
+    with pytest.raises(ValueError, match="a picture as an array"):
+        as_pictures(array)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n0 0 moveto\nshowpage\n%%EOF\n"
+
+
+def test_a_postscript_file_never_reaches_ghostscript(tmp_path, monkeypatch):
+    """Whatever it is called, by both ways in."""
+    (tmp_path / "x.png").write_bytes(POSTSCRIPT)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    for kind in (tmp_path / "x.png", POSTSCRIPT, {"bytes": POSTSCRIPT, "path": "x.png"}):
+        with pytest.raises(ValueError, match="not a whole image that Pillow reads"):
+            as_pictures(kind)
+    with pytest.raises(ValueError, match="not an image that Pillow can read"):
+        read_pictures({"id": "1", "images": [{"bytes": None, "path": str(tmp_path / "x.png")}]})
+
+
+def test_a_damaged_picture_by_url_gets_the_usual_message(tmp_path):
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert as_pictures(f"{address}/red.png")[0].size == (30, 20)
+        with pytest.raises(ValueError, match="damaged.png is not a whole image that Pillow reads"):
+            as_pictures(f"{address}/damaged.png")
+        with pytest.raises(ValueError, match="absent.png cannot be downloaded: .*404"):
+            as_pictures(f"{address}/absent.png")
+        server.shutdown()
 
 
 def test_rgb_of_usual_size_is_left_as_it_is():
@@ -181,6 +245,13 @@ def test_an_image_processor_is_always_pillows_own():
         assert in_pillow_backend(ours) is ours
         pixels, theirs = (p(picture, return_tensors="pt")["pixel_values"] for p in (ours, processor))
         assert pixels.shape == theirs.shape and (pixels - theirs).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["pipeline", "AutoModel", "BatchFeature", "set_seed", "ViTModel", None, "__name__"])
+def test_nothing_but_an_image_processor_is_called_by_a_models_file(name):
+    """`{"image_processor_type": "pipeline", "model": …, "trust_remote_code": true}` ran a second repository's code."""
+    with pytest.raises(ValueError, match="expected an image processor of transformers"):
+        build_image_processor({"image_processor_type": name, "task": "text-generation", "trust_remote_code": True})
 
 
 def test_an_unknown_image_processor_is_named():
