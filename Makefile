@@ -15,9 +15,9 @@ test: $(ENVIRONMENT)
 test-slow: $(ENVIRONMENT)
 	$(PY) -m pytest -m slow
 
-# What ships, under each minor version of transformers that it supports: the same texts and scores.
+# What ships, under each minor version of transformers that it supports, or under VERSIONS="…": the same texts and scores.
 test-versions: $(ENVIRONMENT)
-	tests/make_versions.sh .versions .venv/bin/pip
+	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
 	$(PY) -m pytest tests/test_versions.py -s
 
 # All tests, with the lowest version of everything that the requirements admit.

@@ -19,20 +19,27 @@ WINDOWS: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
 }
 
 
+def needed(name: str) -> str:
+    """A library's window as pip takes it."""
+    lowest, too_new = WINDOWS[name]
+    return f"{name}>={'.'.join(map(str, lowest))}" + (f",<{too_new[0]}" if too_new else "")
+
+
 def check_versions() -> None:
     """
     Raises:
         ImportError: Python or a library is outside of its window: what is installed, what is needed, what to type.
     """
     if sys.version_info[:2] < PYTHON:
-        found, needed = (".".join(map(str, numbers[:2])) for numbers in (sys.version_info, PYTHON))
-        raise ImportError(f"mmcot needs Python {needed} or newer, and this is {found}: python{needed} -m venv .venv")
+        found, lowest = (".".join(map(str, numbers[:2])) for numbers in (sys.version_info, PYTHON))
+        raise ImportError(f"mmcot needs Python {lowest} or newer, and this is {found}: python{lowest} -m venv .venv")
     for name, (lowest, too_new) in WINDOWS.items():
         installed = version(name)
         numbers = tuple(map(int, re.findall(r"\d+", installed)[:2]))
         if numbers < lowest or (too_new is not None and numbers >= too_new):
-            needed = f"{name}>={'.'.join(map(str, lowest))}" + (f",<{too_new[0]}" if too_new else "")
-            raise ImportError(f"mmcot needs {needed}, and {name} {installed} is installed: pip install '{needed}'")
+            raise ImportError(
+                f"mmcot needs {needed(name)}, and {name} {installed} is installed: pip install '{needed(name)}'"
+            )
 
 
 check_versions()
