@@ -1,12 +1,14 @@
 """Pictures of every kind that users have: what becomes of them, by both ways in, within how much memory."""
 
+import contextlib
 import functools
 import http.server
 import io
 import json
 import sys
 import threading
-from base64 import b64encode
+import time
+from base64 import b64encode, encodebytes
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers import CLIPImageProcessor, DetrImageProcessor, ViTImageProcess
 
 from mmcot.pictures import read_pictures
 from mmcot.problems import load_problems
+from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import (
     MAX_PIXELS,
     as_pictures,
@@ -148,6 +151,26 @@ def test_a_decompression_bomb_is_a_clear_error(tmp_path, monkeypatch):
         read_pictures({"id": "1", "images": [{"bytes": None, "path": str(file)}]})
 
 
+def file_of(file_format, size=(24, 18), **options):
+    file = io.BytesIO()
+    Image.effect_noise(size, 90).convert("RGB").save(file, file_format, **options)
+    return file.getvalue()
+
+
+# Pillow's decoders raise TypeError and RuntimeError of these, and its reader of EXIF SyntaxError.
+DAMAGED = [
+    file_of("TIFF").replace(b"\x11\x01\x04\x00\x01", b"\x11\x01\x07\x00\x01"),  # its rows' offset is one of bytes
+    file_of("AVIF").replace(b"ipma", b"ipmx"),
+    file_of("PNG", exif=b"Exif\x00\x00no exif at all"),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=["TypeError", "RuntimeError", "SyntaxError"])
+def test_what_pillows_decoders_raise_is_the_usual_message(content):
+    with pytest.raises(ValueError, match="picture given as bytes is not a whole image that Pillow reads"):
+        as_pictures(content)
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
 def test_what_is_no_whole_picture_is_named(tmp_path, content):
     if content is None:
@@ -162,10 +185,16 @@ def test_what_is_no_whole_picture_is_named(tmp_path, content):
 def test_what_is_neither_picture_nor_path():
     with pytest.raises(FileNotFoundError, match="picture 'nowhere.png': there is no such file"):
         as_pictures("nowhere.png")
-    for surplus in ("A" * 1_000_001, "data:image/png;base64," + "?" * 1_000_001):
-        with pytest.raises(ValueError, match="base64|whole image") as error:
+    long = "A" * 1_000_001
+    for surplus in (
+        *(long, "data:image/png;base64," + "?" * 1_000_001, f"http://127.0.0.1:1/{long}", f"http://{long}"),
+        *(f"http://a b/{long}", {"bytes": b"x", "path": long}, [[long]]),
+    ):
+        with pytest.raises(ValueError, match="base64|whole image|cannot be downloaded|a picture is given as") as error:
             as_pictures(surplus)
-        assert len(str(error.value)) < 500, "no message repeats a megabyte"
+        assert len(str(error.value)) < 1000, "no message repeats a megabyte"
+    with pytest.raises(FileNotFoundError, match="aaa….*png': there is no such file"):
+        as_pictures("a" * 900 + ".png")
 
 
 def test_every_kind_of_picture_is_the_same_picture(tmp_path, monkeypatch):
@@ -175,23 +204,43 @@ def test_every_kind_of_picture_is_the_same_picture(tmp_path, monkeypatch):
     content, array = (tmp_path / "x.png").read_bytes(), np.asarray(picture)
     base64 = b64encode(content).decode()
     for kind in (
-        *(picture, content, io.BytesIO(content), "~/x.png", tmp_path / "x.png", base64),
-        *(f"data:image/png;base64,{base64}", {"bytes": content, "path": None}),
+        *(picture, content, bytearray(content), io.BytesIO(content), (tmp_path / "x.png").open("rb")),
+        *("~/x.png", tmp_path / "x.png", np.str_(tmp_path / "x.png"), {"bytes": None, "path": str(tmp_path / "x.png")}),
+        *(base64, f"data:image/png;base64,{base64}", encodebytes(content).decode(), {"bytes": content, "path": None}),
         *(
             array,
             array / 255,
             array.transpose(2, 0, 1),
             torch.tensor(array),
             torch.tensor(array).permute(2, 0, 1) / 255,
+            np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1],  # as OpenCV's users turn BGR
+            array.astype(np.uint16),
+            array.astype(np.int64),
         ),
     ):
         assert as_pictures(kind)[0].tobytes() == picture.tobytes(), type(kind)
     assert as_pictures(np.zeros((4, 6), dtype=np.uint8))[0].size == (6, 4)
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 5, 4)), np.zeros(5), np.full((4, 5, 3), 1.5), np.full((4, 5), -1)])
-def test_an_array_that_is_no_picture_is_named(array):
-    with pytest.raises(ValueError, match="a picture as an array"):
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.zeros((4, 5, 4)), r"\(4, 5, 4\)"),
+        (np.zeros((2, 4, 5, 3)), r"\(2, 4, 5, 3\)"),
+        (np.zeros((0, 5, 3)), r"\(0, 5, 3\)"),
+        (np.zeros(5), r"\(5,\)"),
+        (np.full((4, 5, 3), 1.5), "float64 from 1.5"),
+        (np.full((4, 5), np.nan), "float64 from nan"),
+        (np.full((4, 5), -1), "int64 from -1"),
+        (np.full((4, 5), 4096, dtype=np.uint16), "uint16 from 4096"),
+        (np.ones((4, 5), dtype=bool), "bool"),
+        (np.ones((4, 5), dtype=complex), "complex128"),
+        (np.full((4, 5), None), "object"),
+        (torch.ones(4, 5, dtype=torch.bool), "torch.bool"),
+    ],
+)
+def test_an_array_that_is_no_picture_is_named(array, found):
+    with pytest.raises(ValueError, match=f"a picture as an array .*found .*{found}"):
         as_pictures(array)
 
 
@@ -205,23 +254,100 @@ def test_a_postscript_file_never_reaches_ghostscript(tmp_path, monkeypatch):
     for kind in (tmp_path / "x.png", POSTSCRIPT, {"bytes": POSTSCRIPT, "path": "x.png"}):
         with pytest.raises(ValueError, match="not a whole image that Pillow reads"):
             as_pictures(kind)
+    with Image.open(tmp_path / "x.png") as opened, pytest.raises(ValueError, match="of the format EPS"):
+        as_pictures(opened)  # as a server gives what was uploaded to it
     with pytest.raises(ValueError, match="not an image that Pillow can read"):
         read_pictures({"id": "1", "images": [{"bytes": None, "path": str(tmp_path / "x.png")}]})
 
 
-def test_a_damaged_picture_by_url_gets_the_usual_message(tmp_path):
-    (tmp_path / "damaged.png").write_bytes(b"no picture")
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """The files of a folder, and redirects; /slow goes on for ever."""
+
+    def do_GET(self):
+        if self.path.startswith("/to="):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to="))
+            self.end_headers()
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The address of a server, and the folder whose files it gives."""
+    handler = functools.partial(Handler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        assert as_pictures(f"{address}/red.png")[0].size == (30, 20)
-        with pytest.raises(ValueError, match="damaged.png is not a whole image that Pillow reads"):
-            as_pictures(f"{address}/damaged.png")
-        with pytest.raises(ValueError, match="absent.png cannot be downloaded: .*404"):
-            as_pictures(f"{address}/absent.png")
+        yield f"http://127.0.0.1:{server.server_port}", tmp_path
         server.shutdown()
+
+
+def test_a_damaged_picture_by_url_gets_the_usual_message(served):
+    address, folder = served
+    (folder / "damaged.png").write_bytes(b"no picture")
+    Image.new("RGB", (30, 20), "red").save(folder / "red.png")
+    for url in (f"{address}/red.png", f"{address}/to=/red.png", f"{address}/to={address}/red.png"):
+        assert as_pictures(url)[0].size == (30, 20)
+    with pytest.raises(ValueError, match="damaged.png is not a whole image that Pillow reads"):
+        as_pictures(f"{address}/damaged.png")
+    with pytest.raises(ValueError, match="absent.png cannot be downloaded: .*404"):
+        as_pictures(f"{address}/absent.png")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://exa mple/x", "http://", "http://[::1", "http://\udcff/", "http://127.0.0.1:x/"]
+)
+def test_what_is_no_url_is_named(url):
+    with pytest.raises(ValueError, match="picture http://.* cannot be downloaded"):
+        as_pictures(url)
+
+
+def test_a_download_is_bounded_in_size_and_time(served, monkeypatch):
+    address, folder = served
+    (folder / "large.png").write_bytes(file_of("PNG", (300, 300)))
+    monkeypatch.setattr(pictures_mmcot, "MAX_DOWNLOAD", 1000)
+    with pytest.raises(ValueError, match="large.png is larger than 1000 bytes"):
+        as_pictures(f"{address}/large.png")
+    monkeypatch.setattr(pictures_mmcot, "MAX_DOWNLOAD_TIME", 0.3)
+    with pytest.raises(ValueError, match="slow cannot be downloaded: it takes longer than 0.3 seconds"):
+        as_pictures(f"{address}/slow")
+
+
+def test_a_redirect_does_not_lead_from_the_internet_into_the_own_network(served, monkeypatch):
+    address, folder = served
+    Image.new("RGB", (30, 20), "red").save(folder / "red.png")
+    with pytest.raises(ValueError, match="cannot be downloaded: .*redirects to ftp:.*expected a URL of http"):
+        as_pictures(f"{address}/to=ftp://127.0.0.1/red.png")
+    monkeypatch.setattr(pictures_mmcot, "is_public", lambda url: "127.0.0.1" in url)
+    with pytest.raises(ValueError, match="cannot be downloaded: .*redirects to http://localhost.*is not public"):
+        as_pictures(f"{address}/to={address.replace('127.0.0.1', 'localhost')}/red.png")
+
+
+def test_which_addresses_are_public():
+    for host in (
+        "127.0.0.1",
+        "localhost",
+        "10.0.0.1",
+        "169.254.169.254",
+        "[::1]",
+        "[fe80::1]",
+        "0.0.0.0",
+        "2130706433",
+    ):
+        assert not pictures_mmcot.is_public(f"http://{host}:80/x.png"), host
+    for host in ("93.184.216.34", "[2606:2800:220:1::1]", "no-such-host.invalid"):
+        assert pictures_mmcot.is_public(f"https://{host}/x.png"), host
 
 
 def test_rgb_of_usual_size_is_left_as_it_is():
@@ -252,6 +378,22 @@ def test_nothing_but_an_image_processor_is_called_by_a_models_file(name):
     """`{"image_processor_type": "pipeline", "model": …, "trust_remote_code": true}` ran a second repository's code."""
     with pytest.raises(ValueError, match="expected an image processor of transformers"):
         build_image_processor({"image_processor_type": name, "task": "text-generation", "trust_remote_code": True})
+
+
+@pytest.mark.parametrize(
+    "name", ["LayoutLMv2ImageProcessor", "LayoutLMv3ImageProcessorFast", "OneFormerImageProcessor"]
+)
+def test_an_image_processor_neither_starts_a_program_nor_reads_another_file(name):
+    """Tesseract's command line, and a file of a second repository, from a model's file."""
+    settings = {"tesseract_config": "-c debug_file=x", "repo_path": "evil/repo", "class_info_file": "x.json"}
+    with pytest.raises(ValueError, match="starts no program and reads no other file"):
+        build_image_processor({"image_processor_type": name, **settings})
+
+
+@pytest.mark.parametrize("settings", ["pipeline", ["pipeline"], {"image_processor_type": "TimmWrapperImageProcessor"}])
+def test_settings_of_an_image_processor_are_a_dict(settings):
+    with pytest.raises(ValueError, match="expected a dict"):
+        build_image_processor(settings)
 
 
 def test_an_unknown_image_processor_is_named():
