@@ -98,10 +98,25 @@ class Stage:
     max_target_length: int = 512
 
     def __post_init__(self):
-        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", self.name) is None:
-            raise ValueError(
-                f"name of a stage is {self.name!r}: it is a folder's name too; expected letters, digits, _ and -."
-            )
+        """
+        Raises:
+            ValueError: a field is not of its kind. A stage comes from a file, and its name is a folder's.
+        """
+        texts = {name: isinstance(getattr(self, name), str) for name in ("name", "writes", "source", "target")}
+        is_name = texts["name"] and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", self.name) is not None
+        is_list = isinstance(self.reads, (list, tuple)) and all(isinstance(column, str) for column in self.reads)
+        checks = {
+            "name": (is_name, "letters, digits, _ and -, as it is a folder's name too"),
+            "reads": (is_list, "a list of columns"),
+            "writes": (texts["writes"] and self.writes != "", "a column"),
+            "source": (texts["source"], "a template"),
+            "target": (texts["target"], "a template"),
+        }
+        for name in ("max_source_length", "max_target_length"):
+            checks[name] = (type(getattr(self, name)) is int and getattr(self, name) > 0, "a number of tokens")
+        for name, (is_right, expected) in checks.items():
+            if not is_right:
+                raise ValueError(f"{name} of a stage is {getattr(self, name)!r:.80}; expected {expected}.")
 
     def render_source(self, problem: dict) -> str:
         return render(self.source, {name: problem[name] for name in self.reads if name in problem})
