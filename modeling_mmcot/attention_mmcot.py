@@ -44,6 +44,7 @@ def token_maps(
         ValueError: the tower's patches have no known places.
     """
     encoder = model.get_encoder()
+    problem = {name: value for name, value in problem.items() if name not in ("image", "images")}
     inputs = BatchFeature(processor([problem], stage=stage.name, images=[images])).to(model.device, model.dtype)
     tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     read = inputs if model.virtual_tokens is None else model.virtual_tokens.before_source(inputs)
