@@ -77,7 +77,9 @@ def test_the_overlay_is_the_fusions_attention(report, tiny_run, tiny_dataset):
     problem = next(other for other in load_problems(str(tiny_dataset), "test") if other["id"] == row["id"])
     problem = {**{name: problem[name] for name in ("question", "choices", "context", "caption", "images")}}
     problem["rationale"] = row["rationale"]
-    inputs = processor([{**problem, "images": []}], stage="answer", images=[[picture["path"] for picture in problem["images"]]])
+    inputs = processor(
+        [{**problem, "images": []}], stage="answer", images=[[picture["path"] for picture in problem["images"]]]
+    )
     with torch.no_grad():
         encoder = models["answer"].get_encoder()
         weights = encoder(**inputs, output_attentions=True).fusion_attentions[0]
