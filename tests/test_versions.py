@@ -42,7 +42,7 @@ results = answer(problems, batch_size=20, decode_answer=True)
 
 rationale = answer.processor.stages[0]
 model = answer.models[rationale.name]
-inputs = answer.processor(problems[:4], stage=rationale.name, images=[problem["image"] for problem in problems[:4]])
+inputs = answer.processor(problems[:4], stage=rationale.name)
 texts = {}
 for name, settings in {
     "greedy": {},
