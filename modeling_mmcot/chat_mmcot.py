@@ -1,17 +1,13 @@
 """Chat messages -> a problem, and its rationale and answer as one reply: how the Hub shows an image-text-to-text model.
 
-A chat is one user message whose text is question, context and choices as people write them. The stages are run by
-`pipeline_mmcot.py`; this file reads the text and puts the reply into the tokens that `generate` returns.
+A chat is one user message whose text is question, context and choices as people write them. This file only reads it:
+`pipeline_mmcot.reply` runs the stages. It imports no other shipped file, because the processor, which is opened first,
+imports this one, and loaders of older transformers copy only what an entry file imports itself.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
-
-from .stages_mmcot import load_stages
 
 # "(A) red", "A. red", "A) red", "A: red", "- red", "* red".
 CHOICE = re.compile(r"(?:\((?P<inner>[A-Z])\)|(?P<outer>[A-Z])[.):]|[-*•])\s+(?P<text>\S.*)")
@@ -119,31 +115,3 @@ class Conversation:
 
     def __init__(self, processor, problems: list[dict], images: list[list]):
         self.processor, self.problems, self.images = processor, problems, images
-
-    def reply(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_mask: torch.Tensor | None = None,
-        **generation,
-    ) -> torch.LongTensor:
-        """
-        `input_ids` and behind them each problem's rationale and answer, `(batch_size, sequence_length + reply_length)`:
-        as a decoder-only model's `generate` returns them, because the Hub's snippet cuts the prompt away. The first
-        stage's other inputs are made again here, with those of all stages.
-        """
-        from .pipeline_mmcot import run_stages  # which imports this file
-
-        if model.stages is None:
-            names = [stage.name for stage in self.processor.stages]
-            model.stages = load_stages(model, model.name_or_path, names)
-        columns = run_stages(model.stages, self.processor, self.problems, self.images, **generation)
-        replies = self.processor.encode_texts([reply_text(self.processor, written) for written in columns])
-        return torch.cat([input_ids, replies["input_ids"].to(input_ids.device)], dim=1)
-
-
-def reply_text(processor, written: dict[str, Any]) -> str:
-    """What all stages wrote for a problem, in their order."""
-    return " ".join(written[stage.writes] for stage in processor.stages)

@@ -325,11 +325,13 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     def generate(self, *args, problems: Any = None, **kwargs):
         """
         transformers' own. With `problems`, which `processor.apply_chat_template` gives, the chats are answered by all
-        stages of this model's repository: `input_ids` and behind them the reply, `chat_mmcot.Conversation.reply`.
+        stages of this model's repository: `input_ids` and behind them the reply, `pipeline_mmcot.reply`.
         """
         if problems is None:
             return super().generate(*args, **kwargs)
-        return problems.reply(self, *args, **kwargs)
+        from .pipeline_mmcot import reply  # needed for a chat alone
+
+        return reply(problems, self, *args, **kwargs)
 
     def attach_tower(self, tower: PreTrainedModel, name: str | None = None) -> None:
         """

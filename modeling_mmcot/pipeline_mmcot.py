@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .attention_mmcot import TokenMaps, token_maps
 from .captioning_mmcot import Captioner
-from .chat_mmcot import is_chat, read_chat, reply_text
+from .chat_mmcot import Conversation, is_chat, read_chat
 from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
 from .processing_mmcot import GOLD_COLUMNS, LETTERS, MMCoTProcessor, Stage, read_answer
@@ -238,6 +238,33 @@ def run_stages(
         for written, column in zip(columns, new, strict=True):
             written.update(column)
     return columns
+
+
+def reply(
+    conversation: Conversation,
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    pixel_values: torch.FloatTensor | None = None,
+    pixel_mask: torch.Tensor | None = None,
+    **generation,
+) -> torch.LongTensor:
+    """
+    `input_ids` and behind them each problem's rationale and answer, `(batch_size, sequence_length + reply_length)`, as
+    a decoder-only model's `generate` returns them, because the Hub's snippet cuts the prompt away. The first stage's
+    other inputs are made again here, with those of all stages.
+    """
+    processor = conversation.processor
+    if model.stages is None:
+        model.stages = load_stages(model, model.name_or_path, [stage.name for stage in processor.stages])
+    columns = run_stages(model.stages, processor, conversation.problems, conversation.images, **generation)
+    replies = processor.encode_texts([reply_text(processor, written) for written in columns])
+    return torch.cat([input_ids, replies["input_ids"].to(input_ids.device)], dim=1)
+
+
+def reply_text(processor: MMCoTProcessor, written: dict[str, Any]) -> str:
+    """What all stages wrote for a problem, in their order."""
+    return " ".join(written[stage.writes] for stage in processor.stages)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import BatchFeature, ProcessorMixin
 
+from .chat_mmcot import Conversation, is_chat, read_chat
 from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
 
 # A fast tokenizer keeps how the last call padded and cut: a call of another thread would change it under this one.
@@ -340,8 +341,6 @@ class MMCoTProcessor(ProcessorMixin):
             raise ValueError(f"apply_chat_template: {names} has no effect here; the stages have their own templates.")
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors is {return_tensors!r}; expected 'pt'.")
-        from .chat_mmcot import Conversation, is_chat, read_chat  # which imports this file
-
         chats = [conversation] if is_chat(conversation) else conversation
         problems = [read_chat(chat) for chat in chats]
         images = [as_pictures(problem.pop("image")) for problem in problems]
