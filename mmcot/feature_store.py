@@ -160,6 +160,9 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 
 def record_type(fields: list[list]) -> np.dtype:
+    for name, dtype, _ in fields:
+        if dtype not in ("<f2", "<f4"):  # numpy would take bytes of a file for addresses of objects
+            raise ValueError(f"{MANIFEST}: record has {name} of type {dtype!r}; expected '<f2' or '<f4'.")
     return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in fields])
 
 

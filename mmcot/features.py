@@ -131,7 +131,7 @@ def load_detector(checkpoint: str, revision: str | None) -> PreTrainedModel | No
     if not find_tower(tower_config(checkpoint, revision)).detects:
         return None
     detector, info = AutoModelForObjectDetection.from_pretrained(
-        checkpoint, revision=revision, output_loading_info=True
+        checkpoint, revision=revision, output_loading_info=True, trust_remote_code=False
     )
     if info["missing_keys"]:
         logger.warning("%s holds no detection heads: boxes and class scores are not kept", checkpoint)
@@ -146,7 +146,9 @@ def load_image_processor(
     if preprocessing not in PREPROCESSINGS:
         raise ValueError(f"preprocessing is {preprocessing!r}; expected {' or '.join(PREPROCESSINGS)}.")
     if preprocessing == "checkpoint":
-        return AutoImageProcessor.from_pretrained(checkpoint_of(vision), revision=revision, backend="pil")
+        return AutoImageProcessor.from_pretrained(
+            checkpoint_of(vision), revision=revision, backend="pil", trust_remote_code=False
+        )
     config = tower_config(vision, revision)
     settings = find_tower(config).paper_image_processor
     if settings is None:

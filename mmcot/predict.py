@@ -160,8 +160,10 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
         raise ValueError(
             f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
         )
-    processor = MMCoTProcessor.from_pretrained(model)
-    root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype).to(PartialState().device)
+    # Without the last argument, transformers asks at the terminal whether it may run a repository's code.
+    processor = MMCoTProcessor.from_pretrained(model, trust_remote_code=False)
+    root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+    root = root.to(PartialState().device)
     return processor, load_stages(root, model, [stage.name for stage in processor.stages])
 
 

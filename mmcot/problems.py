@@ -197,6 +197,11 @@ def hub_problems(source: str, split: str, streaming: bool = False) -> datasets.D
 
     def problem(columns: dict[str, Any], row: int) -> dict[str, Any]:
         picture = columns.get("image")
+        if picture and not picture.get("bytes"):
+            # It would be opened on the machine that reads the dataset, whatever lies there.
+            raise ValueError(
+                f"{source}, row {row}: image is the path {shown(picture.get('path'))}; expected its bytes."
+            )
         known = {name: columns[name] for name in columns.keys() & FEATURES.keys()}
         mapped = {"id": f"{split}-{row}", "context": columns.get("hint"), "images": [picture] if picture else []}
         (complete,) = checked([{**known, **mapped, "split": split}], source, folder=None, max_images=None)

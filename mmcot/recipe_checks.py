@@ -4,6 +4,7 @@ Each check names the recipe, the key, what was found and what was expected. Noth
 """
 
 import difflib
+import re
 
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig
@@ -11,6 +12,8 @@ from trl import ModelConfig
 from mmcot.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
 from mmcot.problems import FEATURES, GOLD_COLUMNS
 
+# What a run's folder holds beside its stages.
+RESERVED_NAMES = ("base", "hub", "predictions", "scores")
 # Settings of adapters, and those of them that only LoRA has.
 PEFT_SETTINGS = ("load_in_4bit", "load_in_8bit", "peft_type", "num_virtual_tokens")
 LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")
@@ -21,6 +24,13 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
         raise ValueError(f"{config}: `stages` is empty; a recipe has at least the stage that answers.")
     names = [stage.name for stage in stages]
     for name in names:
+        if not isinstance(name, str) or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) is None:
+            raise ValueError(
+                f"{config}: name of a stage is {name!r:.80}; expected letters, digits, _ and -, as it is a folder's "
+                f"name too."
+            )
+        if name in RESERVED_NAMES:
+            raise ValueError(f"{config}: name of a stage is {name!r}, a folder that a run has for other files.")
         if names.count(name) > 1:
             raise ValueError(f"{config}: two stages are named {name!r}; each needs a name of its own.")
     columns = set(FEATURES) - set(GOLD_COLUMNS)
@@ -169,6 +179,16 @@ def check_adapters(
             f"{config}: freeze_vision is {arguments.freeze_vision}, and with use_peft the picture tower is trained "
             f"where lora_modules_to_save names vision_tower; found {model_config.lora_modules_to_save}."
         )
+
+
+def check_attention(arguments: RecipeArguments, model_config: ModelConfig, config: str) -> None:
+    """No attention is a kernel of the Hub, which is code."""
+    parts = {"text_config": arguments.text_config or {}, "vision_config": arguments.vision_config or {}}
+    named = {"attn_implementation": model_config.attn_implementation}
+    named |= {f"{part}.attn_implementation": settings.get("attn_implementation") for part, settings in parts.items()}
+    for name, value in named.items():
+        if "/" in str(value):
+            raise ValueError(f"{config}: {name} is {value!r}, code of the Hub; expected a name that transformers has.")
 
 
 def trains_tower(model_config: ModelConfig) -> bool:

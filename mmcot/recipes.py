@@ -19,6 +19,7 @@ from mmcot.arguments import RecipeArguments, StageArguments
 from mmcot.files import resolved
 from mmcot.recipe_checks import (
     check_adapters,
+    check_attention,
     check_inputs,
     check_parts,
     check_stages,
@@ -71,7 +72,9 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     config = config_path(command_line)
     command_line = [*command_line]
     command_line[command_line.index("--config") + 1] = config
-    recipe = yaml.safe_load(Path(config).read_text())
+    recipe = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{config}: a recipe is a mapping; found {recipe!r:.80}.")
     if "env" in recipe:
         # TrlParser would set the variables, whatever they do to other programs, and no record would be kept.
         raise ValueError(f"{config}: env is not read: set variables of the environment where the command is started.")
@@ -100,6 +103,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     check_streaming(arguments, training_arguments, stages, config)
     check_parts(arguments, model_config, stages, config)
     check_adapters(arguments, training_arguments, model_config, said, config)
+    check_attention(arguments, model_config, config)
     if model_config.use_peft:
         arguments.freeze_vision = not trains_tower(model_config)
     if training_arguments.fp16:

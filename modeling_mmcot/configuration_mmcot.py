@@ -82,6 +82,12 @@ class MMCoTConfig(T5Config):
         if isinstance(self.vision_config, dict):
             self.vision_config = AutoConfig.for_model(**{"model_type": "vit", **self.vision_config})
         super().__post_init__(**kwargs)
+        if "/" in str(self._attn_implementation):
+            # A kernel of the Hub is code, and a model's file may not choose code.
+            raise ValueError(
+                f"attn_implementation is {self._attn_implementation!r}, code of the Hub; expected a name that "
+                f"transformers has."
+            )
         if self.format_version != FORMAT_VERSION:
             age = "a newer" if self.format_version > FORMAT_VERSION else "an older"
             raise ValueError(

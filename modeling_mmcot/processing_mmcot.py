@@ -397,7 +397,8 @@ class MMCoTProcessor(ProcessorMixin):
         images = images if isinstance(images, (list, tuple)) else [images]
         if len(images) != batch_size:
             raise ValueError(f"images has {len(images)} entries for {batch_size} problems: give one entry per problem.")
-        if self.image_processor is None and any(entry not in (None, [], ()) for entry in images):
+        is_empty = [entry is None or (isinstance(entry, (list, tuple)) and not entry) for entry in images]
+        if self.image_processor is None and not all(is_empty):
             raise ValueError(
                 "A picture was given, but there is no image processor: this model has no picture tower, and its "
                 "pictures come as vision_features that were computed before."

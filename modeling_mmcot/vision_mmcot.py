@@ -203,7 +203,20 @@ def resolved_name(vision_config: PreTrainedConfig, name: str | None = None) -> s
     return name or next(fitting, vision_config.model_type)
 
 
+def check_sources(settings: dict) -> None:
+    """
+    Raises:
+        ValueError: a tower's configuration names another file or repository, which timm would open.
+    """
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            check_sources(value)
+        elif (name in ("architecture", "backbone") and ":" in str(value)) or (name == "checkpoint_path" and value):
+            raise ValueError(f"vision_config: {name} is {value!r}, another file or repository; expected a timm name.")
+
+
 def prepared(vision_config: PreTrainedConfig) -> PreTrainedConfig:
+    check_sources(vision_config.to_dict())
     for name, value in find_tower(vision_config).settings.items():
         setattr(vision_config, name, value)
     return vision_config

@@ -157,15 +157,14 @@ def file_of(file_format, size=(24, 18), **options):
     return file.getvalue()
 
 
-# Pillow's decoders raise TypeError and RuntimeError of these, and its reader of EXIF SyntaxError.
+# Pillow's decoder raises TypeError of the first, and its reader of EXIF SyntaxError of the second.
 DAMAGED = [
     file_of("TIFF").replace(b"\x11\x01\x04\x00\x01", b"\x11\x01\x07\x00\x01"),  # its rows' offset is one of bytes
-    file_of("AVIF").replace(b"ipma", b"ipmx"),
     file_of("PNG", exif=b"Exif\x00\x00no exif at all"),
 ]
 
 
-@pytest.mark.parametrize("content", DAMAGED, ids=["TypeError", "RuntimeError", "SyntaxError"])
+@pytest.mark.parametrize("content", DAMAGED, ids=["TypeError", "SyntaxError"])
 def test_what_pillows_decoders_raise_is_the_usual_message(content):
     with pytest.raises(ValueError, match="picture given as bytes is not a whole image that Pillow reads"):
         as_pictures(content)

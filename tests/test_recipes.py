@@ -60,12 +60,32 @@ def test_nested_numbers_that_yaml_reads_as_texts_become_numbers(tmp_path):
         (lambda r: r.update(stages=[]), "`stages` is empty"),
         (lambda r: r.update(lora_r=8), "use_peft"),
         (lambda r: r.pop("image_processor"), "a stage reads `images`, but neither"),
+        (lambda r: r["stages"][0].update(name="../../x"), "name of a stage is '../../x'; expected letters, digits"),
+        (lambda r: r["stages"][0].update(name=["x"]), "name of a stage is .*'x'.*; expected letters, digits"),
+        (lambda r: r["stages"][0].update(name="hub"), "name of a stage is 'hub', a folder that a run has"),
+        (lambda r: r.update(env={"PYTHONPATH": "/evil"}), "env is not read: set variables"),
+        (lambda r: r.update(trust_remote_code=True), "unknown key 'trust_remote_code'"),
+        (
+            lambda r: r.update(attn_implementation="evil/kernel"),
+            "attn_implementation is 'evil/kernel', code of the Hub",
+        ),
+        (
+            lambda r: r["vision_config"].update(attn_implementation="evil/kernel"),
+            "vision_config.attn_implementation is 'evil/kernel', code of the Hub",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         parse(tmp_path, change)
     assert str(tmp_path / "recipe.yaml") in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "- stages\n", "stages"])
+def test_a_recipe_is_a_mapping(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(ValueError, match="recipe.yaml: a recipe is a mapping; found"):
+        parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
 
 
 def test_float16_is_warned_of_with_what_to_use_instead(tmp_path, caplog):

@@ -4,16 +4,25 @@ import json
 import os
 import shutil
 
+import datasets
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import TINY_RECIPE, as_a_stranger, run_script
-from jinja2.exceptions import SecurityError
+from conftest import HUB_FEATURES, TINY_RECIPE, as_a_stranger, hub_rows, run_script
+from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
+from PIL import Image
 
+from mmcot.feature_store import record_type
+from mmcot.features import load_image_processor
+from mmcot.metrics import score
 from mmcot.predict import load_system
+from mmcot.problems import FEATURES, load_problems
 from mmcot.recipes import parse_recipe
+from mmcot.report import write_report
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.processing_mmcot import Stage, render
+from modeling_mmcot.vision_mmcot import build_vision_tower
 
 
 @pytest.fixture
@@ -50,7 +59,26 @@ def test_a_towers_configuration_runs_no_code_of_its_own(tmp_path):
     assert type(config.vision_config).__module__.startswith("transformers.models.vit")
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "", ".hidden", "a b"])
+@pytest.fixture
+def says_yes(monkeypatch):
+    """A user who answers yes when transformers asks whether it may run a repository's code."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+
+
+def test_a_towers_image_processor_runs_no_code_of_its_own(vit, tmp_path, says_yes):
+    shutil.copytree(vit, tmp_path / "tower")
+    change(
+        tmp_path / "tower" / "preprocessor_config.json",
+        image_processor_type="Evil",
+        auto_map={"AutoImageProcessor": "evil.Evil"},
+    )
+    (tmp_path / "tower" / "evil.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ValueError, match="custom code"):
+        load_image_processor(str(tmp_path / "tower"))
+    assert not (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "", ".hidden", "a b", "a\n", "ä", None, 1, ["a"]])
 def test_a_stages_name_stays_in_its_folder(name, folder):
     with pytest.raises(ValueError, match="name of a stage is .*expected letters, digits"):
         Stage(name=name, reads=[], writes="x", source="", target="")
@@ -59,6 +87,25 @@ def test_a_stages_name_stays_in_its_folder(name, folder):
     (folder / "processor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="name of a stage is"):
         MMCoTProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("reads", "question", "a list of columns"),
+        ("reads", [1], "a list of columns"),
+        ("writes", "", "a column"),
+        ("source", None, "a template"),
+        ("target", 1, "a template"),
+        ("max_source_length", "512", "a number of tokens"),
+        ("max_target_length", 0, "a number of tokens"),
+        ("max_target_length", True, "a number of tokens"),
+    ],
+)
+def test_a_stages_fields_are_of_their_kind(field, value, expected):
+    fields = {"name": "x", "reads": [], "writes": "x", "source": "", "target": ""}
+    with pytest.raises(ValueError, match=f"{field} of a stage is {value!r}; expected {expected}".replace("[", r"\[")):
+        Stage(**{**fields, field: value})
 
 
 def test_a_recipe_sets_no_variable_of_the_environment(tmp_path, monkeypatch):
@@ -84,11 +131,108 @@ def test_a_recipe_makes_no_objects(tmp_path):
         "{{ choices.append('x') }}",
         "{{ ''.__class__.__base__ }}",
         "{{ letters.format.__globals__ }}",
+        "{{ '{0.__class__.__mro__}'.format(question) }}",
+        "{{ (question | attr('__class__')).mro() }}",
+        "{{ choices | map(attribute='__class__') | list | first | attr('mro') }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ (cycler | attr('__init__')).__globals__ }}",
     ],
 )
 def test_a_template_reaches_nothing_but_its_columns(template):
     with pytest.raises(SecurityError):
         render(template, {"question": "a", "choices": ["b"]})
+
+
+@pytest.mark.parametrize("template", ["{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends 'x' %}"])
+def test_a_template_opens_no_file(template):
+    with pytest.raises((TypeError, TemplateError)):
+        render(template, {})
+
+
+def test_a_source_template_sees_no_column_that_its_stage_does_not_read():
+    stage = Stage(name="x", reads=["question"], writes="x", source="{{ solution }}", target="")
+    with pytest.raises(UndefinedError, match="solution"):
+        stage.render_source({"question": "a", "solution": "gold"})
+
+
+def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
+    """What its rows hold are the pictures; a path would be opened here, and shown in a report."""
+    Image.new("RGB", (4, 3)).save(tmp_path / "private.png")
+    row = {**hub_rows(1)[0], "image": {"bytes": None, "path": str(tmp_path / "private.png")}}
+    (tmp_path / "hub").mkdir()
+    features = datasets.Features({**HUB_FEATURES, "image": datasets.Image(decode=False)})
+    columns = {name: [row[name]] for name in features}
+    table = datasets.Dataset.from_dict(columns, features=features).data.table
+    pyarrow.parquet.write_table(table, tmp_path / "hub" / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="row 0: image is the path .*private.png.*expected its bytes"):
+        load_problems(str(tmp_path / "hub"), "test")
+
+
+def test_a_tokenizers_file_runs_no_code(folder, tmp_path, says_yes):
+    """Nor does the question whether it may appear: the commands run installed code only."""
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')\nclass Tok: pass\n")
+    attack = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": [None, f"{evil}--evil.Tok"]}}
+    change(folder / "tokenizer_config.json", **attack)
+    with pytest.raises(ValueError, match="custom code"):
+        load_system(str(folder))
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_configuration_names_no_kernel_of_the_hub(folder):
+    change(folder / "config.json", attn_implementation="evil/kernel")
+    with pytest.raises(ValueError, match="attn_implementation is 'evil/kernel', code of the Hub"):
+        load_system(str(folder))
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:evil/repo"},
+        {"model_type": "timm_wrapper", "architecture": "local-dir:/tmp/evil"},
+        {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"checkpoint_path": "evil.pth"}},
+        {"model_type": "detr", "backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:evil/repo"}},
+    ],
+)
+def test_a_towers_configuration_opens_no_other_file_or_repository(vision):
+    with pytest.raises(ValueError, match="another file or repository; expected a timm name"):
+        build_vision_tower(MMCoTConfig(vision_config=vision, vision_hidden_size=256).vision_config)
+
+
+def test_a_stores_record_holds_numbers(tmp_path):
+    """numpy took what a file holds for addresses of Python's objects, and the process crashed."""
+    for dtype in ("|O", "O", "<i8", "|V8", None):
+        with pytest.raises(ValueError, match="record has features of type"):
+            record_type([["features", dtype, [1, 4]]])
+
+
+PLANTED = "<img id=planted src=x onerror=alert(1)></script><script id=planted>alert(1)</script>"
+
+
+def test_no_text_of_a_dataset_or_a_model_is_html_in_the_report(tmp_path):
+    problem = load_problems("demo", "test")[0]
+    texts = dict.fromkeys(("question", "context", "lecture", "solution", "subject", "grade", "skill"), PLANTED)
+    row = {**problem, **texts, "id": PLANTED, "choices": [PLANTED, "b"], "answer": 0, "images": []}
+    problems = datasets.Dataset.from_list([row], features=FEATURES)
+    predictions = {PLANTED: {"answer": 1, "answer_text": PLANTED, "rationale": PLANTED, "scores": [0.4, 0.6]}}
+    write_report(
+        tmp_path / "report", problems, predictions, score(problems, predictions), tmp_path / f"{PLANTED[:20]}.json"
+    )
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert "<img id=planted" not in html and "<script id=planted" not in html
+    if shutil.which("chromium"):
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page, alerts = browser.new_page(), []
+            page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+            page.goto((tmp_path / "report" / "index.html").as_uri())
+            page.locator("#count").wait_for()
+            shown, elements = page.locator("body").inner_text(), page.locator("[id=planted]").count()
+            browser.close()
+        assert "<img id=planted" in shown and elements == 0 and alerts == []
 
 
 def test_weights_are_never_pickles(folder):

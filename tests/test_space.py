@@ -1,5 +1,6 @@
 """The Space's page: driven in a real browser as a user does, and its parts where a browser adds nothing."""
 
+import asyncio
 import importlib.util
 import io
 import itertools
@@ -14,10 +15,13 @@ import urllib.error
 import urllib.request
 
 import gradio as gr
+import httpx
 import pytest
+import safehttpx
 import torch
 from conftest import REPOSITORY
-from PIL import Image
+from gradio.processing_utils import async_ssrf_protected_get
+from PIL import EpsImagePlugin, Image
 from transformers import pipeline
 
 CHROMIUM = shutil.which("chromium")
@@ -305,6 +309,35 @@ def test_only_what_was_uploaded_is_opened(app, answer, tmp_path, monkeypatch, na
         app.read_problem(answer, named, "Which?", "", "", "")
     inside = shutil.copy(PICTURE, tmp_path)
     assert app.read_problem(answer, {"path": str(inside)}, "Which?", "", "", "")["image"] == str(inside)
+
+
+def test_a_url_that_leads_into_the_servers_network_is_not_fetched(monkeypatch):
+    """Gradio fetches what a client names by URL, before the page's own code sees it; each redirect is looked at."""
+    fetched = []
+
+    async def answer(transport, request):
+        fetched.append(str(request.url))
+        return httpx.Response(302, headers={"Location": "http://169.254.169.254/latest/meta-data"}, request=request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", answer)
+    monkeypatch.setattr(safehttpx, "async_resolve_hostname_google", no_addresses)
+    for url, count in (("http://93.184.216.34/x.png", 1), ("http://127.0.0.1/x.png", 0)):
+        fetched.clear()
+        with pytest.raises(ValueError, match="failed validation"):
+            asyncio.run(async_ssrf_protected_get(url))
+        assert len(fetched) == count and not any("169.254" in address for address in fetched)
+
+
+async def no_addresses(_):
+    return []
+
+
+def test_a_postscript_upload_never_reaches_ghostscript(app, answer, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n%%EOF\n")
+    with pytest.raises(gr.Error, match="not a whole picture"):
+        app.read_problem(answer, {"path": str(tmp_path / "x.png")}, "Which?", "", "", "")
 
 
 def test_a_generation_ends_when_its_reader_leaves(app, answer):
