@@ -15,7 +15,7 @@ test: $(ENVIRONMENT)
 test-slow: $(ENVIRONMENT)
 	$(PY) -m pytest -m slow
 
-# What ships, under each minor version of transformers that it supports, or under VERSIONS="…": the same texts and scores.
+# What ships gives the same texts and scores under each minor version of transformers, or under VERSIONS="…".
 test-versions: $(ENVIRONMENT)
 	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
 	$(PY) -m pytest tests/test_versions.py -s

@@ -75,14 +75,16 @@ def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset
         tokenizer = train_tokenizer(train_problems, stages, arguments.tokenizer_vocab_size)
     else:
         name = arguments.tokenizer_name_or_path or model_config.model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     image_processor = None
     if arguments.image_processor is not None:
         image_processor = build_image_processor(arguments.image_processor)
     elif arguments.vision_model_name_or_path is not None:
         image_processor = load_image_processor(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
     elif own_config(model_config) is not None:
-        image_processor = MMCoTProcessor.from_pretrained(model_config.model_name_or_path).image_processor
+        image_processor = MMCoTProcessor.from_pretrained(
+            model_config.model_name_or_path, trust_remote_code=False
+        ).image_processor
     return MMCoTProcessor(tokenizer, image_processor, stages)
 
 
@@ -90,7 +92,9 @@ def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
     """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
     if model_config.model_name_or_path is None:
         return None
-    config = AutoConfig.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
+    config = AutoConfig.from_pretrained(
+        model_config.model_name_or_path, revision=model_config.model_revision, trust_remote_code=False
+    )
     return config if isinstance(config, MMCoTConfig) else None
 
 
@@ -131,7 +135,9 @@ def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
         config = T5Config(**(recipe.arguments.text_config or {}))
     else:
         config = AutoConfig.from_pretrained(
-            recipe.model_config.model_name_or_path, revision=recipe.model_config.model_revision
+            recipe.model_config.model_name_or_path,
+            revision=recipe.model_config.model_revision,
+            trust_remote_code=False,
         )
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)

@@ -267,7 +267,7 @@ def build_processor(folder: Path, stages: list[Stage], vision: str, attach_tower
     if attach_tower is not None:
         paper = TOWERS[AUTHORS_TOWERS[vision]].paper_image_processor
         image_processor = build_image_processor(paper) if paper else load_image_processor(attach_tower)
-    return MMCoTProcessor(AutoTokenizer.from_pretrained(folder), image_processor, stages)
+    return MMCoTProcessor(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), image_processor, stages)
 
 
 def main(argv: list[str] | None = None) -> None:

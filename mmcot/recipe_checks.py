@@ -4,13 +4,13 @@ Each check names the recipe, the key, what was found and what was expected. Noth
 """
 
 import difflib
-import re
 
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig
 
 from mmcot.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
 from mmcot.problems import FEATURES, GOLD_COLUMNS
+from modeling_mmcot.processing_mmcot import STAGE_NAME
 
 # What a run's folder holds beside its stages.
 RESERVED_NAMES = ("base", "hub", "predictions", "scores")
@@ -24,7 +24,7 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
         raise ValueError(f"{config}: `stages` is empty; a recipe has at least the stage that answers.")
     names = [stage.name for stage in stages]
     for name in names:
-        if not isinstance(name, str) or re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) is None:
+        if not isinstance(name, str) or STAGE_NAME.fullmatch(name) is None:
             raise ValueError(
                 f"{config}: name of a stage is {name!r:.80}; expected letters, digits, _ and -, as it is a folder's "
                 f"name too."

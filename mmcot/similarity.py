@@ -33,7 +33,7 @@ def similarity(problems: Problems, rationales: Mapping[str, str], model: str, ba
 @torch.no_grad()
 def embed(texts: Sequence[str], model: str, batch_size: int) -> torch.FloatTensor:
     """Unit vectors `(len(texts), hidden_size)`."""
-    tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    tokenizer, encoder = (auto.from_pretrained(model, trust_remote_code=False) for auto in (AutoTokenizer, AutoModel))
     vectors = []
     for start in tqdm(range(0, len(texts), batch_size), desc="embedding rationales", leave=False):
         batch = tokenizer(list(texts[start : start + batch_size]), padding=True, truncation=True, return_tensors="pt")

@@ -54,19 +54,21 @@ class Captioner:
     def __init__(self, model: str, prompt: str | None = None, device: torch.device | str = "cpu"):
         preset = CAPTIONERS.get(model, CaptionerPreset(model, "", GENERATION))
         checkpoint = preset.checkpoint
-        model_type = AutoConfig.from_pretrained(checkpoint).model_type
+        model_type = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type
         if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise ValueError(
                 f"{checkpoint} is of model_type {model_type!r}, which writes no text from a picture; expected a "
                 f"checkpoint of AutoModelForImageTextToText."
             )
         self.checkpoint, self.prompt, self.generation = checkpoint, prompt or preset.prompt, preset.generation
-        self.model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(checkpoint).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.model: PreTrainedModel = (
+            AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=False).to(device).eval()
+        )
+        self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         self.image_processor = None
         if not isinstance(self.processor, ProcessorMixin):  # a VisionEncoderDecoder has its parts side by side
-            self.processor = AutoTokenizer.from_pretrained(checkpoint)
-            self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+            self.processor = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+            self.image_processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         tokenizer.padding_side = "left"  # what is generated goes on from the end of the prompt
 

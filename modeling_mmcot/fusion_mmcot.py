@@ -44,7 +44,7 @@ class Fusion(nn.Module):
         """
         has_picture = vision_mask.any(dim=1)[:, None, None]
         # A row without a real patch attends to all of them, and its result is dropped: no NaN, in the gradient neither.
-        # A patch that is not real is zero: whatever stands there, infinity and NaN too, has no part in any sum.
+        # Masked patches are set to zero: 0 times NaN or infinity would be NaN in the sums below.
         vision_features = vision_features.masked_fill(~vision_mask[..., None], 0)
         attended, weights = self.attend(hidden_states, vision_features, vision_mask | ~has_picture[:, 0])
         gate = self.gate(hidden_states, attended)

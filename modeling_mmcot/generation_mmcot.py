@@ -71,7 +71,7 @@ def greedy_search(
             )
             logits = model.next_token_logits(outputs.last_hidden_state[:, -1]).float()
             if sequences.shape[1] == 1 and logits.isnan().any():
-                raise ValueError("The decoder computes NaN: its weights hold numbers that are not finite.")
+                raise FloatingPointError("the decoder computes NaN")
             if logits_processor:
                 every = logits.new_zeros(len(sequences), logits.shape[-1])
                 every[rows] = logits

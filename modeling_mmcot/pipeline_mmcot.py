@@ -62,11 +62,13 @@ def write_column(
     is_finite = encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
     refuse_non_finite(problems, stage, is_finite)
     if not stage.answers:
-        return [{stage.writes: text} for text in generate_texts(model, processor, encoded, **generation)]
+        texts = generate_finite(model, processor, stage, problems, encoded, **generation)
+        return [{stage.writes: text} for text in texts]
     columns = choose_answers(model, processor, stage, problems, encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
     if decode_answer or open_ended:
-        for index, text in enumerate(generate_texts(model, processor, encoded, **generation)):
+        texts = generate_finite(model, processor, stage, problems, encoded, **generation)
+        for index, text in enumerate(texts):
             if index in open_ended:
                 columns[index]["answer_text"] = text
             if decode_answer:
@@ -88,15 +90,26 @@ def refuse_non_finite(problems: list[dict], stage: Stage, is_finite: torch.BoolT
             )
 
 
+def generate_finite(
+    model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], encoded: dict, **generation
+) -> list[str]:
+    """`generate_texts`, where a NaN of the decoder is an error that names the stage and the batch's first problem."""
+    try:
+        return generate_texts(model, processor, encoded, **generation)
+    except FloatingPointError:
+        refuse_non_finite(problems, stage, torch.zeros(len(problems), dtype=torch.bool))
+        raise
+
+
 class FiniteLogits(LogitsProcessor):
     """
     Raises:
-        ValueError: a row's logits are all NaN, of which any token would be the likeliest.
+        FloatingPointError: a logit is NaN: no token would be the likeliest.
     """
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if scores.isnan().any():
-            raise ValueError("The decoder computes NaN: its weights hold numbers that are not finite.")
+            raise FloatingPointError("the decoder computes NaN")
         return scores
 
 
@@ -451,17 +464,15 @@ class MultimodalCoTPipeline(Pipeline):
             return {**self.preprocess(read_chat(problem["messages"])), "messages": problem["messages"]}
         if not isinstance(problem, Mapping) or not isinstance(problem.get("question"), str):
             raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r:.200}.")
-        read = {column for stage in self.processor.stages for column in stage.reads}
-        written = {stage.writes for stage in self.processor.stages}
-        check_columns(problem, read | written)
-        columns = sorted(({"context", "caption"} | read) - written - set(GOLD_COLUMNS) - {"choices", "images"})
+        stages = self.processor.stages
+        check_columns(problem, {column for stage in stages for column in (*stage.reads, stage.writes)})
         choices = problem.get("choices")
         choices = [] if choices is None else choices
         if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
             raise ValueError(f"`choices` of a problem is a list of str; found {choices!r}.")
         if len(choices) > len(LETTERS):
             raise ValueError(f"`choices` of a problem are at most {len(LETTERS)}; found {len(choices)}.")
-        texts = {"question": problem["question"], **{name: problem.get(name) or "" for name in columns}}
+        texts = {name: problem.get(name) or "" for name in self.processor.text_columns}
         images = problem.get("image")
         images = as_pictures(problem.get("images") if images is None else images)
         if len(images) > self.model.config.max_images:
@@ -592,7 +603,7 @@ def check_generation(generation: dict[str, Any]) -> None:
     for name in generation.keys() - known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "expected a setting of `generate`."
-        raise TypeError(f"unexpected keyword {name!r}: {hint} (How to load is said in model_kwargs={{…}}.)")
+        raise TypeError(f"unexpected keyword {name!r}: {hint} (Arguments of from_pretrained go in model_kwargs={{…}}.)")
 
 
 def as_list(value: Any) -> list:

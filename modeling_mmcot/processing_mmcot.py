@@ -77,6 +77,10 @@ ENVIRONMENT.filters["one_line"] = one_line
 compile_template = functools.lru_cache(ENVIRONMENT.from_string)
 
 
+# A stage's name is also its folder's.
+STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
 @dataclass
 class Stage:
     """
@@ -104,7 +108,7 @@ class Stage:
             ValueError: a field is not of its kind. A stage comes from a file, and its name is a folder's.
         """
         texts = {name: isinstance(getattr(self, name), str) for name in ("name", "writes", "source", "target")}
-        is_name = texts["name"] and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", self.name) is not None
+        is_name = texts["name"] and STAGE_NAME.fullmatch(self.name) is not None
         is_list = isinstance(self.reads, (list, tuple)) and all(isinstance(column, str) for column in self.reads)
         checks = {
             "name": (is_name, "letters, digits, _ and -, as it is a folder's name too"),
@@ -239,6 +243,13 @@ class MMCoTProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "pixel_mask"]
 
+    @property
+    def text_columns(self) -> list[str]:
+        """The texts that a problem is given with: what some stage reads and none writes, without gold."""
+        read = {column for stage in self.stages for column in stage.reads}
+        written = {stage.writes for stage in self.stages}
+        return sorted(({"question", "context", "caption"} | read) - written - {"choices", "images", *GOLD_COLUMNS})
+
     def stage(self, name: str) -> Stage:
         for stage in self.stages:
             if stage.name == name:
@@ -342,7 +353,7 @@ class MMCoTProcessor(ProcessorMixin):
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors is {return_tensors!r}; expected 'pt'.")
         chats = [conversation] if is_chat(conversation) else conversation
-        problems = [read_chat(chat) for chat in chats]
+        problems = [{**dict.fromkeys(self.text_columns, ""), **read_chat(chat)} for chat in chats]
         images = [as_pictures(problem.pop("image")) for problem in problems]
         first = self.stages[0]
         if not tokenize:

@@ -168,7 +168,7 @@ def load_vision_tower(checkpoint: str, **kwargs) -> PreTrainedModel:
     """
     config = prepared(tower_config(checkpoint, kwargs.get("revision")))
     tower, info = AutoModel.from_pretrained(
-        checkpoint_of(checkpoint), config=config, output_loading_info=True, **kwargs
+        checkpoint_of(checkpoint), config=config, output_loading_info=True, trust_remote_code=False, **kwargs
     )
     unread = find_tower(config).unread
     missing = [name for name in info["missing_keys"] if not name.startswith(unread)]
@@ -183,7 +183,7 @@ def load_vision_tower(checkpoint: str, **kwargs) -> PreTrainedModel:
 
 def tower_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:
     """A checkpoint's configuration; of a CLIP or SigLIP model that of its picture tower."""
-    config = AutoConfig.from_pretrained(checkpoint_of(checkpoint), revision=revision)
+    config = AutoConfig.from_pretrained(checkpoint_of(checkpoint), revision=revision, trust_remote_code=False)
     return getattr(config, "vision_config", config)
 
 

@@ -104,6 +104,7 @@ def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(model, sourc
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("max_packed_length", [512, 0])  # packed; in a pass for each choice
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(
     "choices",
@@ -116,7 +117,8 @@ def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(model, sourc
         [[[1], [5, 1]], [[5], [6]]],  # of one token
     ],
 )
-def test_packed_choices_score_as_separate_passes(sources, choices, scaled):
+def test_packed_choices_score_as_separate_passes(sources, choices, scaled, max_packed_length, monkeypatch):
+    monkeypatch.setattr("modeling_mmcot.modeling_mmcot.MAX_PACKED_LENGTH", max_packed_length)
     model = tiny_model(vision_config=None, scale_decoder_outputs=scaled, initializer_factor=2.0)
     source = {name: tensor[:2] for name, tensor in sources.items()}
     labels = torch.full((2, 2, 6), -100)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import processor  # noqa: F401 (a fixture)
 from transformers import pipeline
 
-from modeling_mmcot.known_answer_mmcot import FILE, differs, of_stage, sha256
+from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot.known_answer_mmcot import FILE, differs, known_answer_file, of_stage, sha256
 
 
 @pytest.fixture
@@ -97,3 +98,26 @@ def test_a_saved_pipeline_is_the_whole_system_again(folder, tmp_path):
     assert again.models["rationale"].generation_config.max_new_tokens == (
         pipe.models["rationale"].generation_config.max_new_tokens
     )
+
+
+def test_a_name_that_leads_outside_opens_nothing(folder, tmp_path):
+    secret = tmp_path / "secret.safetensors"
+    secret.write_bytes(b"secret")
+    found = known(folder)
+    for name in ("../secret.safetensors", str(secret)):
+        (folder / FILE).write_text(json.dumps({**found, "weights": {name: sha256(str(secret))}}))
+        with pytest.raises(ValueError, match="is not the file that was exported"):
+            load(folder)
+
+
+def test_a_repository_without_a_known_answer_loads_offline(folder, tmp_path, monkeypatch):
+    """From the cache, where nothing tells whether the Hub has the file."""
+    (folder / FILE).unlink()
+    load(folder)
+    repository = tmp_path / "cache" / "models--user--model"
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    options = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    model = MMCoTForConditionalGeneration.from_pretrained("user/model", **options)
+    assert known_answer_file(model) is None

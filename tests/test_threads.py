@@ -11,7 +11,7 @@ from test_pipeline import RED, answer, processor  # noqa: F401 (fixtures)
 from torch import nn
 from transformers import TextStreamer
 
-from modeling_mmcot import MultimodalCoTPipeline
+from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.generation_mmcot import PACKED, packed_linears
 from modeling_mmcot.stages_mmcot import StageAdapters
 
@@ -133,6 +133,17 @@ def adapted(request, processor, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("adapted", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING"], indirect=True)
 def test_adapters_and_virtual_tokens(calls, adapted, one_thread_of_torch):
     stress(adapted, calls)
+
+
+@pytest.mark.parametrize("adapted", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING"], indirect=True)
+def test_a_saved_system_of_adapters_is_the_same_system(adapted, tmp_path):
+    before = state_of(adapted)
+    adapted.save_pretrained(tmp_path / "saved")
+    assert state_of(adapted) == before
+    root = type(adapted.model).from_pretrained(tmp_path / "saved")
+    again = MultimodalCoTPipeline(model=root, processor=MMCoTProcessor.from_pretrained(tmp_path / "saved"))
+    for problem, _ in calls_of(adapted)[:6]:
+        assert same(again(problem), adapted(problem))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

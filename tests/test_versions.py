@@ -1,7 +1,7 @@
 """What ships, under each supported version of transformers: the same texts, the same scores; other versions refused.
 
 `make test-versions` makes the environments (`tests/make_versions.sh`) and runs all of them, for the demonstration
-where `make demo` trained it and for a run of adapters; without it the lowest version alone is tried, where it is there.
+where `make demo` trained it and for a run of adapters. Without those environments only the refusals are tested.
 """
 
 import json
