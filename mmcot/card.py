@@ -27,7 +27,7 @@ from mmcot.run_folder import FINISHED, is_adapted, judged_split, scores_file
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
 from modeling_mmcot.processing_mmcot import Stage
-from modeling_mmcot.versions_mmcot import WINDOWS, needed
+from modeling_mmcot.versions_mmcot import REQUIRED, needed
 from modeling_mmcot.vision_mmcot import TOWERS
 
 PICTURE = "stages.png"
@@ -108,7 +108,8 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         template_str=resources.files("mmcot").joinpath("card_template.md").read_text(encoding="utf-8"),
         repo_id=publication.repo_id,
         version=__version__,
-        needs=[needed(name) for name in WINDOWS],
+        needs=[needed(name) for name in REQUIRED],
+        needs_peft=needed("peft"),
         stages=processor.stages,
         picture=PICTURE,
         sees_pictures=any("images" in stage.reads for stage in processor.stages),

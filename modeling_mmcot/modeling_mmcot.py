@@ -31,7 +31,7 @@ from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .prompts_mmcot import VirtualTokens
 from .stages_mmcot import HUB_OPTIONS, PLACEMENT_OPTIONS
-from .versions_mmcot import CACHE, takes_cache_by_either_name
+from .versions_mmcot import CACHE, CUSTOM_CODE_QUESTION, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 # Tokens of all choices of a problem together up to which they are scored in one packed pass, whose mask grows with
@@ -76,7 +76,7 @@ class InitializedAsT5:
     """Fresh weights for both classes below: T5's for its parts, and for ours such that states keep their size."""
 
     @classmethod
-    def is_custom_code(cls) -> bool:
+    def is_not_custom_code(cls) -> bool:
         # True would make transformers skip `_init_weights` of every module without parameters of its own (T5's
         # attention, its feed-forward, the fusion): they would start with a deviation of 1.0. It guards against remote
         # code that fills tensors without transformers' init functions, and this code uses no others.
@@ -96,6 +96,9 @@ class InitializedAsT5:
                 init.normal_(parameter, std=self.config.initializer_factor * parameter.shape[1] ** -0.5)
             else:
                 init.zeros_(parameter)
+
+
+setattr(InitializedAsT5, CUSTOM_CODE_QUESTION, InitializedAsT5.is_not_custom_code)
 
 
 class MMCoTEncoder(InitializedAsT5, T5Stack):

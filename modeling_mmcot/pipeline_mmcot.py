@@ -277,7 +277,7 @@ def reply(
 
 def reply_text(processor: MMCoTProcessor, written: dict[str, Any]) -> str:
     """What all stages wrote for a problem, in their order."""
-    return " ".join(written[stage.writes] for stage in processor.stages)
+    return " ".join(written[stage.writes] for stage in processor.stages if written[stage.writes])
 
 
 @torch.no_grad()
@@ -286,6 +286,20 @@ def see(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> dict[str, to
     pixels = BatchFeature(pixels).to(model.device, model.dtype)
     features, mask = model.get_encoder().picture_patches(**pixels)
     return {"vision_features": features, "vision_mask": mask}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """
+    Problems that are read one after another. transformers streams torch's datasets in every version; it would take
+    another iterable for one problem, ask a dataset without an iterator for ever more rows, and before 5.14 read a whole
+    generator first.
+    """
+
+    def __init__(self, problems: Iterable[dict]):
+        self.problems = problems
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.problems)
 
 
 class MultimodalCoTPipeline(Pipeline):
@@ -417,12 +431,10 @@ class MultimodalCoTPipeline(Pipeline):
             inputs = {"messages": list(inputs)}
         elif isinstance(inputs, list) and is_chat(inputs[0]):
             inputs = [{"messages": list(messages)} for messages in inputs]
-        # transformers streams torch's datasets and generators only, and would take any other for one problem; and it
-        # would ask a dataset of torch's without an iterator for ever more rows.
         if isinstance(inputs, Iterable) and not isinstance(inputs, (Mapping, str, list)):
-            inputs = (problem for problem in inputs)
+            inputs = Stream(inputs)
         elif isinstance(inputs, torch.utils.data.Dataset):
-            inputs = (problem for problem in map(inputs.__getitem__, range(len(inputs))))
+            inputs = Stream(map(inputs.__getitem__, range(len(inputs))))
         return super().__call__(inputs, *args, batch_size=batch_size, **kwargs)
 
     def asked_in_text(self, inputs: Any, text: str | list, images: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .prompts_mmcot import VirtualTokens
+from .versions_mmcot import check_versions
 
 # What `from_pretrained` was given for a repository's root and its other stages need too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision")
@@ -91,6 +92,7 @@ class StageAdapters(Mapping):
             from peft import PeftConfig, PeftModelForSeq2SeqLM
         except ImportError as error:
             raise ImportError(f"The stages of {repository} are adapters, which PEFT loads: pip install peft") from error
+        check_versions("peft")
         options = hub_options(base)
         folders = {name: adapter_folder(repository, name, options) for name in names}
         config = PeftConfig.from_pretrained(folders[names[0]])

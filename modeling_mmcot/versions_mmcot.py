@@ -16,7 +16,9 @@ PYTHON = (3, 11)
 WINDOWS: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "torch": ((2, 9), None),
     "transformers": ((5, 12), (6, 0)),  # a major version changes what remote code relies on
+    "peft": ((0, 19), None),  # only where stages are adapters
 }
+REQUIRED = ("torch", "transformers")
 
 
 def needed(name: str) -> str:
@@ -25,15 +27,19 @@ def needed(name: str) -> str:
     return f"{name}>={'.'.join(map(str, lowest))}" + (f",<{too_new[0]}" if too_new else "")
 
 
-def check_versions() -> None:
+def check_versions(*names: str) -> None:
     """
+    Args:
+        names: of libraries in `WINDOWS`.
+
     Raises:
         ImportError: Python or a library is outside of its window: what is installed, what is needed, what to type.
     """
     if sys.version_info[:2] < PYTHON:
         found, lowest = (".".join(map(str, numbers[:2])) for numbers in (sys.version_info, PYTHON))
         raise ImportError(f"mmcot needs Python {lowest} or newer, and this is {found}: python{lowest} -m venv .venv")
-    for name, (lowest, too_new) in WINDOWS.items():
+    for name in names:
+        lowest, too_new = WINDOWS[name]
         installed = version(name)
         numbers = tuple(map(int, re.findall(r"\d+", installed)[:2]))
         if numbers < lowest or (too_new is not None and numbers >= too_new):
@@ -42,12 +48,16 @@ def check_versions() -> None:
             )
 
 
-check_versions()
+check_versions(*REQUIRED)
 
-from transformers.models.t5.modeling_t5 import T5Stack  # noqa: E402 (only after the check)
+from transformers import PreTrainedModel  # noqa: E402 (only after the check)
+from transformers.models.t5.modeling_t5 import T5Stack  # noqa: E402
 
 # transformers 5.24 renamed the cache that T5's decoder takes and returns, from `past_key_values` to `cache`.
 CACHE = "cache" if "cache" in inspect.signature(T5Stack.forward).parameters else "past_key_values"
+
+# transformers 5.13 asks `is_custom_code` before it initializes a module's weights; before, `is_remote_code`.
+CUSTOM_CODE_QUESTION = "is_custom_code" if hasattr(PreTrainedModel, "is_custom_code") else "is_remote_code"
 
 
 def takes_cache_by_either_name(forward: Callable) -> Callable:

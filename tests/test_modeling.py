@@ -242,7 +242,7 @@ def t5_checkpoint(folder, **config):
 def untied_t5_checkpoint(folder):
     """A checkpoint as T5 v1.1's and FLAN-T5's are: a head of its own in the file."""
     t5_checkpoint(folder, tie_word_embeddings=False, feed_forward_proj="gated-gelu")
-    weights = load_file(folder / "model.safetensors")
+    weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     weights["lm_head.weight"] = torch.randn(64, 32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return weights

@@ -69,7 +69,23 @@ for _ in range(2):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
-print(json.dumps([transformers.__version__, results, texts, losses]))
+
+# A model that starts from a T5 checkpoint, tied and not: its text weights, and a fusion that is not left as memory was.
+from transformers import T5Config, T5ForConditionalGeneration
+size = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+started = []
+for head in ({}, {"scale_decoder_outputs": False, "feed_forward_proj": "gated-gelu"}):
+    torch.manual_seed(0)
+    text_model = T5ForConditionalGeneration(T5Config(**size, **head))
+    text_model.save_pretrained("text")
+    memory = [torch.full((size["d_model"], size["d_model"]), float("nan")) for _ in range(1000)]
+    del memory  # what new tensors are made of
+    for fusion in ("gated", "gated_mha"):
+        new = type(loaded[1]).from_pretrained("text", vision_hidden_size=10, fusion=fusion)
+        assert torch.equal(new.shared.weight, text_model.shared.weight)
+        deviations = {name: value.std().item() for name, value in new.encoder.fusion.named_parameters()}
+        started.append({name: round(value, 1) for name, value in deviations.items()})
+print(json.dumps([transformers.__version__, results, texts, losses, started]))
 """
 
 
@@ -125,8 +141,8 @@ def adapted(tiny_dataset, problems, tmp_path_factory):
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("system", ["whole", "adapted"])
 def test_each_version_gives_the_same_texts_and_scores(system, environment, request):
-    folder, (_, expected, expected_texts, expected_losses) = request.getfixturevalue(system)
-    found_version, found, texts, losses = answers_of(str(environment), folder)
+    folder, (_, expected, expected_texts, expected_losses, expected_started) = request.getfixturevalue(system)
+    found_version, found, texts, losses, started = answers_of(str(environment), folder)
     assert found_version == environment.name != version("transformers")
     furthest = 0.0
     for one, other in zip(found, expected, strict=True):
@@ -138,6 +154,7 @@ def test_each_version_gives_the_same_texts_and_scores(system, environment, reque
     assert furthest <= 1e-5
     assert texts == expected_texts
     assert losses == pytest.approx(expected_losses, abs=1e-5)
+    assert started == expected_started
 
 
 @pytest.mark.parametrize("opened", ["AutoConfig", "AutoModel", "AutoProcessor", "pipeline"])
@@ -189,15 +206,17 @@ def refusal(python: str, code: str, folder: Path) -> str:
         ("transformers", "6.0.0.dev0", True),
         ("torch", "2.8.0+cu128", True),
         ("torch", "2.14.1+cu130", False),
+        ("peft", "0.18.0", True),
+        ("peft", "0.19.0", False),
     ],
 )
 def test_the_window_of_versions(library, installed, is_refused, monkeypatch):
     monkeypatch.setattr(versions_mmcot, "version", lambda name: installed if name == library else version(name))
     if not is_refused:
-        versions_mmcot.check_versions()
+        versions_mmcot.check_versions(library)
         return
     with pytest.raises(ImportError, match=f"{library} {re.escape(installed)} is installed: pip install '{library}>="):
-        versions_mmcot.check_versions()
+        versions_mmcot.check_versions(library)
 
 
 def test_a_python_that_is_too_old_is_refused(monkeypatch):
