@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
@@ -38,11 +39,10 @@ from mmcot.hub import export
 from mmcot.hub_checks import check_model_folder, is_model_file, names_of
 from mmcot.run_folder import FINISHED, judged_split
 from mmcot.verification import answer_of_a_stranger
-from mmcot.versions import TransportError
 from modeling_mmcot import MMCoTProcessor
 
 GITATTRIBUTES = ".gitattributes"  # the Hub's own
-HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, TransportError, ConnectionError)
+HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx2.TransportError, ConnectionError)
 MAKER = "mmcot"  # the key in a card's metadata by which a repository of ours is known
 
 
