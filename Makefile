@@ -20,7 +20,7 @@ test-versions: $(ENVIRONMENT)
 	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
 	$(PY) -m pytest tests/test_versions.py -s
 
-# All tests, with the lowest version of everything that the requirements admit.
+# All tests, with the lowest version of everything that requirements.txt admits.
 test-lowest: .venv-lowest/.installed
 	$(PY:.venv/%=.venv-lowest/%) -m pytest
 
@@ -39,6 +39,6 @@ $(ENVIRONMENT): requirements.txt requirements-dev.txt
 
 .venv-lowest/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-lowest
-	sed -n '/^[a-z]/s/>=/==/p; /^[a-z][a-z-]* /p' requirements.txt requirements-dev.txt > .venv-lowest/requirements.txt
-	.venv-lowest/bin/pip install -q -r .venv-lowest/requirements.txt
+	sed -n 's/>=/==/p' requirements.txt > .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install -q -r requirements-dev.txt -c .venv-lowest/constraints.txt
 	touch $@
