@@ -139,7 +139,7 @@ def check_adapters(model_config: ModelConfig, linear_layers: list[str], peft_typ
 
 
 def quantization(model_config: ModelConfig) -> BitsAndBytesConfig | None:
-    """How the base is quantized while adapters are trained: the linear layers of the text model."""
+    """How the base's text model is quantized while adapters are trained."""
     config = get_quantization_config(model_config)
     if config is None:
         return None
@@ -148,7 +148,6 @@ def quantization(model_config: ModelConfig) -> BitsAndBytesConfig | None:
         raise ValueError(f"{asked} is set, which needs bitsandbytes, and that is not installed.")
     if not torch.cuda.is_available():
         raise ValueError(f"{asked} is set, which needs a GPU, and this machine has none.")
-    config.llm_int8_skip_modules = ["lm_head", FUSION, "vision_tower"]
     return config
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
@@ -39,10 +38,11 @@ from mmcot.hub import export
 from mmcot.hub_checks import check_model_folder, is_model_file, names_of
 from mmcot.run_folder import FINISHED, judged_split
 from mmcot.verification import answer_of_a_stranger
+from mmcot.versions import TransportError, validate_card
 from modeling_mmcot import MMCoTProcessor
 
 GITATTRIBUTES = ".gitattributes"  # the Hub's own
-HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, httpx2.TransportError, ConnectionError)
+HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, TransportError, ConnectionError)
 MAKER = "mmcot"  # the key in a card's metadata by which a repository of ours is known
 
 
@@ -167,7 +167,7 @@ def compare(folder: Path, repository: Repository, overwrite: bool, dry_run: bool
     """
     try:
         state = state_of(HfApi(), repository)
-        RepoCard.load(folder / "README.md").validate(repository.repo_type)
+        validate_card(RepoCard.load(folder / "README.md"), repository.repo_type)
     except OfflineModeIsEnabled:
         if not dry_run:
             raise

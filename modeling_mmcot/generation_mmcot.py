@@ -131,6 +131,7 @@ def packed_linears(model: PreTrainedModel) -> Iterator[None]:
         module
         for module in model.modules()
         if type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # not a quantized one
         and ("forward" not in module.__dict__ or module in PACKED)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32

@@ -30,7 +30,7 @@ from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .prompts_mmcot import VirtualTokens
-from .stages_mmcot import HUB_OPTIONS, PLACEMENT_OPTIONS
+from .stages_mmcot import HUB_OPTIONS, PLACEMENT_OPTIONS, quantization_of_text
 from .versions_mmcot import CACHE, CUSTOM_CODE_QUESTION, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
@@ -292,10 +292,13 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
         """
-        transformers' own, and two things for systems of several stages: a stage in a subfolder gets the generation
-        config that lies there, and the model keeps (in memory only) how it was loaded, so that the other stages can be
-        loaded alike.
+        transformers' own, and three things more. Quantized are the linear layers of the text model, if the
+        quantization's configuration does not say otherwise; a stage in a subfolder gets the generation config that
+        lies there; and the model keeps (in memory only) how it was loaded, so that the other stages can be loaded
+        alike.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loading_options = {

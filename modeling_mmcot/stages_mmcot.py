@@ -4,6 +4,7 @@ What a stage does with its model is `pipeline_mmcot.py`'s. PEFT is imported only
 """
 
 import contextlib
+import copy
 import hashlib
 import os
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
 from .prompts_mmcot import VirtualTokens
@@ -55,6 +57,18 @@ def hub_options(root: PreTrainedModel) -> dict[str, Any]:
 def placement_options(root: PreTrainedModel) -> dict[str, Any]:
     """How a root's weights were laid out: on which devices, in which quantization."""
     return {name: root.loading_options[name] for name in PLACEMENT_OPTIONS if name in root.loading_options}
+
+
+def quantization_of_text(config: Any) -> Any:
+    """
+    A quantization's configuration (or its dict), by which the text model's linear layers alone are quantized, unless it
+    names itself what is not: each stage has a fusion of its own, beside its adapter, and the tower is small.
+    """
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.copy(config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes' name, and most others'
+        if getattr(config, name, ()) is None:
+            setattr(config, name, ["lm_head", "encoder.fusion", "encoder.vision_tower"])
+    return config
 
 
 @contextlib.contextmanager

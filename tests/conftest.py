@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
@@ -218,6 +219,28 @@ def tiny_run(tiny_dataset, tmp_path_factory) -> Path:
     """The finished run of `tests/tiny.yaml`, made as a user makes one."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     run_script("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder)
+    return folder
+
+
+LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q", "v", "wi_0", "--learning_rate", "0.02")
+
+
+@pytest.fixture(scope="session")
+def adapter_recipe(tiny_dataset, tmp_path_factory) -> Path:
+    """The tiny one in FLAN-T5's shape: gated feed-forward, a head of its own."""
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values["dataset"] = str(tiny_dataset)
+    values["text_config"].update(feed_forward_proj="gated-gelu", scale_decoder_outputs=False)
+    file = tmp_path_factory.mktemp("recipe") / "adapters.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="session")
+def adapter_run(adapter_recipe, tmp_path_factory) -> Path:
+    """A finished run whose stages adapt one base."""
+    folder = tmp_path_factory.mktemp("runs") / "adapters"
+    run_script("train.py", "--config", adapter_recipe, "--output_dir", folder, *LORA)
     return folder
 
 

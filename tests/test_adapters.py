@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-import yaml
-from conftest import TINY_RECIPE, as_a_stranger, run_script, tiny_model
+from conftest import LORA, as_a_stranger, run_script, tiny_model
 from peft import PeftModelForSeq2SeqLM
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -19,29 +18,10 @@ from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pipeline_mmcot import run_stages
 
 STAGES = ("rationale", "answer")
-LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q", "v", "wi_0", "--learning_rate", "0.02")
-
-
-@pytest.fixture(scope="session")
-def recipe(tiny_dataset, tmp_path_factory):
-    """The tiny one in FLAN-T5's shape: gated feed-forward, a head of its own."""
-    values = yaml.safe_load(TINY_RECIPE.read_text())
-    values["dataset"] = str(tiny_dataset)
-    values["text_config"].update(feed_forward_proj="gated-gelu", scale_decoder_outputs=False)
-    file = tmp_path_factory.mktemp("recipe") / "adapters.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
 
 
 def train(recipe, folder, *options, check=True):
     return run_script("train.py", "--config", recipe, "--output_dir", folder, *options, check=check)
-
-
-@pytest.fixture(scope="session")
-def adapter_run(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "adapters"
-    train(recipe, folder, *LORA)
-    return folder
 
 
 @pytest.fixture
@@ -158,8 +138,8 @@ def test_adapters_are_switched_by_stage_with_their_ways_to_generate(adapter_run)
 
 
 @pytest.mark.slow
-def test_merged_stages_are_whole_models_that_answer_alike(adapter_run, recipe, tmp_path):
-    train(recipe, tmp_path / "run", *LORA, "--merge_adapters", "true")
+def test_merged_stages_are_whole_models_that_answer_alike(adapter_run, adapter_recipe, tmp_path):
+    train(adapter_recipe, tmp_path / "run", *LORA, "--merge_adapters", "true")
     hub = tmp_path / "run" / "hub"
     assert not list(hub.rglob("adapter_*")) and not (tmp_path / "run" / "base").exists()
     assert (hub / "rationale" / "model.safetensors").exists()
@@ -173,17 +153,17 @@ def test_merged_stages_are_whole_models_that_answer_alike(adapter_run, recipe, t
 
 
 @pytest.mark.slow
-def test_a_bfloat16_base_is_merged_in_bfloat16(recipe, tmp_path):
+def test_a_bfloat16_base_is_merged_in_bfloat16(adapter_recipe, tmp_path):
     options = ("--dtype", "bfloat16", "--bf16", "true", "--merge_adapters", "true", "--max_steps", "2")
-    train(recipe, tmp_path / "run", *LORA, *options)
+    train(adapter_recipe, tmp_path / "run", *LORA, *options)
     weights = load_file(tmp_path / "run" / "hub" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert (tmp_path / "run" / "predictions" / "test.json").exists()
 
 
 @pytest.mark.slow
-def test_a_tower_trained_beside_adapters_is_each_stages_own(recipe, problems, tmp_path):
-    train(recipe, tmp_path / "run", *LORA, "--lora_modules_to_save", "vision_tower", "--max_steps", "6")
+def test_a_tower_trained_beside_adapters_is_each_stages_own(adapter_recipe, problems, tmp_path):
+    train(adapter_recipe, tmp_path / "run", *LORA, "--lora_modules_to_save", "vision_tower", "--max_steps", "6")
     processor, models = load_system(str(tmp_path / "run"))
     apart = {stage: merged(tmp_path / "run" / "hub", stage) for stage in STAGES}
     towers = [apart[stage].encoder.vision_tower.state_dict() for stage in STAGES]
@@ -198,7 +178,7 @@ def test_a_tower_trained_beside_adapters_is_each_stages_own(recipe, problems, tm
 
 
 @pytest.mark.slow
-def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(adapter_run, recipe, tmp_path):
+def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(adapter_run, adapter_recipe, tmp_path):
     """As if killed after the checkpoint of step 20 of the last stage."""
     folder = tmp_path / "run"
     shutil.copytree(adapter_run, folder)
@@ -209,7 +189,7 @@ def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(adapter_run, recipe,
     assert (folder / "answer" / "checkpoint-20").is_dir()
     for split in ("val", "test"):
         (folder / "predictions" / f"{split}.json").unlink()
-    train(recipe, folder, *LORA)
+    train(adapter_recipe, folder, *LORA)
     for name in ("answer/adapter_model.safetensors", "predictions/test.json"):
         assert (folder / name).read_bytes() == (adapter_run / name).read_bytes()
 
@@ -264,6 +244,7 @@ def test_names_that_match_nothing_are_refused_with_those_that_there_are():
 
 
 def test_quantization_without_the_means_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="load_in_4bit is set, which needs bitsandbytes"):
         quantization(ModelConfig(use_peft=True, load_in_4bit=True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -280,13 +261,14 @@ def test_quantization_without_the_means_is_refused(monkeypatch):
         (("--use_peft", "true", "--lora_target_modules", "query", "value"), ("'query'", "q, v")),
         (("--use_peft", "true", "--dtype", "bfloat16"), ("bfloat16", "bf16: true")),
         (("--use_peft", "true", "--freeze_vision", "false"), ("freeze_vision", "lora_modules_to_save")),
-        (("--use_peft", "true", "--load_in_4bit", "true"), ("load_in_4bit", "bitsandbytes")),
         (("--use_peft", "true", "--load_in_4bit", "true", "--merge_adapters", "true"), ("merge_adapters", "quantized")),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_before_anything_is_written(options, expected, recipe, tmp_path):
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_written(
+    options, expected, adapter_recipe, tmp_path
+):
     with pytest.raises(SystemExit) as stopped:
-        main(["--config", str(recipe), "--output_dir", str(tmp_path / "run"), *options])
+        main(["--config", str(adapter_recipe), "--output_dir", str(tmp_path / "run"), *options])
     assert all(word in stopped.value.code for word in expected), stopped.value.code
     assert not (tmp_path / "run").exists()
 

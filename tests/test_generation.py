@@ -104,6 +104,20 @@ def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(model, sourc
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+def test_weights_of_another_kind_are_not_packed():
+    """torchao's quantized ones are such a subclass, and have no oneDNN form."""
+
+    class Quantized(torch.Tensor):
+        pass
+
+    model = tiny_model()
+    layer = model.decoder.block[0].layer[0].SelfAttention.q
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
+    with packed_linears(model):
+        assert "forward" not in layer.__dict__
+        assert "forward" in model.decoder.block[0].layer[0].SelfAttention.k.__dict__
+
+
 @pytest.mark.parametrize("max_packed_length", [512, 0])  # packed; in a pass for each choice
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(

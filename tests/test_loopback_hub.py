@@ -351,11 +351,13 @@ def test_a_snapshot_is_there_offline(hub, tmp_path):
 
 def test_cards(hub, tmp_path):
     code = f"""
+    from mmcot.versions import validate_card
+
     def card(metadata, repo_type="model"):
-        return error(RepoCard(f"---\\n{{metadata}}\\n---\\ntext", True).validate, repo_type)
+        return error(validate_card, RepoCard(f"---\\n{{metadata}}\\n---\\ntext", True), repo_type)
     with_readme = [add("README.md", "---\\nlicense: 3\\n---\\n")]
     print(json.dumps([
-        error(ModelCard({CARD!r}).validate),
+        error(validate_card, ModelCard({CARD!r}), "model"),
         card("license: [mit, apache-2.0]"),
         card("title: a space", "space"),
         card("license: 3"),

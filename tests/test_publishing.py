@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY_RECIPE, run_script
+from conftest import REPOSITORY, run_script
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from loopback_hub import LoopbackHub, client_environment
 from peft import PromptTuningConfig
@@ -564,12 +564,9 @@ def test_without_token_rights_or_network_it_says_what_to_do(hub, run, published,
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_dataset, tmp_path_factory):
-    """A finished run whose stages adapt one base."""
-    folder = tmp_path_factory.mktemp("runs") / "adapters"
-    lora = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q", "v", "--learning_rate", "0.02")
-    run_script("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder, *lora)
-    return folder
+def adapters(adapter_run, tmp_path_factory):
+    """A finished run whose stages adapt one base, to publish."""
+    return shutil.copytree(adapter_run, tmp_path_factory.mktemp("published") / "adapters")
 
 
 ANSWERS = """

@@ -204,7 +204,8 @@ def test_texts_are_streamed(app, answer, choices):
     assert last == answer(problem)
     for column in ["rationale", *(["answer"] if not choices else [])]:
         texts = [result[column] for result in growing if column in result]
-        assert len(set(texts)) > 2 and texts[-1] == last[column]
+        assert len(set(texts)) > (2 if column == "rationale" else 1)  # an answer may be one word, which comes whole
+        assert texts[-1] == last[column]
         assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
