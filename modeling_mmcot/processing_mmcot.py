@@ -225,6 +225,15 @@ class MMCoTProcessor(ProcessorMixin):
             processor_dict["image_processor"] = build_image_processor(processor_dict["image_processor"])
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
+    @staticmethod
+    def get_possibly_dynamic_module(module_name):
+        # A file of the model's may name an audio tokenizer, which transformers loads from the repository that it names.
+        if module_name not in ("PreTrainedTokenizerBase", "MistralCommonBackend"):
+            raise ValueError(
+                f"A file of this processor's names the class {module_name!r}; expected none: it has no audio tokenizer."
+            )
+        return ProcessorMixin.get_possibly_dynamic_module(module_name)
+
     def save_pretrained(self, save_directory, **kwargs):
         # A tokenizer keeps how it last padded and cut texts and where it was loaded from, which would be saved: one
         # processor, several sets of files.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import datasets
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import HUB_FEATURES, TINY_RECIPE, as_a_stranger, hub_rows, run_script
+from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, as_a_stranger, hub_rows, run_script, tiny_model
 from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 from PIL import Image
 
@@ -23,6 +24,14 @@ from mmcot.report import write_report
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.processing_mmcot import Stage, render
 from modeling_mmcot.vision_mmcot import build_vision_tower
+
+
+def test_every_test_that_the_list_names_is_there():
+    file = ""
+    text = (REPOSITORY / "docs" / "security.md").read_text()
+    for module, function in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", text):
+        file = module or file
+        assert f"def {function}(" in (REPOSITORY / "tests" / file).read_text()
 
 
 @pytest.fixture
@@ -49,6 +58,17 @@ def test_a_processors_file_calls_nothing_but_image_processors(folder, tmp_path):
     result = run_script(*command, check=False)
     assert result.returncode != 0 and "expected an image processor" in result.stderr
     assert not (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "audio_tokenizer_config.json"])
+def test_a_processors_file_loads_no_audio_tokenizer_of_another_repository(folder, tiny_run, file):
+    attack = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(tiny_run / "answer")}
+    if file == "processor_config.json":
+        change(folder / file, audio_tokenizer=attack)
+    else:
+        (folder / file).write_text(json.dumps(attack))
+    with pytest.raises(ValueError, match="names the class 'AutoModel'; expected none: it has no audio tokenizer"):
+        MMCoTProcessor.from_pretrained(folder)
 
 
 def test_a_towers_configuration_runs_no_code_of_its_own(tmp_path):
@@ -233,6 +253,16 @@ def test_no_text_of_a_dataset_or_a_model_is_html_in_the_report(tmp_path):
             shown, elements = page.locator("body").inner_text(), page.locator("[id=planted]").count()
             browser.close()
         assert "<img id=planted" in shown and elements == 0 and alerts == []
+
+
+@pytest.mark.parametrize(
+    "settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"num_beam_groups": 2, "num_beams": 2}, {"dola_layers": "low"}]
+)
+def test_a_way_to_generate_runs_no_code_of_the_hub(settings):
+    model = tiny_model()
+    model.generation_config.update(**settings)
+    with pytest.raises(ValueError, match="requires `trust_remote_code=True` in your `generate` call"):
+        model.generate(torch.tensor([[3, 4, 1]]))
 
 
 def test_weights_are_never_pickles(folder):

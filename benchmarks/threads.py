@@ -1,0 +1,101 @@
+"""One loaded pipeline asked by several threads at once: problems a second, and what its locks cost.
+
+    python -m benchmarks.threads RUN [--count 96]
+
+RUN is a finished run of the demonstration, whose test problems these are, each asked alone. Asked are its whole models
+and a system of adapters over its answer stage, with random LoRA weights. Against threads stands the same number of
+processes, each with a pipeline of its own. With 1 and with 2 threads of torch's own. Medians of 3. Prints a JSON
+object.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
+
+from benchmarks.bulk import problems
+from benchmarks.setting import report
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor, MultimodalCoTPipeline
+
+REPEATS = 3
+CALLERS = (1, 2, 4)
+PIPE: MultimodalCoTPipeline
+
+
+def load(folder: str, torch_threads: int) -> None:
+    """In this process, for the calls that come after."""
+    global PIPE
+    torch.set_num_threads(torch_threads)
+    model = MMCoTForConditionalGeneration.from_pretrained(folder)
+    PIPE = MultimodalCoTPipeline(model=model, processor=MMCoTProcessor.from_pretrained(folder), check=False)
+
+
+def call(problem: dict) -> str:
+    return PIPE(problem)["rationale"]
+
+
+def with_adapters(hub: Path, folder: Path) -> str:
+    """The answer stage's model as a base, an adapter for each stage, and the run's processor."""
+    base = MMCoTForConditionalGeneration.from_pretrained(hub)
+    processor = MMCoTProcessor.from_pretrained(hub)
+    base.config.stage_adapters = [stage.name for stage in processor.stages]
+    base.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for stage in processor.stages:
+        model = MMCoTForConditionalGeneration.from_pretrained(folder)
+        get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])).save_pretrained(
+            folder / stage.name
+        )
+        model.generation_config.max_new_tokens = 64
+        model.generation_config.save_pretrained(folder / stage.name)
+    return str(folder)
+
+
+def speed(executor: Executor, asked: list[dict]) -> tuple[float, list[str]]:
+    """Problems a second, and the rationales; all processes have answered before the clock starts."""
+    list(executor.map(call, asked[:8]))
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        rationales = list(executor.map(call, asked))
+        seconds.append(time.perf_counter() - start)
+    return round(len(asked) / statistics.median(seconds), 1), rationales
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--count", type=int, default=96)
+    arguments = parser.parse_args()
+    asked = list(problems(arguments.count))
+    result: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        systems = {
+            "whole models": str(arguments.run / "hub"),
+            "adapters": with_adapters(arguments.run / "hub", Path(temporary) / "adapters"),
+        }
+        cases = [(name, torch_threads, callers) for name in systems for torch_threads in (1, 2) for callers in CALLERS]
+        for name, torch_threads, callers in tqdm(cases):
+            load(systems[name], torch_threads)
+            expected = [call(problem) for problem in asked]
+            with ThreadPoolExecutor(callers) as executor:
+                by_threads, rationales = speed(executor, asked)
+            initial = {"initializer": load, "initargs": (systems[name], torch_threads)}
+            with ProcessPoolExecutor(callers, mp_context=get_context("spawn"), **initial) as executor:
+                by_processes, _ = speed(executor, asked)
+            result[f"{name}, torch's threads: {torch_threads}, callers: {callers}"] = {
+                "problems a second": {"threads": by_threads, "processes": by_processes},
+                "same rationales": sum(map(str.__eq__, expected, rationales)),
+            }
+    report("threads", result, None)
+
+
+if __name__ == "__main__":
+    main()
