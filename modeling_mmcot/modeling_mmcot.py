@@ -30,7 +30,7 @@ from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .prompts_mmcot import VirtualTokens
-from .stages_mmcot import HUB_OPTIONS, PLACEMENT_OPTIONS, quantization_of_text
+from .stages_mmcot import HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
 from .versions_mmcot import CACHE, CUSTOM_CODE_QUESTION, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
@@ -273,7 +273,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
-        self.loading_options: dict[str, Any] = {}
+        self.loading_options = LoadingOptions()
         self.encoder = MMCoTEncoder(self.encoder.config)
         use_fast_layers(self.decoder)
         if config.vision_config is not None:
@@ -301,9 +301,9 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.loading_options = {
-            name: kwargs[name] for name in HUB_OPTIONS + PLACEMENT_OPTIONS if kwargs.get(name) is not None
-        }
+        model.loading_options = LoadingOptions(
+            {name: kwargs[name] for name in HUB_OPTIONS + PLACEMENT_OPTIONS if kwargs.get(name) is not None}
+        )
         folder = os.path.join(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if os.path.isfile(os.path.join(folder, "generation_config.json")):
             # transformers joins a subfolder to a folder's absolute path in a way that drops it, and takes the root's.

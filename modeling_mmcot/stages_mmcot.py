@@ -24,6 +24,13 @@ HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "prox
 PLACEMENT_OPTIONS = ("device_map", "max_memory", "offload_folder", "quantization_config")
 
 
+class LoadingOptions(dict):
+    """How a model was loaded, in memory only: a token among it reaches no file, not even a pickle."""
+
+    def __reduce__(self):
+        return LoadingOptions, ()
+
+
 def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Mapping[str, PreTrainedModel]:
     """
     The model of each stage, in evaluation mode, by the stage's name: loaded as the root was (token, cache, device map,

@@ -1,6 +1,7 @@
 """The stages in one process: what they share is computed once, and sharing changes nothing."""
 
 import io
+import pickle
 
 import datasets
 import pytest
@@ -330,6 +331,7 @@ def test_hub_options_reach_every_stage(answer, tmp_path, monkeypatch):
     options = {"token": "secret", "cache_dir": str(tmp_path / "cache"), "device_map": "cpu"}
     loaded = type(root).from_pretrained(tmp_path, **options)
     assert loaded.loading_options == options
+    assert b"secret" not in pickle.dumps(loaded) and not pickle.loads(pickle.dumps(loaded)).loading_options
     loaded.config._commit_hash = "a" * 40
     monkeypatch.setattr(type(root), "from_pretrained", lambda *args, **kwargs: given.append((args, kwargs)) or root)
     load_stages(loaded, "user/model", ["rationale", "answer"])
