@@ -184,7 +184,7 @@ def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
     columns = {name: [row[name]] for name in features}
     table = datasets.Dataset.from_dict(columns, features=features).data.table
     pyarrow.parquet.write_table(table, tmp_path / "hub" / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="row 0: image is the path .*private.png.*expected its bytes"):
+    with pytest.raises(ValueError, match="row 0: image is the path .*expected its bytes"):
         load_problems(str(tmp_path / "hub"), "test")
 
 

@@ -18,6 +18,7 @@ import pytest
 from conftest import REPOSITORY, TINY_RECIPE, run_script
 
 from mmcot.demo import generate
+from mmcot.hub import shipped_code
 from modeling_mmcot import versions_mmcot
 
 VERSIONS = Path(os.environ.get("MMCOT_VERSIONS", REPOSITORY / ".versions"))
@@ -122,6 +123,8 @@ def whole(request, problems, tmp_path_factory):
     """A folder with a repository of whole models and the problems, and what this environment answers."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(DEMO if DEMO.is_dir() else request.getfixturevalue("tiny_run") / "hub", folder / "model")
+    for file in shipped_code():  # the demonstration may be of earlier code
+        shutil.copy(file, folder / "model")
     (folder / "problems.json").write_text(problems)
     return folder, answers_of("installed", folder)
 
