@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ENVIRONMENT = .venv/.installed
 PY = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python
-# A process for each core, one thread in each: starting processes is what most tests spend their time with.
+# In up to four processes, one thread in each: starting processes is what most tests spend their time with.
 IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow test-versions test-lowest lint format
@@ -20,7 +20,7 @@ test-slow: $(ENVIRONMENT)
 # What ships gives the same texts and scores under each minor version of transformers, or under VERSIONS="…".
 test-versions: $(ENVIRONMENT)
 	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
-	$(PY) -m pytest tests/test_versions.py -s
+	MMCOT_VERSIONS=.versions $(PY) -m pytest tests/test_versions.py -s
 
 # All tests, with the lowest version of everything that requirements.txt admits.
 test-lowest: .venv-lowest/.installed

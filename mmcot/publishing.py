@@ -114,7 +114,7 @@ def finished_processor(run_folder: Path) -> MMCoTProcessor:
         raise ValueError(
             f"{run_folder} is not a finished run: it has no hub/, which train.py writes last. Run it to its end."
         )
-    processor = MMCoTProcessor.from_pretrained(run_folder / "hub")
+    processor = MMCoTProcessor.from_pretrained(run_folder / "hub", trust_remote_code=False)
     for stage in processor.stages:
         if not (run_folder / stage.name / FINISHED).is_file():
             raise ValueError(f"{run_folder} is not a finished run: its {stage.name} stage is not trained to its end.")

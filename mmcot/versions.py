@@ -28,7 +28,9 @@ def validate_card(card: RepoCard, repo_type: str) -> None:
     if tuple(map(int, version("huggingface-hub").split(".")[:2])) >= (2, 2):
         return card.validate(repo_type)
     response = get_session().post(
-        f"{constants.ENDPOINT}/api/validate-yaml", json={"repoType": repo_type, "content": str(card)}
+        f"{constants.ENDPOINT}/api/validate-yaml",
+        json={"repoType": repo_type, "content": str(card)},
+        headers={"Accept": "text/plain"},
     )
     if response.status_code == 400:
         raise ValueError(response.text)

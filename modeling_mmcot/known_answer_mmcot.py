@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .pipeline_mmcot import choose_answers, encode, generate_texts
+from .pipeline_mmcot import choose_answers, encode, generate_finite
 from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage
 from .stages_mmcot import hub_options, stage_model
 
@@ -59,8 +59,8 @@ def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, s
             "source": stage.render_source(problem),
             "dtype": str(model.dtype).removeprefix("torch."),
             "logits": [[round(value, 6) for value in row] for row in logits[:, spread].tolist()],
-            "greedy": generate_texts(
-                model, processor, encoded, num_beams=1, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
+            "greedy": generate_finite(
+                model, processor, stage, [problem], encoded, num_beams=1, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
             )[0],
         }
         if stage.answers:
@@ -80,21 +80,22 @@ def picture_inputs(model: PreTrainedModel, processor: MMCoTProcessor, stage: Sta
 
 def write_known_answer(folder: str | os.PathLike, models: Mapping[str, PreTrainedModel], processor) -> None:
     """Into a folder that holds the whole system, whose weights' files it names by their SHA-256."""
-    known = {**known_answer(models, processor), "weights": weights_of(folder)}
+    weights = {name: sha256(path) for name, path in weights_of(folder).items()}
+    known = {**known_answer(models, processor), "weights": weights}
     with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
         json.dump(known, file, indent=1)
         file.write("\n")
 
 
 def weights_of(folder: str | os.PathLike) -> dict[str, str]:
-    """The SHA-256 of each safetensors file of the folder and its subfolders."""
-    digests = {}
+    """The safetensors files of the folder and its subfolders, by their names from the folder on."""
+    paths = {}
     for parent, _, names in sorted(os.walk(folder)):
         for name in sorted(names):
             if name.endswith(".safetensors"):
                 path = os.path.join(parent, name)
-                digests[os.path.relpath(path, folder).replace(os.sep, "/")] = sha256(path)
-    return digests
+                paths[os.path.relpath(path, folder).replace(os.sep, "/")] = path
+    return paths
 
 
 def sha256(path: str) -> str:
@@ -118,7 +119,12 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
     # The files that were loaded lie beside it; the names that it holds open nothing.
     found = weights_of(os.path.dirname(path))
     for name, digest in known["weights"].items():
-        if found.get(name) != digest:
+        if name not in found:
+            raise ValueError(
+                f"{repository}: its known answer names {name}, which does not lie beside it: other weights were loaded "
+                f"(a variant?). check=False loads them all the same."
+            )
+        if sha256(found[name]) != digest:
             raise ValueError(
                 f"{repository}: {name} is not the file that was exported with its known answer: it is damaged or was "
                 f"replaced. Download it again (force_download=True); of weights of your own, write the system with "
@@ -126,7 +132,7 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
             )
     if getattr(root, "is_quantized", False):
         logger.warning(
-            "Only the files of %s are checked: quantized weights round by more than a fault shows.", repository
+            "Only the files of %s are checked: quantization changes its numbers by more than a fault would.", repository
         )
         return
     for stage in processor.stages:
@@ -141,7 +147,7 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
 
 
 def known_answer_file(root: PreTrainedModel) -> str | None:
-    """Where it lies on this machine; None for a model from no repository, or from one that has none."""
+    """The path of the known answer; None for a model from no repository, or from one that has none."""
     if not root.name_or_path:
         return None
     options = {name: value for name, value in hub_options(root).items() if name != "force_download"}

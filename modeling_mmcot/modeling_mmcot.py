@@ -30,8 +30,8 @@ from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .prompts_mmcot import VirtualTokens
-from .stages_mmcot import HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
-from .versions_mmcot import CACHE, CUSTOM_CODE_QUESTION, takes_cache_by_either_name
+from .stages_mmcot import FILE_AND_CODE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
+from .versions_mmcot import CACHE, CUSTOM_CODE_METHOD, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 # Tokens of all choices of a problem together up to which they are scored in one packed pass, whose mask grows with
@@ -76,7 +76,7 @@ class InitializedAsT5:
     """Fresh weights for both classes below: T5's for its parts, and for ours such that states keep their size."""
 
     @classmethod
-    def is_not_custom_code(cls) -> bool:
+    def is_custom_code(cls) -> bool:
         # True would make transformers skip `_init_weights` of every module without parameters of its own (T5's
         # attention, its feed-forward, the fusion): they would start with a deviation of 1.0. It guards against remote
         # code that fills tensors without transformers' init functions, and this code uses no others.
@@ -98,7 +98,7 @@ class InitializedAsT5:
                 init.zeros_(parameter)
 
 
-setattr(InitializedAsT5, CUSTOM_CODE_QUESTION, InitializedAsT5.is_not_custom_code)
+setattr(InitializedAsT5, CUSTOM_CODE_METHOD, InitializedAsT5.is_custom_code)
 
 
 class MMCoTEncoder(InitializedAsT5, T5Stack):
@@ -292,17 +292,20 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
         """
-        transformers' own, and three things more. Quantized are the linear layers of the text model, if the
-        quantization's configuration does not say otherwise; a stage in a subfolder gets the generation config that
-        lies there; and the model keeps (in memory only) how it was loaded, so that the other stages can be loaded
-        alike.
+        As in transformers. Also: only the text model's linear layers are quantized, unless the quantization's
+        configuration lists the modules to skip; a stage in a subfolder gets the generation config that lies there; and
+        the model keeps (in memory only) how it was loaded, so that the other stages can be loaded alike.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loading_options = LoadingOptions(
-            {name: kwargs[name] for name in HUB_OPTIONS + PLACEMENT_OPTIONS if kwargs.get(name) is not None}
+            {
+                name: kwargs[name]
+                for name in HUB_OPTIONS + PLACEMENT_OPTIONS + FILE_AND_CODE_OPTIONS
+                if kwargs.get(name) is not None
+            }
         )
         folder = os.path.join(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if os.path.isfile(os.path.join(folder, "generation_config.json")):

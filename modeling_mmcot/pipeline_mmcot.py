@@ -93,11 +93,19 @@ def refuse_non_finite(problems: list[dict], stage: Stage, is_finite: torch.BoolT
 def generate_finite(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], encoded: dict, **generation
 ) -> list[str]:
-    """`generate_texts`, where a NaN of the decoder is an error that names the stage and the batch's first problem."""
+    """`generate_texts`, where a NaN of the decoder is an error that names the stage and the problem."""
     try:
         return generate_texts(model, processor, encoded, **generation)
     except FloatingPointError:
-        refuse_non_finite(problems, stage, torch.zeros(len(problems), dtype=torch.bool))
+        generation.pop("streamer", None)
+        for row, problem in enumerate(problems):
+            states = encoded["encoder_outputs"].last_hidden_state[row : row + 1]
+            mask = encoded["attention_mask"][row : row + 1]
+            alone = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+            try:
+                generate_texts(model, processor, alone, **generation)
+            except FloatingPointError:
+                refuse_non_finite([problem], stage, torch.tensor([False]))
         raise
 
 
@@ -291,8 +299,7 @@ def see(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> dict[str, to
 class Stream(torch.utils.data.IterableDataset):
     """
     Problems that are read one after another. transformers streams torch's datasets in every version; it would take
-    another iterable for one problem, ask a dataset without an iterator for ever more rows, and before 5.14 read a whole
-    generator first.
+    another iterable for one problem, and before 5.14 read a whole generator first.
     """
 
     def __init__(self, problems: Iterable[dict]):

@@ -21,7 +21,8 @@ from .versions_mmcot import check_versions
 
 # What `from_pretrained` was given for a repository's root and its other stages need too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision")
-PLACEMENT_OPTIONS = ("device_map", "max_memory", "offload_folder", "quantization_config")
+PLACEMENT_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers", "tp_plan", "quantization_config")
+FILE_AND_CODE_OPTIONS = ("variant", "use_safetensors", "attn_implementation")  # not of adapters, which have one file
 
 
 class LoadingOptions(dict):
@@ -29,6 +30,9 @@ class LoadingOptions(dict):
 
     def __reduce__(self):
         return LoadingOptions, ()
+
+    def __deepcopy__(self, memo):
+        return LoadingOptions(self)
 
 
 def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Mapping[str, PreTrainedModel]:
@@ -43,11 +47,11 @@ def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Map
     """
     if root.config.stage_adapters:
         return StageAdapters(root, repository, names)
-    options = {"dtype": root.dtype, **hub_options(root), **placement_options(root)}
+    options = {"dtype": root.dtype, **hub_options(root), **given_of(root, PLACEMENT_OPTIONS + FILE_AND_CODE_OPTIONS)}
     models = {}
     for name in names[:-1]:
         model = type(root).from_pretrained(repository, subfolder=name, **options).eval()
-        if not placement_options(root):
+        if not given_of(root, PLACEMENT_OPTIONS):
             model = model.to(root.device)
         share_tower(model, root)
         models[name] = model
@@ -56,24 +60,24 @@ def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Map
 
 def hub_options(root: PreTrainedModel) -> dict[str, Any]:
     """Where a root's files come from: as it was asked for, at the commit that it was loaded from."""
-    options = {name: root.loading_options[name] for name in HUB_OPTIONS if name in root.loading_options}
+    options = given_of(root, HUB_OPTIONS)
     commit = getattr(root.config, "_commit_hash", None)
     return options if commit is None else {**options, "revision": commit}
 
 
-def placement_options(root: PreTrainedModel) -> dict[str, Any]:
-    """How a root's weights were laid out: on which devices, in which quantization."""
-    return {name: root.loading_options[name] for name in PLACEMENT_OPTIONS if name in root.loading_options}
+def given_of(root: PreTrainedModel, names: tuple[str, ...]) -> dict[str, Any]:
+    """Of these options those that a root was loaded with."""
+    return {name: root.loading_options[name] for name in names if name in root.loading_options}
 
 
 def quantization_of_text(config: Any) -> Any:
     """
-    A quantization's configuration (or its dict), by which the text model's linear layers alone are quantized, unless it
-    names itself what is not: each stage has a fusion of its own, beside its adapter, and the tower is small.
+    A quantization's configuration (or its dict), by which only the text model's linear layers are quantized, unless it
+    lists the modules to skip: each stage has a fusion of its own, beside its adapter, and the tower is small.
     """
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.copy(config)
-    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes' name, and most others'
-        if getattr(config, name, ()) is None:
+    for name in ("llm_int8_skip_modules", "skip_modules", "modules_to_not_convert"):  # bitsandbytes, HQQ, most others
+        if getattr(config, name, ()) in (None, ["lm_head"]):  # the defaults
             setattr(config, name, ["lm_head", "encoder.fusion", "encoder.vision_tower"])
     return config
 
@@ -110,10 +114,10 @@ class StageAdapters(Mapping):
 
     def __init__(self, base: PreTrainedModel, repository: str, names: list[str]):
         try:
+            check_versions("peft")
             from peft import PeftConfig, PeftModelForSeq2SeqLM
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ImportError(f"The stages of {repository} are adapters, which PEFT loads: pip install peft") from error
-        check_versions("peft")
         options = hub_options(base)
         folders = {name: adapter_folder(repository, name, options) for name in names}
         config = PeftConfig.from_pretrained(folders[names[0]])

@@ -57,7 +57,7 @@ from transformers.models.t5.modeling_t5 import T5Stack  # noqa: E402
 CACHE = "cache" if "cache" in inspect.signature(T5Stack.forward).parameters else "past_key_values"
 
 # transformers 5.13 asks `is_custom_code` before it initializes a module's weights; before, `is_remote_code`.
-CUSTOM_CODE_QUESTION = "is_custom_code" if hasattr(PreTrainedModel, "is_custom_code") else "is_remote_code"
+CUSTOM_CODE_METHOD = "is_custom_code" if hasattr(PreTrainedModel, "is_custom_code") else "is_remote_code"
 
 
 def takes_cache_by_either_name(forward: Callable) -> Callable:

@@ -15,6 +15,7 @@ for version in "${versions[@]}"; do
         5.1[67].*) pinned=(huggingface-hub==1.31.0) ;;
         *) pinned=() ;;
     esac
+    rm -rf "$folder/$version.tmp"
     "$pip" install -q --no-deps --target "$folder/$version.tmp" "transformers==$version" "${pinned[@]}"
     mv "$folder/$version.tmp" "$folder/$version"
 done

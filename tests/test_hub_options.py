@@ -28,7 +28,7 @@ name, *folders = sys.argv[1:]
 api = HfApi()
 api.create_repo(name, private=True)
 for folder in folders:
-    api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["README.md"])  # it wants a licence
+    api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["README.md"])  # the Hub would want a licence
 """
 ASK = """
 import json, sys
@@ -130,6 +130,7 @@ def test_token_cache_revision_and_dtype(hub, repository, ask, tmp_path):
         return load(token=token, model_kwargs=dict(cache_dir="cache"), **options)
     old, new = load_cached(revision=commits[0]), load_cached(revision="main")
     half = load_cached(dtype=torch.bfloat16)
+    eager = load(token=token, model_kwargs=dict(attn_implementation="eager"))
     print(json.dumps({{
         "local": local,
         "refused": refused,
@@ -137,6 +138,7 @@ def test_token_cache_revision_and_dtype(hub, repository, ask, tmp_path):
         "code": [type(model).__module__.split(".")[-2] for pipe in (old, new) for model in pipe.models.values()],
         "dtypes": [str(model.dtype) for model in half.models.values()],
         "half": half(problem)["answer"],
+        "attention": [model.config._attn_implementation for model in eager.models.values()],
     }}))
     """)
     assert repository.name in found["refused"]
@@ -144,6 +146,7 @@ def test_token_cache_revision_and_dtype(hub, repository, ask, tmp_path):
     old, new = repository.commits[0], repository.commits[-1]
     assert found["code"] == [old, old, new, new]
     assert found["dtypes"] == ["torch.bfloat16"] * 2 and found["half"] in ("red", "blue")
+    assert found["attention"] == ["eager", "eager"]
     weights = [path for _, path, status in hub.requests[sent:] if path.endswith(".safetensors") and status < 300]
     assert {path.split("/resolve/")[1].split("/")[0] for path in weights} == {old, new}
     assert list((tmp_path / "cache").rglob("rationale/*.safetensors"))

@@ -106,7 +106,7 @@ def test_a_name_that_leads_outside_opens_nothing(folder, tmp_path):
     found = known(folder)
     for name in ("../secret.safetensors", str(secret)):
         (folder / FILE).write_text(json.dumps({**found, "weights": {name: sha256(str(secret))}}))
-        with pytest.raises(ValueError, match="is not the file that was exported"):
+        with pytest.raises(ValueError, match="which does not lie beside it"):
             load(folder)
 
 

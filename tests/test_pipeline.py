@@ -1,5 +1,6 @@
 """The stages in one process: what they share is computed once, and sharing changes nothing."""
 
+import copy
 import io
 import pickle
 
@@ -317,6 +318,18 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_problem_and_stage(a
             answer(RED, num_beams=2)
 
 
+def test_of_a_batch_the_problem_is_named_whose_text_is_not_finite(answer, monkeypatch):
+    def overflow(model, processor, encoded, **generation):
+        if (encoded["attention_mask"].sum(dim=1) > 40).any():
+            raise FloatingPointError
+        return [""] * len(encoded["attention_mask"])
+
+    monkeypatch.setattr("modeling_mmcot.pipeline_mmcot.generate_texts", overflow)
+    long = {**RED, "question": " ".join(["w7"] * 41)}
+    with pytest.raises(ValueError, match="The rationale stage computes NaN or infinity for the problem 'w7 w7"):
+        answer([RED, long, RED], batch_size=3)
+
+
 def test_beams_leave_what_was_encoded_as_it_was(processor, problems):
     model = tiny_model(1, initializer_factor=3.0)
     encoded = encode(model, processor(problems, stage="rationale"))
@@ -332,6 +345,7 @@ def test_hub_options_reach_every_stage(answer, tmp_path, monkeypatch):
     loaded = type(root).from_pretrained(tmp_path, **options)
     assert loaded.loading_options == options
     assert b"secret" not in pickle.dumps(loaded) and not pickle.loads(pickle.dumps(loaded)).loading_options
+    assert copy.deepcopy(loaded).loading_options == options
     loaded.config._commit_hash = "a" * 40
     monkeypatch.setattr(type(root), "from_pretrained", lambda *args, **kwargs: given.append((args, kwargs)) or root)
     load_stages(loaded, "user/model", ["rationale", "answer"])

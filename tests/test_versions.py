@@ -21,7 +21,7 @@ from mmcot.demo import generate
 from mmcot.hub import shipped_code
 from modeling_mmcot import versions_mmcot
 
-VERSIONS = Path(os.environ.get("MMCOT_VERSIONS", REPOSITORY / ".versions"))
+VERSIONS = Path(os.environ.get("MMCOT_VERSIONS", "none")).resolve()
 ENVIRONMENTS = sorted(VERSIONS.glob("5.*"), key=lambda folder: tuple(map(int, folder.name.split("."))))
 DEMO = REPOSITORY / "runs" / "demo" / "hub"
 ANSWERS = """
