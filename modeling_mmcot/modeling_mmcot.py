@@ -34,9 +34,9 @@ from .stages_mmcot import FILE_AND_CODE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS,
 from .versions_mmcot import CACHE, CUSTOM_CODE_METHOD, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
-# Tokens of all choices of a problem together up to which they are scored in one packed pass, whose mask grows with
-# their square. A choice, not measured at its edge: at 800 tokens in 5 choices packing was still faster.
-MAX_PACKED_LENGTH = 512
+# Tokens of all choices of a problem together up to which they are scored in one packed pass, whose attention grows with
+# their square: up to here it was faster for few long choices as for many short ones (benchmarks/README.md).
+MAX_PACKED_LENGTH = 256
 
 
 @dataclass

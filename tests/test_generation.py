@@ -118,7 +118,7 @@ def test_weights_of_another_kind_are_not_packed():
         assert "forward" in model.decoder.block[0].layer[0].SelfAttention.k.__dict__
 
 
-@pytest.mark.parametrize("max_packed_length", [512, 0])  # packed; in a pass for each choice
+@pytest.mark.parametrize("max_packed_length", [256, 0])  # packed; in a pass for each choice
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(
     "choices",
