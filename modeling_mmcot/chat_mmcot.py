@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# "(A) red", "A. red", "A) red", "A: red", "- red", "* red".
-CHOICE = re.compile(r"(?:\((?P<inner>[A-Z])\)|(?P<outer>[A-Z])[.):]|[-*•])\s+(?P<text>\S.*)")
+# "(A) red", "A. red", "A) red", "A: red", and in lower case.
+LETTERED = re.compile(r"(?:\((?P<inner>[A-Za-z])\)\s*|(?P<outer>[A-Za-z])[.):]\s+)(?P<text>\S.*)")
+LISTED = re.compile(r"(?:[-*•]|\d+[.)])\s+(?P<text>\S.*)")  # "- red", "* red", "1. red"
 LABEL = re.compile(r"(?P<label>question|context|hint|caption|choices|options)\s*:\s*(?P<text>.*)", re.IGNORECASE)
 CHOICE_LABELS = ("choices", "options")
 IMAGE_KEYS = ("image", "url", "path", "base64")
@@ -36,29 +37,35 @@ def read_chat(messages: Sequence[Mapping]) -> dict[str, Any]:
         )
     content = messages[0].get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = [parts] if isinstance(parts, Mapping) else parts
     texts, images = [], []
     for part in parts or []:
-        if part.get("type") == "text":
+        part = part if isinstance(part, Mapping) else {"type": None, "found": part}
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif part.get("type") == "image" and any(part.get(key) is not None for key in IMAGE_KEYS):
             images.append(next(part[key] for key in IMAGE_KEYS if part.get(key) is not None))
         else:
             raise ValueError(
                 f'A part of a message is {{"type": "text", "text": …}} or {{"type": "image", "image" or "url": …}}; '
-                f"found {part!r:.200}"
+                f"found {part.get('found', part)!r:.200}"
             )
     return {**read_text("\n".join(texts)), "image": images}
 
 
 def read_text(text: str) -> dict[str, Any]:
     """
-    Question, context and choices of a text. Choices are the last lines that follow each other as "(A) …", "A. …" or
-    "- …"; a line may say what it is ("Context: …"); else the last line that ends with "?" is the question (the first
-    line where none does), and all others are the context.
+    Question, context and choices of a text. Choices are the last lines that follow each other as "(A) …" or "A. …"; or
+    as "- …" or "1. …", where nothing but labelled lines comes after them; or one line "Options: (A) … (B) …". A line
+    may say what it is ("Context: …"); else the last line that ends with "?" is the question (the first line where none
+    does), and all others are the context.
+
+    Raises:
+        ValueError: it has no question, or choices in one line that cannot be told apart.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     start, end = find_choices(lines)
-    choices = [CHOICE.fullmatch(line)["text"] for line in lines[start:end]]
+    choices = [(LETTERED.fullmatch(line) or LISTED.fullmatch(line))["text"] for line in lines[start:end]]
     labelled: dict[str, list[str]] = {"question": [], "context": [], "caption": []}
     plain = []
     for line in lines[:start] + lines[end:]:
@@ -66,10 +73,9 @@ def read_text(text: str) -> dict[str, Any]:
         label = found["label"].lower() if found else None
         if label is None:
             plain.append(line)
-        elif label in CHOICE_LABELS and not found["text"]:
-            continue  # the heading of the lines below it
         elif label in CHOICE_LABELS:
-            plain.append(line)
+            if found["text"] and not choices:
+                choices = choices_in_a_line(found["text"])
         else:
             labelled["context" if label == "hint" else label].append(found["text"])
     if not labelled["question"]:
@@ -86,21 +92,43 @@ def read_text(text: str) -> dict[str, Any]:
 
 
 def find_choices(lines: list[str]) -> tuple[int, int]:
-    """The first line of the choices and the one after their last; where letters are given they run from A."""
-    end = len(lines)
-    while end > 0:
-        if CHOICE.fullmatch(lines[end - 1]) is None:
-            end -= 1
-            continue
-        start = end
-        while start > 0 and CHOICE.fullmatch(lines[start - 1]):
-            start -= 1
-        found = [CHOICE.fullmatch(line) for line in lines[start:end]]
-        letters = [match["inner"] or match["outer"] for match in found]
-        if end - start > 1 and (not any(letters) or letters == [chr(ord("A") + n) for n in range(len(letters))]):
+    """The first line of the choices and the one after their last; two or more, whose letters run from A."""
+    for start, end in reversed(runs(lines, LETTERED)):
+        found = [LETTERED.fullmatch(line) for line in lines[start:end]]
+        letters = "".join(match["inner"] or match["outer"] for match in found)
+        if end - start > 1 and letters.upper() == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)]:
             return start, end
-        end = start
+    for start, end in runs(lines, LISTED)[-1:]:
+        if end - start > 1 and all(LABEL.fullmatch(line) for line in lines[end:]):
+            return start, end
     return len(lines), len(lines)
+
+
+def runs(lines: list[str], pattern: re.Pattern) -> list[tuple[int, int]]:
+    """Where lines that follow each other match, from the first line to the one after the last."""
+    found, start = [], None
+    for number, line in enumerate([*lines, ""]):
+        is_one = pattern.fullmatch(line) is not None
+        if is_one and start is None:
+            start = number
+        elif not is_one and start is not None:
+            found.append((start, number))
+            start = None
+    return found
+
+
+def choices_in_a_line(text: str) -> list[str]:
+    """
+    Of "(A) red (B) blue", as this model's own prompts have them.
+
+    Raises:
+        ValueError: they are written otherwise.
+    """
+    empty, *parts = re.split(r"\(([A-Z])\)", text)
+    letters, choices = parts[::2], [choice.strip() for choice in parts[1::2]]
+    if empty.strip() or not all(choices) or "".join(letters) != "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)]:
+        raise ValueError(f"Choices stand one to a line, or in one line as '(A) … (B) …'; found {text!r:.200}")
+    return choices
 
 
 class Conversation:

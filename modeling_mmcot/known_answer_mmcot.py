@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .pipeline_mmcot import choose_answers, encode, generate_finite
@@ -58,6 +58,7 @@ def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, s
         found = {
             "source": stage.render_source(problem),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "generation": generation_settings(model.generation_config),
             "logits": [[round(value, 6) for value in row] for row in logits[:, spread].tolist()],
             "greedy": generate_finite(
                 model, processor, stage, [problem], encoded, num_beams=1, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
@@ -66,6 +67,14 @@ def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, s
         if stage.answers:
             found["scores"] = choose_answers(model, processor, stage, [problem], encoded)[0]["scores"]
     return found
+
+
+def generation_settings(config: GenerationConfig) -> dict[str, Any]:
+    """What decides a text beside the weights; the versions of transformers write what is not set in different ways."""
+    unset = {"max_new_tokens": None, "num_beams": 1, "do_sample": False, "length_penalty": 1.0, "eos_token_id": None}
+    unset |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    found = {name: getattr(config, name, None) for name in unset}
+    return {name: unset[name] if value is None else value for name, value in found.items()}
 
 
 def picture_inputs(model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage) -> dict[str, torch.Tensor]:
@@ -114,8 +123,7 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
     repository, path = root.name_or_path, known_answer_file(root)
     if path is None:
         return
-    with open(path, encoding="utf-8") as file:
-        known = json.load(file)
+    known = read_known_answer(path, [stage.name for stage in processor.stages])
     # The files that were loaded lie beside it; the names that it holds open nothing.
     found = weights_of(os.path.dirname(path))
     for name, digest in known["weights"].items():
@@ -146,6 +154,27 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
             )
 
 
+def read_known_answer(path: str, stages: list[str]) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file is no known answer of these stages.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            known = json.load(file)
+        for stage in stages:
+            differs(known["stages"][stage], known["stages"][stage])
+        is_whole = all(isinstance(known[name], dict) for name in ("weights", "versions"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"{path} is damaged, or of another version of mmcot: expected a known answer of the stages "
+            f"{', '.join(stages)}. Download it again (force_download=True), or load with check=False."
+        )
+    return known
+
+
 def known_answer_file(root: PreTrainedModel) -> str | None:
     """The path of the known answer; None for a model from no repository, or from one that has none."""
     if not root.name_or_path:
@@ -158,6 +187,8 @@ def differs(known: dict[str, Any], found: dict[str, Any]) -> str | None:
     """What differs by more than rounding, in words; None where nothing does."""
     if found["source"] != known["source"]:
         return f"its source is {found['source']!r}, and was {known['source']!r}"
+    if found["generation"] != known["generation"]:
+        return f"it generates by {found['generation']}, and did by {known['generation']}"
     expected, logits = torch.tensor(known["logits"]), torch.tensor(found["logits"])
     if logits.shape != expected.shape:
         return f"its logits are of shape {tuple(logits.shape)}, and were {tuple(expected.shape)}"

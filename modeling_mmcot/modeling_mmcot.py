@@ -18,6 +18,7 @@ from typing import Any
 from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, T5ForConditionalGeneration
 from transformers import initialization as init
@@ -298,17 +299,24 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            where = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "model.safetensors")
+            raise ValueError(
+                f"{where} (or a part of it) is damaged: {error}. Download it again (force_download=True)."
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loading_options = LoadingOptions(
             {
                 name: kwargs[name]
-                for name in HUB_OPTIONS + PLACEMENT_OPTIONS + FILE_AND_CODE_OPTIONS
+                for name in (*HUB_OPTIONS, *PLACEMENT_OPTIONS, *FILE_AND_CODE_OPTIONS, "subfolder")
                 if kwargs.get(name) is not None
             }
         )
         folder = os.path.join(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
-        if os.path.isfile(os.path.join(folder, "generation_config.json")):
+        has_own = kwargs.get("generation_config") is None
+        if has_own and os.path.isfile(os.path.join(folder, "generation_config.json")):
             # transformers joins a subfolder to a folder's absolute path in a way that drops it, and takes the root's.
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return loaded

@@ -8,6 +8,7 @@ import copy
 import difflib
 import itertools
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from .captioning_mmcot import Captioner
 from .chat_mmcot import Conversation, is_chat, read_chat
 from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
-from .processing_mmcot import GOLD_COLUMNS, LETTERS, MMCoTProcessor, Stage, read_answer
+from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, own_images, read_answer
 from .self_consistency_mmcot import TEMPERATURE, agreed
 from .stages_mmcot import StageAdapters, load_stages, stage_model
 
@@ -171,6 +172,9 @@ def generate_texts(
     """
     config = copy.deepcopy(model.generation_config)
     config.update(**generation)
+    if "max_length" in generation and "max_new_tokens" not in generation:
+        # transformers prefers the stage's `max_new_tokens`; the start token counts in `max_length`.
+        config.max_new_tokens = config.max_length - 1
     mode = config.get_generation_mode()
     custom_generate = greedy_search if mode == GenerationMode.GREEDY_SEARCH and streamer is None else None
     streams = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -261,6 +265,10 @@ def run_stages(
     return columns
 
 
+# transformers' from_pretrained is of one thread at a time.
+LOADING = threading.Lock()
+
+
 def reply(
     conversation: Conversation,
     model: PreTrainedModel,
@@ -276,8 +284,17 @@ def reply(
     other inputs are made again here, with those of all stages.
     """
     processor = conversation.processor
-    if model.stages is None:
-        model.stages = load_stages(model, model.name_or_path, [stage.name for stage in processor.stages])
+    check_generation(generation)
+    if model.loading_options.get("subfolder"):
+        raise ValueError(
+            f"A chat is answered by all stages, and this model is the one in {model.loading_options['subfolder']!r}: "
+            f"load the repository without subfolder."
+        )
+    with LOADING:
+        if model.stages is None:
+            is_training = model.training
+            model.stages = load_stages(model, model.name_or_path, [stage.name for stage in processor.stages])
+            model.train(is_training)
     columns = run_stages(model.stages, processor, conversation.problems, conversation.images, **generation)
     replies = processor.encode_texts([reply_text(processor, written) for written in columns])
     return torch.cat([input_ids, replies["input_ids"].to(input_ids.device)], dim=1)
@@ -481,25 +498,15 @@ class MultimodalCoTPipeline(Pipeline):
     def preprocess(self, problem: dict) -> dict:
         if isinstance(problem, Mapping) and problem.keys() == {"messages"}:
             return {**self.preprocess(read_chat(problem["messages"])), "messages": problem["messages"]}
-        if not isinstance(problem, Mapping) or not isinstance(problem.get("question"), str):
-            raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r:.200}.")
-        stages = self.processor.stages
-        check_columns(problem, {column for stage in stages for column in (*stage.reads, stage.writes)})
-        choices = problem.get("choices")
-        choices = [] if choices is None else choices
-        if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(f"`choices` of a problem is a list of str; found {choices!r}.")
-        if len(choices) > len(LETTERS):
-            raise ValueError(f"`choices` of a problem are at most {len(LETTERS)}; found {len(choices)}.")
-        texts = {name: problem.get(name) or "" for name in self.processor.text_columns}
-        images = problem.get("image")
-        images = as_pictures(problem.get("images") if images is None else images)
+        complete = self.processor.complete(problem)
+        texts = {name: complete[name] for name in self.processor.text_columns}
+        images = as_pictures(own_images(problem))
         if len(images) > self.model.config.max_images:
             raise ValueError(
                 f"`image` of a problem holds {len(images)} pictures; this model takes at most "
                 f"{self.model.config.max_images} (config.max_images)."
             )
-        return {"problem": {**texts, "choices": list(choices)}, "images": images}
+        return {"problem": {**texts, "choices": complete["choices"]}, "images": images}
 
     def _forward(
         self,
@@ -518,6 +525,8 @@ class MultimodalCoTPipeline(Pipeline):
         if num_rationales > 1:
             if streamer is not None or given:
                 raise ValueError("num_rationales draws several texts: leave streamer and given out.")
+            if generation.get("do_sample") is False:
+                raise ValueError("num_rationales draws several texts, and do_sample=False always the same one.")
             generation = {"do_sample": True, "num_beams": 1, "temperature": TEMPERATURE, **generation}
         samples = [
             run_stages(self.models, self.processor, problems, images, decode_answer, given, **generation)
@@ -593,36 +602,21 @@ class MultimodalCoTPipeline(Pipeline):
         write_known_answer(save_directory, self.models, self.processor)
 
 
-# Columns that problems of our datasets have and no stage need read.
-KNOWN_COLUMNS = {
-    *("id", "question", "choices", "context", "caption", "image", "images", "hint", "task", "split"),
-    *("subject", "grade", "topic", "category", "skill"),
-    *GOLD_COLUMNS,
-}
-
-
-def check_columns(problem: Mapping, read: set[str]) -> None:
-    """
-    Raises:
-        ValueError: the problem has a key that is no column, which would be ignored.
-    """
-    known = KNOWN_COLUMNS | read
-    for name in problem.keys() - known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}."
-        raise ValueError(f"A problem has the unknown key {name!r}: {hint}")
-
-
 def check_generation(generation: dict[str, Any]) -> None:
     """
     Raises:
         TypeError: a name that no setting of `generate` has.
+        ValueError: a setting that has no meaning where a problem gets one text.
     """
     known = GenerationConfig().to_dict().keys()
     for name in generation.keys() - known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "expected a setting of `generate`."
         raise TypeError(f"unexpected keyword {name!r}: {hint} (Arguments of from_pretrained go in model_kwargs={{…}}.)")
+    if (generation.get("num_return_sequences") or 1) > 1:
+        raise ValueError("num_return_sequences: a problem has one rationale here; num_rationales=N draws several.")
+    if generation.get("return_dict_in_generate"):
+        raise ValueError("return_dict_in_generate: texts are returned here; call `generate` of a stage's model.")
 
 
 def as_list(value: Any) -> list:

@@ -11,11 +11,14 @@ the model (`pipeline_mmcot.py`).
 """
 
 import bisect
+import difflib
 import functools
+import math
 import re
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
 
@@ -29,9 +32,13 @@ from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backen
 
 # A fast tokenizer keeps how the last call padded and cut: a call of another thread would change it under this one.
 TOKENIZING = threading.RLock()
-# What a problem may leave out.
-EMPTY_COLUMNS = {"context": "", "caption": "", "choices": ()}
 GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
+# Columns that problems of our datasets have and no stage need read.
+KNOWN_COLUMNS = {
+    *("id", "question", "choices", "context", "caption", "image", "images", "hint", "task", "split"),
+    *("subject", "grade", "topic", "category", "skill"),
+    *GOLD_COLUMNS,
+}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_PATTERN = re.compile(r"The answer is \(([A-Z])\)")
 
@@ -147,24 +154,72 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
-def with_empty_columns(problem: Mapping) -> dict:
-    """The problem with what it may leave out, or give as None."""
-    return {**problem, **{name: empty for name, empty in EMPTY_COLUMNS.items() if problem.get(name) is None}}
+def is_absent(value: Any) -> bool:
+    """Whether a table has nothing there: None, NaN, pandas' NA."""
+    return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value))
 
 
-def own_images(problems: list[dict], images: list | None) -> list | None:
+def as_text(problem: Mapping, column: str) -> str:
+    """
+    Raises:
+        ValueError: the column holds something that is no text.
+    """
+    value = problem.get(column)
+    if is_absent(value):
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"`{column}` of a problem is a str; found {value!r:.200}.")
+    return value
+
+
+def as_choices(choices: Any) -> list[str]:
+    """
+    Raises:
+        ValueError: they are no list of texts, or more than there are letters.
+    """
+    if is_absent(choices):
+        return []
+    if isinstance(choices, (str, Mapping)) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"`choices` of a problem is a list of str; found {choices!r:.200}.")
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"`choices` of a problem are at most {len(LETTERS)}; found {len(choices)}.")
+    return list(choices)
+
+
+def check_columns(problem: Mapping, read: set[str]) -> None:
+    """
+    Raises:
+        ValueError: the problem has a key that is no column, which would be ignored.
+    """
+    known = KNOWN_COLUMNS | read
+    for name in problem.keys() - known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}."
+        raise ValueError(f"A problem has the unknown key {name!r}: {hint}")
+
+
+def own_images(problem: Mapping) -> Any:
+    """
+    The pictures that a problem holds as `image` or as `images`; None where it holds none.
+
+    Raises:
+        ValueError: it holds both.
+    """
+    given = [problem.get(name) for name in ("image", "images")]
+    given = [entry for entry in given if not is_absent(entry) and not (isinstance(entry, (list, tuple)) and not entry)]
+    if len(given) > 1:
+        raise ValueError("A problem holds pictures twice, as `image` and as `images`: give them once.")
+    return given[0] if given else None
+
+
+def images_of(problems: list[dict], images: list | None) -> list | None:
     """The pictures of each problem: what is given beside them, or what they hold themselves; both is an error."""
-    own = [first_given(problem.get("image"), problem.get("images")) for problem in problems]
-    has_own = [entry is not None and not (isinstance(entry, (list, tuple)) and len(entry) == 0) for entry in own]
-    if not any(has_own):
+    own = [own_images(problem) for problem in problems]
+    if all(entry is None for entry in own):
         return images
     if images is not None:
         raise ValueError("images were given, and the problems hold their own (`image` or `images`): give them once.")
     return own
-
-
-def first_given(*values):
-    return next((value for value in values if value is not None), None)
 
 
 def read_answer(text: str, num_choices: int) -> int:
@@ -235,9 +290,9 @@ class MMCoTProcessor(ProcessorMixin):
         return ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     def save_pretrained(self, save_directory, **kwargs):
-        # A tokenizer keeps how it last padded and cut texts and where it was loaded from, which would be saved: one
+        # A tokenizer keeps how it last padded and cut texts, and how it was loaded, which would be saved: one
         # processor, several sets of files.
-        for name in ("is_local", "local_files_only"):
+        for name in ("is_local", "local_files_only", "dtype", "torch_dtype"):
             self.tokenizer.init_kwargs.pop(name, None)
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.backend_tokenizer.no_truncation()
@@ -302,10 +357,13 @@ class MMCoTProcessor(ProcessorMixin):
             batch = self.encode_texts(text, **kwargs)
             batch.update(self.prepare_pictures(images, 1 if isinstance(text, str) else len(text)))
             return BatchFeature(dict(batch), tensor_type=return_tensors)
-        problems = [problems] if isinstance(problems, Mapping) else problems
+        problems = [problems] if isinstance(problems, Mapping) else list(problems)
+        if not problems:
+            raise ValueError("problems is empty: give at least one.")
         stage = self.stage(stage)
-        images = own_images(problems, images)
-        problems = [with_empty_columns(problem) for problem in problems]
+        images = images_of(problems, images)
+        problems = [self.complete(problem) for problem in problems]
+        self.check_written(problems[0], stage)
         batch = self.encode_texts([self.fit_source(problem, stage) for problem in problems], **kwargs)
         if "images" in stage.reads:
             batch.update(self.prepare_pictures(images, len(problems)))
@@ -313,6 +371,32 @@ class MMCoTProcessor(ProcessorMixin):
             targets = [stage.render_target(problem) for problem in problems]
             batch["labels"] = self.tokenize_targets(targets, stage.max_target_length)
         return BatchFeature(dict(batch), tensor_type=return_tensors)
+
+    def complete(self, problem: Mapping) -> dict:
+        """
+        A problem with a text in each column of text, "" where it has none, and its choices as a list.
+
+        Raises:
+            ValueError: it has no question, a key that is no column, or a column of another kind.
+        """
+        if not isinstance(problem, Mapping) or not isinstance(problem.get("question"), str):
+            raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r:.200}.")
+        check_columns(problem, {column for stage in self.stages for column in (*stage.reads, stage.writes)})
+        texts = {name: as_text(problem, name) for name in self.text_columns}
+        if not texts["context"]:
+            texts["context"] = as_text(problem, "hint")  # ScienceQA's name for it
+        return {**problem, **texts, "choices": as_choices(problem.get("choices"))}
+
+    def check_written(self, problem: Mapping, stage: Stage) -> None:
+        """
+        Raises:
+            ValueError: the problem lacks what an earlier stage writes and this one reads.
+        """
+        for earlier in self.stages[: self.stages.index(stage)]:
+            if earlier.writes in stage.reads and is_absent(problem.get(earlier.writes)):
+                raise ValueError(
+                    f"The {stage.name} stage reads `{earlier.writes}`, which the {earlier.name} stage writes: give it."
+                )
 
     def choice_labels(self, problems: list[dict], stage: str) -> torch.LongTensor:
         """

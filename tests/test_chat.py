@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import as_a_stranger
+from transformers import GenerationConfig
 
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.chat_mmcot import read_chat, read_text
 
 QUESTION = {"question": "Which color is it?", "context": "", "caption": ""}
@@ -13,11 +16,30 @@ QUESTION = {"question": "Which color is it?", "context": "", "caption": ""}
 
 @pytest.mark.parametrize(
     "choices",
-    ["A. red\nB. blue", "(A) red\n(B) blue", "A) red\nB) blue", "- red\n- blue", "* red\n\n* blue", "A: red\nB: blue"],
+    [
+        *("A. red\nB. blue", "(A) red\n(B) blue", "A) red\nB) blue", "A: red\nB: blue", "a. red\nb. blue"),
+        *("(a) red\n(b) blue", "(A)red\n(B)blue", "- red\n- blue", "* red\n\n* blue", "1. red\n2. blue"),
+    ],
 )
 def test_choices_as_people_write_them(choices):
     assert read_text(f"Which color is it?\n{choices}") == {**QUESTION, "choices": ["red", "blue"]}
     assert read_text(f"Which color is it?\nOptions:\n{choices}") == {**QUESTION, "choices": ["red", "blue"]}
+
+
+def test_choices_in_one_line_as_our_prompts_have_them():
+    found = read_text("Question: Which color is it? Is it dark?\nOptions: (A) red (B) light blue")
+    assert found == {**QUESTION, "question": "Which color is it? Is it dark?", "choices": ["red", "light blue"]}
+    with pytest.raises(ValueError, match="Choices stand one to a line, or in one line as"):
+        read_text("Which color is it?\nChoices: red, blue")
+
+
+def test_a_list_above_the_question_and_notes_below_letters_are_no_choices():
+    found = read_text("The picture shows:\n- a bar chart\n- three bars\nWhich bar is the tallest?")
+    assert found["choices"] == [] and found["question"] == "Which bar is the tallest?"
+    assert found["context"] == "The picture shows: - a bar chart - three bars"
+    found = read_text("Which is it?\nA. red\nB. blue\nNotes:\n- n1\n- n2")
+    assert found["choices"] == ["red", "blue"] and found["question"] == "Which is it?"
+    assert found["context"] == "Notes: - n1 - n2"
 
 
 def test_what_is_no_choice_stays_text():
@@ -57,6 +79,8 @@ def test_pictures_of_a_message_by_every_key():
         ([{"role": "user", "content": []}], "has no question"),
         ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "A part of a message is .*'video'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "A part of a message is"),
+        ([{"role": "user", "content": ["Why?"]}], "A part of a message is .*'Why\\?'"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "A part of a message is"),
     ],
 )
 def test_a_chat_that_cannot_be_answered_is_refused(messages, said):
@@ -117,8 +141,6 @@ def test_both_snippets_of_the_hub_answer_as_the_pipeline_does(tiny_run, tmp_path
 
 
 def test_a_template_of_the_callers_own_is_refused(tiny_run):
-    from modeling_mmcot import MMCoTProcessor
-
     processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
     chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
     assert "Which color is it?" in processor.apply_chat_template(chat)
@@ -127,3 +149,37 @@ def test_a_template_of_the_callers_own_is_refused(tiny_run):
     assert batch["input_ids"].shape[0] == 2 and len(batch["problems"].problems) == 2
     with pytest.raises(ValueError, match="chat_template, tools has no effect here"):
         processor.apply_chat_template(chat, chat_template="{{ x }}", tools=[json])
+
+
+def test_the_first_chats_of_several_threads_load_the_stages_once(tiny_run):
+    """transformers' loading is of one thread at a time: a second one found weights without data."""
+    processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
+    chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    for _ in range(3):
+        model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "hub").train()
+        with ThreadPoolExecutor(4) as threads:
+            calls = [threads.submit(model.generate, **inputs) for _ in range(4)]
+        replies = [call.result().tolist() for call in calls]
+        assert replies == [replies[0]] * 4 and model.training
+
+
+def test_a_chat_is_answered_by_the_whole_system_with_settings_that_there_are(tiny_run):
+    processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
+    chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "hub", subfolder="rationale")
+    with pytest.raises(ValueError, match="this model is the one in 'rationale': load the repository without subfolder"):
+        model.generate(**inputs)
+    model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "hub")
+    with pytest.raises(TypeError, match="'max_new_tokns': did you mean 'max_new_tokens'"):
+        model.generate(**inputs, max_new_tokns=3)
+    with pytest.raises(TypeError, match="unexpected keyword 'stopping_criteria'"):
+        model.generate(**inputs, stopping_criteria=[])
+
+
+def test_a_generation_config_that_is_given_stays(tiny_run):
+    given = GenerationConfig(max_new_tokens=7)
+    for options in ({}, {"subfolder": "rationale"}):
+        model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "hub", generation_config=given, **options)
+        assert model.generation_config.max_new_tokens == 7

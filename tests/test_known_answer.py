@@ -51,10 +51,27 @@ def test_a_flipped_bit_is_found_and_the_file_named(folder):
     load(folder, check=False)
 
 
-def test_a_truncated_file_is_refused(folder):
-    file = folder / "model.safetensors"
+@pytest.mark.parametrize("name", ["model.safetensors", "rationale/model.safetensors"])
+def test_a_truncated_file_is_refused_and_named(folder, name):
+    file = folder / name
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(Exception, match="(?i)incomplete|not the file that was exported|InvalidHeader|metadata"):
+    with pytest.raises(ValueError, match=f"{name} .*is damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"stages": {}, "weights": {}, "versions": {}}'])
+def test_a_known_answer_that_is_none_is_refused_and_named(folder, content):
+    (folder / FILE).write_text(content)
+    with pytest.raises(ValueError, match=f"{FILE} is damaged.* of the stages rationale, answer"):
+        load(folder)
+    load(folder, check=False)
+
+
+def test_changed_settings_of_generation_are_caught(folder):
+    """With fewer tokens a rationale ends early, and the answer with it."""
+    file = folder / "rationale" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_new_tokens": 3}))
+    with pytest.raises(ValueError, match="rationale stage does not compute what .*'max_new_tokens': 3"):
         load(folder)
 
 

@@ -232,7 +232,7 @@ def test_a_dataset_is_answered_row_by_row_its_pictures_decoded_or_not(answer):
         }
         for number, has in ((3, 1), (4, 0), (5, 1))
     ]
-    plain = [{**row, "image": RED["image"] if row["images"] else None} for row in rows]
+    plain = [{**row, "image": RED["image"] if row["images"] else None, "images": None} for row in rows]
     expected = answer(plain)
     for decode in (False, True):
         features = datasets.Features(
@@ -282,6 +282,8 @@ def test_several_rationales_and_the_answer_that_they_agree_on(answer):
     result = answer(RED, num_rationales=5, temperature=50.0)
     assert len(result["rationales"]) == 5 > 1 < len(set(result["rationales"]))
     assert result["agreement"] in (0, 0.2, 0.4, 0.6, 0.8, 1) and sum(result["scores"]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="do_sample=False always the same one"):
+        answer(RED, num_rationales=2, do_sample=False)
     with pytest.raises(ValueError, match="num_rationales is 0"):
         answer(RED, num_rationales=0)
 
@@ -328,6 +330,69 @@ def test_of_a_batch_the_problem_is_named_whose_text_is_not_finite(answer, monkey
     long = {**RED, "question": " ".join(["w7"] * 41)}
     with pytest.raises(ValueError, match="The rationale stage computes NaN or infinity for the problem 'w7 w7"):
         answer([RED, long, RED], batch_size=3)
+
+
+def test_settings_without_meaning_for_one_text_are_refused(answer):
+    with pytest.raises(ValueError, match="num_return_sequences: a problem has one rationale"):
+        answer(RED, num_return_sequences=2, do_sample=True)
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        answer(RED, return_dict_in_generate=True)
+
+
+def test_max_length_is_that_of_the_call(answer):
+    texts = [answer(RED, **settings)["rationale"].split() for settings in ({}, {"max_length": 4})]
+    assert texts[0][:3] == texts[1] and len(texts[0]) > 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"choices": {"text": ["w8", "w9"], "label": ["A", "B"]}}, "`choices` of a problem is a list of str"),
+        ({"choices": "w8"}, "`choices` of a problem is a list of str"),
+        ({"choices": ["w8"] * 27}, "at most 26; found 27"),
+        ({"context": ["w8"]}, "`context` of a problem is a str; found"),
+        ({"question": None}, "with a `question`"),
+        ({"contxt": "w8"}, "unknown key 'contxt': did you mean 'context'"),
+        ({"picture": "x.png"}, "unknown key 'picture'"),
+        ({"images": [RED["image"]]}, "pictures twice, as `image` and as `images`"),
+    ],
+)
+def test_a_problem_is_read_alike_by_pipeline_and_processor(answer, processor, columns, said):
+    problem = {**RED, **columns}
+    with pytest.raises(ValueError, match=said):
+        answer(problem)
+    with pytest.raises(ValueError, match=said):
+        processor(problem, stage="rationale")
+
+
+def test_what_a_table_leaves_empty_is_absent(answer, processor):
+    pandas = pytest.importorskip("pandas")
+    (row,) = pandas.DataFrame([{**RED, "context": pandas.NA, "caption": float("nan")}]).to_dict("records")
+    assert answer(row) == answer(RED)
+    assert torch.equal(processor(row, stage="rationale")["input_ids"], processor(RED, stage="rationale")["input_ids"])
+    assert answer.preprocess({**RED, "choices": float("nan")})["problem"]["choices"] == []
+    assert answer.preprocess({**RED, "image": None, "images": [RED["image"]]})["images"]
+    assert answer.preprocess({**RED, "image": [], "images": [RED["image"]]})["images"]
+
+
+def test_a_hint_is_context(answer):
+    assert answer.preprocess({**RED, "hint": "w20 w21"})["problem"]["context"] == "w20 w21"
+    assert answer.preprocess({**RED, "context": "w20", "hint": "w21"})["problem"]["context"] == "w20"
+
+
+def test_the_processor_says_what_an_earlier_stage_writes(processor):
+    with pytest.raises(ValueError, match="The answer stage reads `rationale`, which the rationale stage writes"):
+        processor(RED, stage="answer")
+    with pytest.raises(ValueError, match="problems is empty"):
+        processor([], stage="rationale")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_a_system_loaded_in_another_dtype_is_saved(answer, tmp_path, dtype):
+    answer.save_pretrained(tmp_path)
+    found = MMCoTProcessor.from_pretrained(tmp_path, dtype=dtype)
+    found.save_pretrained(tmp_path)
+    assert MMCoTProcessor.from_pretrained(tmp_path).stages == found.stages
 
 
 def test_beams_leave_what_was_encoded_as_it_was(processor, problems):
