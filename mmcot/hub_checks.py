@@ -27,7 +27,8 @@ MODEL_PATTERNS = (
     re.escape(PICTURE),
     re.escape(SCORES_FILE),
 )
-ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "transformers", "PIL", "jinja2"}
+# What a card names, and what transformers itself needs.
+ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "transformers", "safetensors", "PIL", "jinja2"}
 GUARDED_IMPORTS = {"peft"}  # where stages are adapters, in a `try`
 SECRETS = {
     "a token of the Hub": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",

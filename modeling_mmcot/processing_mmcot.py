@@ -440,6 +440,7 @@ class MMCoTProcessor(ProcessorMixin):
             The first stage's source (`str`, or a list for several chats); with `tokenize=True` its `input_ids`; with
             `return_dict=True` all its inputs, and `problems`, by which `generate` knows that it is a chat.
         """
+        kwargs = {name: value for name, value in kwargs.items() if (name, value) != ("padding", True)}  # it pads anyway
         if chat_template is not None or kwargs:
             names = ", ".join([*(["chat_template"] if chat_template is not None else []), *kwargs])
             raise ValueError(f"apply_chat_template: {names} has no effect here; the stages have their own templates.")

@@ -108,7 +108,7 @@ class StageAdapters(Mapping):
     and gives the base.
 
     Raises:
-        ImportError: PEFT is not installed.
+        ImportError: PEFT is not installed, or too old.
         ValueError: an adapter was trained on another base or another fusion.
     """
 

@@ -145,7 +145,7 @@ def test_a_template_of_the_callers_own_is_refused(tiny_run):
     chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
     assert "Which color is it?" in processor.apply_chat_template(chat)
     assert processor.apply_chat_template(chat, tokenize=True).shape[0] == 1
-    batch = processor.apply_chat_template([chat, chat], tokenize=True, return_dict=True)
+    batch = processor.apply_chat_template([chat, chat], tokenize=True, return_dict=True, padding=True)
     assert batch["input_ids"].shape[0] == 2 and len(batch["problems"].problems) == 2
     with pytest.raises(ValueError, match="chat_template, tools has no effect here"):
         processor.apply_chat_template(chat, chat_template="{{ x }}", tools=[json])
