@@ -31,7 +31,7 @@ from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .prompts_mmcot import VirtualTokens
-from .stages_mmcot import FILE_AND_CODE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
+from .stages_mmcot import FILE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
 from .versions_mmcot import CACHE, CUSTOM_CODE_METHOD, takes_cache_by_either_name
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
@@ -310,7 +310,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         model.loading_options = LoadingOptions(
             {
                 name: kwargs[name]
-                for name in (*HUB_OPTIONS, *PLACEMENT_OPTIONS, *FILE_AND_CODE_OPTIONS, "subfolder")
+                for name in (*HUB_OPTIONS, *PLACEMENT_OPTIONS, *FILE_OPTIONS, "subfolder")
                 if kwargs.get(name) is not None
             }
         )

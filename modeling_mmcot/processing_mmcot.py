@@ -16,7 +16,7 @@ import functools
 import math
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -179,7 +179,8 @@ def as_choices(choices: Any) -> list[str]:
     """
     if is_absent(choices):
         return []
-    if isinstance(choices, (str, Mapping)) or not all(isinstance(choice, str) for choice in choices):
+    is_list = isinstance(choices, Iterable) and not isinstance(choices, (str, Mapping))
+    if not is_list or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"`choices` of a problem is a list of str; found {choices!r:.200}.")
     if len(choices) > len(LETTERS):
         raise ValueError(f"`choices` of a problem are at most {len(LETTERS)}; found {len(choices)}.")

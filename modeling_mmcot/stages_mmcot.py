@@ -22,7 +22,7 @@ from .versions_mmcot import check_versions
 # What `from_pretrained` was given for a repository's root and its other stages need too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision")
 PLACEMENT_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers", "tp_plan", "quantization_config")
-FILE_AND_CODE_OPTIONS = ("variant", "use_safetensors", "attn_implementation")  # not of adapters, which have one file
+FILE_OPTIONS = ("variant", "use_safetensors")  # not of adapters, which have one file
 
 
 class LoadingOptions(dict):
@@ -47,12 +47,15 @@ def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Map
     """
     if root.config.stage_adapters:
         return StageAdapters(root, repository, names)
-    options = {"dtype": root.dtype, **hub_options(root), **given_of(root, PLACEMENT_OPTIONS + FILE_AND_CODE_OPTIONS)}
+    options = {"dtype": root.dtype, **hub_options(root), **given_of(root, PLACEMENT_OPTIONS + FILE_OPTIONS)}
     models = {}
     for name in names[:-1]:
         model = type(root).from_pretrained(repository, subfolder=name, **options).eval()
         if not given_of(root, PLACEMENT_OPTIONS):
             model = model.to(root.device)
+        attention = root.config._attn_implementation  # Auto classes keep what was asked for in the configuration alone
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
         share_tower(model, root)
         models[name] = model
     return {**models, names[-1]: root.eval()}

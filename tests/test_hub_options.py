@@ -130,7 +130,7 @@ def test_token_cache_revision_and_dtype(hub, repository, ask, tmp_path):
         return load(token=token, model_kwargs=dict(cache_dir="cache"), **options)
     old, new = load_cached(revision=commits[0]), load_cached(revision="main")
     half = load_cached(dtype=torch.bfloat16)
-    eager = load(token=token, model_kwargs=dict(attn_implementation="eager"))
+    eager = load(token=token, model_kwargs=dict(cache_dir="cache", attn_implementation="eager"))
     print(json.dumps({{
         "local": local,
         "refused": refused,

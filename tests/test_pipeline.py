@@ -349,6 +349,7 @@ def test_max_length_is_that_of_the_call(answer):
     [
         ({"choices": {"text": ["w8", "w9"], "label": ["A", "B"]}}, "`choices` of a problem is a list of str"),
         ({"choices": "w8"}, "`choices` of a problem is a list of str"),
+        ({"choices": 5}, "`choices` of a problem is a list of str; found 5"),
         ({"choices": ["w8"] * 27}, "at most 26; found 27"),
         ({"context": ["w8"]}, "`context` of a problem is a str; found"),
         ({"question": None}, "with a `question`"),
