@@ -6,6 +6,7 @@ imports this one, and loaders of older transformers copy only what an entry file
 """
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_text(text: str) -> dict[str, Any]:
     does), and all others are the context.
 
     Raises:
-        ValueError: it has no question, or choices in one line that cannot be told apart.
+        ValueError: there is no question, or the choices on one line cannot be separated.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     start, end = find_choices(lines)
@@ -73,9 +74,12 @@ def read_text(text: str) -> dict[str, Any]:
         label = found["label"].lower() if found else None
         if label is None:
             plain.append(line)
+        elif label in CHOICE_LABELS and not found["text"]:
+            continue  # the heading of the lines below it
+        elif label in CHOICE_LABELS and choices:
+            plain.append(line)
         elif label in CHOICE_LABELS:
-            if found["text"] and not choices:
-                choices = choices_in_a_line(found["text"])
+            choices = choices_in_a_line(found["text"])
         else:
             labelled["context" if label == "hint" else label].append(found["text"])
     if not labelled["question"]:
@@ -96,7 +100,7 @@ def find_choices(lines: list[str]) -> tuple[int, int]:
     for start, end in reversed(runs(lines, LETTERED)):
         found = [LETTERED.fullmatch(line) for line in lines[start:end]]
         letters = "".join(match["inner"] or match["outer"] for match in found)
-        if end - start > 1 and letters.upper() == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)]:
+        if end - start > 1 and string.ascii_uppercase.startswith(letters.upper()):
             return start, end
     for start, end in runs(lines, LISTED)[-1:]:
         if end - start > 1 and all(LABEL.fullmatch(line) for line in lines[end:]):
@@ -126,7 +130,7 @@ def choices_in_a_line(text: str) -> list[str]:
     """
     empty, *parts = re.split(r"\(([A-Z])\)", text)
     letters, choices = parts[::2], [choice.strip() for choice in parts[1::2]]
-    if empty.strip() or not all(choices) or "".join(letters) != "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(letters)]:
+    if empty.strip() or not all(choices) or not string.ascii_uppercase.startswith("".join(letters)):
         raise ValueError(f"Choices stand one to a line, or in one line as '(A) … (B) …'; found {text!r:.200}")
     return choices
 

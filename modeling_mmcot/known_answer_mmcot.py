@@ -70,7 +70,7 @@ def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, s
 
 
 def generation_settings(config: GenerationConfig) -> dict[str, Any]:
-    """What decides a text beside the weights; the versions of transformers write what is not set in different ways."""
+    """Settings of `generate` that are compared; versions of transformers differ in what an unset one is."""
     unset = {"max_new_tokens": None, "num_beams": 1, "do_sample": False, "length_penalty": 1.0, "eos_token_id": None}
     unset |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     found = {name: getattr(config, name, None) for name in unset}
@@ -163,7 +163,7 @@ def read_known_answer(path: str, stages: list[str]) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             known = json.load(file)
         for stage in stages:
-            differs(known["stages"][stage], known["stages"][stage])
+            differs(known["stages"][stage], known["stages"][stage])  # itself: all that a comparison reads is there
         is_whole = all(isinstance(known[name], dict) for name in ("weights", "versions"))
     except (AttributeError, KeyError, TypeError, ValueError):
         is_whole = False

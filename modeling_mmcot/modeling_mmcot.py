@@ -315,8 +315,8 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             }
         )
         folder = os.path.join(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
-        has_own = kwargs.get("generation_config") is None
-        if has_own and os.path.isfile(os.path.join(folder, "generation_config.json")):
+        is_given = kwargs.get("generation_config") is not None
+        if not is_given and os.path.isfile(os.path.join(folder, "generation_config.json")):
             # transformers joins a subfolder to a folder's absolute path in a way that drops it, and takes the root's.
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return loaded

@@ -364,7 +364,8 @@ class MMCoTProcessor(ProcessorMixin):
         stage = self.stage(stage)
         images = images_of(problems, images)
         problems = [self.complete(problem) for problem in problems]
-        self.check_written(problems[0], stage)
+        for problem in problems:
+            self.check_written(problem, stage)
         batch = self.encode_texts([self.fit_source(problem, stage) for problem in problems], **kwargs)
         if "images" in stage.reads:
             batch.update(self.prepare_pictures(images, len(problems)))

@@ -29,6 +29,8 @@ def test_choices_as_people_write_them(choices):
 def test_choices_in_one_line_as_our_prompts_have_them():
     found = read_text("Question: Which color is it? Is it dark?\nOptions: (A) red (B) light blue")
     assert found == {**QUESTION, "question": "Which color is it? Is it dark?", "choices": ["red", "light blue"]}
+    found = read_text("Which color is it?\nOptions: pick one\nA. red\nB. blue")
+    assert found["choices"] == ["red", "blue"] and found["context"] == "Options: pick one"
     with pytest.raises(ValueError, match="Choices stand one to a line, or in one line as"):
         read_text("Which color is it?\nChoices: red, blue")
 

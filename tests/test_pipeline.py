@@ -358,7 +358,7 @@ def test_max_length_is_that_of_the_call(answer):
         ({"images": [RED["image"]]}, "pictures twice, as `image` and as `images`"),
     ],
 )
-def test_a_problem_is_read_alike_by_pipeline_and_processor(answer, processor, columns, said):
+def test_pipeline_and_processor_refuse_the_same_problems(answer, processor, columns, said):
     problem = {**RED, **columns}
     with pytest.raises(ValueError, match=said):
         answer(problem)
@@ -383,7 +383,7 @@ def test_a_hint_is_context(answer):
 
 def test_the_processor_says_what_an_earlier_stage_writes(processor):
     with pytest.raises(ValueError, match="The answer stage reads `rationale`, which the rationale stage writes"):
-        processor(RED, stage="answer")
+        processor([{**RED, "rationale": "w5"}, RED], stage="answer")
     with pytest.raises(ValueError, match="problems is empty"):
         processor([], stage="rationale")
 
