@@ -58,7 +58,7 @@ class Skill:
 
     `combinations` lists the value tuples that are held out as a whole: each belongs to exactly one split. `word` and
     `draw` take a random generator (for what is not held out: the question's form, wrong choices, jitter) and the values
-    of one combination. `share` is the skill's part of every split in percent.
+    of one combination. `share` is the skill's part of every split in percent; one without is drawn only by its name.
     """
 
     subject: str
@@ -72,7 +72,7 @@ class Skill:
     draw: Callable[..., "Canvas"] | None = None
 
 
-def generate(split: str, difficulty: int = 1) -> Iterator[dict]:
+def generate(split: str, difficulty: int = 1, skill: str | None = None) -> Iterator[dict]:
     """
     Problem rows, skills interleaved; the same rows in any process.
 
@@ -80,12 +80,14 @@ def generate(split: str, difficulty: int = 1) -> Iterator[dict]:
         split: `train`, `val` or `test`.
         difficulty: at 2, 3, … there are a half, a third, … of the training problems, and each picture has 1, 2, … blots
             of ink on it, which may hide what is asked for.
+        skill: only problems of this one, as many as otherwise of all.
     """
     if split not in SPLIT_SIZES:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLIT_SIZES)}")
     size = SPLIT_SIZES[split] // (difficulty if split == "train" else 1)
-    rows = {name: _rows(name, split, num_blots=difficulty - 1) for name in SKILLS}
-    order = [name for name, skill in SKILLS.items() for _ in range(size * skill.share // 100)]
+    shares = {name: row.share for name, row in SKILLS.items()} if skill is None else {skill: 100}
+    rows = {name: _rows(name, split, num_blots=difficulty - 1) for name in shares}
+    order = [name for name, share in shares.items() for _ in range(size * share // 100)]
     random.Random(f"order {split}").shuffle(order)
     return (next(rows[name]) for name in order)
 
@@ -399,6 +401,36 @@ def _draw_objects(rng: random.Random, shapes: tuple, colors: tuple) -> Canvas:
     return canvas
 
 
+# Descriptions: the same pictures; choices of unlike length, of which any may be the right one.
+def _description_combinations() -> Iterable[tuple]:
+    return product(_object_combinations(), range(1, 4))
+
+
+def _word_descriptions(rng: random.Random, objects: tuple, length: int) -> Wording:
+    shapes, colors = objects
+
+    def told(named: int, is_true: bool) -> str:
+        """Of so many shapes the colors, one of them another one's where it is not true."""
+        order = rng.sample(range(3), named)
+        wrong = None if is_true else rng.choice(order)
+        other = {number: rng.choice([color for color in COLORS if color != colors[number]]) for number in order}
+        parts = [f"the {shapes[number]} is {other[number] if number == wrong else colors[number]}" for number in order]
+        return f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else parts[0]
+
+    answer = told(length, is_true=True)
+    a, b, c = (f"a {color} {shape}" for color, shape in zip(colors, shapes, strict=True))
+    return Wording(
+        question="What is right?",
+        answer=answer,
+        others=[told(named, is_true=False) for named in range(1, 4) if named != length],
+        solution=f"There is {a}, {b} and {c}. So, {answer}.",
+    )
+
+
+def _draw_descriptions(rng: random.Random, objects: tuple, _length: int) -> Canvas:
+    return _draw_objects(rng, *objects)
+
+
 # Tense of a verb (no picture, no context).
 
 NAMES = ["Mia", "Tom", "Anna", "Ben", "Lily", "Sam", "Emma", "Jack", "Nina", "Paul", "Rosa", "Leo"]
@@ -535,6 +567,17 @@ SKILLS: dict[str, Skill] = {
         word=_word_objects,
         draw=_draw_objects,
     ),
+    "descriptions": Skill(
+        subject="natural science",
+        grade="grade1",
+        topic="physics",
+        category="Properties of objects",
+        share=0,
+        lecture="Objects have properties. Color and shape are properties that you can see.",
+        combinations=_description_combinations,
+        word=_word_descriptions,
+        draw=_draw_descriptions,
+    ),
     "tense": Skill(
         subject="language science",
         grade="grade2",
@@ -568,4 +611,4 @@ SKILLS: dict[str, Skill] = {
 }
 
 # The skills whose answer is in the picture alone: their questions and choices do not tell it.
-PICTURE_SKILLS: tuple[str, ...] = tuple(name for name, skill in SKILLS.items() if skill.draw)
+PICTURE_SKILLS: tuple[str, ...] = tuple(name for name, skill in SKILLS.items() if skill.draw and skill.share)

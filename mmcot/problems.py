@@ -54,7 +54,7 @@ def load_problems(source: str, split: str, max_images: int | None = None, pictur
     """
     Args:
         source: one of
-            - `demo`, or `demo:2` and so on for a harder one (`demo.generate`);
+            - `demo`, or `demo:2` and so on for a harder one, or `demo:SKILL` for problems of one skill (`demo.generate`);
             - a ScienceQA folder: `problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps
               `captions.json`;
             - an A-OKVQA folder: `aokvqa_v1p0_SPLIT.json`, and COCO's `coco/SPLIT2017/IMAGE_ID.jpg` in it or beside it;
@@ -101,10 +101,15 @@ def known_as(source: str) -> str | None:
 def demo_problems(source: str, split: str) -> datasets.Dataset:
     from mmcot import demo
 
-    difficulty = source.partition(":")[2] or "1"
-    if difficulty not in map(str, range(1, 10)):
-        raise ValueError(f"dataset is {source!r}; the difficulty of demo is a number from 1 to 9.")
-    drawn = {"split": split, "difficulty": int(difficulty)}
+    which = source.partition(":")[2] or "1"
+    if which in map(str, range(1, 10)):
+        drawn = {"split": split, "difficulty": int(which)}
+    elif which in demo.SKILLS:
+        drawn = {"split": split, "skill": which}
+    else:
+        raise ValueError(
+            f"dataset is {source!r}; after demo: stands a difficulty from 1 to 9, or a skill: {', '.join(demo.SKILLS)}."
+        )
     # datasets knows a generator by its name alone, and would serve what an older demo.py drew.
     version = datasets.fingerprint.Hasher.hash((inspect.getsource(demo), drawn))
     return datasets.Dataset.from_generator(demo.generate, gen_kwargs=drawn, features=FEATURES, fingerprint=version)

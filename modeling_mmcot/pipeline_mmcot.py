@@ -199,17 +199,23 @@ def generate_texts(
 def choose_answers(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], encoded: dict
 ) -> list[dict]:
-    """The answer by scoring the choices: softmax over each problem's own of their targets' log-probabilities."""
+    """
+    The answer by scoring the choices: softmax over each problem's own of their targets' log-probabilities.
+
+    With `stage.score` "mean" they are divided by the targets' numbers of tokens, with "calibrated" those without a
+    question are subtracted (Holtzman et al. 2021, equation 2, as a difference of logarithms): a long target is less
+    likely than a short one whatever is asked.
+    """
     if not any(problem["choices"] for problem in problems):
         return [{"answer": -1, "answer_text": "", "scores": []} for _ in problems]
     labels = processor.choice_labels(problems, stage.name).to(model.device)
-    mask, states = encoded["attention_mask"], encoded["encoder_outputs"].last_hidden_state
-    log_probs = torch.empty(labels.shape[:2], device=labels.device)
-    for rows, places in parts_of_like_lengths(mask.bool()):  # one pass each: the work is in the sources' tokens
-        part = BaseModelOutput(last_hidden_state=states[rows[:, None], places])
-        log_probs[rows] = model.score_choices(labels[rows], mask[rows[:, None], places], part)
-    columns = []
+    log_probs = score_targets(model, labels, encoded)
     refuse_non_finite(problems, stage, ~log_probs.isnan().any(dim=1))
+    if stage.score == "mean":
+        log_probs = log_probs / (labels != -100).sum(dim=-1)
+    elif stage.score == "calibrated":
+        log_probs = log_probs - score_targets(model, labels, encode(model, without_question(problems, processor, stage)))
+    columns = []
     for problem, problem_log_probs in zip(problems, log_probs, strict=True):
         choices = problem["choices"]
         scores = problem_log_probs[: len(choices)].softmax(dim=0)
@@ -217,6 +223,22 @@ def choose_answers(
         answer_text = stage.render_target({**problem, "answer": answer}) if choices else ""
         columns.append({"answer": answer, "answer_text": answer_text, "scores": scores.tolist()})
     return columns
+
+
+def score_targets(model: PreTrainedModel, labels: torch.LongTensor, encoded: dict) -> torch.FloatTensor:
+    """Each target's log-probability, `(batch_size, num_choices)`, of labels as `choice_labels` gives them."""
+    mask, states = encoded["attention_mask"], encoded["encoder_outputs"].last_hidden_state
+    log_probs = torch.empty(labels.shape[:2], device=labels.device)
+    for rows, places in parts_of_like_lengths(mask.bool()):  # one pass each: the work is in the sources' tokens
+        part = BaseModelOutput(last_hidden_state=states[rows[:, None], places])
+        log_probs[rows] = model.score_choices(labels[rows], mask[rows[:, None], places], part)
+    return log_probs
+
+
+def without_question(problems: list[dict], processor: MMCoTProcessor, stage: Stage) -> dict[str, torch.Tensor]:
+    """Of each problem the source that says nothing but the choices, without a picture."""
+    empty = dict.fromkeys(set(stage.reads) - {"choices", "images"}, "")
+    return dict(processor.encode_texts([stage.render_source({**problem, **empty}) for problem in problems]))
 
 
 def run_stages(

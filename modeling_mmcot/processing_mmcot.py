@@ -39,6 +39,9 @@ KNOWN_COLUMNS = {
     *("subject", "grade", "topic", "category", "skill"),
     *GOLD_COLUMNS,
 }
+# How a stage that answers compares choices: by the log-probabilities of their targets' tokens in sum, on average, or in
+# sum less what the target has without a question (`pipeline_mmcot.choose_answers`).
+SCORES = ("total", "mean", "calibrated")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_PATTERN = re.compile(r"The answer is \(([A-Z])\)")
 
@@ -99,6 +102,7 @@ class Stage:
         writes (`str`): the column that it writes.
         source (`str`), target (`str`): Jinja templates. The target's sees every column, the gold ones too.
         max_source_length (`int`), max_target_length (`int`): in tokens.
+        score (`str`): of a stage that answers, how choices are compared: a name in `SCORES`.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Stage:
     target: str
     max_source_length: int = 512
     max_target_length: int = 512
+    score: str = "total"
 
     def __post_init__(self):
         """
@@ -123,6 +128,7 @@ class Stage:
             "writes": (texts["writes"] and self.writes != "", "a column"),
             "source": (texts["source"], "a template"),
             "target": (texts["target"], "a template"),
+            "score": (self.score in SCORES, f"one of {', '.join(SCORES)}"),
         }
         for name in ("max_source_length", "max_target_length"):
             checks[name] = (type(getattr(self, name)) is int and getattr(self, name) > 0, "a number of tokens")
@@ -371,7 +377,7 @@ class MMCoTProcessor(ProcessorMixin):
             batch.update(self.prepare_pictures(images, len(problems)))
         if with_targets:
             targets = [stage.render_target(problem) for problem in problems]
-            batch["labels"] = self.tokenize_targets(targets, stage.max_target_length)
+            batch["labels"] = self.tokenize_targets(targets, truncation=True, max_length=stage.max_target_length)
         return BatchFeature(dict(batch), tensor_type=return_tensors)
 
     def complete(self, problem: Mapping) -> dict:
@@ -402,7 +408,8 @@ class MMCoTProcessor(ProcessorMixin):
 
     def choice_labels(self, problems: list[dict], stage: str) -> torch.LongTensor:
         """
-        Each choice's target text as labels, `(batch_size, max_choices, target_length)`, -100 where there is nothing.
+        Each choice's whole target as labels, `(batch_size, max_choices, target_length)`, -100 where there is nothing. It
+        is not cut at `max_target_length`: choices that are longer would all be the same.
         """
         stage = self.stage(stage)
         num_choices = max(len(problem["choices"]) for problem in problems)
@@ -411,12 +418,12 @@ class MMCoTProcessor(ProcessorMixin):
             for problem in problems
             for index in range(num_choices)
         ]
-        labels = self.tokenize_targets([target or "" for target in targets], stage.max_target_length)
+        labels = self.tokenize_targets([target or "" for target in targets], verbose=False)
         labels[torch.tensor([target is None for target in targets])] = -100
         return labels.view(len(problems), num_choices, -1)
 
-    def tokenize_targets(self, targets: list[str], max_length: int) -> torch.LongTensor:
-        tokens = self.encode_texts(targets, truncation=True, max_length=max_length)
+    def tokenize_targets(self, targets: list[str], **kwargs) -> torch.LongTensor:
+        tokens = self.encode_texts(targets, **kwargs)
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
 
     def encode_texts(self, texts: str | list[str], **kwargs):

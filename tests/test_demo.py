@@ -65,7 +65,7 @@ def test_a_split_has_its_size_its_schema_and_its_own_ids(split):
     assert len(rows) == demo.SPLIT_SIZES[split]
     assert all(list(row) == SCHEMA and row["split"] == split for row in rows)
     assert len({row["id"] for row in rows}) == len(rows)
-    assert {row["skill"] for row in rows} == set(demo.SKILLS)
+    assert {row["skill"] for row in rows} == {name for name, skill in demo.SKILLS.items() if skill.share}
     assert all(bool(row["images"]) == (row["skill"] in demo.PICTURE_SKILLS) for row in rows)
 
 
@@ -140,7 +140,7 @@ def test_too_large_a_split_ends_in_an_error(monkeypatch):
         list(demo.generate("val"))
 
 
-@pytest.mark.parametrize("skill", demo.SKILLS)
+@pytest.mark.parametrize("skill", [name for name, skill in demo.SKILLS.items() if skill.share])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_are_at_every_position_about_equally_often(skill, split):
     rows = rows_of(skill, split)
@@ -268,7 +268,21 @@ def test_a_harder_demonstration_has_fewer_training_problems_and_ink_on_its_pictu
             assert 0 < inked.sum() <= 2 * 26 * 26 and (np.median(b[inked], axis=0) == demo.INK).all()
 
 
+def test_of_one_skill_there_are_as_many_problems_as_otherwise_of_all_and_gold_is_of_any_length():
+    rows = list(demo.generate("test", skill="descriptions"))
+    assert len(rows) == demo.SPLIT_SIZES["test"] and {row["skill"] for row in rows} == {"descriptions"}
+    by_length = Counter(sorted(row["choices"], key=len).index(row["choices"][row["answer"]]) for row in rows)
+    positions = Counter(row["answer"] for row in rows)
+    for counts in (by_length, positions):
+        assert all(abs(counts[number] / len(rows) - 1 / 3) < 0.05 for number in range(3))
+    for row in rows[:200]:
+        drawn = dict(re.findall(r"a (\w+) (\w+)", row["solution"].partition(" So,")[0]))
+        colors = {shape: color for color, shape in drawn.items()}
+        truths = [all(colors[a] == b for a, b in re.findall(r"the (\w+) is (\w+)", text)) for text in row["choices"]]
+        assert truths == [number == row["answer"] for number in range(3)]
+
+
 @pytest.mark.parametrize("source", ["demo:0", "demo:hard", "demo:1.5"])
-def test_a_difficulty_is_a_number(source):
-    with pytest.raises(ValueError, match="the difficulty of demo is a number from 1 to 9"):
+def test_a_demonstration_is_of_a_difficulty_or_of_a_skill(source):
+    with pytest.raises(ValueError, match="a difficulty from 1 to 9, or a skill: magnets, "):
         load_problems(source, "val")

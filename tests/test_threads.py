@@ -183,7 +183,7 @@ def test_a_tokenizer_is_not_switched_under_another_call(processor):  # noqa: F81
     def switch():
         while not stop.is_set():
             processor(problems[:5], stage="rationale", padding="max_length", max_length=40)
-            processor.tokenize_targets(["w5 w6 w7 w8"], 2)
+            processor.tokenize_targets(["w5 w6 w7 w8"], truncation=True, max_length=2)
 
     others = [threading.Thread(target=switch) for _ in range(3)]
     for thread in others:

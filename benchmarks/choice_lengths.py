@@ -1,0 +1,202 @@
+"""How choices of unlike length are best compared: the study of docs/choice_lengths.md.
+
+    python -m benchmarks.choice_lengths --work DIR                  # both datasets, seeds 0 to 2; goes on where it stopped
+    python -m benchmarks.choice_lengths --table                     # the tables, from the files of results
+
+One stage that answers by the choice's text is trained, on the demonstration's `descriptions` and on ScienceQA's questions
+and choices (without pictures, by a tiny model from scratch), and answers validation and test by each way to compare
+choices. The arms share the trained weights. Of each dataset and seed there is one file in
+`benchmarks/results/choice_lengths/`, with every arm.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from datasets import Dataset
+
+from benchmarks.setting import TOKENIZER, machine
+from mmcot.files import read_json, write_json
+from mmcot.predict import load_system, predict
+from mmcot.problems import load_problems
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.processing_mmcot import SCORES
+
+RESULTS = Path(__file__).parent / "results" / "choice_lengths"
+SCIENCEQA = Path("../shared/scienceqa")
+SEEDS = (0, 1, 2)
+UNLIKE = 3  # tokens by which the longest and the shortest target of a problem differ at least
+SHARED_SETTINGS = {
+    "stages": [
+        {
+            "name": "answer",
+            "reads": ["question", "context", "choices"],
+            "writes": "answer_text",
+            "template": "QCM-A",
+            "target": "The answer is {{ choices[answer] }}.",
+            "max_source_length": 192,
+            "max_target_length": 64,
+        }
+    ],
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 100,
+    "lr_scheduler_type": "cosine",
+    "learning_rate": 1e-3,
+    "warmup_steps": 200,
+    "weight_decay": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+def demonstration(folder: Path) -> dict:
+    values = yaml.safe_load(Path("configs/demo_one_stage.yaml").read_text())
+    stage = {**SHARED_SETTINGS["stages"][0], "reads": ["question", "context", "choices", "images"]}
+    return {**values, **SHARED_SETTINGS, "stages": [stage], "dataset": "demo:descriptions", "num_train_epochs": 8}
+
+
+def scienceqa(folder: Path) -> dict:
+    file = folder / "scienceqa.jsonl"
+    if not file.exists():
+        write_scienceqa(file)
+    text_config = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    return {
+        **SHARED_SETTINGS,
+        "dataset": str(file.resolve()),
+        "max_images": 0,
+        "tokenizer_name_or_path": TOKENIZER,
+        "text_config": {**text_config, "dropout_rate": 0.1},
+        "num_train_epochs": 6,
+    }
+
+
+DATASETS = {"demonstration": demonstration, "ScienceQA": scienceqa}
+
+
+def write_scienceqa(file: Path) -> None:
+    """Questions and choices: train and val of all of ScienceQA, test of the part whose problems are whole."""
+    every = read_json(SCIENCEQA / "problems_trainval_qa.json")
+    every |= {name: row for name, row in read_json(SCIENCEQA / "problems.json").items() if row["split"] == "test"}
+    rows = [
+        {"id": name, **{key: row[key] for key in ("question", "choices", "answer", "split")}, "context": row["hint"]}
+        for name, row in every.items()
+    ]
+    held_out = {text_of(row) for row in rows if row["split"] != "train"}
+    rows = [row for row in rows if row["split"] != "train" or text_of(row) not in held_out]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def text_of(row: dict) -> tuple:
+    return row["question"], row["context"], *row["choices"]
+
+
+def train(config: Path, run: Path, seed: int) -> None:
+    command = [sys.executable, "train.py", "--config", str(config), "--output_dir", str(run), "--seed", str(seed)]
+    with run.with_suffix(".log").open("a") as log:
+        if subprocess.run(command, stdout=log, stderr=log).returncode != 0:
+            raise RuntimeError(f"train.py failed: {run.with_suffix('.log').read_text()[-3000:]}")
+
+
+def compare(run: Path, dataset: str) -> dict:
+    """Of each split, each way to compare choices and each class of problems: how many, right, and shortest taken."""
+    processor, models = load_system(str(run))
+    result = {}
+    for split in ("val", "test"):
+        problems = load_problems(dataset, split)
+        lengths = target_lengths(processor, problems)
+        result[split] = {}
+        for score in SCORES:
+            processor.stages[-1].score = score
+            predictions = predict(processor, models, problems, batch_size=100)
+            answers = [predictions[name]["answer"] for name in problems["id"]]
+            result[split][score] = by_length(problems["answer"], answers, lengths)
+    return result
+
+
+def target_lengths(processor: MMCoTProcessor, problems: Dataset) -> list[list[int]]:
+    labels = [processor.choice_labels([row], processor.stages[-1].name)[0] for row in problems.remove_columns("images")]
+    return [(targets != -100).sum(dim=1).tolist() for targets in labels]
+
+
+def by_length(gold: list[int], answers: list[int], lengths: list[list[int]]) -> dict[str, dict]:
+    classes = {"all": range(len(gold))}
+    unlike = [row for row in classes["all"] if max(lengths[row]) - min(lengths[row]) >= UNLIKE]
+    classes["unlike"] = unlike
+    for name, extreme in (("gold is shortest", min), ("gold is longest", max)):
+        classes[name] = [row for row in unlike if lengths[row][gold[row]] == extreme(lengths[row])]
+    classes["gold is between"] = [
+        row for row in unlike if min(lengths[row]) < lengths[row][gold[row]] < max(lengths[row])
+    ]
+    return {
+        name: {
+            "n": len(rows),
+            "right": sum(answers[row] == gold[row] for row in rows),
+            "shortest": sum(lengths[row][answers[row]] == min(lengths[row]) for row in rows),
+            "longest": sum(lengths[row][answers[row]] == max(lengths[row]) for row in rows),
+        }
+        for name, rows in classes.items()
+    }
+
+
+def result_file(name: str, seed: int) -> Path:
+    return RESULTS / f"{name.lower()}-{seed}.json"
+
+
+def tables() -> str:
+    """Of each dataset in percent: mean and extremes of the seeds."""
+    lines = []
+    for name in DATASETS:
+        results = [read_json(result_file(name, seed)) for seed in SEEDS if result_file(name, seed).exists()]
+        for split in ("val", "test"):
+            classes = results[0][split]["total"]
+            lines += [f"**{name}, {split}** ({len(results)} seeds)", ""]
+            header = [f"{kind} ({classes[kind]['n']})" for kind in classes] + ["shortest taken", "longest taken"]
+            lines += ["| score | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
+            for score in SCORES:
+                arms = [result[split][score] for result in results]
+                cells = [share([arm[kind] for arm in arms], "right") for kind in classes]
+                cells += [share([arm["unlike"] for arm in arms], which) for which in ("shortest", "longest")]
+                lines.append(f"| {score} | " + " | ".join(cells) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def share(counts: list[dict], which: str) -> str:
+    values = [100 * count[which] / max(count["n"], 1) for count in counts]
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--work", metavar="DIR", help="where the runs are made; by default a temporary folder")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    folder = Path(arguments.work or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in [] if arguments.table else arguments.seeds:
+        for name in arguments.datasets:
+            if result_file(name, seed).exists():
+                continue
+            values = DATASETS[name](folder)
+            config, run = folder / f"{name}.yaml", folder / f"{name}-{seed}"
+            config.write_text(yaml.safe_dump(values))
+            train(config, run, seed)
+            result = compare(run, values["dataset"])
+            write_json(result_file(name, seed), {"dataset": name, "seed": seed, **result, "machine": machine()})
+            print(f"{result_file(name, seed)} is written.", flush=True)
+    print(tables())
+
+
+if __name__ == "__main__":
+    main()
