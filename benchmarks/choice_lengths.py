@@ -1,12 +1,12 @@
 """How choices of unlike length are best compared: the study of docs/choice_lengths.md.
 
-    python -m benchmarks.choice_lengths --work DIR                  # both datasets, seeds 0 to 2; goes on where it stopped
-    python -m benchmarks.choice_lengths --table                     # the tables, from the files of results
+    python -m benchmarks.choice_lengths --work DIR     # both datasets, seeds 0 to 2; goes on where it stopped
+    python -m benchmarks.choice_lengths --table        # the tables, from the files of results
 
-One stage that answers by the choice's text is trained, on the demonstration's `descriptions` and on ScienceQA's questions
-and choices (without pictures, by a tiny model from scratch), and answers validation and test by each way to compare
-choices. The arms share the trained weights. Of each dataset and seed there is one file in
-`benchmarks/results/choice_lengths/`, with every arm.
+One stage that answers by the choice's text is trained, on the demonstration's `descriptions` (for eight epochs and for
+two) and on ScienceQA's questions and choices (without pictures, by a tiny model from scratch), and answers validation
+and test by each way to compare choices. The arms share the trained weights. Of each dataset and seed there is one file
+in `benchmarks/results/choice_lengths/`, with every arm.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from datasets import Dataset
 
-from benchmarks.setting import TOKENIZER, machine
+from benchmarks.setting import machine
 from mmcot.files import read_json, write_json
 from mmcot.predict import load_system, predict
 from mmcot.problems import load_problems
@@ -49,7 +49,6 @@ SHARED_SETTINGS = {
     "learning_rate": 1e-3,
     "warmup_steps": 200,
     "weight_decay": 0.01,
-    "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
     "report_to": "none",
@@ -57,10 +56,20 @@ SHARED_SETTINGS = {
 }
 
 
-def demonstration(folder: Path) -> dict:
+def demonstration(folder: Path, num_train_epochs: int = 8) -> dict:
     values = yaml.safe_load(Path("configs/demo_one_stage.yaml").read_text())
     stage = {**SHARED_SETTINGS["stages"][0], "reads": ["question", "context", "choices", "images"]}
-    return {**values, **SHARED_SETTINGS, "stages": [stage], "dataset": "demo:descriptions", "num_train_epochs": 8}
+    return {
+        **values,
+        **SHARED_SETTINGS,
+        "stages": [stage],
+        "dataset": "demo:descriptions",
+        "num_train_epochs": num_train_epochs,
+    }
+
+
+def half_learned(folder: Path) -> dict:
+    return demonstration(folder, num_train_epochs=2)
 
 
 def scienceqa(folder: Path) -> dict:
@@ -72,13 +81,13 @@ def scienceqa(folder: Path) -> dict:
         **SHARED_SETTINGS,
         "dataset": str(file.resolve()),
         "max_images": 0,
-        "tokenizer_name_or_path": TOKENIZER,
+        "tokenizer_vocab_size": 4000,
         "text_config": {**text_config, "dropout_rate": 0.1},
-        "num_train_epochs": 6,
+        "num_train_epochs": 4,
     }
 
 
-DATASETS = {"demonstration": demonstration, "ScienceQA": scienceqa}
+DATASETS = {"demonstration": demonstration, "half-learned": half_learned, "ScienceQA": scienceqa}
 
 
 def write_scienceqa(file: Path) -> None:

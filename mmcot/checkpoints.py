@@ -28,6 +28,13 @@ def finish_checkpoint(unfinished: Path, checkpoint: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def finish_interrupted(stage_folder: Path) -> None:
+    """A checkpoint that was written whole gets its name, if a kill came before `finish_checkpoint` gave it that."""
+    for written in stage_folder.glob(f"{UNFINISHED}/checkpoint-*"):
+        if damage_of(written) is None and not (stage_folder / written.name).exists():
+            written.rename(stage_folder / written.name)
+
+
 def fingerprint(file: Path) -> dict[str, int | str]:
     with file.open("rb") as content:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
@@ -43,6 +50,7 @@ def checkpoint_to_resume(stage_folder: Path, pass_over_damaged: bool = False) ->
     Raises:
         RunStopped: it is damaged.
     """
+    finish_interrupted(stage_folder)
     checkpoints = sorted(stage_folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
         damage = damage_of(checkpoint)

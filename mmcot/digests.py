@@ -58,6 +58,8 @@ def difference(before: Digests, now: Digests) -> str | None:
         "are gone": before.keys() - now.keys(),
     }
     words = [f"{len(names)} {what} ({first_few(in_order(names))})" for what, names in changed.items() if names]
+    if not words and list(before) != list(now):
+        return f"all {len(now)} are the same, in another order"
     return "; ".join(words) or None
 
 

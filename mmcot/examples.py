@@ -30,7 +30,7 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
 
     Returns:
         A row for each problem: `input_ids`, with targets `labels`, `is_shortened` (its source was longer than the stage
-        reads), and its `id` and `images` as they are.
+        reads), with targets `is_cut` (its target was longer than the stage writes), its `id` and `images` as they are.
     """
     key = Hasher.hash((problems._fingerprint, asdict(stage), tokenizer_state(processor.tokenizer), with_targets))
     key = Hasher.hash((key, inspect.getsource(processing_mmcot), inspect.getsource(tokenize)))
@@ -65,9 +65,12 @@ def tokenize(columns: dict[str, list], stage: Stage, processor: MMCoTProcessor, 
     examples = {"input_ids": sources, "is_shortened": is_shortened}
     if with_targets:
         targets = [stage.render_target(problem) for problem in problems]
-        examples["labels"] = processor.tokenizer(targets, truncation=True, max_length=stage.max_target_length)[
-            "input_ids"
-        ]
+        whole, cut = (
+            processor.tokenizer(targets, verbose=False, **limits)["input_ids"]
+            for limits in ({}, {"truncation": True, "max_length": stage.max_target_length})
+        )
+        examples["labels"] = cut
+        examples["is_cut"] = [len(target) > stage.max_target_length for target in whole]
     return examples
 
 

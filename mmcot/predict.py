@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ def predict_stage(
     problems = with_columns(without_gold(problems), predictions, earlier)
     with state.main_process_first():
         examples = tokenized(problems, stage, processor, with_targets=False)
-    log_shortened(stage, sum(examples["is_shortened"]), len(problems), "problems to predict")
+    log_shortened(stage, examples, "problems to predict")
     if pictures is None and "images" in stage.reads:
         pictures = vision_source(model, processor.image_processor, problems)
     lengths, ids = lengths_of(examples), problems["id"]
@@ -143,12 +143,20 @@ def with_columns(problems: Dataset, predictions: dict[str, dict], earlier: list[
     return problems
 
 
-def log_shortened(stage: Stage, count: int, total: int, which: str) -> None:
-    if count and PartialState().is_main_process:
-        logger.warning(
-            f"{stage.name} stage: the sources of {count} of {total} {which} are longer than {stage.max_source_length} "
-            f"tokens and are shortened"
-        )
+def log_shortened(stage: Stage, examples: Dataset | IterableDataset, which: str) -> dict[str, int] | None:
+    """How many sources and targets were longer than the stage's, told and returned; None of a stream."""
+    if isinstance(examples, IterableDataset):
+        return None
+    counts = {"of": len(examples), "sources": sum(examples["is_shortened"])}
+    if "is_cut" in examples.column_names:
+        counts["targets"] = sum(examples["is_cut"])
+    for kind, length in (("sources", stage.max_source_length), ("targets", stage.max_target_length)):
+        if counts.get(kind) and PartialState().is_main_process:
+            logger.warning(
+                f"{stage.name} stage: the {kind} of {counts[kind]} of {len(examples)} {which} are longer than {length} "
+                f"tokens and are shortened"
+            )
+    return counts
 
 
 def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTProcessor, Mapping[str, PreTrainedModel]]:

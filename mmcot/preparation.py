@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets
+from filelock import AcquireReturnProxy
 from torch import nn
 
 from mmcot.adapters import check_adapters
@@ -26,6 +27,8 @@ from mmcot.features import vision_source
 from mmcot.pictures import PixelStore
 from mmcot.problems import SPLITS, is_answered, join_captions, join_column, load_problems, require_answers
 from mmcot.recipes import Recipe, claim_run_folder
+from mmcot.run_folder import lock_run
+from mmcot.run_inputs import check_unchanged, inputs_of
 from mmcot.stage_inputs import target_columns
 from mmcot.streaming import stream_problems
 from modeling_mmcot import MMCoTProcessor
@@ -44,6 +47,7 @@ class Run:
     processor: MMCoTProcessor
     store: FeatureStore | None  # features of the problems' pictures that the recipe names
     pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
+    lock: AcquireReturnProxy | None = None  # held, so that no other command writes into the folder
 
     def arguments_of(self, stage: Stage) -> StageArguments:
         return self.recipe.stages[self.stages.index(stage)]
@@ -56,6 +60,7 @@ def prepare(recipe: Recipe) -> Run:
     """
     Raises:
         ValueError: what is wrong with the recipe or its data.
+        RunStopped: another command is writing into the run's folder.
     """
     stages = [build_stage(arguments) for arguments in recipe.stages]
     check_tower_name(recipe)
@@ -89,7 +94,10 @@ def prepare(recipe: Recipe) -> Run:
         check_folds(recipe, len(problems["train"]))
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
-    return Run(recipe, stages, problems, folder, folder, processor, store, pictures)
+    lock = lock_run(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
+    with PartialState().main_process_first():
+        check_unchanged(folder, inputs_of(recipe, problems, processor, store))
+    return Run(recipe, stages, problems, folder, folder, processor, store, pictures, lock)
 
 
 def prepare_pictures(

@@ -54,7 +54,7 @@ def load_problems(source: str, split: str, max_images: int | None = None, pictur
     """
     Args:
         source: one of
-            - `demo`, or `demo:2` and so on for a harder one, or `demo:SKILL` for problems of one skill (`demo.generate`);
+            - `demo`, `demo:2` and so on for a harder one, `demo:SKILL` for one skill's problems (`demo.generate`);
             - a ScienceQA folder: `problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps
               `captions.json`;
             - an A-OKVQA folder: `aokvqa_v1p0_SPLIT.json`, and COCO's `coco/SPLIT2017/IMAGE_ID.jpg` in it or beside it;

@@ -48,6 +48,10 @@ MACHINE_SETTINGS = {
 # How a step's problems are shared out; how many they are is checked when a run goes on (`trainer.SameSteps`).
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
+# Compared by what they hold (`run_inputs.py`), where they are paths: data can be moved, as a run's folder can.
+NAMES_OF_DATA = {"dataset", "features", "captions", "target_column"}
+NAMES_OF_DATA |= {"model_name_or_path", "tokenizer_name_or_path", "vision_model_name_or_path"}
+
 PICTURE_SETTINGS = ("vision_model_name_or_path", "vision_tower", "vision_preprocessing", "freeze_vision", "max_images")
 PICTURE_SETTINGS += ("features", "vision_config", "image_processor")
 
@@ -158,6 +162,12 @@ def plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
 
 
+def is_path(value: Any) -> bool:
+    """Whether it is one, there or not; `COLUMN=PATH` too. (`USER/NAME` is an id, where it is not there.)"""
+    path = str(value).rpartition("=")[2]
+    return value is not None and (Path(path).exists() or path.startswith((".", "/", "~")))
+
+
 def claim_run_folder(recipe: Recipe) -> Path:
     """
     The run's folder with its `recipe.yaml`.
@@ -174,6 +184,7 @@ def claim_run_folder(recipe: Recipe) -> Path:
             name
             for name in (earlier.keys() | recipe.values.keys()) - exempt
             if earlier.get(name) != recipe.values.get(name)
+            and not (name in NAMES_OF_DATA and is_path(earlier.get(name)) and is_path(recipe.values.get(name)))
         )
         if differing:
             name = differing[0]

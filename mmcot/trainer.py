@@ -27,6 +27,8 @@ from mmcot.examples import StageCollator, lengths_of
 from mmcot.progress import Speed, ValidationReport
 from modeling_mmcot import MMCoTForConditionalGeneration
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
+
 
 class StageTrainer(Seq2SeqTrainer):
     """
@@ -36,6 +38,7 @@ class StageTrainer(Seq2SeqTrainer):
         RunStopped: a loss is not finite, or a checkpoint cannot be written.
     """
 
+    label_smoother = None  # the model's own loss smooths, which needs no logits of padding
     is_saving = False
     validation_report: ValidationReport | None = None
 
@@ -68,7 +71,7 @@ class StageTrainer(Seq2SeqTrainer):
         return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, "skip_logits": True}
+        inputs = {**inputs, "skip_logits": True, "smoothing": self.args.label_smoothing_factor}
         ids = inputs.pop("ids")
         if model.training:
             self.speed.count(inputs)
@@ -143,7 +146,9 @@ class StageTrainer(Seq2SeqTrainer):
             if self.state.best_model_checkpoint == str(written):
                 self.state.best_model_checkpoint = str(checkpoint)
             if self.args.should_save:
-                self.state.save_to_json(str(written / "trainer_state.json"))
+                best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+                self.state.save_to_json(str(written / "trainer_state.json"))  # without a path: a run can be moved
+                self.state.best_model_checkpoint = best
                 finish_checkpoint(written, checkpoint)
                 unfinished.rmdir()
                 rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, True)
@@ -174,8 +179,9 @@ def load_weights(model: MMCoTForConditionalGeneration, checkpoint: str) -> None:
 
 
 def start_worker(number: int, then: Callable[[int], None] | None) -> None:
-    """Of a data loader: SIGTERM, sent to all processes of a job, is for the one that trains to answer."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Of a data loader: a signal that is sent to all processes of a job is for the one that trains to answer."""
+    for one in STOPPING:
+        signal.signal(one, signal.SIG_IGN)
     if then is not None:
         then(number)
 
@@ -216,30 +222,52 @@ class SameSteps(TrainerCallback):
             )
 
 
+class BestCheckpoint(TrainerCallback):
+    """The best checkpoint so far is known by its step, so that a run goes on wherever its folder is moved to."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.best_global_step:
+            return
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if args.load_best_model_at_end and not best.is_dir():
+            raise RunStopped(
+                f"{best} is missing, the best checkpoint so far, which load_best_model_at_end would take: restore it, "
+                f"or remove {args.output_dir} to train the stage anew."
+            )
+        state.best_model_checkpoint = str(best)
+
+
 class Termination(TrainerCallback):
     """
-    SIGTERM, which schedulers send: the step is ended, a checkpoint saved, the training ended. A context, within which
-    the signal is waited for.
+    SIGTERM, which schedulers send, or Ctrl-C: the step is ended, a checkpoint saved, the training ended. A context,
+    within which the signals are waited for; launchers pass them on, so that one can come twice.
+
+    Attributes:
+        asked: the signal that came, None without one.
     """
 
     def __init__(self):
-        self.is_asked = False
+        self.asked: signal.Signals | None = None
 
     def __enter__(self) -> "Termination":
-        self.earlier = signal.signal(signal.SIGTERM, self.ask)
+        self.earlier = {one: signal.signal(one, self.ask) for one in STOPPING}
         return self
 
     def __exit__(self, *exception) -> None:
-        signal.signal(signal.SIGTERM, self.earlier)
+        for one, handler in self.earlier.items():
+            signal.signal(one, handler)
 
     def ask(self, signal_number, frame) -> None:
-        self.is_asked = True
+        if self.asked is None and PartialState().is_main_process:
+            # `print` must not be interrupted by itself.
+            os.write(2, b"Stopping: this step is ended and saved first (Ctrl-\\ stops at once, without).\n")
+        self.asked = signal.Signals(signal_number)
 
     def is_asked_of_any(self) -> bool:
         """So that all processes end at the same step."""
         if PartialState().num_processes > 1:
-            self.is_asked = any(gather_object([self.is_asked]))
-        return self.is_asked
+            self.asked = next((one for one in gather_object([self.asked]) if one is not None), None)
+        return self.asked is not None
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.is_asked_of_any():
@@ -248,6 +276,6 @@ class Termination(TrainerCallback):
             control.should_save = not state.epoch.is_integer()  # else at the end of the epoch
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        if self.is_asked:
+        if self.asked is not None:
             control.should_save = state.epoch.is_integer()
             control.should_evaluate = control.should_evaluate and state.epoch.is_integer()

@@ -6,6 +6,7 @@ its last whole checkpoint. What is checked before stands in `preparation.py`, wh
 `pipeline_mmcot.py`.
 """
 
+import contextlib
 import copy
 import gc
 import logging
@@ -39,7 +40,7 @@ from mmcot.problems import is_answered, known_as
 from mmcot.progress import ValidationReport, hardware, plot_curves
 from mmcot.provenance import origin_of_scores
 from mmcot.recipes import Recipe, parse_recipe
-from mmcot.run_folder import BASE, FINISHED
+from mmcot.run_folder import BASE, FINISHED, lock_run
 from mmcot.stage_inputs import (
     CROSS_FITTED,
     fold_folder,
@@ -52,7 +53,7 @@ from mmcot.stage_inputs import (
 )
 from mmcot.stage_outputs import being_written, is_written, predict_split
 from mmcot.streaming import stream_examples, streamed_pictures
-from mmcot.trainer import NamedCollator, SameSteps, StageTrainer, Termination, load_weights
+from mmcot.trainer import BestCheckpoint, NamedCollator, SameSteps, StageTrainer, Termination, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.processing_mmcot import LETTERS, Stage
 from modeling_mmcot.stages_mmcot import StageAdapters
@@ -138,12 +139,13 @@ def write_fold(prepared: Run, stage: Stage, fold: int) -> dict[str, dict]:
     folder = fold_folder(prepared.folder, fold)
     splits = {"train": others, "val": prepared.problems["val"], "held_out": held_out}
     logger.info("fold %d of %d: the %s stage", fold, arguments.num_folds, stage.name)
-    train_and_write(
-        replace(prepared, folder=folder, problems=splits),
-        stage,
-        {"held_out"},
-        cross_fitted(prepared),
-    )
+    with lock_run(prepared.run_folder, fold) or contextlib.nullcontext():
+        train_and_write(
+            replace(prepared, folder=folder, problems=splits),
+            stage,
+            {"held_out"},
+            cross_fitted(prepared),
+        )
     return read_predictions(folder, "held_out")
 
 
@@ -156,9 +158,10 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     with PartialState().main_process_first():
         examples = {split: stage_examples(prepared, stage, split) for split in ("train", "val")}
         checkpoint = checkpoint_to_resume(stage_folder, recipe.arguments.pass_over_damaged_checkpoints)
-    for split, rows in examples.items():
-        if isinstance(rows, Dataset):
-            log_shortened(stage, sum(rows["is_shortened"]), len(rows), f"{split} problems")
+    check_resumable(recipe.training_arguments, checkpoint)
+    if isinstance(examples["train"], Dataset):
+        check_batches(recipe.training_arguments, len(examples["train"]), stage)
+    shortened = {split: log_shortened(stage, rows, f"{split} problems") for split, rows in examples.items()}
     pictures = prepared.pictures
     if recipe.arguments.streaming:
         pictures = streamed_pictures(processor, prepared.problems["val"])
@@ -181,20 +184,21 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     with Termination() as termination:
         trainer.add_callback(termination)
         trainer.add_callback(SameSteps())
+        trainer.add_callback(BestCheckpoint())
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
-        stop_in_order(trainer, stage)
+        stop_in_order(trainer, stage, termination)
     save_trained(trainer, recipe, stage_folder)
     if trainer.is_world_process_zero():
         history = trainer.state.log_history[:-1]  # without the summary, which is in the metrics
         summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "hardware": hardware()}
-        summary |= {"dataset_known_as": known_as(recipe.arguments.dataset)}
+        summary |= {"dataset_known_as": known_as(recipe.arguments.dataset), "shortened": shortened}
         summary |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "log_history": history}
         write_json(stage_folder / FINISHED, summary)
         plot_curves(history, stage_folder / "curves.png")
     PartialState().wait_for_everyone()
     if termination.is_asked_of_any():
-        stop_in_order(trainer, stage)
+        stop_in_order(trainer, stage, termination)
     is_whole = not (saves_adapters(recipe) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if is_whole:
         # As it would be loaded: without the wrapper by which it is trained in bfloat16.
@@ -242,16 +246,47 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     return one_row_per_rationale(problems, [stage])
 
 
-def stop_in_order(trainer: StageTrainer, stage: Stage) -> None:
+def stop_in_order(trainer: StageTrainer, stage: Stage, termination: Termination) -> None:
+    """
+    Raises:
+        RunStopped: no signal asked for it: a scheduler that is told so would start the run again for ever.
+    """
     step, last = trainer.state.global_step, trainer.state.max_steps
+    if not termination.is_asked_of_any():
+        raise RunStopped(f"The {stage.name} stage ended at step {step} of {last}, though no signal asked for that.")
     if trainer.is_world_process_zero():
         saved = trainer.args.output_dir if step == last else checkpoint_to_resume(Path(trainer.args.output_dir))
-        print(
-            f"SIGTERM: the {stage.name} stage stopped at step {step} of {last}, saved in {saved}. The same command "
-            f"goes on from there.",
-            file=sys.stderr,
+        on = "The same command goes on from there."
+        if trainer.args.save_only_model and step < last:
+            on = "It cannot go on from there, because save_only_model keeps no optimizer."
+        where = f"the {stage.name} stage stopped at step {step} of {last}, saved in {saved}"
+        print(f"{termination.asked.name}: {where}. {on}", file=sys.stderr)
+    sys.exit(128 + termination.asked)
+
+
+def check_batches(arguments: Seq2SeqTrainingArguments, num_examples: int, stage: Stage) -> None:
+    """
+    Raises:
+        RunStopped: with `dataloader_drop_last` no batch would be left.
+    """
+    batch_size = arguments.train_batch_size * PartialState().num_processes
+    if arguments.dataloader_drop_last and num_examples < batch_size:
+        raise RunStopped(
+            f"The {stage.name} stage has {num_examples} training examples, and a batch of all processes holds "
+            f"{batch_size}: with dataloader_drop_last nothing would be trained."
         )
-    sys.exit(128 + signal.SIGTERM)
+
+
+def check_resumable(arguments: Seq2SeqTrainingArguments, checkpoint: str | None) -> None:
+    """
+    Raises:
+        RunStopped: the checkpoint holds no optimizer and no schedule, and a fresh one would train other weights.
+    """
+    if checkpoint is not None and arguments.save_only_model:
+        raise RunStopped(
+            f"{checkpoint} was saved with save_only_model, without optimizer and schedule: the training cannot go on "
+            f"from it to the same weights. Remove {Path(checkpoint).parent} to train the stage anew."
+        )
 
 
 def saves_adapters(recipe: Recipe) -> bool:
@@ -368,13 +403,17 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mmcot").setLevel(logging.INFO)
     try:
-        prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    try:
-        run(prepared)
+        try:
+            prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        with prepared.lock or contextlib.nullcontext():
+            run(prepared)
     except (RunStopped, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("SIGINT: what is finished is kept. The same command goes on.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     fold = prepared.recipe.arguments.fold
     if PartialState().is_main_process:
         written = f"Fold {fold} is written: {fold_folder(prepared.folder, fold)}"

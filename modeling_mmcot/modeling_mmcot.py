@@ -385,6 +385,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool = False,
+        smoothing: float = 0.0,
         **kwargs,
     ) -> MMCoTSeq2SeqLMOutput:
         r"""
@@ -429,6 +430,10 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             skip_logits (`bool`, *optional*):
                 With `labels`, give the loss without `logits`: the output head then runs over the real target tokens
                 only, never over padding.
+            smoothing (`float`, *optional*):
+                The share of each target token's probability that the loss spreads over the vocabulary, as
+                `transformers.trainer_pt_utils.LabelSmoother` does. (A name with `label` in it would make the Trainer
+                wait for labels of that name.)
 
         Returns:
             [`MMCoTSeq2SeqLMOutput`]: `loss` (a scalar, with `labels`), `logits` of shape
@@ -500,7 +505,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             )
             is_target = labels != -100
             logits = self.next_token_logits(outputs.last_hidden_state[is_target])
-            loss = token_loss(logits, labels[is_target], num_items_in_batch)
+            loss = token_loss(logits, labels[is_target], num_items_in_batch, smoothing)
             return MMCoTSeq2SeqLMOutput(loss=loss, encoder_last_hidden_state=encoder_outputs[0])
         outputs = super().forward(
             attention_mask=attention_mask,
@@ -513,9 +518,9 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             **{CACHE: cache},
             **kwargs,
         )
-        loss = (
-            None if labels is None else token_loss(outputs.logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
-        )
+        loss = None
+        if labels is not None:
+            loss = token_loss(outputs.logits.flatten(0, 1), labels.flatten(), num_items_in_batch, smoothing)
         weights = getattr(encoder_outputs, "fusion_attentions", None)
         return MMCoTSeq2SeqLMOutput(loss=loss, fusion_attentions=weights, **outputs)
 
@@ -627,12 +632,17 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
 
 def token_loss(
-    logits: torch.FloatTensor, labels: torch.LongTensor, num_items_in_batch: torch.Tensor | int | None
+    logits: torch.FloatTensor,
+    labels: torch.LongTensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    smoothing: float,
 ) -> torch.FloatTensor:
     """Cross-entropy over the real target tokens: their mean, or their sum over `num_items_in_batch`."""
     reduction = "mean" if num_items_in_batch is None else "sum"
     labels = labels.to(logits.device)
-    loss = nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+    loss = nn.functional.cross_entropy(
+        logits, labels, ignore_index=-100, reduction=reduction, label_smoothing=smoothing
+    )
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

@@ -214,7 +214,9 @@ def choose_answers(
     if stage.score == "mean":
         log_probs = log_probs / (labels != -100).sum(dim=-1)
     elif stage.score == "calibrated":
-        log_probs = log_probs - score_targets(model, labels, encode(model, without_question(problems, processor, stage)))
+        log_probs = log_probs - score_targets(
+            model, labels, encode(model, without_question(problems, processor, stage))
+        )
     columns = []
     for problem, problem_log_probs in zip(problems, log_probs, strict=True):
         choices = problem["choices"]

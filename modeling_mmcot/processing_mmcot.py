@@ -408,8 +408,8 @@ class MMCoTProcessor(ProcessorMixin):
 
     def choice_labels(self, problems: list[dict], stage: str) -> torch.LongTensor:
         """
-        Each choice's whole target as labels, `(batch_size, max_choices, target_length)`, -100 where there is nothing. It
-        is not cut at `max_target_length`: choices that are longer would all be the same.
+        Each choice's target as labels, `(batch_size, max_choices, target_length)`, -100 where there is nothing. It is
+        not cut at `max_target_length`: choices that are longer could become the same.
         """
         stage = self.stage(stage)
         num_choices = max(len(problem["choices"]) for problem in problems)
