@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from mmcot.files import read_json, write_json
-from mmcot.provenance import weights_of
+from mmcot.predictions import digest_of_file
+from mmcot.provenance import all_weights
 from mmcot.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.run_folder import FINISHED, is_adapted, judged_split, scores_file
 from modeling_mmcot import MMCoTProcessor
@@ -148,13 +149,14 @@ def scores_of_run(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any]
     file = scores_file(run_folder, split)
     scores = read_json(file)
     check_weights(scores, file, run_folder, processor)
+    check_predictions(scores, file)
     if scores["split"] != split:
         raise ValueError(f"{file} is of the split {scores['split']!r}; expected {split!r}, by its name.")
     return without_paths(scores)
 
 
 def check_weights(measured: dict[str, Any], file: Path, run_folder: Path, processor: MMCoTProcessor) -> None:
-    weights, said = weights_of(str(run_folder), processor) or {}, measured.get("weights")
+    weights, said = all_weights(run_folder, processor), measured.get("weights")
     if said == weights:
         return
     differing = [name for name, digest in weights.items() if (said or {}).get(name) != digest]
@@ -165,6 +167,21 @@ def check_weights(measured: dict[str, Any], file: Path, run_folder: Path, proces
     )
 
 
+def check_predictions(scores: dict[str, Any], file: Path) -> None:
+    """The predictions that were scored are still those in their file, where that is at hand."""
+    if "predictions" not in scores:
+        raise ValueError(
+            f"{file} does not say which predictions it is of: an older mmcot wrote it. Measure again: python -m "
+            f"mmcot.evaluate FILE … --output {file}."
+        )
+    predictions_file = file.parent / scores["predictions_file"]
+    if predictions_file.is_file() and digest_of_file(predictions_file) != scores["predictions"]:
+        raise ValueError(
+            f"{file} is of other predictions than {predictions_file} holds now. Measure again: python -m "
+            f"mmcot.evaluate {predictions_file} … --output {file}."
+        )
+
+
 def probes_of(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | None:
     """What the answers hang on, where that was measured."""
     file = run_folder / "scores" / PROBES_FILE
@@ -172,7 +189,7 @@ def probes_of(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | N
         return None
     probes = read_json(file)
     check_weights(probes, file, run_folder, processor)
-    return probes
+    return without_paths(probes)
 
 
 def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
