@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from mmcot.files import read_json, write_json
+from mmcot.files import names_of, read_json, write_json
 from mmcot.predictions import digest_of_file
 from mmcot.provenance import all_weights
 from mmcot.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
@@ -93,6 +93,7 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
     digests = code_digests(folder)
     code = digest_of(digests)
     draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
+    results = None if scores is None else publish_scores(scores, folder)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -101,8 +102,9 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         datasets=[dataset.id] if dataset and dataset.id else None,
         tags=["multimodal-cot", "custom_code"],
         model_name=publication.repo_id.split("/")[-1],
-        eval_results=None if scores is None else publish_scores(scores, folder),
-        mmcot={"version": __version__, "code": code},
+        eval_results=results,
+        # By its list of files, a later push knows which of them are its own to delete.
+        mmcot={"version": __version__, "code": code, "files": sorted({*names_of(folder), "README.md"})},
     )
     card = ModelCard.from_template(
         data,
