@@ -20,8 +20,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-from mmcot.files import read_json, write_json
-from mmcot.provenance import weights_of
+from mmcot.files import names_of, read_json, write_json
+from mmcot.predictions import digest_of_file
+from mmcot.provenance import all_weights
 from mmcot.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.run_folder import FINISHED, is_adapted, judged_split, scores_file
 from modeling_mmcot import MMCoTProcessor
@@ -92,6 +93,7 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
     digests = code_digests(folder)
     code = digest_of(digests)
     draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
+    results = None if scores is None else publish_scores(scores, folder)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -100,8 +102,9 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         datasets=[dataset.id] if dataset and dataset.id else None,
         tags=["multimodal-cot", "custom_code"],
         model_name=publication.repo_id.split("/")[-1],
-        eval_results=None if scores is None else publish_scores(scores, folder),
-        mmcot={"version": __version__, "code": code},
+        eval_results=results,
+        # By its list of files, a later push knows which of them are its own to delete.
+        mmcot={"version": __version__, "code": code, "files": sorted({*names_of(folder), "README.md"})},
     )
     card = ModelCard.from_template(
         data,
@@ -148,13 +151,14 @@ def scores_of_run(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any]
     file = scores_file(run_folder, split)
     scores = read_json(file)
     check_weights(scores, file, run_folder, processor)
+    check_predictions(scores, file)
     if scores["split"] != split:
         raise ValueError(f"{file} is of the split {scores['split']!r}; expected {split!r}, by its name.")
     return without_paths(scores)
 
 
 def check_weights(measured: dict[str, Any], file: Path, run_folder: Path, processor: MMCoTProcessor) -> None:
-    weights, said = weights_of(str(run_folder), processor) or {}, measured.get("weights")
+    weights, said = all_weights(run_folder, processor), measured.get("weights")
     if said == weights:
         return
     differing = [name for name, digest in weights.items() if (said or {}).get(name) != digest]
@@ -165,6 +169,21 @@ def check_weights(measured: dict[str, Any], file: Path, run_folder: Path, proces
     )
 
 
+def check_predictions(scores: dict[str, Any], file: Path) -> None:
+    """The predictions that were scored are still those in their file, where that is at hand."""
+    if "predictions" not in scores:
+        raise ValueError(
+            f"{file} does not say which predictions it is of: an older mmcot wrote it. Measure again: python -m "
+            f"mmcot.evaluate FILE … --output {file}."
+        )
+    predictions_file = file.parent / scores["predictions_file"]
+    if predictions_file.is_file() and digest_of_file(predictions_file) != scores["predictions"]:
+        raise ValueError(
+            f"{file} is of other predictions than {predictions_file} holds now. Measure again: python -m "
+            f"mmcot.evaluate {predictions_file} … --output {file}."
+        )
+
+
 def probes_of(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | None:
     """What the answers hang on, where that was measured."""
     file = run_folder / "scores" / PROBES_FILE
@@ -172,7 +191,7 @@ def probes_of(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | N
         return None
     probes = read_json(file)
     check_weights(probes, file, run_folder, processor)
-    return probes
+    return without_paths(probes)
 
 
 def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:

@@ -3,11 +3,13 @@
 What a score is stands in `metrics.py`; nothing is read or written here.
 """
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmcot.metrics import CLASSES, Problems, checked_answers, percentage, right_by_class
+from mmcot.predictions import differing_parts
 from mmcot.uncertainty import mcnemar, mean_interval
 
 
@@ -54,22 +56,31 @@ def leaderboard(every: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     Raises:
         ValueError: they are not of the same problems, or do not say of which they are.
     """
-    keys = {name: scores.get("problems") for name, scores in every.items()}
-    for name, key in keys.items():
-        if key is None:
-            raise ValueError(f"{name} does not say which problems it is of: score its predictions again.")
-        first = next(iter(keys))
-        if key != keys[first]:
-            raise ValueError(
-                f"{name} is of other problems ({every[name]['n']}) than {first} ({every[first]['n']}): scores of "
-                f"different splits or subsets cannot stand in one table."
-            )
+    check_same_problems(every)
     table = [["system", "n", *CLASSES, "Avg, 95 %"]]
     for name, scores in sorted(every.items(), key=lambda item: -item[1]["accuracy"]["Avg"]):
         interval = scores["intervals"]["accuracy"]["Avg"]
         cells = [two_places(scores["accuracy"][column]) for column in CLASSES]
         table.append([name, str(scores["n"]), *cells, "–".join(map(two_places, interval)) if interval else "-"])
     return table
+
+
+def check_same_problems(every: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, scores in every.items():
+        if scores.get("problems") is None or scores.get("problems_digest") is None:
+            raise ValueError(f"{name} does not say which problems it is of: score its predictions again.")
+    for (first, one), (name, other) in itertools.combinations(every.items(), 2):
+        if one["problems"] != other["problems"]:
+            raise ValueError(
+                f"{name} is of other problems ({other['n']}) than {first} ({one['n']}): scores of different splits or "
+                f"subsets cannot stand in one table."
+            )
+        differing = differing_parts(one["problems_digest"], other["problems_digest"])
+        if differing:
+            raise ValueError(
+                f"{name} ({other.get('dataset')}) is of problems with other {' and other '.join(differing)} than "
+                f"{first} ({one.get('dataset')}), though their ids are the same: they cannot stand in one table."
+            )
 
 
 def two_places(value: float | None) -> str:

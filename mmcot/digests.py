@@ -8,8 +8,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset
-
 from mmcot.pictures import ContentKeys
 from mmcot.problems import first_few
 
@@ -18,7 +16,7 @@ HEX_DIGITS = 16  # of each problem: 64 bits, so that a large dataset's stay smal
 Digests = dict[str, list[str | None]]  # by a problem's id those of its texts and of its pictures
 
 
-def problem_digests(problems: Dataset) -> Digests:
+def problem_digests(problems: Iterable[dict]) -> Digests:
     """
     Of each problem by id: the digest of all its columns but the pictures, and that of its pictures' content. The second
     one is None where a picture's file is not at hand.

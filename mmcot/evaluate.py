@@ -25,8 +25,9 @@ from mmcot.comparison import compare, leaderboard, spread
 from mmcot.files import read_json, write_json
 from mmcot.leaks import suspicion, warnings_of
 from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score
+from mmcot.predictions import check_problems, read_meta
 from mmcot.problems import SOURCES, SPLITS, first_few, join_captions, load_problems, require_answers
-from mmcot.provenance import origin_of_scores
+from mmcot.provenance import origin_of_scores, weights_of
 from mmcot.results import scores_of
 from mmcot.run_folder import judged_split, scores_file
 from mmcot.subsets import add_selection, select
@@ -39,8 +40,10 @@ Predictions = dict[str, dict[str, Any]]
 
 def evaluate(predictions_file: str | Path, dataset: str, split: str) -> dict[str, Any]:
     """The scores (DESIGN section 4) of a predictions file against the gold columns of `split` of `dataset`."""
-    predictions = read_predictions(predictions_file)
-    return score(load_answered_problems(dataset, split), predictions)
+    predictions, problems = read_predictions(predictions_file), load_answered_problems(dataset, split)
+    scores = score(problems, predictions)
+    check_problems(Path(predictions_file), predictions, problems, dataset)
+    return scores
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -48,12 +51,14 @@ def read_predictions(path: str | Path) -> Predictions:
     A predictions file (DESIGN section 4), id -> what was predicted for that problem; or `{id: answer}` of any system.
 
     Raises:
-        ValueError: it is not there, not JSON, or not such a file; an id stands there twice.
+        ValueError: it is not there, not JSON, or not such a file; an id stands there twice; the meta file beside it
+            belongs to other predictions.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such predictions file; `python -m mmcot.predict … --output FILE` writes one")
     predictions = read_json(path)
     check_once(Path(path))
+    read_meta(Path(path))
     for id_, prediction in predictions.items():
         if type(prediction) is int:
             predictions[id_] = {"answer": prediction}
@@ -76,32 +81,42 @@ def check_once(path: Path) -> None:
 
 def load_answered_problems(dataset: str, split: str) -> Dataset:
     """The problems of a split, all with a known answer: without it there is nothing to score against."""
-    problems = load_problems(dataset, split, pictures=False)
+    problems = load_scored_problems(dataset, split)
     require_answers(problems)
     return problems
 
 
-def fitting(
-    predictions: Predictions, problems: Dataset, allow_missing: bool, arguments: argparse.Namespace
-) -> Predictions:
+def load_scored_problems(dataset: str, split: str) -> Dataset:
+    """The problems of a split as the dataset gives them: every picture, or where one is absent their names alone."""
+    try:
+        return load_problems(dataset, split)
+    except ValueError:  # what else is wrong, loading without the pictures' files finds too
+        return load_problems(dataset, split, pictures=False)
+
+
+def fitting(file: str, problems: Dataset, allow_missing: bool, arguments: argparse.Namespace) -> Predictions:
     """
     The predictions for just these problems; with `allow_missing` a problem without one is answered wrong.
 
     Raises:
-        ValueError: ids are missing or surplus; where the surplus ones are another split's, it is named.
+        ValueError: ids are missing or surplus; where the surplus ones are another split's, it is named. Or the
+            predictions were made for other problems with the same ids.
     """
+    predictions = read_predictions(file)
     surplus = set(predictions) - set(problems["id"])
     for split in SPLITS if surplus else ():
         if split != arguments.split and surplus <= set(split_ids(arguments.dataset, split)):
             raise ValueError(f"{len(surplus)} predictions are of the split {split!r}, not of {arguments.split!r}")
     missing = [problem_id for problem_id in problems["id"] if problem_id not in predictions]
-    if allow_missing and missing and not surplus:
+    if surplus or not allow_missing:
+        check_same_ids(problems["id"], predictions)
+    check_problems(Path(file), predictions, problems, arguments.dataset)
+    if missing:
         logger.warning("%d of %d problems have no prediction and count as wrong", len(missing), len(problems))
         wrong = {"answer": -1, "missing": True}
         if any("decoded_answer" in prediction for prediction in predictions.values()):
             wrong["decoded_answer"] = -1
-        return predictions | dict.fromkeys(missing, wrong)
-    check_same_ids(problems["id"], predictions)
+        predictions |= dict.fromkeys(missing, wrong)
     return predictions
 
 
@@ -167,9 +182,11 @@ def main(argv: list[str] | None = None) -> None:
         elif arguments.file is None or arguments.dataset is None:
             raise ValueError("expected a predictions FILE and --dataset, or --leaderboard")
         elif arguments.submission is not None:
-            problems = load_problems(arguments.dataset, arguments.split, pictures=False)
+            problems = load_scored_problems(arguments.dataset, arguments.split)
             predictions = read_predictions(arguments.file)
-            write_json(arguments.submission, submission(problems.remove_columns("images"), predictions))
+            texts = submission(problems.remove_columns("images"), predictions)
+            check_problems(Path(arguments.file), predictions, problems, arguments.dataset)
+            write_json(arguments.submission, texts)
             print(f"submission: {arguments.submission}")
         else:
             evaluate_files(arguments)
@@ -184,13 +201,10 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--output {output} is a predictions file itself")
     problems = load_answered_problems(arguments.dataset, arguments.split)
     problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
-    first, *rest = (
-        fitting(read_predictions(file), problems, arguments.allow_missing, arguments)
-        for file in (arguments.file, *others)
-    )
+    first, *rest = (fitting(file, problems, arguments.allow_missing, arguments) for file in (arguments.file, *others))
     selection = {name: getattr(arguments, name) for name in ("ids", "filter", "limit", "allow_missing")}
     scores = score(problems, first)
-    scores |= origin_of_scores(Path(arguments.file), arguments.dataset, arguments.split, selection)
+    scores |= origin_of_scores(Path(arguments.file), output, problems, arguments.dataset, arguments.split, selection)
     if arguments.similarity is not None:
         from mmcot.similarity import similarity
 
@@ -221,10 +235,11 @@ def write_page(
 
     blind, origin = None, origin_of(Path(arguments.file))
     if arguments.without_picture is not None:
-        blind = fitting(read_predictions(arguments.without_picture), problems, False, arguments)
+        blind = fitting(arguments.without_picture, problems, False, arguments)
     attention: Iterable[tuple[str, Any]] = ()
     if arguments.attention is not None:
         processor, models = load_system(arguments.attention)
+        check_attention(arguments, weights_of(arguments.attention, processor), origin.weights)
         if origin.max_images is None:
             origin.max_images = min(models[stage.name].config.max_images for stage in processor.stages)
         seen = problems_as_predicted(arguments, problems, origin)
@@ -233,6 +248,18 @@ def write_page(
         seen = problems_as_predicted(arguments, problems, origin)
     report = Path(arguments.report)
     write_report(report, seen, predictions, scores, Path(arguments.file), origin.stages, blind, attention)
+
+
+def check_attention(
+    arguments: argparse.Namespace, here: dict[str, str] | None, predicted: dict[str, str] | None
+) -> None:
+    """Maps of another model than the one that predicted would show where it did not look."""
+    if None not in (here, predicted) and here != predicted:
+        differing = ", ".join(stage for stage in here | predicted if here.get(stage) != predicted.get(stage))
+        raise ValueError(
+            f"--attention {arguments.attention} is of other weights than those that wrote {arguments.file} "
+            f"({differing}); expected the model that predicted."
+        )
 
 
 def problems_as_predicted(arguments: argparse.Namespace, problems: Dataset, origin: Any) -> Dataset:

@@ -1,11 +1,11 @@
 """Problems -> the tokens of a stage's sources and targets, made once and kept on disk, and the batches of them.
 
-What is kept is found again by all that it was made from: the problems, the stage's templates and lengths, the tokenizer
-and the code that puts them together. Pictures stay where they are; they are read when a batch is made, in the
-DataLoader's workers where there are any. Nothing here knows the model.
+What is kept is found again by all that it was made from: the problems, the stage's templates and lengths, the
+tokenizer, the code that puts them together and the libraries' versions (`caches.py`). Pictures stay where they are;
+they are read when a batch is made, in the workers of the DataLoader if it has any. Nothing here knows the model.
 """
 
-import inspect
+import functools
 import json
 from dataclasses import asdict
 
@@ -16,6 +16,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from mmcot.batching import Lengths
+from mmcot.caches import code_digest, kept, versions_of
 from mmcot.feature_store import FeatureStore
 from mmcot.files import cache_folder
 from mmcot.pictures import PixelStore
@@ -33,11 +34,13 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
         reads), with targets `is_cut` (its target was longer than the stage writes), its `id` and `images` as they are.
     """
     key = Hasher.hash((problems._fingerprint, asdict(stage), tokenizer_state(processor.tokenizer), with_targets))
-    key = Hasher.hash((key, inspect.getsource(processing_mmcot), inspect.getsource(tokenize)))
+    makers = (code_digest(processing_mmcot, tokenize), versions_of("tokenizers", "transformers", "jinja2"))
+    key = Hasher.hash((key, makers))
     file = cache_folder() / "examples" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
     texts = problems.remove_columns("images")
-    examples = texts.map(
+    make = functools.partial(
+        texts.map,
         tokenize,
         batched=True,
         fn_kwargs={"stage": stage, "processor": processor, "with_targets": with_targets},
@@ -46,6 +49,7 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
         new_fingerprint=key,
         desc=f"tokenizing for the {stage.name} stage",
     )
+    examples = kept(make, file, len(problems))
     return datasets.concatenate_datasets([problems.select_columns(["id", "images"]), examples], axis=1)
 
 

@@ -12,6 +12,7 @@ How features are computed is `features.py`'s.
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mmcot.caches import code_digest, versions_of
 from mmcot.files import read_json, write_json
-from mmcot.pictures import ContentKeys
+from mmcot.pictures import PICTURE_CODE, PICTURE_LIBRARIES, ContentKeys
 from mmcot.problems import first_few
-from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot import MMCoTForConditionalGeneration, vision_mmcot
 from modeling_mmcot.vision_mmcot import resolved_name
 
 MANIFEST, ROWS, KEYS = "manifest.json", "rows.bin", "rows.jsonl"
+MAKERS = ("code", "versions")  # in the manifest: what computed the features, beside tower and pictures
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureStore:
@@ -130,6 +135,7 @@ class FeatureStore:
             )
         self.compare_fields("vision_config", self.manifest["vision_config"], tower_settings(config.vision_config))
         self.compare_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
+        warn_of_other_makers(self.folder, self.manifest, makers_of(tower))
         if tower.dtype != torch.float16:  # rounding it to bfloat16 rounds a second time
             self.compare("weights of the tower", self.manifest["weights"], weights_digest(tower))
 
@@ -152,6 +158,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{file} was edited: its digest does not belong to what it says. Remove {folder} and compute it again."
         )
     return manifest
+
+
+def makers_of(tower: PreTrainedModel) -> dict[str, Any]:
+    """The code and the libraries that make a tower's features of a picture."""
+    libraries = [*PICTURE_LIBRARIES, "torch", *(["timm"] if tower.config.model_type == "timm_wrapper" else [])]
+    return {"code": code_digest(*PICTURE_CODE, vision_mmcot), "versions": versions_of(*libraries)}
+
+
+def warn_of_other_makers(folder: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
+    """Other code or libraries may give other features; computing them again is left to the user, because it is dear."""
+    there, here = ({"mmcot's code": said.get("code"), **said.get("versions", {})} for said in (manifest, now))
+    differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if differing and "versions" in now:
+        words = ", ".join(f"{name} {short(there.get(name))} there, {short(here.get(name))} here" for name in differing)
+        logger.warning(
+            "%s holds features that other code or libraries computed (%s): they may differ from those of now.",
+            folder,
+            words,
+        )
+
+
+def short(said: str | None) -> str:
+    """A version, or the first digits of a digest."""
+    return "unknown" if said is None else said[:12]
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -190,18 +220,19 @@ class FeatureWriter:
     Args:
         folder: the store, begun by the same call or new.
         said: what the manifest says of the features, but for `record`, which the first batch shows.
-        wait: where another process writes there, wait until it has finished.
+        is_cache: nobody named the folder: where another process writes there, wait until it has finished, and where its
+            files are cut off or damaged, remove them and say so in the log.
 
     Raises:
-        ValueError: another process writes there, or the rows that are there are of another kind.
+        ValueError: another process writes there, or the rows that are there are damaged or of another kind.
     """
 
-    def __init__(self, folder: Path, said: dict[str, Any], wait: bool = False):
-        self.folder = folder
+    def __init__(self, folder: Path, said: dict[str, Any], is_cache: bool = False):
+        self.folder, self.is_cache = folder, is_cache
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder / ".lock")
         try:
-            self.lock.acquire(timeout=-1 if wait else 0)
+            self.lock.acquire(timeout=-1 if is_cache else 0)
         except Timeout as error:
             raise ValueError(f"{folder} is being written by another process.") from error
         self.said = json.loads(json.dumps(said))
@@ -210,20 +241,31 @@ class FeatureWriter:
 
     def __enter__(self) -> "FeatureWriter":
         try:
-            batches = read_key_batches(self.folder)
-            self.keys.update(key for batch in batches for key in batch)
-            if self.keys:
-                self.go_on(batches)
-            else:
-                for name in (ROWS, KEYS):
-                    (self.folder / name).write_bytes(b"")
-        except ValueError:
-            self.lock.release()
-            raise
+            self.open()
+        except ValueError as error:
+            if not self.is_cache:
+                self.lock.release()
+                raise
+            logger.warning("%s The features are removed and computed again.", error)
+            self.begin()
         return self
 
     def __exit__(self, *_) -> None:
         self.lock.release()
+
+    def open(self) -> None:
+        batches = read_key_batches(self.folder)
+        self.keys.update(key for batch in batches for key in batch)
+        if self.keys:
+            self.go_on(batches)
+        else:
+            self.begin()
+
+    def begin(self) -> None:
+        self.keys, self.record = set(), None
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for name in (ROWS, KEYS):
+            (self.folder / name).write_bytes(b"")
 
     def go_on(self, batches: list[list[str]]) -> None:
         """Take away what a killed run left behind its last whole batch."""
@@ -231,8 +273,9 @@ class FeatureWriter:
             raise ValueError(f"{self.folder} has rows and no {MANIFEST}: remove it and compute it again.")
         manifest = read_manifest(self.folder)
         # The weights tell a tower, wherever it lies and whatever else its repository was given since.
-        for name in self.said.keys() - {"tower", "revision", "versions"}:
+        for name in self.said.keys() - {"tower", "revision", *MAKERS}:
             self.compare(name, manifest.get(name), self.said[name])
+        warn_of_other_makers(self.folder, manifest, self.said)
         self.record = record_type(manifest["record"])
         size = sum(map(len, batches)) * self.record.itemsize
         found = file_size(self.folder / ROWS)

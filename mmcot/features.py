@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
@@ -31,8 +30,9 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTra
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from mmcot.caches import code_digest
 from mmcot.captions import write_captions
-from mmcot.feature_store import FeatureStore, FeatureWriter, settings_of, tower_settings, weights_digest
+from mmcot.feature_store import FeatureStore, FeatureWriter, makers_of, settings_of, tower_settings, weights_digest
 from mmcot.files import cache_folder, read_json
 from mmcot.pictures import Picture, PixelStore, aspect_ratio, distinct_pictures, read_picture
 from mmcot.problems import SOURCES, SPLITS, first_few, load_problems
@@ -221,7 +221,7 @@ def described(featurizer: Featurizer, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "repeats": featurizer.repeats,
         "keys": "content",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **makers_of(tower),
     }
 
 
@@ -270,8 +270,8 @@ def vision_source(
         return PixelStore(problems, image_processor)
     featurizer = Featurizer(model.encoder.vision_tower.eval(), model.config.vision_tower, image_processor)
     said = described(featurizer, "float32")
-    folder = cache_folder() / "features" / Hasher.hash({**said, "versions": None})
-    with FeatureWriter(folder, said, wait=True) as writer:
+    folder = cache_folder() / "features" / Hasher.hash((said, code_digest(Featurizer)))
+    with FeatureWriter(folder, said, is_cache=True) as writer:
         failed = complete(writer, problems, featurizer, "float32", batch_size=8, num_workers=0)
     if failed:
         raise ValueError(failed[0])

@@ -5,6 +5,7 @@ What stands in a file (predictions, scores) is checked by the module whose forma
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return data
 
 
-def write_json(path: str | Path, data: dict[str, Any]) -> None:
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write `data` to `path`, its folder made where missing; whoever reads `path` sees the old file or the new one."""
     path = Path(path)
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -37,6 +38,16 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def names_of(folder: Path) -> list[str]:
+    """The files of a folder and its subfolders, by their paths in it."""
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def cache_folder() -> Path:

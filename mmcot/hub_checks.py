@@ -11,6 +11,7 @@ from huggingface_hub import get_token, metadata_load
 from safetensors import SafetensorError, safe_open
 
 from mmcot.card import PICTURE
+from mmcot.files import names_of
 from mmcot.hub import shipped_code
 from mmcot.results import SCORES_FILE
 
@@ -143,7 +144,3 @@ def own_folders() -> list[bytes]:
 def is_model_file(name: str) -> bool:
     """Whether a model's repository may hold a file of that name."""
     return any(re.fullmatch(pattern, name) for pattern in MODEL_PATTERNS)
-
-
-def names_of(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())

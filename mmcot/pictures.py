@@ -3,17 +3,17 @@
 What becomes of them is the model's side (`modeling_mmcot.pictures_mmcot`).
 """
 
+import functools
 import hashlib
-import inspect
 import io
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mmcot.caches import code_digest, kept, versions_of
 from mmcot.files import cache_folder
 from mmcot.problems import check_file
 from modeling_mmcot import pictures_mmcot
@@ -29,6 +30,10 @@ from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, picture_pixels, shrin
 logger = logging.getLogger(__name__)
 
 Picture = tuple[str, dict[str, Any], str]  # its content's key, itself, and the first problem that shows it
+
+# What decides a picture's pixels, beside the picture and its image processor.
+PICTURE_CODE = (pictures_mmcot, sys.modules[__name__])
+PICTURE_LIBRARIES = ("transformers", "pillow", "numpy")
 
 # Pixels that would take more of the disk are not kept but decoded anew for each batch.
 MAX_KEPT = 8e9
@@ -132,19 +137,22 @@ class PixelStore:
             for picture in pictures:
                 self.prepare(picture)
             return None
-        made_from = (list(self.rows), self.image_processor.to_dict(), inspect.getsource(pictures_mmcot))
+        makers = (code_digest(*PICTURE_CODE), versions_of(*PICTURE_LIBRARIES))
+        key = Hasher.hash((list(self.rows), self.image_processor.to_dict(), makers))
+        folder = cache_folder() / "pixels" / key
+        make = functools.partial(
+            Dataset.from_generator,
+            self.generate,
+            features=Features({"pixels": Value("binary"), "shape": List(Value("int64"))}),
+            gen_kwargs={"pictures": pictures},
+            fingerprint=key,
+            cache_dir=str(folder),
+            writer_batch_size=100,
+        )
         try:
-            kept = Dataset.from_generator(
-                self.generate,
-                features=Features({"pixels": Value("binary"), "shape": List(Value("int64"))}),
-                gen_kwargs={"pictures": pictures},
-                fingerprint=Hasher.hash((made_from, transformers.__version__)),
-                cache_dir=str(cache_folder() / "pixels"),
-                writer_batch_size=100,
-            )
+            return kept(make, folder, len(pictures)).with_format("arrow")
         except DatasetGenerationError as error:
             raise error.__cause__ from None  # which picture, and what is wrong with it
-        return kept.with_format("arrow")
 
     def generate(self, pictures: list[Picture]) -> Iterator[dict[str, Any]]:
         for picture in pictures:

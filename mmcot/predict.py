@@ -25,10 +25,11 @@ from mmcot.batching import Lengths, by_both_lengths, filled, length_batches, sha
 from mmcot.examples import StageCollator, lengths_of, tokenized
 from mmcot.feature_store import FeatureStore
 from mmcot.features import vision_source
-from mmcot.files import resolved, write_json
+from mmcot.files import resolved
 from mmcot.journal import Journal
 from mmcot.leaks import leaking
 from mmcot.pictures import PixelStore
+from mmcot.predictions import write_predictions
 from mmcot.problems import (
     SOURCES,
     SPLITS,
@@ -38,7 +39,7 @@ from mmcot.problems import (
     with_column,
     without_gold,
 )
-from mmcot.provenance import meta_file, provenance
+from mmcot.provenance import check_export, loaded_from, provenance
 from mmcot.self_consistency import Sample
 from mmcot.subsets import add_selection, select
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -160,16 +161,22 @@ def log_shortened(stage: Stage, examples: Dataset | IterableDataset, which: str)
 
 
 def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTProcessor, Mapping[str, PreTrainedModel]]:
-    """The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id."""
+    """
+    The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id.
+
+    Raises:
+        ValueError: the folder is none of them, or a run whose stages were trained again since it was exported.
+    """
     folder = Path(model)
-    if (folder / "hub").is_dir():
-        model = str(folder / "hub")
-    elif folder.is_dir() and not (folder / "processor_config.json").is_file():
+    model, is_run = loaded_from(model), (folder / "hub").is_dir()
+    if not is_run and folder.is_dir() and not (folder / "processor_config.json").is_file():
         raise ValueError(
             f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
         )
     # Without the last argument, transformers asks at the terminal whether it may run a repository's code.
     processor = MMCoTProcessor.from_pretrained(model, trust_remote_code=False)
+    if is_run:
+        check_export(folder, processor)
     root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     root = root.to(PartialState().device)
     return processor, load_stages(root, model, [stage.name for stage in processor.stages])
@@ -251,8 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     predictions = predict(processor, models, problems, journal=journal, **options)
     if PartialState().is_main_process:
-        write_json(meta_file(output), meta)
-        write_json(output, predictions)
+        write_predictions(output, predictions, meta)
         print(f"{len(predictions)} predictions: {output}")
     journal.remove()
 

@@ -24,6 +24,7 @@ from mmcot.feature_store import FeatureStore
 from mmcot.files import write_json
 from mmcot.metrics import percentage
 from mmcot.predict import load_inputs, load_system, predict, predict_stage
+from mmcot.predictions import digest_of_problems
 from mmcot.problems import FEATURES, SOURCES, SPLITS, require_answers
 from mmcot.provenance import weights_of
 from mmcot.subsets import add_selection
@@ -203,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.output is not None:
             weights = weights_of(arguments.model, processor)
             origin = {"dataset": arguments.dataset, "split": arguments.split, "weights": weights}
+            origin |= {"problems_digest": digest_of_problems(problems)}
             write_json(Path(arguments.output), {**origin, "probes": results})
         print(format_probes(results))
 

@@ -4,7 +4,7 @@ Pictures stay on disk (`pictures.py` reads them). Nothing here knows the model, 
 """
 
 import difflib
-import inspect
+import functools
 import json
 import logging
 import re
@@ -16,7 +16,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from mmcot.files import read_json
+from mmcot.caches import code_digest, kept, versions_of
+from mmcot.files import cache_folder, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,17 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
             f"dataset is {source!r}; after demo: stands a difficulty from 1 to 9, or a skill: {', '.join(demo.SKILLS)}."
         )
     # datasets knows a generator by its name alone, and would serve what an older demo.py drew.
-    version = datasets.fingerprint.Hasher.hash((inspect.getsource(demo), drawn))
-    return datasets.Dataset.from_generator(demo.generate, gen_kwargs=drawn, features=FEATURES, fingerprint=version)
+    key = datasets.fingerprint.Hasher.hash((code_digest(demo), versions_of("pillow", "numpy"), drawn))
+    folder = cache_folder() / "demo" / key
+    make = functools.partial(
+        datasets.Dataset.from_generator,
+        demo.generate,
+        gen_kwargs=drawn,
+        features=FEATURES,
+        fingerprint=key,
+        cache_dir=str(folder),
+    )
+    return kept(make, folder)
 
 
 def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Iterator[dict[str, Any]]:

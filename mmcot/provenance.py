@@ -1,8 +1,13 @@
-"""Where a file of predictions comes from: what was run, on what, and how; kept beside it as `NAME.meta.json`."""
+"""Where predictions and scores come from: what was run, on what, and how.
+
+Weights are identified by a digest of the files that are loaded. How a predictions file and its origin are kept together
+is in `predictions.py`.
+"""
 
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +18,10 @@ from transformers import PreTrainedModel
 
 from mmcot.feature_store import FeatureStore
 from mmcot.features import commit_of
-from mmcot.files import read_json
 from mmcot.pictures import ContentKeys
+from mmcot.predictions import digest_of_file, digest_of_problems, read_meta
 from mmcot.problems import known_as
-from mmcot.run_folder import BASE, is_adapted
+from mmcot.run_folder import BASE, FINISHED, is_adapted
 from modeling_mmcot import MMCoTProcessor
 
 WEIGHTS = ("*.safetensors",)
@@ -25,11 +30,6 @@ MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "*config.json", "tokenizer.
 # Of `mmcot.predict`, what changes the predictions.
 PREDICT_OPTIONS = ("decode_answer", "bf16", "features", "captions")
 VERSIONS = ("torch", "transformers", "peft", "datasets", "accelerate")
-
-
-def meta_file(predictions_file: Path) -> Path:
-    """`NAME.meta.json` beside `NAME.json`."""
-    return predictions_file.with_name(predictions_file.name.removesuffix(".json") + ".meta.json")
 
 
 def provenance(
@@ -45,13 +45,14 @@ def provenance(
         models: of each stage, loaded from it.
         store: what stands in for the pictures.
     """
-    folder = Path(model) / "hub" if (Path(model) / "hub").is_dir() else Path(model)
+    folder = Path(loaded_from(model))
     folders = [folder, *(folder / stage.name for stage in processor.stages)]
     return {
         "model": str(folder.resolve()) if folder.is_dir() else model,
         "revision": folders_digest(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
         "weights": weights_of(model, processor),
         "dataset_fingerprint": problems_digest(problems),
+        "problems": digest_of_problems(problems),
         "n": len(problems),
         "max_images": min(models[stage.name].config.max_images for stage in processor.stages),
         "features_made_from": None if store is None else store.manifest,
@@ -61,10 +62,42 @@ def provenance(
     }
 
 
+def loaded_from(model: str) -> str:
+    """The folder or repository that a system is loaded from: of a finished run its `hub/`."""
+    exported = Path(model) / "hub"
+    return str(exported) if exported.is_dir() else model
+
+
 def weights_of(model: str, processor: MMCoTProcessor) -> dict[str, str] | None:
-    """Of each stage's model in a run or a folder; None of a repository, which says its commit."""
-    folder = Path(model)
-    return {stage.name: stage_weights(folder, stage.name) for stage in processor.stages} if folder.is_dir() else None
+    """Of each stage's model as it is loaded from a run or a folder; None of a repository, which says its commit."""
+    folder = Path(loaded_from(model))
+    return all_weights(folder, processor) if folder.is_dir() else None
+
+
+def all_weights(folder: Path, processor: MMCoTProcessor) -> dict[str, str]:
+    """Of each stage's model in a run's own stage folders, or in a folder in the Hub's layout."""
+    return {stage.name: stage_weights(folder, stage.name) for stage in processor.stages}
+
+
+def check_export(run_folder: Path, processor: MMCoTProcessor) -> None:
+    """
+    The run's `hub/` holds the weights of its stages.
+
+    Raises:
+        ValueError: a stage was trained again after `hub/` was written, or is being trained.
+    """
+    trained = [stage.name for stage in processor.stages if (run_folder / stage.name).is_dir()]
+    differing = [
+        stage
+        for stage in trained
+        if not (run_folder / stage / FINISHED).is_file()
+        or stage_weights(run_folder, stage) != stage_weights(run_folder / "hub", stage)
+    ]
+    if differing:
+        raise ValueError(
+            f"{run_folder / 'hub'} does not hold the weights of the run's stages ({', '.join(differing)}): they were "
+            f"trained again after it was written. Run train.py to its end, which writes it anew."
+        )
 
 
 def stage_weights(folder: Path, stage: str) -> str:
@@ -75,19 +108,30 @@ def stage_weights(folder: Path, stage: str) -> str:
 
 
 def origin_of_scores(
-    predictions_file: Path, dataset: str, split: str, selection: Mapping[str, Any] | None = None
+    predictions_file: Path,
+    scores_file: Path,
+    problems: Dataset,
+    dataset: str,
+    split: str,
+    selection: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     What scores are of, as far as it is said beside the predictions.
 
     Args:
+        scores_file: where they will be written.
+        problems: that were scored, as `dataset` gives them.
         selection: which of the split's problems they are of, as `mmcot.evaluate` was told.
 
     Returns:
         `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (by the commands' names, as far
-        as they are not the usual), and `weights`, each stage's digest, where it is known.
+        as they are not the usual), `predictions` (the file's digest), `predictions_file` (its path from the scores
+        file, so that a run can be moved), `problems_digest`, and `weights`, each stage's digest, where it is known.
+
+    Raises:
+        ValueError: the meta file beside the predictions belongs to others (`predictions.read_meta`).
     """
-    meta = read_json(meta_file(predictions_file)) if meta_file(predictions_file).is_file() else {}
+    meta = read_meta(predictions_file) or {}
     selected = {name: value for name, value in (selection or {}).items() if value}
     options = {name: meta[name] for name in PREDICT_OPTIONS if meta.get(name)}
     if meta.get("num_rationales", 1) > 1:
@@ -95,6 +139,11 @@ def origin_of_scores(
     some = {name: value for name, value in selected.items() if name != "allow_missing"}
     origin = {"dataset": dataset, "dataset_known_as": known_as(dataset), "split": split}
     origin |= {"predict_options": some | options, "evaluate_options": selected}
+    origin |= {
+        "predictions": digest_of_file(predictions_file),
+        "predictions_file": Path(os.path.relpath(predictions_file, scores_file.parent)).as_posix(),
+        "problems_digest": digest_of_problems(problems),
+    }
     return origin | ({"weights": meta["weights"]} if meta.get("weights") else {})
 
 

@@ -7,6 +7,8 @@ at the commit that it had.
 
 import hashlib
 import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelInfo,
     RepoCard,
+    SpaceInfo,
     hf_hub_download,
     metadata_load,
     snapshot_download,
@@ -34,8 +38,10 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from mmcot.card import Publication
+from mmcot.files import names_of
 from mmcot.hub import export
-from mmcot.hub_checks import check_model_folder, is_model_file, names_of
+from mmcot.hub_checks import check_model_folder
+from mmcot.provenance import check_export
 from mmcot.run_folder import FINISHED, judged_split
 from mmcot.verification import answer_of_a_stranger
 from mmcot.versions import TransportError, validate_card
@@ -43,6 +49,7 @@ from modeling_mmcot import MMCoTProcessor
 
 GITATTRIBUTES = ".gitattributes"  # the Hub's own
 HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, TransportError, ConnectionError)
+PUSH_AGAIN = "Nothing was committed: push again, and look at the difference that is shown."
 MAKER = "mmcot"  # the key in a card's metadata by which a repository of ours is known
 
 
@@ -66,12 +73,14 @@ class State:
         has_branch: whether the branch is there; where it is not, the state is that of the main one.
         files: by their names, without the Hub's own.
         is_ours: whether what is there was made by this tool, or nothing is.
+        pushed: the files that the card lists as those of the last push; None where it lists none.
     """
 
     commit: str | None = None
     has_branch: bool = False
     files: dict[str, RepoFile] = field(default_factory=dict)
     is_ours: bool = True
+    pushed: frozenset[str] | None = None
 
 
 def publish_run(
@@ -118,6 +127,7 @@ def finished_processor(run_folder: Path) -> MMCoTProcessor:
     for stage in processor.stages:
         if not (run_folder / stage.name / FINISHED).is_file():
             raise ValueError(f"{run_folder} is not a finished run: its {stage.name} stage is not trained to its end.")
+    check_export(run_folder, processor)
     return processor
 
 
@@ -174,17 +184,31 @@ def compare(folder: Path, repository: Repository, overwrite: bool, dry_run: bool
         print("Offline: not compared with what stands on the Hub.")
         state = State()
     changes = changes_of(folder, state)
-    foreign = [name for name, change in changes.items() if change == "deleted" and not is_known(name, repository)]
-    if not overwrite and (foreign or not state.is_ours):
-        what = f"files ({', '.join(foreign)}) that" if state.is_ours else "what"
-        raise ValueError(
-            f"{repository.repo_id} holds {what} this tool did not make; nothing was changed. --overwrite replaces "
-            f"its content."
-        )
+    if not overwrite:
+        check_owner(repository, state, changes)
     for name, change in changes.items():
         size = f"{(folder / name).stat().st_size:,}" if change != "deleted" else ""
         print(f"{size:>16}  {change:<8} {name}")
     return Plan(folder, repository, state, changes)
+
+
+def check_owner(repository: Repository, state: State, changes: dict[str, str]) -> None:
+    """
+    What would be deleted or replaced was pushed by this tool, by the list of files in the repository's card.
+
+    Raises:
+        ValueError: the repository, or a file in it, is somebody else's.
+    """
+    holds = "what this tool did not make"
+    foreign = [name for name, change in changes.items() if change in ("changed", "deleted")]
+    if state.is_ours and state.pushed is not None:
+        foreign = [name for name in foreign if name not in state.pushed]
+        holds = f"files ({', '.join(foreign)}) that this tool did not make"
+    elif state.is_ours:
+        foreign = [name for name in foreign if changes[name] == "deleted"]
+        holds = f"files ({', '.join(foreign)}) that are not in this run, and its card, by an older mmcot, lists none"
+    if foreign or not state.is_ours:
+        raise ValueError(f"{repository.repo_id} holds {holds}; nothing was changed. --overwrite replaces its content.")
 
 
 def upload(plan: Plan) -> str:
@@ -214,11 +238,6 @@ def upload(plan: Plan) -> str:
     except (RuntimeError, *HUB_ERRORS) as error:
         raise after_failure(api, repository, head, error) from error
     return commit.oid
-
-
-def is_known(name: str, repository: Repository) -> bool:
-    """Whether a file that is no longer there may be an earlier push's."""
-    return repository.repo_type == "model" and is_model_file(name)
 
 
 def after_failure(api: HfApi, repository: Repository, head: str, error: Exception) -> Exception:
@@ -253,19 +272,32 @@ def state_of(api: HfApi, repository: Repository) -> State:
         if repository.repo_type == "model" and api.repo_exists(repository.repo_id, repo_type="dataset"):
             raise ValueError(f"{repository.repo_id} is a dataset: expected the id of a model") from None
         return State()
-    if repository.private and not info.private:
-        raise ValueError(f"{repository.repo_id} is there and is public: --private is for one that is made.")
+    check_private(repository, info)
     files = {
         entry.path: entry
         for entry in api.list_repo_tree(**where, revision=info.sha, recursive=True)
         if isinstance(entry, RepoFile) and entry.path != GITATTRIBUTES
     }
-    # A Space is born with a README of the Hub's.
-    is_ours = not files or (repository.repo_type == "space" and set(files) == {"README.md"})
-    if "README.md" in files and not is_ours:
-        readme = hf_hub_download(**where, filename="README.md", revision=info.sha)
-        is_ours = MAKER in metadata_of(Path(readme))
-    return State(info.sha, True, files, is_ours)
+    if is_newborn(repository, files) or "README.md" not in files:
+        return State(info.sha, True, files, is_newborn(repository, files))
+    readme = hf_hub_download(**where, filename="README.md", revision=info.sha)
+    metadata = metadata_of(Path(readme))
+    maker = metadata.get(MAKER)
+    pushed = maker.get("files") if isinstance(maker, dict) else None
+    pushed = frozenset(map(str, pushed)) if isinstance(pushed, list) else None
+    return State(info.sha, True, files, MAKER in metadata, pushed)
+
+
+def is_newborn(repository: Repository, files: Collection[str]) -> bool:
+    """Whether a repository holds nothing yet; a Space is born with a README of the Hub's."""
+    return not files or (repository.repo_type == "space" and set(files) == {"README.md"})
+
+
+def check_private(repository: Repository, info: ModelInfo | SpaceInfo) -> None:
+    if repository.private and not info.private:
+        raise ValueError(
+            f"{repository.repo_id} is there and is public: --private is for one that is made. Nothing was committed."
+        )
 
 
 def metadata_of(readme: Path) -> dict[str, Any]:
@@ -298,16 +330,52 @@ def sha256_of(file: Path) -> str:
 
 
 def prepare_repository(api: HfApi, repository: Repository, state: State) -> str:
-    """The repository and the branch, made where they are not there. Returns the branch's head."""
+    """
+    The repository and the branch, made where they are not there. Returns the branch's head: the commit that was
+    compared with, because one that came since is not built upon, or the first one of a repository that is made here.
+
+    Raises:
+        ValueError: somebody else made the repository or the branch since it was compared, or made it public.
+    """
     where = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
     if state.commit is None:
-        sdk = {"space_sdk": "gradio"} if repository.repo_type == "space" else {}
-        api.create_repo(**where, private=repository.private or None, exist_ok=True, **sdk)
+        head = make_repository(api, repository)
+    else:
+        head = state.commit
+        check_private(repository, api.repo_info(**where))
     if not state.has_branch and repository.revision != "main":
-        api.create_branch(**where, branch=repository.revision, exist_ok=True)
-    if state.has_branch:
-        return state.commit  # what was compared with: a commit that came since is not built upon
-    return api.repo_info(**where, revision=repository.revision).sha
+        with made_by_nobody_else(f"the branch {repository.revision} of {repository.repo_id}"):
+            api.create_branch(**where, branch=repository.revision, revision=head, exist_ok=False)
+    return head
+
+
+def make_repository(api: HfApi, repository: Repository) -> str:
+    """Returns its first commit, which holds nothing of anybody's."""
+    sdk = {"space_sdk": "gradio"} if repository.repo_type == "space" else {}
+    where = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
+    with made_by_nobody_else(repository.repo_id):
+        api.create_repo(**where, private=repository.private or None, exist_ok=False, **sdk)
+    born = state_of(api, replace(repository, revision="main"))
+    if not is_newborn(repository, born.files):
+        raise ValueError(
+            f"{since_compared(repository.repo_id)}: it holds {', '.join(sorted(born.files))}. {PUSH_AGAIN}"
+        )
+    return born.commit
+
+
+@contextmanager
+def made_by_nobody_else(name: str) -> Iterator[None]:
+    """What is made in this block was not there; the Hub's conflict is an error that says so."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code != 409:
+            raise
+        raise ValueError(f"{since_compared(name)}. {PUSH_AGAIN}") from error
+
+
+def since_compared(name: str) -> str:
+    return f"{name} was not there when it was compared, and somebody else made it since"
 
 
 def verify(plan: Plan, commit: str) -> None:

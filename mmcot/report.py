@@ -24,11 +24,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmcot.files import read_json
 from mmcot.metrics import CLASSES, checked_answers, percentage, right_by_class
 from mmcot.mistakes import KINDS, sort_mistake
 from mmcot.pictures import read_pictures
-from mmcot.provenance import meta_file
+from mmcot.predictions import read_meta
 from mmcot.uncertainty import mean_interval
 from modeling_mmcot.attention_mmcot import TokenMaps
 from modeling_mmcot.pictures_mmcot import as_rgb
@@ -107,14 +106,15 @@ class Origin:
     stages: list[Stage] = field(default_factory=list)
     max_images: int | None = None
     captions: str | None = None
+    weights: dict[str, str] | None = None
 
 
 def origin_of(predictions_file: Path) -> Origin:
     """From what `mmcot.predict` or the run wrote beside it."""
-    if meta_file(predictions_file).is_file():
-        meta = read_json(meta_file(predictions_file))
-        return Origin([Stage(**stage) for stage in meta["stages"]], meta["max_images"], meta["captions"])
-    return Origin()
+    meta = read_meta(predictions_file)
+    if meta is None:
+        return Origin()
+    return Origin([Stage(**stage) for stage in meta["stages"]], meta["max_images"], meta["captions"], meta["weights"])
 
 
 def problem_rows(

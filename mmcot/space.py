@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, metadata_load, metadata_save
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
 import mmcot
-from mmcot.files import write_json
+from mmcot.files import names_of, write_json
 from mmcot.hub_checks import leaks
 from mmcot.publishing import MAKER, Repository, compare, upload, verify
 from modeling_mmcot.configuration_mmcot import __version__
@@ -62,5 +62,6 @@ def write_space(folder: Path, model_id: str, commit: str) -> Path:
         copy(APP / name, folder / name)
     write_json(folder / "model.json", {"repo_id": model_id, "revision": commit})
     readme = folder / "README.md"
-    metadata_save(readme, {**(metadata_load(readme) or {}), "models": [model_id], MAKER: {"version": __version__}})
+    maker = {"version": __version__, "files": names_of(folder)}
+    metadata_save(readme, {**(metadata_load(readme) or {}), "models": [model_id], MAKER: maker})
     return folder

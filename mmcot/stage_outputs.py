@@ -5,33 +5,44 @@ How a stage predicts stands in `predict.py`, what later stages are trained on in
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
 from mmcot.checkpoints import RunStopped
-from mmcot.files import read_json, write_json
 from mmcot.journal import Journal
 from mmcot.predict import predict_stage
+from mmcot.predictions import digest_of_problems, read_meta, write_predictions
 from mmcot.preparation import Run
-from mmcot.provenance import WEIGHTS, folders_digest, meta_file, problems_digest, stage_weights
+from mmcot.provenance import problems_digest, stage_weights
 from mmcot.stage_inputs import predictions_file, read_predictions
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.processing_mmcot import Stage
 
+logger = logging.getLogger(__name__)
+
 
 def is_written(prepared: Run, stage: Stage, split: str) -> bool:
-    """Whether its column is there for every problem, by the weights that the stage has now."""
+    """Whether its column is there for every problem, as the stage's weights write it for the problems of now."""
     predictions = read_predictions(prepared.folder, split)
     is_whole = all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
     return is_whole and written_by(prepared, split).get(stage.name) == stage_weights(prepared.folder, stage.name)
 
 
 def written_by(prepared: Run, split: str) -> dict[str, str]:
-    """The weights of each stage that wrote for a split, as far as what later ones read has not changed since."""
-    file = meta_file(predictions_file(prepared.folder, split))
-    return (read_json(file).get("weights") or {}) if file.is_file() else {}
+    """
+    The weights of each stage that wrote for a split, as far as what later ones read has not changed since. Predictions
+    that do not belong to their meta file are as if nobody had written them.
+    """
+    try:
+        meta = read_meta(predictions_file(prepared.folder, split)) or {}
+    except ValueError as error:
+        logger.warning("%s The stages write again.", error)
+        return {}
+    return meta.get("weights") or {}
 
 
 def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
@@ -54,30 +65,32 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
         journal=journal,
     )
     if PartialState().is_main_process:
-        write_json(predictions_file(prepared.folder, split), predictions)
-        tell_origin(prepared, stage, split)
+        write_predictions(
+            predictions_file(prepared.folder, split), predictions, origin_of_predictions(prepared, stage, split)
+        )
     journal.remove()
     PartialState().wait_for_everyone()
 
 
-def tell_origin(prepared: Run, stage: Stage, split: str) -> None:
-    """Beside a split's predictions, what made them: after they are written, because what it tells counts as written."""
+def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, Any]:
+    """What made a split's predictions, when the stage has written its column."""
     arguments, weights = prepared.recipe.arguments, written_by(prepared, split)
     sees = any("images" in stage.reads for stage in prepared.stages)
     # What stages after this one wrote is of other texts than it writes now.
     weights = {earlier.name: weights[earlier.name] for earlier in prepared.before(stage) if earlier.name in weights}
     weights[stage.name] = stage_weights(prepared.folder, stage.name)
-    meta = {
+    max_images = arguments.max_images if sees else None
+    return {
         "dataset": arguments.dataset,
         "split": split,
         "decode_answer": arguments.decode_answer,
         "features": arguments.features,
         "captions": arguments.captions,
-        "max_images": arguments.max_images if sees else None,
+        "max_images": max_images,
+        "problems": digest_of_problems(prepared.problems[split], max_images),
         "stages": [asdict(stage) for stage in prepared.stages],
         "weights": weights,
     }
-    write_json(meta_file(predictions_file(prepared.folder, split)), meta)
 
 
 def being_written(prepared: Run, stage: Stage, split: str) -> Path:
@@ -91,7 +104,7 @@ def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, d
     names = prepared.problems[split]["id"]
     given = {name: [predictions.get(name, {}).get(column) for column in read] for name in names}
     settings = {
-        "weights": folders_digest([prepared.folder / stage.name], WEIGHTS),
+        "weights": stage_weights(prepared.folder, stage.name),
         "problems": problems_digest(prepared.problems[split]),
         "given": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
     }

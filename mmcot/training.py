@@ -28,19 +28,20 @@ from mmcot.arguments import StageArguments
 from mmcot.batching import by_both_lengths
 from mmcot.building import build_model
 from mmcot.checkpoints import RunStopped, checkpoint_to_resume
-from mmcot.evaluate import format_table, reported_scores
+from mmcot.evaluate import format_table, load_scored_problems, reported_scores
 from mmcot.examples import lengths_of, tokenized
 from mmcot.files import write_json
 from mmcot.hub import export
 from mmcot.journal import remove_partial_files
 from mmcot.metrics import score
 from mmcot.predict import log_shortened
+from mmcot.predictions import check_problems
 from mmcot.preparation import Run, prepare
 from mmcot.problems import is_answered, known_as
 from mmcot.progress import ValidationReport, hardware, plot_curves
 from mmcot.provenance import origin_of_scores
 from mmcot.recipes import Recipe, parse_recipe
-from mmcot.run_folder import BASE, FINISHED, lock_run
+from mmcot.run_folder import BASE, FINISHED, lock_run, scores_file
 from mmcot.stage_inputs import (
     CROSS_FITTED,
     fold_folder,
@@ -76,16 +77,24 @@ def run(prepared: Run) -> None:
         if stage in cross_fitted(prepared):
             cross_fit(prepared, stage)
     if PartialState().is_main_process:
-        for split in ("val", "test"):
-            if is_answered(prepared.problems[split]):
-                scores = score(prepared.problems[split], read_predictions(folder, split))
-                scores |= origin_of_scores(predictions_file(folder, split), prepared.recipe.arguments.dataset, split)
-                write_json(folder / "scores" / f"{split}.json", scores)
         try:
+            for split in ("val", "test"):
+                if is_answered(prepared.problems[split]):
+                    write_scores(folder, prepared.recipe.arguments.dataset, split)
             export(folder, prepared.processor)
         except ValueError as error:  # scores of an earlier training
             raise RunStopped(str(error)) from error
     PartialState().wait_for_everyone()
+
+
+def write_scores(folder: Path, dataset: str, split: str) -> None:
+    """The scores of a split's predictions, as `mmcot.evaluate` makes them: with the pictures that no stage reads."""
+    file, predictions = predictions_file(folder, split), read_predictions(folder, split)
+    problems = load_scored_problems(dataset, split)
+    check_problems(file, predictions, problems, dataset)
+    scores = score(problems, predictions)
+    scores |= origin_of_scores(file, scores_file(folder, split), problems, dataset, split)
+    write_json(scores_file(folder, split), scores)
 
 
 def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[Stage]) -> None:

@@ -249,6 +249,9 @@ class LoopbackHub:
     def is_private(self, repo_type: str, repo_id: str) -> bool:
         return self._repositories[repo_type, repo_id].private
 
+    def make_public(self, repo_type: str, repo_id: str) -> None:
+        self._repositories[repo_type, repo_id].private = False
+
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self._lock:
             for fault in self._faults:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mmcot.evaluate import main as evaluate
 from mmcot.files import read_json, write_json
-from mmcot.hub import merge, shipped_code
+from mmcot.hub import export, merge, shipped_code
 from mmcot.hub_checks import check_model_folder
 from mmcot.predict import main as predict
 from modeling_mmcot import MMCoTProcessor
@@ -250,8 +250,8 @@ def test_an_unfinished_run_is_refused(broken, tmp_path):
 
 
 def test_scores_of_other_weights_are_refused(broken):
-    file = broken / "answer" / "model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    for file in (broken / "answer" / "model.safetensors", broken / "hub" / "model.safetensors"):
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"test.json is of other weights than the run's \(answer\)"):
         dry_run(broken, "--license", "mit")
     rewrite(broken / "scores" / "test.json", weights=None)
@@ -415,6 +415,7 @@ def changed(run, tmp_path):
     tensors["encoder.final_layer_norm.weight"] += torch.linspace(0, 1, 32)
     save_file(tensors, file, metadata={"format": "pt"})
     shutil.rmtree(tmp_path / "changed" / "scores")
+    export(tmp_path / "changed", MMCoTProcessor.from_pretrained(run / "hub"))
     return tmp_path / "changed"
 
 

@@ -1,0 +1,97 @@
+"""A run whose stages were trained again is not taken for what it exported before: what is hashed is what is loaded."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mmcot.card import scores_of_run
+from mmcot.evaluate import main as score_files
+from mmcot.files import read_json, write_json
+from mmcot.predict import main as predict
+from mmcot.probes import main as probe
+from mmcot.provenance import all_weights, weights_of
+from modeling_mmcot import MMCoTProcessor
+from push_to_hub import main as push
+
+
+def change_weights(file):
+    tensors = load_file(file)
+    tensors["encoder.final_layer_norm.weight"] *= -3
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(params=["rationale", "answer", "in training"])
+def stale(tiny_run, tmp_path, request):
+    """A run whose stage was trained again, or is being trained, and which was not exported since."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    if request.param == "in training":
+        (run / "answer" / "train_results.json").unlink()
+        (run / "answer" / "model.safetensors").unlink()
+    else:
+        change_weights(run / request.param / "model.safetensors")
+    return run
+
+
+SAID = r"run/hub does not hold the weights of the run's stages \((rationale|answer)\).*Run train.py to its end"
+
+
+def test_a_run_that_was_not_exported_since_it_was_trained_is_not_loaded(stale, tiny_dataset, tmp_path):
+    rows = ["--dataset", str(tiny_dataset), "--limit", "2"]
+    with pytest.raises(SystemExit, match=SAID):
+        predict([str(stale), *rows, "--output", str(tmp_path / "p.json")])
+    with pytest.raises(SystemExit, match=SAID):
+        probe([str(stale), *rows, "--output", str(tmp_path / "probes.json")])
+    assert not (tmp_path / "p.json").exists() and not (tmp_path / "probes.json").exists()
+    predict([str(stale / "hub"), *rows, "--output", str(tmp_path / "p.json")])
+    page = ["--report", str(tmp_path / "page"), "--attention", str(stale)]
+    with pytest.raises(SystemExit, match=SAID):
+        score_files([str(tmp_path / "p.json"), *rows, *page])
+    assert not (tmp_path / "page").exists()
+
+
+def test_a_run_that_was_not_exported_since_it_was_trained_is_not_pushed(stale):
+    shutil.rmtree(stale / "scores")
+    with pytest.raises(SystemExit, match=f"{SAID}|is not trained to its end"):
+        push([str(stale), "--repo_id", "ada/tiny", "--license", "mit", "--allow_unscored", "--dry_run"])
+
+
+@pytest.mark.parametrize("kind", ["tiny_run", "adapter_run"])
+def test_weights_are_those_of_what_is_loaded_and_comparable_with_the_run_s(kind, request, tmp_path):
+    run = shutil.copytree(request.getfixturevalue(kind), tmp_path / "run")
+    processor = MMCoTProcessor.from_pretrained(run / "hub", trust_remote_code=False)
+    exported = weights_of(str(run), processor)
+    assert exported == weights_of(str(run / "hub"), processor) == all_weights(run, processor)
+    for file in (run / "rationale").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert weights_of(str(run), processor) == exported != all_weights(run, processor)
+
+
+def test_maps_of_another_model_than_the_one_that_predicted_are_refused(tiny_run, tiny_dataset, tmp_path):
+    shutil.copytree(tiny_run / "hub", tmp_path / "other")
+    change_weights(tmp_path / "other" / "rationale" / "model.safetensors")
+    files = [str(tiny_run / "predictions" / "test.json"), "--dataset", str(tiny_dataset)]
+    files += ["--output", str(tmp_path / "scores.json"), "--report", str(tmp_path / "page")]
+    with pytest.raises(SystemExit, match=r"of other weights than those that wrote .*test.json \(rationale\)"):
+        score_files([*files, "--attention", str(tmp_path / "other")])
+
+
+def test_scores_of_predictions_that_changed_since_are_not_for_the_card(tiny_run, tiny_dataset, tmp_path):
+    """Wherever the run was moved to; where the predictions are not at hand, there is nothing to compare."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    processor = MMCoTProcessor.from_pretrained(run / "hub", trust_remote_code=False)
+    assert scores_of_run(run, processor)["predictions_file"] == "test.json", "a path is not published"
+    predictions = read_json(run / "predictions" / "test.json")
+    for columns in predictions.values():
+        columns["answer"] = 1 - columns["answer"]
+    write_json(run / "predictions" / "test.json", predictions)
+    with pytest.raises(ValueError, match=r"scores/test.json is of other predictions than .*test.json holds now"):
+        scores_of_run(run, processor)
+    (run / "predictions" / "test.json").unlink()
+    assert scores_of_run(run, processor)["n"] == 20
+    scores = read_json(run / "scores" / "test.json")
+    del scores["predictions"]
+    write_json(run / "scores" / "test.json", scores)
+    with pytest.raises(ValueError, match="does not say which predictions it is of: an older mmcot wrote it"):
+        scores_of_run(run, processor)

@@ -1,0 +1,235 @@
+"""Predictions stay with what made them and with the problems that they answer; anything else is refused by name."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY_RECIPE
+from safetensors.torch import load_file, save_file
+
+from mmcot.evaluate import evaluate
+from mmcot.evaluate import main as score_files
+from mmcot.files import read_json, write_json
+from mmcot.predict import main as predict
+from mmcot.problems import load_problems
+from mmcot.training import main as train
+
+
+@pytest.fixture(scope="module")
+def other_system(tiny_run, tmp_path_factory):
+    """The run's exported folder with other weights in the rationale stage."""
+    folder = tmp_path_factory.mktemp("other") / "hub"
+    shutil.copytree(tiny_run / "hub", folder)
+    file = folder / "rationale" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.final_layer_norm.weight"] *= -3
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_run, other_system, tiny_dataset, tmp_path_factory):
+    """A folder with the predictions of two systems, `one.json` and `other.json`."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, model in (("one", tiny_run), ("other", other_system)):
+        predict([str(model), "--dataset", str(tiny_dataset), "--output", str(folder / f"{name}.json")])
+    return folder
+
+
+@pytest.fixture
+def mixed(pairs, tmp_path):
+    """One system's predictions beside another's meta file, as a call that was killed between the two left them."""
+    shutil.copy(pairs / "one.json", tmp_path / "mixed.json")
+    shutil.copy(pairs / "other.meta.json", tmp_path / "mixed.meta.json")
+    shutil.copy(pairs / "one.json", tmp_path / "plain.json")
+    return tmp_path / "mixed.json"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("mixed.json",),
+        ("plain.json", "--compare", "mixed.json"),
+        ("plain.json", "--seeds", "mixed.json"),
+        ("mixed.json", "--submission", "submission.json"),
+        ("plain.json", "--report", "page", "--without_picture", "mixed.json"),
+    ],
+    ids=["scored", "compared", "of seeds", "submitted", "shown"],
+)
+def test_predictions_beside_the_meta_file_of_others_are_refused(mixed, tiny_dataset, monkeypatch, options):
+    monkeypatch.chdir(mixed.parent)
+    with pytest.raises(SystemExit, match="mixed.meta.json does not belong to mixed.json.*Predict again; or remove"):
+        score_files([*options, "--dataset", str(tiny_dataset)])
+    assert not {"submission.json", "page", "mixed.scores.json"} & {file.name for file in mixed.parent.iterdir()}
+    with pytest.raises(ValueError, match="does not belong to"):
+        evaluate(mixed, str(tiny_dataset), "test")
+
+
+def test_predictions_without_a_meta_file_are_scored_without_weights(mixed, tiny_dataset):
+    score_files([str(mixed.with_name("plain.json")), "--dataset", str(tiny_dataset)])
+    assert "weights" not in read_json(mixed.with_name("plain.scores.json"))
+
+
+def test_the_meta_file_of_an_older_version_is_refused(pairs, tiny_dataset, tmp_path):
+    shutil.copy(pairs / "one.json", tmp_path / "old.json")
+    meta = read_json(pairs / "one.meta.json")
+    write_json(tmp_path / "old.meta.json", {name: value for name, value in meta.items() if name != "predictions"})
+    with pytest.raises(SystemExit, match="old.meta.json does not say which predictions .* an older mmcot wrote it"):
+        score_files([str(tmp_path / "old.json"), "--dataset", str(tiny_dataset)])
+
+
+def test_a_call_that_is_killed_between_the_two_files_is_seen_and_made_good(
+    pairs, other_system, tiny_dataset, tmp_path, monkeypatch
+):
+    for file in ("one.json", "one.meta.json"):
+        shutil.copy(pairs / file, tmp_path / file.replace("one", "p"))
+    command = [str(other_system), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")]
+    written = []
+
+    def once(path, data):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_json(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mmcot.predictions.write_json", once)
+        predict(command)
+    scoring = [str(tmp_path / "p.json"), "--dataset", str(tiny_dataset)]
+    with pytest.raises(SystemExit, match="p.meta.json does not belong to"):
+        score_files(scoring)
+    predict(command)
+    score_files(scoring)
+    assert (tmp_path / "p.json").read_bytes() == (pairs / "other.json").read_bytes()
+    assert read_json(tmp_path / "p.scores.json")["weights"] == read_json(pairs / "other.meta.json")["weights"]
+
+
+@pytest.mark.parametrize("without_digest", [False, True], ids=["others", "of an older version"])
+def test_a_run_writes_again_what_does_not_belong_to_its_meta_file(
+    tiny_run, pairs, tiny_dataset, tmp_path, without_digest
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    shutil.copy(pairs / "other.json", run / "predictions" / "test.json")
+    if without_digest:
+        meta = read_json(run / "predictions" / "test.meta.json")
+        meta.pop("predictions", None)
+        write_json(run / "predictions" / "test.meta.json", meta)
+    train(["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(run)])
+    for file in ("predictions/test.json", "predictions/test.meta.json"):
+        assert (run / file).read_bytes() == (tiny_run / file).read_bytes()
+    assert read_json(run / "scores/test.json")["accuracy"] == read_json(tiny_run / "scores/test.json")["accuracy"]
+
+
+def changed(tiny_dataset, folder, change):
+    """The dataset with its rows changed, and its pictures beside it."""
+    shutil.copytree(tiny_dataset.parent, folder)
+    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
+    file = folder / tiny_dataset.name
+    file.write_text("".join(json.dumps(change(folder, row)) + "\n" for row in rows))
+    return file
+
+
+def other_picture(folder, row):
+    for name in row["images"]:
+        shutil.copy(next(file for file in sorted(folder.glob("*.png")) if file.name != name), folder / name)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        (other_picture, "other pictures"),
+        (lambda _, row: {**row, "question": row["question"] + " Say it."}, "other questions, choices, answers"),
+        (lambda _, row: {**row, "choices": row["choices"][::-1]}, "other questions, choices, answers"),
+        (lambda _, row: {**row, "solution": "No."}, "other questions, choices, answers"),
+    ],
+    ids=["pictures", "question", "choices", "gold"],
+)
+@pytest.mark.parametrize("writer", ["predict", "run"])
+def test_predictions_are_scored_against_their_own_problems_alone(
+    tiny_run, pairs, tiny_dataset, tmp_path, change, differing, writer
+):
+    file = {"predict": pairs / "one.json", "run": tiny_run / "predictions" / "test.json"}[writer]
+    dataset = changed(tiny_dataset, tmp_path / "changed", change)
+    with pytest.raises(SystemExit) as refused:
+        score_files([str(file), "--dataset", str(dataset), "--output", str(tmp_path / "scores.json")])
+    for words in (str(tiny_dataset), str(dataset), differing, "predict again"):
+        assert words in refused.value.code
+    assert not (tmp_path / "scores.json").exists()
+    with pytest.raises(ValueError, match=differing):
+        evaluate(file, str(dataset), "test")
+
+
+def test_what_a_system_is_given_besides_is_no_other_problem(tiny_run, pairs, tiny_dataset, tmp_path):
+    """Elsewhere, with captions, or without the pictures' files, they are the same problems."""
+    moved = changed(tiny_dataset, tmp_path / "moved", lambda _, row: {**row, "caption": "a picture"})
+    for number, dataset in enumerate((tiny_dataset, moved, moved)):
+        if number == 2:
+            for picture in moved.parent.glob("*.png"):
+                picture.unlink()
+        scores = tmp_path / f"{number}.json"
+        score_files([str(pairs / "one.json"), "--dataset", str(dataset), "--output", str(scores)])
+    score_files(["--leaderboard", *(str(tmp_path / f"{number}.json") for number in range(3))])
+
+
+def test_some_problems_of_a_split_are_those_that_were_predicted(tiny_run, tiny_dataset, tmp_path):
+    rows = ["--dataset", str(tiny_dataset), "--limit", "6"]
+    predict([str(tiny_run), *rows, "--output", str(tmp_path / "p.json")])
+    score_files([str(tmp_path / "p.json"), *rows])
+    score_files([str(tmp_path / "p.json"), "--dataset", str(tiny_dataset), "--allow_missing"])
+    assert read_json(tmp_path / "p.scores.json")["n"] == 20
+
+
+def test_pictures_that_a_system_does_not_take_are_not_compared(tmp_path, tiny_dataset):
+    """Of a ScienceQA problem with pictures of its choices, a system may take the first alone."""
+    from mmcot.predictions import digest_of_problems, write_predictions
+
+    folder, pictures = tmp_path / "scienceqa", tmp_path / "scienceqa" / "images" / "test" / "1"
+    pictures.mkdir(parents=True)
+    problem = {"question": "Which?", "choices": ["a", "b"], "answer": 0, "image": "image.png", "split": "test"}
+    write_json(folder / "problems.json", {"1": problem})
+    write_json(folder / "pid_splits.json", {"test": ["1"]})
+    first, *others = sorted(tiny_dataset.parent.glob("*.png"))
+    shutil.copy(first, pictures / "image.png")
+    shutil.copy(others[0], pictures / "choice_0.png")
+    scoring = [str(tmp_path / "p.json"), "--dataset", str(folder)]
+    for max_images in (1, None):
+        meta = {"dataset": str(folder), "split": "test", "max_images": max_images}
+        meta["problems"] = digest_of_problems(load_problems(str(folder), "test", max_images))
+        write_predictions(tmp_path / "p.json", {"1": {"answer": 0}}, meta)
+        score_files(scoring)
+        shutil.copy(others[1], pictures / "choice_0.png")
+        if max_images is None:
+            with pytest.raises(SystemExit, match="other pictures"):
+                score_files(scoring)
+        else:
+            score_files(scoring)
+        shutil.copy(others[0], pictures / "choice_0.png")
+
+
+def test_a_run_is_scored_as_the_command_scores_it(tiny_run, tiny_dataset, tmp_path):
+    file = tiny_run / "predictions" / "test.json"
+    output = tmp_path / "run" / "scores" / "test.json"
+    shutil.copytree(tiny_run / "predictions", tmp_path / "run" / "predictions")
+    score_files([str(tmp_path / "run" / "predictions" / file.name), "--dataset", str(tiny_dataset)])
+    assert read_json(output) == read_json(tiny_run / "scores" / "test.json")
+
+
+def test_scores_of_problems_with_other_pictures_do_not_stand_in_one_table(tiny_run, pairs, tiny_dataset, tmp_path):
+    """Their ids, answers and questions are the same."""
+    dataset = changed(tiny_dataset, tmp_path / "changed", other_picture)
+    predict([str(tiny_run), "--dataset", str(dataset), "--output", str(tmp_path / "p.json")])
+    score_files([str(tmp_path / "p.json"), "--dataset", str(dataset)])
+    with pytest.raises(SystemExit) as refused:
+        score_files(["--leaderboard", str(tiny_run), str(tmp_path / "p.scores.json")])
+    for words in (str(tiny_dataset), str(dataset), "other pictures"):
+        assert words in refused.value.code
+
+
+@pytest.mark.slow
+def test_predictions_of_the_demonstration_are_not_scored_as_those_of_a_harder_one(tiny_run, tmp_path):
+    rows = ["--limit", "8", "--output", str(tmp_path / "p.json")]
+    predict([str(tiny_run), "--dataset", "demo", *rows])
+    with pytest.raises(SystemExit, match="predicted from 'demo' .* of 'demo:5' with the same ids have other"):
+        score_files([str(tmp_path / "p.json"), "--dataset", "demo:5", "--limit", "8"])
