@@ -87,7 +87,7 @@ def write_report(
             title="/".join(predictions_file.absolute().parts[-3:]),
             full=FULL,
             scores=scores,
-            classes=list(CLASSES),
+            classes=[name for name in CLASSES if scores["class_n"][name]],
             kinds=KINDS,
             plots=plots(problems, predictions, scores, without_picture),
             report=hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()[:16],

@@ -16,6 +16,7 @@ from mmcot.journal import Journal
 from mmcot.predict import predict_stage
 from mmcot.preparation import Run
 from mmcot.provenance import WEIGHTS, folders_digest, meta_file, problems_digest, stage_weights
+from mmcot.sources import said_options
 from mmcot.stage_inputs import predictions_file, read_predictions
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.processing_mmcot import Stage
@@ -70,6 +71,7 @@ def tell_origin(prepared: Run, stage: Stage, split: str) -> None:
     meta = {
         "dataset": arguments.dataset,
         "split": split,
+        **said_options(arguments),
         "decode_answer": arguments.decode_answer,
         "features": arguments.features,
         "captions": arguments.captions,

@@ -32,14 +32,17 @@ from mmcot.examples import lengths_of, tokenized
 from mmcot.files import write_json
 from mmcot.hub import export
 from mmcot.journal import remove_partial_files
+from mmcot.known_datasets import known_as
 from mmcot.metrics import score
+from mmcot.opening import Given
 from mmcot.predict import log_shortened
 from mmcot.preparation import Run, prepare
-from mmcot.problems import is_answered, known_as
+from mmcot.problems import is_answered
 from mmcot.progress import ValidationReport, hardware, plot_curves
 from mmcot.provenance import origin_of_scores
 from mmcot.recipes import Recipe, parse_recipe
 from mmcot.run_folder import BASE, FINISHED
+from mmcot.sources import said_options
 from mmcot.stage_inputs import (
     CROSS_FITTED,
     fold_folder,
@@ -78,7 +81,8 @@ def run(prepared: Run) -> None:
         for split in ("val", "test"):
             if is_answered(prepared.problems[split]):
                 scores = score(prepared.problems[split], read_predictions(folder, split))
-                scores |= origin_of_scores(predictions_file(folder, split), prepared.recipe.arguments.dataset, split)
+                file, arguments = predictions_file(folder, split), recipe.arguments
+                scores |= origin_of_scores(file, arguments.dataset, split, said_options(arguments))
                 write_json(folder / "scores" / f"{split}.json", scores)
         try:
             export(folder, prepared.processor)
@@ -364,11 +368,17 @@ def describe_result(prepared: Run) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `--dataset`.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mmcot").setLevel(logging.INFO)
     try:
-        prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
+        recipe = parse_recipe(sys.argv[1:] if argv is None else argv)
+        prepared = prepare(recipe if dataset is None else recipe.with_dataset(dataset))
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:

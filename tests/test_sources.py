@@ -14,8 +14,9 @@ from mmcot.evaluate import main as evaluate
 from mmcot.files import read_json
 from mmcot.metrics import rationale_scores
 from mmcot.preparation import prepare
-from mmcot.problems import FEATURES, load_problems, without_gold
+from mmcot.problems import FEATURES, without_gold
 from mmcot.recipes import parse_recipe
+from mmcot.sources import load_problems
 from mmcot.training import main as train
 from mmcot.training import training_problems
 
@@ -181,10 +182,10 @@ def test_a_run_on_a_dataset_of_the_hub_ends(hub_dataset, tmp_path):
 
 def test_a_dataset_that_is_not_there_or_has_other_columns_is_named(hub_dataset, tmp_path):
     with pytest.raises(
-        ValueError, match="dataset is 'nobody/nothing'; expected .* As a dataset of the Hub its split 'val'"
+        ValueError, match="dataset is 'nobody/nothing'; expected .* As a dataset of the Hub it cannot be loaded"
     ):
         load_problems("nobody/nothing", "val")
-    dataset = datasets.Dataset.from_list(hub_rows(2), features=HUB_FEATURES).rename_column("hint", "clue")
+    dataset = datasets.Dataset.from_list(hub_rows(2), features=HUB_FEATURES).rename_column("hint", "hints")
     dataset.to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="unknown column 'clue'"):
+    with pytest.raises(ValueError, match="unknown column 'hints' .did you mean 'hint'"):
         load_problems(str(tmp_path), "test")

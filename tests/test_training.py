@@ -21,9 +21,9 @@ from mmcot.journal import Journal
 from mmcot.pictures import read_pictures
 from mmcot.predict import main as predict
 from mmcot.preparation import prepare
-from mmcot.problems import load_problems
 from mmcot.provenance import stage_weights
 from mmcot.recipes import parse_recipe
+from mmcot.sources import load_problems
 from mmcot.stage_inputs import with_gold_columns
 from mmcot.training import main
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
