@@ -10,6 +10,7 @@ import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from numbers import Real
 from typing import Any
 
 from mmcot.problems import FEATURES, LIST_COLUMNS, shown
@@ -34,7 +35,7 @@ def is_absent(value: Any) -> bool:
     return (
         value is None
         or type(value).__name__ in ("NAType", "NaTType")
-        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, Real) and math.isnan(value))
     )
 
 
