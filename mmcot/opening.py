@@ -130,15 +130,38 @@ def open_folder(folder: Path, streaming: bool = False) -> Tables:
     tables = open_picture_folder(folder)
     if tables:
         return tables
-    kind = next((kind for suffix, kind in DATA_FILES.items() if any(folder.rglob(f"*{suffix}"))), None)
+    kind = next((suffix for suffix in DATA_FILES if any(data_files(folder, suffix))), None)
     if kind is None:
         raise ValueError(f"dataset is {str(folder)!r}, a folder that holds nothing known; expected {SOURCES}.")
+    digest = None if streaming else folder_digest(folder)
+    files = files_by_split(folder, data_files(folder, kind))
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     # Of files that came from elsewhere a path may not lead out of their folder.
     paths = PicturePaths(folder, stays_inside=True)
-    if streaming:
-        return by_split(loaded(str(folder), str(folder), None, streaming=True), str(folder), paths)
-    digest = folder_digest(folder)
-    return by_split(loaded(str(folder), str(folder), digest), str(folder), paths, digest)
+    named = {name or "train": part for name, part in files.items()}
+    found = loaded(str(folder), DATA_FILES[kind], digest, data_files=named, **options)
+    return by_split(found["train"] if None in files else found, str(folder), paths, digest)
+
+
+def data_files(folder: Path, suffix: str) -> list[Path]:
+    """Those of a folder, but what tools keep in hidden folders."""
+    files = (file.relative_to(folder) for file in folder.rglob(f"*{suffix}"))
+    return sorted(folder / file for file in files if not any(part.startswith(".") for part in file.parts))
+
+
+def files_by_split(folder: Path, files: list[Path]) -> dict[str | None, list[str]]:
+    """
+    By the split that their names or folders say (`data/train-00000-of-00001.parquet`), under None where none does.
+    `datasets` looks at the names of all that lies there, pictures too.
+    """
+    words = re.compile(rf"(?:^|[^a-z])({'|'.join((*SPLITS, *SPLIT_ALIASES))})(?![a-z])")
+    found: dict[str | None, list[str]] = {}
+    for file in files:
+        match = words.search(file.relative_to(folder).as_posix().lower())
+        found.setdefault(match and match[1], []).append(str(file))
+    if None in found and len(found) > 1:
+        raise ValueError(f"{folder}: the name of {found[None][0]} says no split, and those of other files do.")
+    return found
 
 
 def from_disk(folder: Path) -> Given:
