@@ -197,7 +197,8 @@ def plots(
     for problem in problems.select_columns(["id", "skill", "answer"]):
         by_skill[problem["skill"] or "no skill"].append(answers[problem["id"]] == problem["answer"])
     largest = dict(sorted(by_skill.items(), key=lambda item: -len(item[1]))[:NUM_SKILLS])
-    found[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
+    if by_skill.keys() != {"no skill"}:
+        found[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
     if scores["calibration"] is not None:
         found["Are the probabilities right? (reliability)"] = reliability(scores["calibration"]["curve"])
     lengths = by_length(problems, predictions, answers)

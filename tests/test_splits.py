@@ -8,7 +8,7 @@ import random
 import datasets
 import pytest
 import yaml
-from conftest import HUB_FEATURES, TINY_RECIPE, hub_rows
+from conftest import HUB_FEATURES, hub_rows
 from problem_files import error_of, jsonl, parquet, png, says
 
 from mmcot.files import read_json
@@ -135,16 +135,6 @@ def test_a_file_that_is_given_as_a_split_serves_whole_for_it(tmp_path, caplog):
 # Problems in two splits.
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """The tiny one, of one stage."""
-    values = yaml.safe_load(TINY_RECIPE.read_text())
-    values = {name: value for name, value in values.items() if name not in ("vision_config", "image_processor")}
-    values["stages"] = [{**values["stages"][1], "reads": ["question", "context", "choices"], "template": "QCM-A"}]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
-
-
 def overlapping(folder) -> str:
     rows = [{**question(number), "split": "train"} for number in range(20)]
     rows += [{**question(number), "split": "val", "id": f"v{number}"} for number in range(18, 24)]
@@ -152,10 +142,10 @@ def overlapping(folder) -> str:
     return jsonl(folder, *rows)
 
 
-def test_test_problems_that_stand_in_training_are_refused_with_their_count(recipe, tmp_path):
+def test_test_problems_that_stand_in_training_are_refused_with_their_count(text_recipe, tmp_path):
     file = overlapping(tmp_path)
     with pytest.raises(ValueError) as error:
-        prepare(parse_recipe([*recipe, "--dataset", file]))
+        prepare(parse_recipe([*text_recipe, "--dataset", file]))
     assert says(
         str(error.value),
         f"{file}: 2 of 6 val problems are in train too (v18, v19)",
@@ -166,9 +156,9 @@ def test_test_problems_that_stand_in_training_are_refused_with_their_count(recip
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
-def test_they_are_trained_on_where_that_is_asked_for_and_told(recipe, tmp_path, caplog):
+def test_they_are_trained_on_where_that_is_asked_for_and_told(text_recipe, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mmcot"):
-        run = prepare(parse_recipe([*recipe, "--dataset", overlapping(tmp_path), "--allow_overlap", "true"]))
+        run = prepare(parse_recipe([*text_recipe, "--dataset", overlapping(tmp_path), "--allow_overlap", "true"]))
     assert says(caplog.text, "3 of 5 test problems are in train too", "the card says it")
     assert read_json(run.folder / SPLITS_FILE) == {
         "divided_by": None,
@@ -178,32 +168,32 @@ def test_they_are_trained_on_where_that_is_asked_for_and_told(recipe, tmp_path, 
     assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["allow_overlap"] is True
 
 
-def test_a_run_says_how_its_rows_were_divided(recipe, tmp_path):
+def test_a_run_says_how_its_rows_were_divided(text_recipe, tmp_path):
     file = jsonl(tmp_path, *map(question, range(60)))
     for _ in range(2):  # the second call goes on with the same run
-        run = prepare(parse_recipe([*recipe, "--dataset", file]))
+        run = prepare(parse_recipe([*text_recipe, "--dataset", file]))
     assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["split_seed"] == 42
     record = read_json(run.folder / SPLITS_FILE)
     assert record["divided_by"] == 42 and sum(record["n"].values()) == 60
     assert record["overlap"] == {"train": {"val": 0, "test": 0}, "val": {"test": 0}}
     with pytest.raises(ValueError, match="split_seed differ"):
-        prepare(parse_recipe([*recipe, "--dataset", file, "--split_seed", "7"]))
+        prepare(parse_recipe([*text_recipe, "--dataset", file, "--split_seed", "7"]))
 
 
-def test_too_few_rows_to_divide_are_an_error_that_says_the_way_out(recipe, tmp_path):
+def test_too_few_rows_to_divide_are_an_error_that_says_the_way_out(text_recipe, tmp_path):
     file = jsonl(tmp_path, *map(question, range(2)))
     with pytest.raises(ValueError, match="has no problems.*one in ten.*train=FILE"):
-        prepare(parse_recipe([*recipe, "--dataset", file]))
+        prepare(parse_recipe([*text_recipe, "--dataset", file]))
 
 
-def test_published_splits_are_counted_and_not_refused(recipe, tmp_path, caplog):
+def test_published_splits_are_counted_and_not_refused(text_recipe, tmp_path, caplog):
     """Published figures are of them, and nobody can change them."""
     rows = [{**row, "image": None} for row in hub_rows(4)]
     for split in ("train", "validation", "test"):
         dataset = datasets.Dataset.from_list(rows, features=HUB_FEATURES)
         dataset.to_parquet(tmp_path / f"hub/data/{split}-00000-of-00001.parquet")
     with caplog.at_level(logging.WARNING, logger="mmcot"):
-        run = prepare(parse_recipe([*recipe, "--dataset", str(tmp_path / "hub")]))
+        run = prepare(parse_recipe([*text_recipe, "--dataset", str(tmp_path / "hub")]))
     assert says(caplog.text, "4 of 4 test problems are in train too")
     assert read_json(run.folder / SPLITS_FILE)["overlap"]["train"] == {"val": 4, "test": 4}
 
