@@ -201,7 +201,7 @@ def metadata_table(folder: Path) -> Table:
     table = open_file(file)
     conventions = {"file_name": "image", "file_names": "images"}
     columns = {ours: theirs for theirs, ours in conventions.items() if theirs in table.found_columns()}
-    return replace(table, columns=columns)
+    return replace(table, columns=columns, paths=PicturePaths(folder, stays_inside=True))
 
 
 def open_hub_address(address: str, streaming: bool) -> Tables:

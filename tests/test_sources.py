@@ -347,6 +347,13 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, found):
     assert says(error_of(load_problems, str(tmp_path / "data"), "test"), str(tmp_path / "data"), *found)
 
 
+def test_a_path_that_leads_out_of_a_folder_of_pictures_is_refused(tmp_path):
+    (tmp_path / "private.png").write_bytes(png())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({**ROW, "file_name": "../private.png"}))
+    assert says(error_of(load_problems, str(tmp_path / "data"), "test"), "line 1", "problem p1", "is outside of")
+
+
 def test_folders_of_pictures_say_the_split_of_one_table(tmp_path):
     lines = "file_name,question\n" + "".join(f"{name}/a.png,Which?\n" for name in ("train", "validation", "test"))
     for name in ("train", "validation", "test"):
