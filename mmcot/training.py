@@ -372,12 +372,15 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     """
     Args:
         argv: the command line; by default this process's.
-        dataset: in place of `--dataset`.
+        dataset: in place of the recipe's `dataset`.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mmcot").setLevel(logging.INFO)
     try:
-        recipe = parse_recipe(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        if dataset is not None and any(word.split("=")[0] == "--dataset" for word in words):
+            raise ValueError("--dataset is given, and a dataset was given in Python: give one of them.")
+        recipe = parse_recipe(words)
         prepared = prepare(recipe if dataset is None else recipe.with_dataset(dataset))
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -18,12 +18,12 @@ import pandas
 import pyarrow
 import pytest
 import yaml
-from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, hub_rows, run_script
+from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, content, hub_rows, run_script
 from loopback_hub import LoopbackHub, client_environment
 from PIL import Image
 from problem_files import ROW, error_of, png, says
 
-from mmcot import evaluate, predict, training
+from mmcot import evaluate, features, predict, training
 from mmcot.demo import generate
 from mmcot.files import read_json
 from mmcot.pictures import read_pictures
@@ -233,13 +233,7 @@ def train_predict_and_score(recipe, source, columns, folder) -> dict:
     return scores
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        pytest.param(write, marks=[] if write in (write_csv, dict_of_python) else pytest.mark.slow, id=write.__name__)
-        for write in SOURCES
-    ],
-)
+@pytest.mark.parametrize("write", SOURCES)
 def test_a_run_from_each_source_trains_and_scores(rows, recipe, tmp_path, write):
     (tmp_path / "data").mkdir()
     source, columns = write(rows, tmp_path / "data")
@@ -270,7 +264,17 @@ def test_the_commands_themselves(rows, recipe, tmp_path):
     assert says(printed, "by skill", "scores:")
 
 
+def test_features_are_computed_of_any_source(rows, vit, tmp_path):
+    options = ["--vision", str(vit), "--columns", "question=query,image=img", "--output"]
+    features.main([*options, str(tmp_path / "python")], dataset=as_dict(rows))
+    source, _ = write_parquet(rows, tmp_path)
+    features.main([source, *options, str(tmp_path / "file")])
+    assert content(tmp_path / "python") == content(tmp_path / "file")
+
+
 def test_a_dataset_is_given_by_name_or_in_python_and_not_both(tmp_path, rows):
+    with pytest.raises(SystemExit, match="give one of them"):
+        training.main(["--config", str(TINY_RECIPE), "--dataset", "demo"], dataset=as_dataset(rows))
     with pytest.raises(SystemExit, match="give one of them"):
         evaluate.main(["p.json", "--dataset", "demo"], dataset=as_dataset(rows))
     with pytest.raises(SystemExit, match="--dataset is missing"):
