@@ -23,7 +23,7 @@ from datasets import Dataset
 from benchmarks.setting import machine
 from mmcot.files import read_json, write_json
 from mmcot.predict import load_system, predict
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import SCORES
 

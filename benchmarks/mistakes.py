@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.setting import DATASET, report
 from mmcot.files import read_json
 from mmcot.mistakes import KINDS, sort_mistake
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from mmcot.uncertainty import kappa
 
 GPT3 = "../shared/fixtures/reference_text/gpt3_test361.json"

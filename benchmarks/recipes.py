@@ -38,7 +38,7 @@ from mmcot.arguments import StageArguments
 from mmcot.building import build_stage
 from mmcot.examples import lengths_of, tokenized
 from mmcot.files import read_json, write_json
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from mmcot.stage_inputs import with_gold_columns
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.setting import report
 from mmcot.demo import SPLIT_SIZES
 from mmcot.metrics import score
-from mmcot.problems import load_problems
 from mmcot.report import write_report
+from mmcot.sources import load_problems
 
 COUNT = 4241
 TIMES = 5

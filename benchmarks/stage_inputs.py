@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from benchmarks.setting import report
 from mmcot.arguments import STAGE_CHOICES
 from mmcot.files import read_json, write_json
-from mmcot.problems import load_problems
 from mmcot.recipes import claim_run_folder, parse_recipe
+from mmcot.sources import load_problems
 from mmcot.stage_inputs import CROSS_FITTED, predictions_file, read_predictions
 
 RECIPE = "configs/demo.yaml"

@@ -22,7 +22,7 @@ from benchmarks.setting import DATASET, REPEATS, ratio, report, summary, timed
 from mmcot.feature_store import FeatureStore, FeatureWriter
 from mmcot.features import Featurizer, complete, described, load_featurizer
 from mmcot.pictures import distinct_pictures, read_picture
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels
 
 

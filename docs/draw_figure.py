@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from mmcot.files import read_json
-from mmcot.problems import load_problems, read_pictures
+from mmcot.pictures import read_pictures
+from mmcot.sources import load_problems
 
 SKILL = "bar_chart"
 WIDTH, HEIGHT, PICTURE = 980, 300, 260

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmcot.problems import SOURCES
+from mmcot.opening import SOURCES
+from mmcot.splits import SPLIT_SEED
 
 STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit"), "init_from": ("base", "previous_stage")}
 PEFT_TYPES = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING")
@@ -53,7 +54,10 @@ class StageArguments:
 class RecipeArguments:
     """
     Args:
-        dataset: where the problems come from, see `problems.load_problems`.
+        dataset: where the problems come from, see `sources.load_problems`.
+        columns: `OURS=THEIRS,…` (in the recipe also a mapping), where the dataset names its columns otherwise.
+        split_seed: of the division of rows without `split`.
+        allow_overlap: train although validation or test problems are among those trained on (same text and pictures).
         stages: the stages in order (in the recipe only, see [`StageArguments`]).
         streaming: read the training problems of a dataset of the Hub while they are trained on, and keep none
             (`streaming.py`).
@@ -88,6 +92,9 @@ class RecipeArguments:
         default="",
         metadata={"help": SOURCES},
     )
+    columns: str | None = field(default=None, metadata={"help": "OURS=THEIRS,…: the dataset's names of columns."})
+    split_seed: int = field(default=SPLIT_SEED, metadata={"help": "Of the division of rows without a split."})
+    allow_overlap: bool = field(default=False, metadata={"help": "Test on problems that are trained on, and say so."})
     streaming: bool = field(default=False, metadata={"help": "Keep no training problems; wants max_steps."})
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
     fusion: str | None = field(default=None, metadata={"help": "How the picture enters the text."})

@@ -25,6 +25,8 @@ from mmcot.predictions import digest_of_file
 from mmcot.provenance import all_weights
 from mmcot.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.run_folder import FINISHED, is_adapted, judged_split, scores_file
+from mmcot.split_record import read_record
+from mmcot.splits import named_parts
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
 from modeling_mmcot.processing_mmcot import Stage
@@ -127,6 +129,7 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         text_model=text_model,
         tower_model=tower_model,
         trainings=trainings,
+        splits=read_record(run_folder),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         scores=scores,
         predict_options=scores and command_options(scores["predict_options"]),
@@ -244,6 +247,9 @@ def without_paths(value: Any) -> Any:
         return [without_paths(one) for one in value]
     if not isinstance(value, str):
         return value
+    parts = named_parts(value)
+    if parts is not None:
+        return ",".join(f"{split}={without_paths(file)}" for split, file in parts.items())
     if is_outside(value):
         return PureWindowsPath(value).name  # splits at both kinds of slashes
     column, equals, rest = value.partition("=")

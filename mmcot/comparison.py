@@ -57,10 +57,11 @@ def leaderboard(every: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         ValueError: they are not of the same problems, or do not say of which they are.
     """
     check_same_problems(every)
-    table = [["system", "n", *CLASSES, "Avg, 95 %"]]
+    classes = [name for name in CLASSES if any(scores["accuracy"][name] is not None for scores in every.values())]
+    table = [["system", "n", *classes, "Avg, 95 %"]]
     for name, scores in sorted(every.items(), key=lambda item: -item[1]["accuracy"]["Avg"]):
         interval = scores["intervals"]["accuracy"]["Avg"]
-        cells = [two_places(scores["accuracy"][column]) for column in CLASSES]
+        cells = [two_places(scores["accuracy"][column]) for column in classes]
         table.append([name, str(scores["n"]), *cells, "–".join(map(two_places, interval)) if interval else "-"])
     return table
 

@@ -24,12 +24,14 @@ from datasets import Dataset
 from mmcot.comparison import compare, leaderboard, spread
 from mmcot.files import read_json, write_json
 from mmcot.leaks import suspicion, warnings_of
-from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score
+from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score, score_by
+from mmcot.opening import SOURCES, Given
 from mmcot.predictions import check_problems, read_meta
-from mmcot.problems import SOURCES, SPLITS, first_few, join_captions, load_problems, require_answers
+from mmcot.problems import SPLITS, first_few, join_captions, require_answers
 from mmcot.provenance import origin_of_scores, weights_of
 from mmcot.results import scores_of
 from mmcot.run_folder import judged_split, scores_file
+from mmcot.sources import add_dataset_options, choose_source, load_problems, reading_options, said_options
 from mmcot.subsets import add_selection, select
 from mmcot.tables import format_comparison, format_leaderboard, format_spread, format_table
 
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 Predictions = dict[str, dict[str, Any]]
 
 
-def evaluate(predictions_file: str | Path, dataset: str, split: str) -> dict[str, Any]:
+def evaluate(predictions_file: str | Path, dataset: str | Given, split: str) -> dict[str, Any]:
     """The scores (DESIGN section 4) of a predictions file against the gold columns of `split` of `dataset`."""
     predictions, problems = read_predictions(predictions_file), load_answered_problems(dataset, split)
     scores = score(problems, predictions)
@@ -79,19 +81,24 @@ def check_once(path: Path) -> None:
         raise ValueError(f"{path}: {len(twice)} ids stand there twice: {first_few(twice)}")
 
 
-def load_answered_problems(dataset: str, split: str) -> Dataset:
-    """The problems of a split, all with a known answer: without it there is nothing to score against."""
-    problems = load_scored_problems(dataset, split)
+def load_answered_problems(dataset: str | Given, split: str, **reading: Any) -> Dataset:
+    """
+    The problems of a split, all with a known answer: without it there is nothing to score against.
+
+    Args:
+        reading: of `load_problems`.
+    """
+    problems = load_scored_problems(dataset, split, **reading)
     require_answers(problems)
     return problems
 
 
-def load_scored_problems(dataset: str, split: str) -> Dataset:
+def load_scored_problems(dataset: str | Given, split: str, **reading: Any) -> Dataset:
     """The problems of a split as the dataset gives them: every picture, or where one is absent their names alone."""
     try:
-        return load_problems(dataset, split)
+        return load_problems(dataset, split, **reading)
     except ValueError:  # what else is wrong, loading without the pictures' files finds too
-        return load_problems(dataset, split, pictures=False)
+        return load_problems(dataset, split, pictures=False, **reading)
 
 
 def fitting(file: str, problems: Dataset, allow_missing: bool, arguments: argparse.Namespace) -> Predictions:
@@ -105,7 +112,7 @@ def fitting(file: str, problems: Dataset, allow_missing: bool, arguments: argpar
     predictions = read_predictions(file)
     surplus = set(predictions) - set(problems["id"])
     for split in SPLITS if surplus else ():
-        if split != arguments.split and surplus <= set(split_ids(arguments.dataset, split)):
+        if split != arguments.split and surplus <= set(split_ids(arguments, split)):
             raise ValueError(f"{len(surplus)} predictions are of the split {split!r}, not of {arguments.split!r}")
     missing = [problem_id for problem_id in problems["id"] if problem_id not in predictions]
     if surplus or not allow_missing:
@@ -120,9 +127,9 @@ def fitting(file: str, problems: Dataset, allow_missing: bool, arguments: argpar
     return predictions
 
 
-def split_ids(dataset: str, split: str) -> list[str]:
+def split_ids(arguments: argparse.Namespace, split: str) -> list[str]:
     try:
-        return load_problems(dataset, split, pictures=False)["id"]
+        return load_problems(arguments.source, split, pictures=False, **reading_options(arguments))["id"]
     except ValueError:  # there is no such split, or it is broken: nothing of it can be meant
         return []
 
@@ -154,8 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
         "file", metavar="FILE", nargs="?", help="predictions, as mmcot.predict writes them, or {id: answer}"
     )
     parser.add_argument("--dataset", metavar="PATH_OR_ID", help=SOURCES)
+    add_dataset_options(parser)
     parser.add_argument("--split", default="test", choices=SPLITS)
     add_selection(parser)
+    parser.add_argument("--by", nargs="+", metavar="COLUMN", help="scores by the classes of these columns too")
     parser.add_argument("--allow_missing", action="store_true", help="a problem without a prediction counts as wrong")
     parser.add_argument("--similarity", metavar="MODEL", help="an encoder that compares rationales in meaning")
     parser.add_argument("--output", metavar="SCORES", help="default: RUN/scores/SPLIT.json, else beside FILE")
@@ -172,17 +181,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `--dataset`.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.leaderboard is not None:
             table = leaderboard({name: scores_of(name) for name in arguments.leaderboard})
             print(format_leaderboard(table, arguments.format))
-        elif arguments.file is None or arguments.dataset is None:
+            return
+        if arguments.file is None:
             raise ValueError("expected a predictions FILE and --dataset, or --leaderboard")
-        elif arguments.submission is not None:
-            problems = load_scored_problems(arguments.dataset, arguments.split)
+        arguments.source = choose_source(arguments, dataset)
+        if arguments.submission is not None:
+            problems = load_scored_problems(arguments.source, arguments.split, **reading_options(arguments))
             predictions = read_predictions(arguments.file)
             texts = submission(problems.remove_columns("images"), predictions)
             check_problems(Path(arguments.file), predictions, problems, arguments.dataset)
@@ -199,11 +215,15 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
     others = [arguments.compare] if arguments.compare is not None else arguments.seeds or []
     if output.resolve() in (Path(file).resolve() for file in (arguments.file, *others)):
         raise ValueError(f"--output {output} is a predictions file itself")
-    problems = load_answered_problems(arguments.dataset, arguments.split)
+    reading = reading_options(arguments)
+    problems = load_answered_problems(arguments.source, arguments.split, keep=arguments.by or (), **reading)
     problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
     first, *rest = (fitting(file, problems, arguments.allow_missing, arguments) for file in (arguments.file, *others))
-    selection = {name: getattr(arguments, name) for name in ("ids", "filter", "limit", "allow_missing")}
+    selection = {name: getattr(arguments, name) for name in ("ids", "filter", "limit", "allow_missing", "by")}
+    selection |= said_options(arguments)
     scores = score(problems, first)
+    if arguments.by:
+        scores["by"] = score_by(problems, first, arguments.by)
     scores |= origin_of_scores(Path(arguments.file), output, problems, arguments.dataset, arguments.split, selection)
     if arguments.similarity is not None:
         from mmcot.similarity import similarity
@@ -264,14 +284,14 @@ def check_attention(
 
 def problems_as_predicted(arguments: argparse.Namespace, problems: Dataset, origin: Any) -> Dataset:
     """With the pictures and captions that were predicted from; a page without maps does without what is absent."""
-    source = (arguments.dataset, arguments.split, origin.max_images)
+    source, reading = (arguments.source, arguments.split, origin.max_images), reading_options(arguments)
     try:
-        seen = load_problems(*source)
+        seen = load_problems(*source, **reading)
     except ValueError as error:
         if arguments.attention is not None:
             raise
         logger.warning("the report shows no pictures: %s", error)
-        seen = load_problems(*source, pictures=False)
+        seen = load_problems(*source, pictures=False, **reading)
     seen = select(seen, problems["id"])
     try:
         return seen if origin.captions is None else join_captions(seen, origin.captions)

@@ -34,8 +34,10 @@ from mmcot.caches import code_digest
 from mmcot.captions import write_captions
 from mmcot.feature_store import FeatureStore, FeatureWriter, makers_of, settings_of, tower_settings, weights_digest
 from mmcot.files import cache_folder, read_json
+from mmcot.opening import SOURCES, Given
 from mmcot.pictures import Picture, PixelStore, aspect_ratio, distinct_pictures, read_picture
-from mmcot.problems import SOURCES, SPLITS, first_few, load_problems
+from mmcot.problems import SPLITS, first_few
+from mmcot.sources import add_dataset_options, choose_source, load_problems, reading_options, splits_of
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.pictures_mmcot import as_rgb, build_image_processor, picture_pixels, stack_pixels
 from modeling_mmcot.vision_mmcot import (
@@ -350,23 +352,35 @@ def row_number(name_map: dict[str, Any], problem_id: str, num_rows: int, file: s
     return int(row)
 
 
-def load_all_splits(source: str, splits: Iterable[str], max_images: int | None, pictures: bool) -> Dataset:
-    problems = [load_problems(source, split, max_images, pictures) for split in splits]
+def load_all_splits(
+    source: str | Given, splits: Iterable[str], max_images: int | None, pictures: bool, **reading: Any
+) -> Dataset:
+    """
+    Args:
+        reading: of `load_problems`.
+    """
+    problems = [load_problems(source, split, max_images, pictures, **reading) for split in splits]
     return concatenate_datasets([part for part in problems if len(part)] or problems[:1])
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `DATASET`.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m mmcot.features",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", help=SOURCES)
+    parser.add_argument("dataset", nargs="?", help=SOURCES)
+    add_dataset_options(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--vision", help=f"a tower's checkpoint (folder or Hub id), or one of {', '.join(TOWERS)}")
     what.add_argument("--captions", metavar="MODEL", help="caption the pictures: an image-text-to-text checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="the store; one that is there is completed")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="by default all that there are")
     parser.add_argument(
         "--max_images", type=int, default=1, help="of a ScienceQA problem's pictures, the first so many"
     )
@@ -394,6 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.import_features is not None and arguments.vision not in AUTHORS_TOWERS:
         parser.error(f"with --import_features, --vision is one of {', '.join(AUTHORS_TOWERS)}")
     try:
+        arguments.source = choose_source(arguments, dataset)
         failed = run(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -406,7 +421,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> list[str]:
     imports = arguments.import_features is not None
-    problems = load_all_splits(arguments.dataset, arguments.splits, arguments.max_images, pictures=not imports)
+    problems = load_all_splits(
+        arguments.source,
+        arguments.splits or splits_of(arguments.source),
+        arguments.max_images,
+        not imports,
+        **reading_options(arguments),
+    )
     if imports:
         import_authors_features(
             problems,

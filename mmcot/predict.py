@@ -28,19 +28,19 @@ from mmcot.features import vision_source
 from mmcot.files import resolved
 from mmcot.journal import Journal
 from mmcot.leaks import leaking
+from mmcot.opening import SOURCES, Given
 from mmcot.pictures import PixelStore
 from mmcot.predictions import write_predictions
 from mmcot.problems import (
-    SOURCES,
     SPLITS,
     first_few,
     join_captions,
-    load_problems,
     with_column,
     without_gold,
 )
 from mmcot.provenance import check_export, loaded_from, provenance
 from mmcot.self_consistency import Sample
+from mmcot.sources import add_dataset_options, choose_source, load_problems, reading_options, said_options
 from mmcot.subsets import add_selection, select
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
@@ -52,7 +52,7 @@ from modeling_mmcot.stages_mmcot import load_stages
 logger = logging.getLogger(__name__)
 
 # Options that say where and how fast, not what is predicted.
-NOT_OF_THE_RESULT = ("model", "output", "leak_check", "num_workers")
+NOT_OF_THE_RESULT = ("model", "output", "leak_check", "num_workers", "source", "columns", "split_seed")
 
 
 def predict_stage(
@@ -216,7 +216,8 @@ def predict(
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmcot.predict", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
-    parser.add_argument("--dataset", required=True, help=SOURCES)
+    parser.add_argument("--dataset", help=SOURCES)
+    add_dataset_options(parser)
     parser.add_argument("--split", default="test", choices=SPLITS)
     add_selection(parser)
     parser.add_argument("--output", help="the predictions file to write")
@@ -234,17 +235,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `--dataset`.
+    """
     arguments = build_parser().parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())  # else processes without accelerator know nothing of others
     try:
         check_options(arguments)
+        arguments.source = choose_source(arguments, dataset)
         arguments.captions = arguments.captions and resolved(arguments.captions)
         processor, models = load_system(arguments.model, torch.bfloat16 if arguments.bf16 else "auto")
         if arguments.num_rationales > 1 and len(processor.stages) == 1:
             raise ValueError(f"--num_rationales is {arguments.num_rationales}, and {arguments.model} writes none.")
         problems, store = load_inputs(arguments, processor, models)
         settings = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_THE_RESULT}
+        settings |= said_options(arguments)
         options = {name: settings[name] for name in ("num_rationales", "temperature", "seed")}
         options |= {name: settings[name] for name in ("batch_size", "max_tokens", "decode_answer")}
         options |= {"pictures": store, "num_workers": arguments.num_workers}
@@ -300,7 +308,8 @@ def load_inputs(
     store = FeatureStore(arguments.features) if arguments.features is not None else None
     max_images = min(model.config.max_images for model in models.values())
     needs_files = store is None or store.needs_files
-    problems = load_problems(arguments.dataset, arguments.split, max_images, needs_files)
+    reading = reading_options(arguments)
+    problems = load_problems(arguments.source, arguments.split, max_images, needs_files, **reading)
     problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
     if arguments.captions is not None:
         problems = join_captions(problems, arguments.captions)

@@ -25,10 +25,12 @@ from mmcot.building import (
 from mmcot.feature_store import FeatureStore
 from mmcot.features import vision_source
 from mmcot.pictures import PixelStore
-from mmcot.problems import SPLITS, is_answered, join_captions, join_column, load_problems, require_answers
+from mmcot.problems import SPLITS, is_answered, join_captions, join_column, require_answers
 from mmcot.recipes import Recipe, claim_run_folder
 from mmcot.run_folder import lock_run
 from mmcot.run_inputs import check_unchanged, inputs_of
+from mmcot.sources import load_problems, reading_options
+from mmcot.split_record import record_splits, write_record
 from mmcot.stage_inputs import target_columns
 from mmcot.streaming import stream_problems
 from modeling_mmcot import MMCoTProcessor
@@ -72,7 +74,7 @@ def prepare(recipe: Recipe) -> Run:
         check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {
-        split: stream_problems(recipe.arguments.dataset)
+        split: stream_problems(recipe.source, recipe.arguments.columns)
         if split == "train" and recipe.arguments.streaming
         else prepare_problems(recipe, stages, split, store)
         for split in SPLITS
@@ -80,6 +82,9 @@ def prepare(recipe: Recipe) -> Run:
     if recipe.arguments.streaming:  # of which only this much is known
         for stage in stages:
             check_targets(problems["val"], stage, recipe.arguments.dataset)
+    splits = record_splits(recipe, problems)
+    if splits["divided_by"] is not None:
+        recipe.values["split_seed"] = splits["divided_by"]
     processor = build_processor(recipe, stages, problems["train"])
     if store is not None:
         model = build_model(recipe, processor.tokenizer, store)
@@ -97,6 +102,8 @@ def prepare(recipe: Recipe) -> Run:
     lock = lock_run(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
     with PartialState().main_process_first():
         check_unchanged(folder, inputs_of(recipe, problems, processor, store))
+    if PartialState().is_main_process:
+        write_record(folder, splits)
     return Run(recipe, stages, problems, folder, folder, processor, store, pictures, lock)
 
 
@@ -119,9 +126,13 @@ def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: Fea
     sees = any("images" in stage.reads for stage in stages)
     needs_files = sees and (store is None or store.needs_files)
     with PartialState().main_process_first():
-        problems = load_problems(source, split, recipe.arguments.max_images if sees else None, needs_files)
+        max_images = recipe.arguments.max_images if sees else None
+        problems = load_problems(recipe.source, split, max_images, needs_files, **reading_options(recipe.arguments))
     if len(problems) == 0:
-        raise ValueError(f"{source}: split {split!r} has no problems.")
+        raise ValueError(
+            f"{source}: split {split!r} has no problems. (Of rows without a split it gets one in ten, or eight of "
+            f"train, by chance: give few rows a split, or name a file for each: train=FILE,val=FILE,test=FILE.)"
+        )
     if split != "test" or is_answered(problems):
         require_answers(problems)
     if recipe.arguments.captions is not None:

@@ -23,10 +23,12 @@ from mmcot.comparison import two_places
 from mmcot.feature_store import FeatureStore
 from mmcot.files import write_json
 from mmcot.metrics import percentage
+from mmcot.opening import SOURCES, Given
 from mmcot.predict import load_inputs, load_system, predict, predict_stage
 from mmcot.predictions import digest_of_problems
-from mmcot.problems import FEATURES, SOURCES, SPLITS, require_answers
+from mmcot.problems import FEATURES, SPLITS, require_answers
 from mmcot.provenance import weights_of
+from mmcot.sources import add_dataset_options, choose_source, said_options
 from mmcot.subsets import add_selection
 from mmcot.uncertainty import mcnemar, mean_interval
 from modeling_mmcot import MMCoTProcessor
@@ -177,10 +179,16 @@ def format_probes(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `--dataset`.
+    """
     parser = argparse.ArgumentParser(prog="python -m mmcot.probes", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
-    parser.add_argument("--dataset", required=True, help=SOURCES)
+    parser.add_argument("--dataset", help=SOURCES)
+    add_dataset_options(parser)
     parser.add_argument("--split", default="test", choices=SPLITS)
     add_selection(parser)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -190,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())
     try:
+        arguments.source = choose_source(arguments, dataset)
         processor, models = load_system(arguments.model)
         problems, store = load_inputs(arguments, processor, models)
         require_answers(problems)
@@ -203,8 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     if PartialState().is_main_process:
         if arguments.output is not None:
             weights = weights_of(arguments.model, processor)
-            origin = {"dataset": arguments.dataset, "split": arguments.split, "weights": weights}
-            origin |= {"problems_digest": digest_of_problems(problems)}
+            origin = {"dataset": arguments.dataset, "split": arguments.split, **said_options(arguments)}
+            origin |= {"weights": weights, "problems_digest": digest_of_problems(problems)}
             write_json(Path(arguments.output), {**origin, "probes": results})
         print(format_probes(results))
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from mmcot.feature_store import FeatureStore
 from mmcot.features import commit_of
+from mmcot.known_datasets import known_as
 from mmcot.pictures import ContentKeys
 from mmcot.predictions import digest_of_file, digest_of_problems, read_meta
-from mmcot.problems import known_as
 from mmcot.run_folder import BASE, FINISHED, is_adapted
 from modeling_mmcot import MMCoTProcessor
 
@@ -136,7 +136,7 @@ def origin_of_scores(
     options = {name: meta[name] for name in PREDICT_OPTIONS if meta.get(name)}
     if meta.get("num_rationales", 1) > 1:
         options |= {name: meta[name] for name in ("num_rationales", "temperature", "seed")}
-    some = {name: value for name, value in selected.items() if name != "allow_missing"}
+    some = {name: value for name, value in selected.items() if name not in ("allow_missing", "by")}
     origin = {"dataset": dataset, "dataset_known_as": known_as(dataset), "split": split}
     origin |= {"predict_options": some | options, "evaluate_options": selected}
     origin |= {

@@ -7,7 +7,7 @@ built here, and nothing is known of the model.
 
 import logging
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trl import ModelConfig, TrlParser
 
 from mmcot.arguments import RecipeArguments, StageArguments
 from mmcot.files import resolved
+from mmcot.opening import IN_PYTHON, Given
 from mmcot.recipe_checks import (
     check_adapters,
     check_attention,
@@ -65,6 +66,16 @@ class Recipe:
     training_arguments: Seq2SeqTrainingArguments
     model_config: ModelConfig
     values: dict[str, Any]
+    given: Given | None = None  # the dataset, where a Python caller gave it
+
+    @property
+    def source(self) -> str | Given:
+        return self.arguments.dataset if self.given is None else self.given
+
+    def with_dataset(self, given: Given) -> "Recipe":
+        """The recipe on a dataset of Python, by whose name it goes in records."""
+        arguments = replace(self.arguments, dataset=IN_PYTHON)
+        return replace(self, arguments=arguments, values={**self.values, "dataset": IN_PYTHON}, given=given)
 
 
 def parse_recipe(command_line: list[str]) -> Recipe:

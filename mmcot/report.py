@@ -86,7 +86,7 @@ def write_report(
             title="/".join(predictions_file.absolute().parts[-3:]),
             full=FULL,
             scores=scores,
-            classes=list(CLASSES),
+            classes=[name for name in CLASSES if scores["class_n"][name]],
             kinds=KINDS,
             plots=plots(problems, predictions, scores, without_picture),
             report=hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()[:16],
@@ -197,7 +197,8 @@ def plots(
     for problem in problems.select_columns(["id", "skill", "answer"]):
         by_skill[problem["skill"] or "no skill"].append(answers[problem["id"]] == problem["answer"])
     largest = dict(sorted(by_skill.items(), key=lambda item: -len(item[1]))[:NUM_SKILLS])
-    found[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
+    if by_skill.keys() != {"no skill"}:
+        found[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
     if scores["calibration"] is not None:
         found["Are the probabilities right? (reliability)"] = reliability(scores["calibration"]["curve"])
     lengths = by_length(problems, predictions, answers)

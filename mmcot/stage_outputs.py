@@ -18,6 +18,7 @@ from mmcot.predict import predict_stage
 from mmcot.predictions import digest_of_problems, read_meta, write_predictions
 from mmcot.preparation import Run
 from mmcot.provenance import problems_digest, stage_weights
+from mmcot.sources import said_options
 from mmcot.stage_inputs import predictions_file, read_predictions
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.processing_mmcot import Stage
@@ -83,6 +84,7 @@ def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, 
     return {
         "dataset": arguments.dataset,
         "split": split,
+        **said_options(arguments),
         "decode_answer": arguments.decode_answer,
         "features": arguments.features,
         "captions": arguments.captions,

@@ -4,13 +4,15 @@ What is known of all problems at once is not known here: their number, lengths, 
 is kept; validation and test are loaded as ever.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from mmcot.examples import tokenize
 from mmcot.pictures import PixelStore
-from mmcot.problems import FEATURES, SOURCES, hub_problems, is_hub_dataset, require_answer
+from mmcot.problems import FEATURES, require_answer
+from mmcot.sources import stream_rows
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import Stage
 
@@ -19,18 +21,14 @@ SHUFFLED = 1000
 TOKENIZED = 16
 
 
-def stream_problems(source: str) -> IterableDataset:
+def stream_problems(source: str, columns: str | Mapping[str, str] | None = None) -> IterableDataset:
     """
     The training problems of a dataset of the Hub, each row checked when it comes.
 
     Raises:
         ValueError: the source is none, or its first problem is not good.
     """
-    if not is_hub_dataset(source):
-        raise ValueError(
-            f"dataset is {source!r}; streaming reads a dataset of the Hub, by its id or its Parquet files: {SOURCES}."
-        )
-    problems = hub_problems(source, "train", streaming=True).map(answered, features=FEATURES)
+    problems = stream_rows(source, columns).map(answered, features=FEATURES)
     next(iter(problems))
     return problems
 

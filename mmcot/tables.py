@@ -16,23 +16,35 @@ Row = tuple[str, list[str]]  # its title and a cell for each class
 
 def format_table(scores: Mapping[str, Any]) -> str:
     """The scores as aligned text: one column per class, then the rationales and the calibration."""
-    rows: list[Row] = [("", list(CLASSES)), ("problems", [str(scores["class_n"][name]) for name in CLASSES])]
+    classes = [name for name in CLASSES if scores["class_n"][name]]
+    rows: list[Row] = [("", classes), ("problems", [str(scores["class_n"][name]) for name in classes])]
     for key in ("accuracy", "decoded_accuracy"):
         if key in scores:
-            rows.append((key.replace("_", " "), [two_places(scores[key][name]) for name in CLASSES]))
-            rows.extend(interval_rows([scores["intervals"][key][name] for name in CLASSES]))
+            rows.append((key.replace("_", " "), [two_places(scores[key][name]) for name in classes]))
+            rows.extend(interval_rows([scores["intervals"][key][name] for name in classes]))
     rationale = "   ".join(f"{RATIONALE_NAMES[key]} {two_places(value)}" for key, value in scores["rationale"].items())
     lines = [*aligned(rows), f"{'rationale':<16}  {rationale}"]
     if scores["calibration"] is not None:
         figures = f"ECE {scores['calibration']['ece']:.4f}   Brier {scores['calibration']['brier']:.4f}"
         lines.append(f"{'calibration':<16}  {figures}")
+    lines += [line for column, found in scores.get("by", {}).items() for line in ["", *lines_by(column, found)]]
     return "\n".join(lines)
 
 
+def lines_by(column: str, found: Mapping[str, Any]) -> list[str]:
+    """The scores by the classes of a column, a line each, in aligned text."""
+    rows = [(f"by {column}", "n", "accuracy", "95 %, from", "to")]
+    for name, one in found.items():
+        low, high = one["interval"] or (None, None)
+        rows.append((name, str(one["n"]), *map(two_places, (one["accuracy"], low, high))))
+    width = max(16, *(len(row[0]) + 2 for row in rows))
+    return [f"{title:<{width}}" + "".join(f"{cell:>12}" for cell in cells) for title, *cells in rows]
+
+
 def format_comparison(compared: Mapping[str, Any]) -> str:
-    empty = dict.fromkeys(("first", "second", "difference", "interval", "p")) | {"n": 0}
-    columns = [compared[name] or empty for name in CLASSES]
-    rows: list[Row] = [("", list(CLASSES)), ("problems", [str(column["n"]) for column in columns])]
+    classes = [name for name in CLASSES if compared[name]]
+    columns = [compared[name] for name in classes]
+    rows: list[Row] = [("", classes), ("problems", [str(column["n"]) for column in columns])]
     rows.extend((key, [two_places(column[key]) for column in columns]) for key in ("first", "second", "difference"))
     rows.extend(interval_rows([column["interval"] for column in columns]))
     rows.append(("McNemar's p", ["-" if column["p"] is None else f"{column['p']:.4f}" for column in columns]))
@@ -40,9 +52,10 @@ def format_comparison(compared: Mapping[str, Any]) -> str:
 
 
 def format_spread(result: Mapping[str, Any], count: int) -> str:
-    rows: list[Row] = [(f"{count} seeds", list(CLASSES))]
+    classes = [name for name in CLASSES if result[name]]
+    rows: list[Row] = [(f"{count} seeds", classes)]
     for key, title in (("mean", "mean accuracy"), ("sd", "standard dev.")):
-        rows.append((title, [two_places(None if result[name] is None else result[name][key]) for name in CLASSES]))
+        rows.append((title, [two_places(result[name][key]) for name in classes]))
     return "\n".join(aligned(rows))
 
 

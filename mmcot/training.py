@@ -33,15 +33,18 @@ from mmcot.examples import lengths_of, tokenized
 from mmcot.files import write_json
 from mmcot.hub import export
 from mmcot.journal import remove_partial_files
+from mmcot.known_datasets import known_as
 from mmcot.metrics import score
+from mmcot.opening import Given
 from mmcot.predict import log_shortened
 from mmcot.predictions import check_problems
 from mmcot.preparation import Run, prepare
-from mmcot.problems import is_answered, known_as
+from mmcot.problems import is_answered
 from mmcot.progress import ValidationReport, hardware, plot_curves
 from mmcot.provenance import origin_of_scores
 from mmcot.recipes import Recipe, parse_recipe
 from mmcot.run_folder import BASE, FINISHED, lock_run, scores_file
+from mmcot.sources import reading_options, said_options
 from mmcot.stage_inputs import (
     CROSS_FITTED,
     fold_folder,
@@ -80,20 +83,21 @@ def run(prepared: Run) -> None:
         try:
             for split in ("val", "test"):
                 if is_answered(prepared.problems[split]):
-                    write_scores(folder, prepared.recipe.arguments.dataset, split)
+                    write_scores(folder, recipe, split)
             export(folder, prepared.processor)
         except ValueError as error:  # scores of an earlier training
             raise RunStopped(str(error)) from error
     PartialState().wait_for_everyone()
 
 
-def write_scores(folder: Path, dataset: str, split: str) -> None:
+def write_scores(folder: Path, recipe: Recipe, split: str) -> None:
     """The scores of a split's predictions, as `mmcot.evaluate` makes them: with the pictures that no stage reads."""
     file, predictions = predictions_file(folder, split), read_predictions(folder, split)
-    problems = load_scored_problems(dataset, split)
+    dataset, options = recipe.arguments.dataset, said_options(recipe.arguments)
+    problems = load_scored_problems(recipe.source, split, **reading_options(recipe.arguments))
     check_problems(file, predictions, problems, dataset)
     scores = score(problems, predictions)
-    scores |= origin_of_scores(file, scores_file(folder, split), problems, dataset, split)
+    scores |= origin_of_scores(file, scores_file(folder, split), problems, dataset, split, options)
     write_json(scores_file(folder, split), scores)
 
 
@@ -408,12 +412,21 @@ def describe_result(prepared: Run) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of the recipe's `dataset`.
+    """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mmcot").setLevel(logging.INFO)
     try:
+        words = sys.argv[1:] if argv is None else argv
         try:
-            prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
+            if dataset is not None and any(word.split("=")[0] == "--dataset" for word in words):
+                raise ValueError("--dataset is given, and a dataset was given in Python: give one of them.")
+            recipe = parse_recipe(words)
+            prepared = prepare(recipe if dataset is None else recipe.with_dataset(dataset))
         except ValueError as error:
             sys.exit(f"error: {error}")
         with prepared.lock or contextlib.nullcontext():

@@ -161,8 +161,12 @@ def fold(text: str) -> str:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a table has nothing there: None, NaN, pandas' NA."""
-    return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value))
+    """Whether a table has nothing there: None, NaN, pandas' NA and NaT."""
+    return (
+        value is None
+        or type(value).__name__ in ("NAType", "NaTType")
+        or (isinstance(value, float) and math.isnan(value))
+    )
 
 
 def as_text(problem: Mapping, column: str) -> str:

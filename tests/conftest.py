@@ -289,3 +289,13 @@ def hub_dataset(tmp_path_factory):
         dataset = datasets.Dataset.from_list(hub_rows(5), features=HUB_FEATURES)
         dataset.to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
     return folder
+
+
+@pytest.fixture
+def text_recipe(tmp_path):
+    """The tiny one, of one stage that reads no pictures."""
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values = {name: value for name, value in values.items() if name not in ("vision_config", "image_processor")}
+    values["stages"] = [{**values["stages"][1], "reads": ["question", "context", "choices"], "template": "QCM-A"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]

@@ -15,7 +15,7 @@ from test_examples import made, own_cache, problems, processor, tokens  # noqa: 
 from mmcot import demo, feature_store, features
 from mmcot.features import compute, vision_source
 from mmcot.pictures import PixelStore
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot import pictures_mmcot, processing_mmcot, vision_mmcot
 
 KINDS = {  # what is kept of a dataset of two problems, one of them with a picture

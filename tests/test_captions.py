@@ -32,7 +32,8 @@ from transformers import (
 
 from mmcot import features, training
 from mmcot.files import read_json
-from mmcot.problems import join_captions, load_problems
+from mmcot.problems import join_captions
+from mmcot.sources import load_problems
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.captioning_mmcot import CAPTIONERS, Captioner
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage

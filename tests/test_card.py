@@ -22,6 +22,7 @@ from mmcot.card import code_digests, command_options, without_paths
         ("a=b=/storage/alice/x=1/texts.json", "a=b=texts.json"),
         ("/storage/alice/x=1/texts.json", "texts.json"),
         ("../..", ".."),
+        ("train=/storage/alice/a.jsonl,test=/storage/alice/b.jsonl", "train=a.jsonl,test=b.jsonl"),
         *(
             (same, same)
             for same in ("problems.jsonl", "runs/demo", "google/flan-t5-base", "https://x.org/a/b?c=d", "a=b")

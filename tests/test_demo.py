@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from mmcot import demo
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 
 SPLITS = ("train", "val", "test")
 ROWS = {split: list(demo.generate(split)) for split in SPLITS}

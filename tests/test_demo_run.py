@@ -11,7 +11,8 @@ from test_report import drive
 from mmcot.demo import PICTURE_SKILLS, seen
 from mmcot.evaluate import main as evaluate
 from mmcot.predict import load_system, predict_stage
-from mmcot.problems import load_problems, without_gold
+from mmcot.problems import without_gold
+from mmcot.sources import load_problems
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from mmcot import pictures
 from mmcot.examples import StageCollator, tokenized
 from mmcot.features import vision_source
 from mmcot.pictures import PixelStore
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
 

@@ -10,7 +10,7 @@ from transformers import DetrImageProcessorPil
 
 from mmcot.feature_store import FeatureStore, FeatureWriter
 from mmcot.features import compute, main
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot.vision_mmcot import load_vision_tower
 
 
@@ -19,8 +19,9 @@ def test_a_problem_without_picture_and_one_with_several_are_masked(tmp_path, vit
         Image.new("RGB", (9, 9), color).save(tmp_path / f"{color}.png")
     rows = [{"question": "?", "images": names} for names in ([], ["red.png", "blue.png"], ["blue.png"])]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store"), "--max_images", "2"])
-    features, (none, both, one) = FeatureStore(tmp_path / "store"), load_problems(str(tmp_path / "p.jsonl"), "test")
+    source = f"test={tmp_path / 'p.jsonl'}"
+    main([source, "--vision", str(vit), "--output", str(tmp_path / "store"), "--max_images", "2"])
+    features, (none, both, one) = FeatureStore(tmp_path / "store"), load_problems(source, "test")
     batch = features.batch([none, both, one])
     assert batch["vision_mask"].sum(dim=1).tolist() == [0, 10, 5] and not batch["vision_features"][0].any()
     assert torch.equal(batch["vision_features"][1, 5:], batch["vision_features"][2, :5])

@@ -40,7 +40,7 @@ from mmcot.features import (
 )
 from mmcot.files import read_json
 from mmcot.pictures import content_key
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
@@ -78,10 +78,10 @@ def test_the_same_picture_of_several_problems_is_computed_once(tmp_path, vit):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     rows = [{"question": "?", "images": [name]} for name in ("a.png", "b.png", "a.png")]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store")])
+    main([f"test={tmp_path / 'p.jsonl'}", "--vision", str(vit), "--output", str(tmp_path / "store")])
     features = FeatureStore(tmp_path / "store")
     assert len(features.rows) == 1
-    batch = features.batch(list(load_problems(str(tmp_path / "p.jsonl"), "test")))
+    batch = features.batch(list(load_problems(f"test={tmp_path / 'p.jsonl'}", "test")))
     assert batch["vision_features"].shape == (3, 5, 24)
     assert (
         batch["vision_features"].dtype == torch.float32
@@ -163,17 +163,17 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_the_rest_is_computed(vit,
     (tmp_path / "p.jsonl").write_text(
         "\n".join(json.dumps({"question": "?", "images": [f"{n}.png"]}) for n in range(5))
     )
-    command = ("-m", "mmcot.features", tmp_path / "p.jsonl", "--vision", vit, "--output", tmp_path / "store")
+    command = ("-m", "mmcot.features", f"test={tmp_path / 'p.jsonl'}", "--vision", vit, "--output", tmp_path / "store")
     result = run_script(*command, "--batch_size", "2", check=False)
     assert result.returncode == 1 and "2.png" in result.stderr and "1 pictures were left out" in result.stderr
     assert "Traceback" not in result.stderr
     assert len(FeatureStore(tmp_path / "store").rows) == 4
-    problems = load_problems(str(tmp_path / "p.jsonl"), "test")
+    problems = load_problems(f"test={tmp_path / 'p.jsonl'}", "test")
     with pytest.raises(ValueError, match="no features for the pictures of 1 of 5 problems: test-2"):
         FeatureStore(tmp_path / "store").check_problems(problems)
     (tmp_path / "2.png").write_bytes(whole)
     main([str(argument) for argument in command[2:]])
-    FeatureStore(tmp_path / "store").check_problems(load_problems(str(tmp_path / "p.jsonl"), "test"))
+    FeatureStore(tmp_path / "store").check_problems(load_problems(f"test={tmp_path / 'p.jsonl'}", "test"))
 
 
 # From a store or from pixels.
@@ -318,7 +318,7 @@ def test_features_that_overflow_float16_are_refused(vit, tmp_path):
 
 def test_a_dataset_without_pictures_has_nothing_to_compute(vit, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"question": "?"}))
-    with pytest.raises(SystemExit, match="None of the 3 problems has a picture"):
+    with pytest.raises(SystemExit, match="None of the 1 problems has a picture"):
         main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store")])
 
 

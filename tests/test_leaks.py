@@ -9,7 +9,7 @@ from mmcot import predict as predicting
 from mmcot.examples import tokenized
 from mmcot.leaks import leaking
 from mmcot.predict import load_system, main, predict
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot import pipeline_mmcot
 from modeling_mmcot.pipeline_mmcot import write_column
 

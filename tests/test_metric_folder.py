@@ -11,7 +11,7 @@ from loopback_hub import LoopbackHub, client_environment
 
 from mmcot.evaluate import main
 from mmcot.files import read_json, write_json
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 
 FOLDER = str(REPOSITORY / "metrics" / "mmcot_scienceqa")
 

@@ -18,7 +18,7 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from transformers import CLIPImageProcessor, DetrImageProcessor, ViTImageProcessor
 
 from mmcot.pictures import read_pictures
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import (
     MAX_PIXELS,
@@ -35,7 +35,7 @@ def by_both_ways(file):
     """As the pipeline reads a path, and as training and prediction read a problem's picture."""
     row = {"question": "What is it?", "images": [file.name]}
     (file.parent / "problems.jsonl").write_text(json.dumps(row))
-    (problem,) = load_problems(str(file.parent / "problems.jsonl"), "test")
+    (problem,) = load_problems(f"test={file.parent / 'problems.jsonl'}", "test")
     (from_path,), (from_problem,) = as_pictures(file), as_pictures(read_pictures(problem))
     assert from_path.tobytes() == from_problem.tobytes() and from_path.size == from_problem.size
     assert from_path.mode == "RGB"

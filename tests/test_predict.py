@@ -14,8 +14,9 @@ from mmcot.journal import Journal
 from mmcot.pictures import read_pictures
 from mmcot.predict import batches_of, load_system, main, predict_stage
 from mmcot.predict import predict as predict_all
-from mmcot.problems import load_problems, without_gold
+from mmcot.problems import without_gold
 from mmcot.provenance import provenance
+from mmcot.sources import load_problems
 from mmcot.subsets import select
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.processing_mmcot import Stage

@@ -11,7 +11,7 @@ from mmcot.evaluate import evaluate
 from mmcot.evaluate import main as score_files
 from mmcot.files import read_json, write_json
 from mmcot.predict import main as predict
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 from mmcot.training import main as train
 
 

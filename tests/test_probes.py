@@ -8,7 +8,7 @@ from mmcot import probes as probing
 from mmcot.files import read_json
 from mmcot.predict import load_system
 from mmcot.probes import main, of_another, others, probe, with_permuted_choices
-from mmcot.problems import load_problems
+from mmcot.sources import load_problems
 
 
 @pytest.fixture

@@ -1,201 +1,35 @@
-"""Tests of the sources of problems: what each gives, and the one clear error that each kind of bad input gets.
+"""Tests of the schema of problems: what a file of rows gives, and the one clear error that each bad row gets.
 
 What a demonstration problem shows is tested in test_demo.py; what a run does with an error, in test_training.py.
 """
 
-import io
 import json
-import logging
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
-from conftest import REPOSITORY, shared
+from conftest import REPOSITORY
 from PIL import Image, ImageFile
+from problem_files import ROW, check_pictures, error_of, jsonl, parquet, png, says, scienceqa
 
-from mmcot import demo
 from mmcot.pictures import read_pictures
-from mmcot.problems import (
-    FEATURES,
-    GOLD_COLUMNS,
-    join_column,
-    load_problems,
-    require_answers,
-    without_gold,
-)
+from mmcot.problems import FEATURES, GOLD_COLUMNS, join_column, require_answers, without_gold
+from mmcot.sources import load_problems
 from modeling_mmcot.pictures_mmcot import as_pictures
-
-ROW = {"id": "p1", "question": "Which color is it?", "choices": ["red", "blue"], "answer": 1, "split": "test"}
-
-
-def png(color: str = "red", mode: str = "RGB") -> bytes:
-    """A picture of one color; of noise, which does not compress, so that half of the file holds half of the rows."""
-    size, file = (64, 64), io.BytesIO()
-    picture = Image.effect_noise(size, 90) if color == "noise" else Image.new("RGB", size, color)
-    picture.convert(mode).save(file, "PNG")
-    return file.getvalue()
-
-
-def check_pictures(problems) -> None:
-    for problem in problems:
-        read_pictures(problem)
-
-
-def jsonl(folder, *rows) -> str:
-    file = folder / "problems.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
-
-
-def parquet(folder, *rows) -> str:
-    file = folder / "problems.parquet"
-    datasets.Dataset.from_list(list(rows)).to_parquet(file)
-    return str(file)
-
-
-def scienceqa(folder, splits=None, **fields) -> str:
-    """A ScienceQA folder of two test problems, the first with a picture; `fields` replace those of the first."""
-    first = {"question": "What is it?", "choices": ["a", "b"], "answer": 0, "hint": "Look.", "image": "image.png"}
-    first |= {"grade": "grade3", "subject": "natural science", "task": "closed choice", "split": "test"}
-    second = {**first, "question": "Why?", "hint": "", "image": None}
-    (folder / "problems.json").write_text(json.dumps({"1": {**first, **fields}, "2": second}))
-    (folder / "pid_splits.json").write_text(json.dumps(splits or {"test": ["1", "2"], "train": [], "val": []}))
-    picture = folder / "images" / "test" / "1" / "image.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.write_bytes(png())
-    return str(folder)
-
-
-def error_of(call, *arguments) -> str:
-    with pytest.raises(ValueError) as error:
-        call(*arguments)
-    return str(error.value)
-
-
-def says(message: str, *parts) -> bool:
-    missing = [str(part) for part in parts if str(part) not in message]
-    assert not missing, f"{missing} not in: {message}"
-    return True
-
-
-# The original ScienceQA folder.
-
-
-def test_the_real_scienceqa_folder(caplog):
-    with caplog.at_level(logging.INFO, logger="mmcot.problems"):
-        problems = load_problems(str(shared("scienceqa")), "test")
-    assert problems.features == FEATURES
-    assert len(problems) == 361
-    assert says(caplog.text, "3880 of 4241 test problems", "problems.json")
-    assert sum(map(bool, problems["images"])) == 167
-    assert all(row["caption"] for row in problems if row["images"])
-    pictures = [picture for images in problems["images"] for picture in images]
-    assert all(picture["bytes"] is None for picture in pictures)
-    names = [[Path(picture["path"]).name for picture in images] for images in problems["images"] if images]
-    assert all(files == ["image.png", *(f"choice_{n}.png" for n in range(len(files) - 1))] for files in names)
-    assert max(map(len, names)) > 1
-    first = load_problems(str(shared("scienceqa")), "test", max_images=1)
-    assert {Path(picture["path"]).name for images in first["images"] for picture in images} == {"image.png"}
-    check_pictures(problems)
-    require_answers(problems)
-
-
-def test_the_columns_of_a_scienceqa_problem(tmp_path):
-    folder = scienceqa(tmp_path, lecture="Colors.", solution="It is red.")
-    (tmp_path / "captions.json").write_text(json.dumps({"model": "x", "captions": {"1": "A red square."}}))
-    first, second = load_problems(folder, "test")
-    assert first == {
-        "id": "1",
-        "question": "What is it?",
-        "choices": ["a", "b"],
-        "context": "Look.",
-        "images": [{"bytes": None, "path": f"{folder}/images/test/1/image.png"}],
-        "caption": "A red square.",
-        "answer": 0,
-        "lecture": "Colors.",
-        "solution": "It is red.",
-        "rationales": [],
-        "direct_answers": [],
-        "subject": "natural science",
-        "grade": "grade3",
-        "topic": "",
-        "category": "",
-        "skill": "",
-        "split": "test",
-    }
-    assert (second["id"], second["images"], second["caption"], second["lecture"]) == ("2", [], "", "")
-
-
-def test_captions_are_optional_and_an_empty_split_is_no_error(tmp_path):
-    folder = scienceqa(tmp_path)
-    assert load_problems(folder, "test")["caption"] == ["", ""]
-    assert len(load_problems(folder, "train")) == 0
-
-
-@pytest.mark.parametrize("name", ["problems.json", "pid_splits.json"])
-def test_a_folder_without_its_json(tmp_path, name):
-    folder = scienceqa(tmp_path)
-    (tmp_path / name).unlink()
-    assert says(error_of(load_problems, folder, "test"), folder, f"has no {name}", "ScienceQA folder")
-
-
-@pytest.mark.parametrize("name", ["problems.json", "pid_splits.json", "captions.json"])
-def test_malformed_json_names_file_and_line(tmp_path, name):
-    folder = scienceqa(tmp_path)
-    (tmp_path / name).write_text('{\n"1": {},\n"2": oops\n}')
-    assert says(error_of(load_problems, folder, "test"), f"{tmp_path / name}, line 3", "JSON")
-
-
-@pytest.mark.parametrize(
-    "name, data, found",
-    [
-        ("problems.json", {"1": "text"}, "'1' is 'text'; expected a dict"),
-        ("pid_splits.json", {"train": []}, "'test' is None; expected a list"),
-        ("captions.json", {"1": "A red square."}, "'captions' is None; expected a dict"),
-    ],
-)
-def test_json_of_another_form(tmp_path, name, data, found):
-    folder = scienceqa(tmp_path)
-    (tmp_path / name).write_text(json.dumps(data))
-    assert says(error_of(load_problems, folder, "test"), tmp_path / name, found)
-
-
-@pytest.mark.parametrize(
-    "fields, found",
-    [
-        ({"answer": 2}, ["answer is 2", "index from 0 to 1"]),
-        ({"split": "dev"}, ["split is 'dev'", "train, val, test"]),
-        ({"choices": "a, b"}, ["choices is 'a, b'", "list of texts"]),
-        ({"question": ""}, ["question is ''"]),
-    ],
-)
-def test_a_bad_scienceqa_problem_is_named(tmp_path, fields, found):
-    folder = scienceqa(tmp_path, **fields)
-    assert says(error_of(load_problems, folder, "test"), f"{folder}, problem 1:", *found)
-
-
-def test_an_id_that_stands_twice_in_a_split(tmp_path):
-    folder = scienceqa(tmp_path, splits={"test": ["1", "2", "1"]})
-    assert says(error_of(load_problems, folder, "test"), folder, "problem 1", "twice")
-
 
 # Files of rows.
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
-def test_a_file_with_questions_alone_serves_every_split(tmp_path, write):
-    file = write(tmp_path, {"question": "Why?"}, {"question": "How?"})
-    for split in ("train", "val", "test"):
-        problems = load_problems(file, split)
-        assert problems.features == FEATURES
-        texts = {name: "" for name, feature in FEATURES.items() if feature == datasets.Value("string")}
-        lists = {name: [] for name in ("choices", "images", "rationales", "direct_answers")}
-        defaults = {**texts, **lists, "answer": -1, "split": split}
-        assert problems[0] == {**defaults, "id": f"{split}-0", "question": "Why?"}
-        assert problems[1] == {**defaults, "id": f"{split}-1", "question": "How?"}
+def test_a_question_alone_is_a_problem(tmp_path, write):
+    problems = load_problems(f"test={write(tmp_path, {'question': 'Why?'}, {'question': 'How?'})}", "test")
+    assert problems.features == FEATURES
+    texts = {name: "" for name, feature in FEATURES.items() if feature == datasets.Value("string")}
+    lists = {name: [] for name in ("choices", "images", "rationales", "direct_answers")}
+    defaults = {**texts, **lists, "answer": -1, "split": "test"}
+    assert problems[0] == {**defaults, "id": "test-0", "question": "Why?"}
+    assert problems[1] == {**defaults, "id": "test-1", "question": "How?"}
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -209,7 +43,7 @@ def test_a_file_with_splits_gives_the_rows_of_the_asked_one(tmp_path, write):
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
 def test_an_empty_cell_takes_the_default(tmp_path, write):
-    rows = [{**ROW, "id": None, "answer": None, "lecture": None, "split": None}, {**ROW, "lecture": "Colors."}]
+    rows = [{**ROW, "id": None, "answer": None, "lecture": None}, {**ROW, "lecture": "Colors."}]
     first, second = load_problems(write(tmp_path, *rows), "test")
     assert (first["id"], first["answer"], first["lecture"], first["split"]) == ("test-0", -1, "", "test")
     assert (second["id"], second["answer"], second["lecture"]) == ("p1", 1, "Colors.")
@@ -265,9 +99,8 @@ def test_what_to_parquet_writes_is_read_again(tmp_path):
         ({"question": None}, ["problem p1", "question is ''"]),
         ({"lecture": ["a", "b"]}, ["problem p1", "lecture is ['a', 'b']", "expected a text"]),
         ({"lecture": list("a" * 999)}, ["problem p1", "lecture is ['a', 'a'", "…; expected a text"]),
-        ({"split": "dev"}, ["row 1", "split is 'dev'", "train, val, test"]),
-        ({"quesion": "Why?"}, ["row 1", "unknown column 'quesion'", "'question'"]),
-        ({"image": "red.png"}, ["row 1", "unknown column 'image'", "'images'"]),
+        ({"split": "minitest"}, ["line 1", "split is 'minitest'", "train, val, test"]),
+        ({"quesion": "Why?"}, ["line 1", "unknown column 'quesion'", "'question'"]),
         ({"images": "red.png"}, ["problem p1", "images is 'red.png'", "list"]),
         ({"images": [3]}, ["problem p1", "images holds 3", "paths"]),
         ({"images": [{"bytes": "iVBORw0K", "path": None}]}, ["problem p1", "images holds {'bytes'"]),
@@ -280,8 +113,8 @@ def test_a_bad_row_is_named(tmp_path, fields, found):
 
 
 def test_an_unknown_split_is_found_in_any_row(tmp_path):
-    file = jsonl(tmp_path, ROW, {**ROW, "id": "p2", "split": "validation"})
-    assert says(error_of(load_problems, file, "test"), f"{file}, row 2", "split is 'validation'")
+    file = jsonl(tmp_path, ROW, {**ROW, "id": "p2", "split": "minitest"})
+    assert says(error_of(load_problems, file, "test"), f"{file}, line 2", "split is 'minitest'")
 
 
 def test_an_id_that_stands_in_two_rows(tmp_path):
@@ -289,7 +122,7 @@ def test_an_id_that_stands_in_two_rows(tmp_path):
     assert says(error_of(load_problems, file, "test"), file, "problem p1", "twice")
 
 
-@pytest.mark.parametrize("line", [b"{oops}", b"", b'{"question": "\xff"}', b'["a"]', b"3"])
+@pytest.mark.parametrize("line", [b"{oops}", b'{"question": "\xff"}', b'["a"]', b"3"])
 def test_a_malformed_line_of_jsonl_is_named(tmp_path, line):
     file = tmp_path / "problems.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b"\n" + line + b"\n")
@@ -305,7 +138,7 @@ def test_a_file_that_is_not_parquet(tmp_path):
 # Sources and splits.
 
 
-@pytest.mark.parametrize("source", ["nothing", "problems.csv", "some/scienceqa"])
+@pytest.mark.parametrize("source", ["nothing", "problems.txt", "some/scienceqa"])
 def test_another_kind_of_source_names_the_accepted_ones(source):
     assert says(error_of(load_problems, source, "test"), repr(source), "demo", "ScienceQA or A-OKVQA folder", ".jsonl")
 
@@ -315,38 +148,11 @@ def test_a_file_that_is_not_there(tmp_path, name):
     assert says(error_of(load_problems, str(tmp_path / name), "test"), tmp_path / name, "no such file")
 
 
-@pytest.mark.parametrize("split", ["minitest", "trainval", "validation", ""])
+@pytest.mark.parametrize("split", ["minitest", "trainval", ""])
 def test_another_split_names_the_known_ones(tmp_path, split):
     folder = scienceqa(tmp_path, splits={"test": ["1"], "minitest": ["1"], "trainval": ["1"]})
     for source in ("demo", folder):
         assert says(error_of(load_problems, source, split), repr(split), "train, val, test")
-
-
-def test_demo_rows_are_what_demo_generates():
-    problems = load_problems("demo", "val")
-    assert problems.features == FEATURES
-    assert problems.to_list() == list(demo.generate("val"))
-    assert problems.cache_files, "the drawn problems are cached on disk"
-    check_pictures(problems)
-    require_answers(problems)
-
-
-def test_a_changed_demo_is_not_served_from_the_cache(tmp_path):
-    """In a copy of the package, with a demo.py of its own that is changed between two processes."""
-    shutil.copytree(REPOSITORY / "mmcot", tmp_path / "mmcot", ignore=shutil.ignore_patterns("__pycache__"))
-    show = "from mmcot.problems import load_problems; print(len(load_problems('demo', 'val')))"
-    for rows in (1, 2):
-        row = {**ROW, "split": "val", "images": [], "lecture": "", "solution": "", "context": "", "caption": ""}
-        row |= dict.fromkeys(("subject", "grade", "topic", "category", "skill"), "")
-        row |= {"rationales": [], "direct_answers": []}
-        code = f"def generate(split, difficulty):\n    for n in range({rows}):\n"
-        code += f"        yield {{**{row!r}, 'id': str(n)}}\n"
-        (tmp_path / "mmcot" / "demo.py").write_text(code)
-        environment = {"HF_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-        result = subprocess.run(
-            [sys.executable, "-c", show], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        assert result.stdout.strip() == str(rows)
 
 
 def test_problems_know_nothing_of_the_model():
@@ -373,7 +179,8 @@ def test_a_missing_or_empty_picture_is_found_at_load(tmp_path, kind, source):
     picture.unlink(missing_ok=True)
     if kind == "an empty file":
         picture.touch()
-    assert says(error_of(load_problems, file, "test"), f"{file}, problem {problem_id}: picture {picture} is {kind}")
+    where = file if source == "scienceqa" else f"{file}, line 1"
+    assert says(error_of(load_problems, file, "test"), f"{where}, problem {problem_id}: picture {picture} is {kind}")
 
 
 @pytest.mark.parametrize("kind", ["missing", "an empty file", "truncated", "not an image"])
@@ -433,17 +240,6 @@ def test_without_pictures_their_files_are_not_looked_for(tmp_path):
     assert load_problems(file, "test", pictures=False)[0]["images"] == [{"bytes": None, "path": "nowhere.png"}]
 
 
-def test_a_scienceqa_problem_whose_choices_alone_have_pictures(tmp_path):
-    """The original takes the first of them, `choice_0.png`."""
-    folder = scienceqa(tmp_path)
-    for number in range(2):
-        (tmp_path / "images/test/2").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"images/test/2/choice_{number}.png").write_bytes(png())
-    names = [Path(picture["path"]).name for picture in load_problems(folder, "test")[1]["images"]]
-    assert names == ["choice_0.png", "choice_1.png"]
-    assert [Path(p["path"]).name for p in load_problems(folder, "test", max_images=1)[1]["images"]] == ["choice_0.png"]
-
-
 def test_a_problem_without_picture_has_none(tmp_path):
     assert read_pictures(load_problems(jsonl(tmp_path, ROW), "test")[0]) == []
 
@@ -468,12 +264,6 @@ def test_without_gold_takes_away_the_gold_columns_alone(tmp_path):
 def test_a_problem_loads_without_an_answer_and_is_refused_where_one_is_needed(tmp_path, fields, found):
     problems = load_problems(jsonl(tmp_path, {**ROW, "id": "p0"}, {**ROW, **fields}), "test")
     assert says(error_of(require_answers, problems), "problem p1", *found)
-
-
-def test_a_scienceqa_problem_without_choices_loads_and_is_refused_where_they_are_needed(tmp_path):
-    problems = load_problems(scienceqa(tmp_path, choices=[], answer=-1), "test")
-    assert problems[0]["choices"] == []
-    assert says(error_of(require_answers, problems), "problem 1", "choices is empty")
 
 
 def test_one_choice_is_enough(tmp_path):

@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmcot.files import read_json
 from mmcot.pictures import PixelStore
-from mmcot.problems import load_problems
 from mmcot.progress import Speed, ValidationReport, plot_curves
 from mmcot.recipes import parse_recipe
+from mmcot.sources import load_problems
 from mmcot.training import main, training_arguments
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 

@@ -22,9 +22,10 @@ from mmcot.files import read_json, write_json
 from mmcot.mistakes import KINDS
 from mmcot.predict import load_system
 from mmcot.predict import main as predict
-from mmcot.problems import FEATURES, load_problems, with_column
+from mmcot.problems import FEATURES, with_column
 from mmcot.provenance import stage_weights
 from mmcot.report import FULL, bars, origin_of
+from mmcot.sources import load_problems
 from modeling_mmcot.attention_mmcot import places
 
 CHROMIUM = shutil.which("chromium")

@@ -18,9 +18,10 @@ from mmcot.feature_store import record_type
 from mmcot.features import load_image_processor
 from mmcot.metrics import score
 from mmcot.predict import load_system
-from mmcot.problems import FEATURES, load_problems
+from mmcot.problems import FEATURES
 from mmcot.recipes import parse_recipe
 from mmcot.report import write_report
+from mmcot.sources import load_problems
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.processing_mmcot import Stage, render
 from modeling_mmcot.vision_mmcot import build_vision_tower
@@ -186,7 +187,7 @@ def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
     columns = {name: [row[name]] for name in features}
     table = datasets.Dataset.from_dict(columns, features=features).data.table
     pyarrow.parquet.write_table(table, tmp_path / "hub" / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="row 0: image is the path .*expected its bytes"):
+    with pytest.raises(ValueError, match="row 1, problem .*private.png.* is outside of .*hub; expected a file in it"):
         load_problems(str(tmp_path / "hub"), "test")
 
 

@@ -1,161 +1,379 @@
-"""Sources of problems beside ScienceQA's folder: A-OKVQA as it is released, and datasets of the Hub."""
+"""Sources of problems: each gives the same problems, and from each a run trains and scores.
 
+What a row may look like is tested in test_problems.py and test_columns.py, how rows are divided in test_splits.py, the
+datasets that the field knows in test_known_datasets.py.
+"""
+
+import io
+import itertools
 import json
-import random
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
+import pandas
+import pyarrow
 import pytest
 import yaml
-from conftest import HUB_FEATURES, TINY_RECIPE, hub_rows, run_script
+from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, content, hub_rows, run_script
+from loopback_hub import LoopbackHub, client_environment
 from PIL import Image
+from problem_files import ROW, error_of, png, says
 
-from mmcot.evaluate import main as evaluate
+from mmcot import evaluate, features, predict, training
+from mmcot.demo import generate
 from mmcot.files import read_json
-from mmcot.metrics import rationale_scores
+from mmcot.pictures import read_pictures
 from mmcot.preparation import prepare
-from mmcot.problems import FEATURES, load_problems, without_gold
+from mmcot.problems import FEATURES
 from mmcot.recipes import parse_recipe
-from mmcot.training import main as train
-from mmcot.training import training_problems
+from mmcot.sources import load_problems, splits_of
 
-SIZES = {"train": 6, "val": 3, "test": 4}
-
-
-def entry(split: str, number: int) -> dict:
-    """As in the release (allenai/aokvqa, README)."""
-    drawn = random.Random(f"{split}{number}")
-    question = {
-        "split": split,
-        "image_id": 299207 + number,
-        "question_id": f"22MexNkBPpdZGX6sxb{split}{number}",
-        "question": f"What is the man by the bags awaiting number {number}?",
-        "choices": ["skateboarder", "train", "delivery", "cab"],
-    }
-    if split == "test":
-        return {**question, "difficult_direct_answer": False}
-    rationales = [f"A {word} would not be on the street, so it is {number}." for word in ("train", "bag", "cab")]
-    return {
-        **question,
-        "correct_choice_idx": drawn.randrange(4),
-        "direct_answers": ["ride", "ride", "bus", "taxi", "travelling", "traffic", "taxi", "cab", "cab", "his ride"],
-        "difficult_direct_answer": False,
-        "rationales": rationales,
-    }
+SPLITS = ("train", "val", "test")
+COLUMNS = {"question": "query", "image": "img"}  # ours = theirs, of the sources with other names
 
 
 @pytest.fixture(scope="module")
-def aokvqa(tmp_path_factory):
-    """The release's folder, and COCO's beside it."""
-    root = tmp_path_factory.mktemp("datasets")
-    (root / "aokvqa").mkdir()
-    for split, size in SIZES.items():
-        entries = [entry(split, number) for number in range(size)]
-        (root / f"aokvqa/aokvqa_v1p0_{split}.json").write_text(json.dumps(entries))
-        (root / f"coco/{split}2017").mkdir(parents=True)
-        for number in range(size):
-            color = (40 * number, 120, 200)
-            Image.new("RGB", (64, 48), color).save(root / f"coco/{split}2017/{299207 + number:012}.jpg")
-    return root / "aokvqa"
+def rows(tmp_path_factory) -> list[dict]:
+    """24 problems, with a picture as bytes or none."""
+    found = []
+    for number, row in enumerate(itertools.islice(generate("val"), 24)):
+        picture = row["images"][0]["bytes"] if row["images"] else None
+        kept = {name: row[name] for name in ("id", "question", "choices", "answer", "context", "solution", "skill")}
+        found.append({**kept, "picture": picture, "split": SPLITS[0 if number < 16 else 1 if number < 20 else 2]})
+    return found
 
 
-@pytest.fixture(scope="module")
-def aokvqa_run(aokvqa, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("aokvqa_run")
-    options = ["--config", str(TINY_RECIPE), "--dataset", str(aokvqa), "--output_dir", str(folder / "run")]
-    options += ["--max_steps", "4", "--eval_strategy", "no", "--save_strategy", "no"]
-    printed = run_script("train.py", *options).stdout
-    return folder / "run", options, printed
-
-
-def test_aokvqa_s_release_is_read_as_it_is(aokvqa):
-    rows = {split: load_problems(str(aokvqa), split) for split in SIZES}
-    assert {split: len(problems) for split, problems in rows.items()} == SIZES
-    row, expected = rows["train"][2], entry("train", 2)
-    for column, name in (("id", "question_id"), ("answer", "correct_choice_idx")):
-        assert row[column] == expected[name]
-    for name in ("question", "choices", "direct_answers", "rationales"):
-        assert row[name] == expected[name]
-    assert row["solution"] == expected["rationales"][0]
-    with Image.open(row["images"][0]["path"]) as picture:
-        assert picture.size == (64, 48) and row["images"][0]["path"].endswith("train2017/000000299209.jpg")
-    assert set(rows["test"]["answer"]) == {-1} and set(rows["test"]["solution"]) == {""}
-
-
-def test_no_gold_of_aokvqa_is_left_for_prediction(aokvqa):
-    row = without_gold(load_problems(str(aokvqa), "val"))[0]
-    gold = entry("val", 0)
-    assert all(text not in json.dumps(row) for text in [*gold["rationales"], "his ride"])
-
-
-def test_every_rationale_is_trained_on(aokvqa_run):
-    """By the rationale stage as a target, by the answer stage as what it reads."""
-    _, options, _ = aokvqa_run
-    prepared = prepare(parse_recipe(options))
-    every = sorted(f"Solution: {text}" for number in range(6) for text in entry("train", number)["rationales"])
-    rationale, answer = prepared.stages
-    rows = training_problems(prepared, rationale, "train")
-    assert sorted(rationale.render_target(row) for row in rows.remove_columns("images")) == every
-    rows = training_problems(prepared, answer, "train")
-    assert sorted(rows["rationale"]) == every
+def with_paths(rows: list[dict], folder: Path, column: str = "image") -> list[dict]:
+    """The rows with their pictures as files of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
     for row in rows:
-        assert row["rationale"].removeprefix("Solution: ") in row["rationales"]
+        name = f"{row['id']}.png" if row["picture"] else None
+        if name:
+            (folder / name).write_bytes(row["picture"])
+        found.append({**{key: value for key, value in row.items() if key != "picture"}, column: name})
+    return found
 
 
-def test_a_run_on_aokvqa_is_judged_on_val_and_predicts_test(aokvqa, aokvqa_run, tmp_path):
-    run, _, printed = aokvqa_run
-    assert "One val problem, answered" in printed
-    assert not (run / "scores/test.json").exists()
-    assert "On the validation split of `aokvqa` (3 problems)" in (run / "hub/README.md").read_text()
-
-    predictions = read_json(run / "predictions/val.json")
-    right = [
-        predictions[entry("val", n)["question_id"]]["answer"] == entry("val", n)["correct_choice_idx"] for n in range(3)
-    ]
-    scores = read_json(run / "scores/val.json")
-    assert scores["accuracy"]["Avg"] == pytest.approx(100 * sum(right) / 3)  # eval_predictions.py, multiple_choice
-    assert scores["accuracy"]["NAT"] is None
-
-    submission = tmp_path / "predictions_test.json"
-    command = [str(run / "predictions/test.json"), "--dataset", str(aokvqa), "--split", "test"]
-    evaluate([*command, "--submission", str(submission)])
-    answers = read_json(run / "predictions/test.json")
-    assert read_json(submission) == {
-        problem_id: {"multiple_choice": entry("test", 0)["choices"][columns["answer"]]}
-        for problem_id, columns in answers.items()
-    }
-    with pytest.raises(SystemExit, match="answer is -1; training and scoring need"):
-        evaluate(command)
+def without(row: dict, *names: str) -> dict:
+    return {key: value for key, value in row.items() if key not in names}
 
 
-def test_each_gold_rationale_is_a_reference():
-    problem = {"id": "1", "solution": "a train", "rationales": ["a train", "no man waits for bags here", "it is a cab"]}
-    alone = [
-        rationale_scores([{**problem, "rationales": [], "solution": text}], {"1": "it is a big cab"})
-        for text in problem["rationales"]
-    ]
-    together = rationale_scores([problem], {"1": "it is a big cab"})
-    assert together["rougeL"] == max(scores["rougeL"] for scores in alone) > 0
-    assert together["bleu1"] == pytest.approx(100 * 4 / 5)  # of the five words "big" is in none
+def as_table(rows: list[dict], file: Path) -> None:
+    frame = pandas.DataFrame(rows)
+    frame["choices"] = frame["choices"].map(json.dumps)
+    frame.to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
+
+
+def as_dataset(rows: list[dict]) -> datasets.Dataset:
+    found = []
+    for row in rows:
+        picture = row["picture"] and {"bytes": row["picture"], "path": None}
+        found.append({**without(row, "question", "picture"), "query": row["question"], "img": picture})
+    return datasets.Dataset.from_list(found).cast_column("img", datasets.Image())
+
+
+def as_dict(rows: list[dict]) -> datasets.DatasetDict:
+    names = {"train": "train", "val": "validation", "test": "test"}
+    parts = {name: [without(row, "split") for row in rows if row["split"] == split] for split, name in names.items()}
+    return datasets.DatasetDict({name: as_dataset(part) for name, part in parts.items()})
+
+
+def write_jsonl(rows, folder):
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in with_paths(rows, folder)))
+    return str(folder / "problems.jsonl"), None
+
+
+def write_csv(rows, folder):
+    as_table(with_paths(rows, folder), folder / "problems.csv")
+    return str(folder / "problems.csv"), None
+
+
+def write_tsv(rows, folder):
+    as_table(with_paths(rows, folder), folder / "problems.tsv")
+    return str(folder / "problems.tsv"), None
+
+
+def write_file_per_split(rows, folder):
+    for split in SPLITS:
+        part = [without(row, "split") for row in rows if row["split"] == split]
+        as_table(with_paths(part, folder), folder / f"{split}.csv")
+    return ",".join(f"{split}={folder / split}.csv" for split in SPLITS), None
+
+
+def write_picture_folder(rows, folder):
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in with_paths(rows, folder, "file_name"))
+    )
+    return str(folder), None
+
+
+def write_picture_folders(rows, folder):
+    """As `imagefolder` has it: a folder per split, each with its table."""
+    for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
+        part = [without(row, "split") for row in rows if row["split"] == split]
+        paths = with_paths(part, folder / name, "file_name")
+        as_table(paths, folder / name / "metadata.csv")
+    return str(folder), None
+
+
+def write_parquet(rows, folder):
+    as_dataset(rows).to_parquet(folder / "problems.parquet")
+    return str(folder / "problems.parquet"), COLUMNS
+
+
+def write_parquet_folder(rows, folder):
+    for name, part in as_dict(rows).items():
+        part.to_parquet(folder / f"data/{name}-00000-of-00001.parquet")
+    return str(folder), COLUMNS
+
+
+def write_parquet_with_paths(rows, folder):
+    """A table of pandas: the pictures lie beside it."""
+    part = [{**without(row, "split"), "split": row["split"]} for row in with_paths(rows, folder, "image")]
+    pandas.DataFrame(part).to_parquet(folder / "problems.parquet")
+    return str(folder), None
+
+
+def write_arrow(rows, folder):
+    table = as_dataset(rows).data.table
+    with pyarrow.OSFile(str(folder / "problems.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as out:
+        out.write_table(table)
+    return str(folder / "problems.arrow"), COLUMNS
+
+
+def write_saved_dataset(rows, folder):
+    as_dataset(rows).save_to_disk(folder / "saved")
+    return str(folder / "saved"), COLUMNS
+
+
+def write_saved_dict(rows, folder):
+    as_dict(rows).save_to_disk(folder / "saved")
+    return str(folder / "saved"), COLUMNS
+
+
+def dataset_of_python(rows, folder):
+    """Its pictures are PIL's where they are looked at."""
+    dataset = as_dataset(rows)
+    assert any(isinstance(picture, Image.Image) for picture in dataset["img"])
+    return dataset, COLUMNS
+
+
+def dict_of_python(rows, folder):
+    return as_dict(rows), COLUMNS
+
+
+SOURCES = [
+    write_jsonl,
+    write_csv,
+    write_tsv,
+    write_file_per_split,
+    write_picture_folder,
+    write_picture_folders,
+    write_parquet,
+    write_parquet_folder,
+    write_parquet_with_paths,
+    write_arrow,
+    write_saved_dataset,
+    write_saved_dict,
+    dataset_of_python,
+    dict_of_python,
+]
+
+
+@pytest.mark.parametrize("write", SOURCES)
+def test_each_source_gives_the_same_problems(rows, tmp_path, write, monkeypatch):
+    source, columns = write(rows, tmp_path)
+    monkeypatch.chdir("/")  # paths are relative to the source, wherever the process stands
+    for split in SPLITS:
+        problems = load_problems(source, split, columns=columns)
+        expected = [row for row in rows if row["split"] == split]
+        assert problems.features == FEATURES
+        for name in ("id", "question", "choices", "answer", "context", "solution", "skill", "split"):
+            assert problems[name] == [row[name] for row in expected], name
+        for problem, row in zip(problems, expected, strict=True):
+            pictures = [Image.open(io.BytesIO(row["picture"])).tobytes()] if row["picture"] else []
+            assert [picture.tobytes() for picture in read_pictures(problem)] == pictures
+        assert load_problems(source, split, columns=columns, pictures=False)["id"] == problems["id"]
+    assert splits_of(source) == list(SPLITS)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """One stage, one step."""
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values["stages"] = [{**values["stages"][1], "template": "QCM-A"}]
+    values["stages"][0]["reads"] = ["question", "context", "choices", "images"]
+    values |= {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", "decode_answer": False}
+    file = tmp_path_factory.mktemp("recipe") / "one_step.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def train_predict_and_score(recipe, source, columns, folder) -> dict:
+    """From the command line's functions, or with a dataset of Python in place of `--dataset`; the run's scores."""
+    given = {} if isinstance(source, str) else {"dataset": source}
+    options = ["--dataset", source] if isinstance(source, str) else []
+    options += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())] if columns else []
+    training.main(["--config", str(recipe), "--output_dir", str(folder / "run"), *options], **given)
+    predict.main([str(folder / "run"), "--output", str(folder / "again.json"), *options], **given)
+    evaluate.main([str(folder / "again.json"), "--by", "skill", *options], **given)
+    assert read_json(folder / "again.json") == read_json(folder / "run/predictions/test.json")
+    scores, again = read_json(folder / "run/scores/test.json"), read_json(folder / "again.scores.json")
+    assert again["accuracy"] == scores["accuracy"] and again["n"] == scores["n"]
+    assert sum(one["n"] for one in again["by"]["skill"].values()) == scores["n"]
+    said = ",".join(f"{ours}={theirs}" for ours, theirs in (columns or {}).items())
+    for options in (scores["predict_options"], scores["evaluate_options"], again["predict_options"]):
+        assert options.get("columns", "") == said
+    assert again["dataset"] == scores["dataset"] == (source if isinstance(source, str) else "dataset-given-in-python")
+    return scores
+
+
+@pytest.mark.parametrize("write", SOURCES)
+def test_a_run_from_each_source_trains_and_scores(rows, recipe, tmp_path, write):
+    (tmp_path / "data").mkdir()
+    source, columns = write(rows, tmp_path / "data")
+    assert train_predict_and_score(recipe, source, columns, tmp_path)["n"] == 4
+
+
+@pytest.mark.parametrize("write", SOURCES)
+def test_a_run_from_each_source_can_be_prepared(rows, recipe, tmp_path, write):
+    (tmp_path / "data").mkdir()
+    source, columns = write(rows, tmp_path / "data")
+    options = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    if columns:
+        options += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())]
+    if isinstance(source, str):
+        run = prepare(parse_recipe([*options, "--dataset", source]))
+    else:
+        run = prepare(parse_recipe(options).with_dataset(source))
+    assert {split: len(problems) for split, problems in run.problems.items()} == {"train": 16, "val": 4, "test": 4}
+
+
+@pytest.mark.slow
+def test_the_commands_themselves(rows, recipe, tmp_path):
+    (tmp_path / "data").mkdir()
+    source, _ = write_tsv(rows, tmp_path / "data")
+    run_script("train.py", "--config", recipe, "--output_dir", tmp_path / "run", "--dataset", source)
+    run_script("-m", "mmcot.predict", tmp_path / "run", "--dataset", source, "--output", tmp_path / "p.json")
+    printed = run_script("-m", "mmcot.evaluate", tmp_path / "p.json", "--dataset", source, "--by", "skill").stdout
+    assert says(printed, "by skill", "scores:")
+
+
+def test_features_are_computed_of_any_source(rows, vit, tmp_path):
+    options = ["--vision", str(vit), "--columns", "question=query,image=img", "--output"]
+    features.main([*options, str(tmp_path / "python")], dataset=as_dict(rows))
+    source, _ = write_parquet(rows, tmp_path)
+    features.main([source, *options, str(tmp_path / "file")])
+    assert content(tmp_path / "python") == content(tmp_path / "file")
+
+
+def test_a_dataset_is_given_by_name_or_in_python_and_not_both(tmp_path, rows):
+    with pytest.raises(SystemExit, match="give one of them"):
+        training.main(["--config", str(TINY_RECIPE), "--dataset", "demo"], dataset=as_dataset(rows))
+    with pytest.raises(SystemExit, match="give one of them"):
+        evaluate.main(["p.json", "--dataset", "demo"], dataset=as_dataset(rows))
+    with pytest.raises(SystemExit, match="--dataset is missing"):
+        evaluate.main(["p.json"])
+    with pytest.raises(ValueError, match="dataset is a list; expected a datasets.Dataset"):
+        load_problems([{"question": "Why?"}], "test")
+
+
+# What a folder holds.
+
+
+def test_a_folder_rewritten_at_the_same_time_serves_its_new_rows(tmp_path):
+    """As a copy that keeps times leaves it; `datasets` knows a file by its name and time."""
+    file = tmp_path / "data" / "test-00000-of-00001.parquet"
+    for question in ("First version?", "Other version?"):
+        datasets.Dataset.from_list([{**without(ROW, "split"), "question": question}]).to_parquet(file)
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        assert load_problems(str(tmp_path / "data"), "test")["question"] == [question]
+    single = tmp_path / "one.parquet"
+    for question in ("First version?", "Other version?"):
+        datasets.Dataset.from_list([{**ROW, "question": question}]).to_parquet(single)
+        os.utime(single, (1_000_000_000, 1_000_000_000))
+        assert load_problems(str(single), "test")["question"] == [question]
+
+
+def paths_parquet(folder: Path, *paths: str) -> str:
+    """Pictures by path alone, as a table that `datasets` did not embed has them."""
+    folder.mkdir(exist_ok=True)
+    features = datasets.Features({**{name: FEATURES[name] for name in ROW}, "image": datasets.Image(decode=False)})
+    rows = [{**ROW, "id": str(n), "image": {"bytes": None, "path": path}} for n, path in enumerate(paths)]
+    table = datasets.Dataset.from_list(rows, features=features).data.table
+    pyarrow.parquet.write_table(table, folder / "test.parquet")
+    return str(folder)
+
+
+def test_pictures_by_path_in_a_folder_of_parquet_are_those_in_it(tmp_path, monkeypatch):
+    folder = Path(paths_parquet(tmp_path / "data", "red.png", "./sub/../red.png"))
+    (folder / "sub").mkdir()
+    (folder / "red.png").write_bytes(png())
+    monkeypatch.chdir("/")
+    problems = load_problems(str(folder), "test")
+    assert [read_pictures(row)[0].getpixel((0, 0)) for row in problems] == [(255, 0, 0)] * 2
+    (folder / "red.png").unlink()
+    for source in (str(folder), str(shutil.copytree(folder, tmp_path / "copy"))):
+        if source != str(folder):
+            assert says(error_of(load_problems, source, "test"), "row 1", "problem 0", "red.png is missing")
+        else:
+            assert says(error_of(lambda s=source: [read_pictures(row) for row in load_problems(s, "test")]), "missing")
+
+
+@pytest.mark.parametrize("path", ["../private.png", "{}/private.png", "sub/../../private.png", "link.png"])
+def test_a_path_that_leads_out_of_a_folder_of_parquet_is_refused(tmp_path, path):
+    (tmp_path / "private.png").write_bytes(png())
+    folder = paths_parquet(tmp_path / "data", path.format(tmp_path))
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "private.png")
+    assert says(error_of(load_problems, folder, "test"), "row 1", "is outside of", "expected a file in it")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("files", "found"),
     [
-        (lambda root: (root / "coco/val2017/000000299208.jpg").unlink(), "val1: picture .*299208.jpg is missing"),
-        (lambda root: (root / "aokvqa/aokvqa_v1p0_val.json").unlink(), "has no aokvqa_v1p0_val.json"),
-        (lambda root: (root / "aokvqa/aokvqa_v1p0_val.json").write_text("{}"), "expected a JSON list, found dict"),
-        (
-            lambda root: (root / "aokvqa/aokvqa_v1p0_val.json").write_text('[{"question_id": "a"}]'),
-            "entry 1: .* has no image_id of type int",
-        ),
+        ({"notes.txt": ""}, ["holds nothing known", "expected demo"]),
+        ({"metadata.csv": "question\nWhy?\n", "metadata.jsonl": "{}"}, ["both metadata.jsonl and metadata.csv"]),
+        ({"metadata.csv": "question\nWhy?\n", "test/metadata.csv": "question\nWhy?\n"}, ["metadata of its own and of"]),
+        ({"val/metadata.csv": "question\nA?\n", "dev/metadata.csv": "question\nB?\n"}, ["two folders of one split"]),
+        ({"train.parquet": "no table"}, ["not a whole Parquet file"]),
+        ({"state.json": "{}"}, ["not a whole dataset of save_to_disk"]),
     ],
 )
-def test_what_is_wrong_with_a_release_is_named(aokvqa, tmp_path, change, said):
-    shutil.copytree(aokvqa.parent, tmp_path / "datasets")
-    change(tmp_path / "datasets")
-    with pytest.raises(ValueError, match=said):
-        load_problems(str(tmp_path / "datasets/aokvqa"), "val")
+def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, found):
+    for name, text in files.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(text)
+    assert says(error_of(load_problems, str(tmp_path / "data"), "test"), str(tmp_path / "data"), *found)
+
+
+def test_a_path_that_leads_out_of_a_folder_of_pictures_is_refused(tmp_path):
+    (tmp_path / "private.png").write_bytes(png())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({**ROW, "file_name": "../private.png"}))
+    assert says(error_of(load_problems, str(tmp_path / "data"), "test"), "line 1", "problem p1", "is outside of")
+
+
+def test_folders_of_pictures_say_the_split_of_one_table(tmp_path):
+    lines = "file_name,question\n" + "".join(f"{name}/a.png,Which?\n" for name in ("train", "validation", "test"))
+    for name in ("train", "validation", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png())
+    (tmp_path / "metadata.csv").write_text(lines)
+    assert [len(load_problems(str(tmp_path), split)) for split in SPLITS] == [1, 1, 1]
+
+
+def test_splits_of_other_names_are_named(tmp_path):
+    dataset = datasets.Dataset.from_list([ROW])
+    assert says(
+        error_of(load_problems, datasets.DatasetDict(a=dataset, b=dataset), "test"), "the splits a, b; expected train"
+    )
+    message = error_of(load_problems, datasets.DatasetDict(train=dataset, test=dataset), "val")
+    assert says(message, "no split 'val'; found train, test")
 
 
 # A dataset of the Hub.
@@ -175,16 +393,78 @@ def test_a_dataset_of_the_hub_is_brought_into_the_schema(hub_dataset):
 def test_a_run_on_a_dataset_of_the_hub_ends(hub_dataset, tmp_path):
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": str(hub_dataset), "max_steps": 2}))
-    train(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")])
+    training.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")])
     assert read_json(tmp_path / "run/scores/test.json")["n"] == 5
 
 
 def test_a_dataset_that_is_not_there_or_has_other_columns_is_named(hub_dataset, tmp_path):
     with pytest.raises(
-        ValueError, match="dataset is 'nobody/nothing'; expected .* As a dataset of the Hub its split 'val'"
+        ValueError, match="dataset is 'nobody/nothing'; expected .* As a dataset of the Hub it cannot be loaded"
     ):
         load_problems("nobody/nothing", "val")
-    dataset = datasets.Dataset.from_list(hub_rows(2), features=HUB_FEATURES).rename_column("hint", "clue")
+    dataset = datasets.Dataset.from_list(hub_rows(2), features=HUB_FEATURES).rename_column("hint", "hints")
     dataset.to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="unknown column 'clue'"):
+    with pytest.raises(ValueError, match="unknown column 'hints' .did you mean 'hint'"):
         load_problems(str(tmp_path), "test")
+    assert load_problems(str(tmp_path), "test", columns="context=hints")["context"] == ["hint 0", "hint 1"]
+
+
+def test_an_address_of_the_hub_in_another_form_is_named():
+    for address in ("hf://models/a/b", "hf://datasets/a", "hf://datasets/a/b/pictures.zip"):
+        assert says(error_of(load_problems, address, "test"), repr(address), "expected")
+
+
+LOAD = """
+import json, sys
+import huggingface_hub
+from mmcot.sources import load_problems
+
+api = huggingface_hub.HfApi()
+api.create_repo("someone/problems", repo_type="dataset", exist_ok=True)
+api.upload_folder(repo_id="someone/problems", repo_type="dataset", folder_path=sys.argv[1])
+columns = "question=query,image=img"
+found = {}
+for source, said in (
+    ("someone/problems", columns),
+    ("hf://datasets/someone/problems", columns),
+    ("hf://datasets/someone/problems@main", columns),
+    ("test=hf://datasets/someone/problems/data/test-00000-of-00001.parquet", columns),
+    ("hf://datasets/someone/problems@main/texts.jsonl", None),
+):
+    rows = load_problems(source, "test", columns=said)
+    found[source] = [[row["question"], row["answer"], len(row["images"])] for row in rows]
+try:
+    load_problems("hf://datasets/someone/problems/paths.jsonl", "test")
+except ValueError as error:
+    found["paths"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_addresses_of_the_hub(rows, tmp_path):
+    """By the Hub's own protocol, from a server of ours."""
+    asked = [row for row in rows if row["split"] == "test"]
+    write_parquet_folder(rows, tmp_path / "repository")
+    texts, paths = ([without(row, "picture") for row in rows], [{**ROW, "images": ["private.png"]}])
+    for name, written in (("texts", texts), ("paths", paths)):
+        (tmp_path / f"repository/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    (tmp_path / "repository/README.md").write_text(
+        "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files:\n"
+        + "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in ("train", "validation", "test"))
+        + "---\n"
+    )
+    with LoopbackHub() as hub:
+        environment = client_environment(hub, tmp_path / "home", hub.add_user("someone"))
+        result = subprocess.run(
+            [sys.executable, "-c", LOAD, tmp_path / "repository"],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert says(found.pop("paths"), "image is the path 'private.png'; expected its bytes")
+    for source, problems in found.items():
+        pictures = "texts" not in source
+        assert problems == [[row["question"], row["answer"], int(pictures and bool(row["picture"]))] for row in asked]

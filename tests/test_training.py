@@ -21,9 +21,9 @@ from mmcot.journal import Journal
 from mmcot.pictures import read_pictures
 from mmcot.predict import main as predict
 from mmcot.preparation import prepare
-from mmcot.problems import load_problems
 from mmcot.provenance import stage_weights
 from mmcot.recipes import parse_recipe
+from mmcot.sources import load_problems
 from mmcot.stage_inputs import with_gold_columns
 from mmcot.training import main
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -288,7 +288,8 @@ def test_a_bad_picture_is_found_before_training(tiny_dataset, tmp_path):
 def test_a_run_without_pictures_asks_nothing_of_them(tmp_path):
     """Neither that they are there nor how many they are."""
     row = {"question": "Which?", "choices": ["a", "b"], "answer": 0, "solution": "It is a.", "images": ["gone"] * 2}
-    (tmp_path / "problems.jsonl").write_text(json.dumps(row) + "\n")
+    rows = [{**row, "question": f"Which {split}?", "split": split} for split in ("train", "val", "test")]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [
         "--dataset",
         str(tmp_path / "problems.jsonl"),

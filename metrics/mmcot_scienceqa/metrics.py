@@ -136,6 +136,35 @@ def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> d
     }
 
 
+def score_by(
+    problems: Problems, predictions: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    By column and by its classes, in their order, `n` problems, their `accuracy` in percent and its 95 % `interval`. An
+    empty text is the class `(none)`.
+
+    Raises:
+        ValueError: problems have no such column of texts.
+    """
+    answers, rows = checked_answers(problems, predictions), list(problems)
+    return {column: _scores_of_classes(rows, answers, column) for column in columns}
+
+
+def _scores_of_classes(problems: Sequence[Problem], answers: Mapping[str, int], column: str) -> dict[str, Any]:
+    right: dict[str, list[bool]] = {}
+    for problem in problems:
+        if not isinstance(problem.get(column), str):
+            known = ", ".join(name for name, value in problem.items() if isinstance(value, str))
+            raise ValueError(f"--by {column}: problems have no such column of texts; known: {known}")
+        right.setdefault(problem[column] or "(none)", []).append(problem["answer"] == answers[problem["id"]] >= 0)
+    found = {}
+    for name in sorted(right):
+        interval = mean_interval(right[name])
+        bounds = None if interval is None else [100 * bound for bound in interval]
+        found[name] = {"n": len(right[name]), "accuracy": percentage(right[name]), "interval": bounds}
+    return found
+
+
 def problems_key(problems: Problems) -> str:
     """Tells a set of problems from another, by their ids and right answers."""
     rows = sorted((problem["id"], problem["answer"]) for problem in problems)
