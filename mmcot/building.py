@@ -3,6 +3,7 @@
 Nothing is trained or written here, and no data is read but the problems that a tokenizer is trained on.
 """
 
+import contextlib
 import os
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     T5Config,
@@ -27,6 +29,7 @@ from mmcot.recipes import Recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.settings_mmcot import check_own_settings
 from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
 
 
@@ -92,9 +95,8 @@ def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
     """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
     if model_config.model_name_or_path is None:
         return None
-    config = AutoConfig.from_pretrained(
-        model_config.model_name_or_path, revision=model_config.model_revision, trust_remote_code=False
-    )
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     return config if isinstance(config, MMCoTConfig) else None
 
 
@@ -130,15 +132,20 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
 
 
 def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
-    """The text model's modules by name, without their weights."""
-    if recipe.model_config.model_name_or_path is None:
+    """
+    The text model's modules by name, without their weights.
+
+    Raises:
+        ValueError: the checkpoint is of a `model_type` that is no T5, or its generation config holds a setting that
+            stages do not take.
+    """
+    name, revision = recipe.model_config.model_name_or_path, recipe.model_config.model_revision
+    if name is None:
         config = T5Config(**(recipe.arguments.text_config or {}))
     else:
-        config = AutoConfig.from_pretrained(
-            recipe.model_config.model_name_or_path,
-            revision=recipe.model_config.model_revision,
-            trust_remote_code=False,
-        )
+        config = MMCoTConfig.from_pretrained(name, revision=revision)
+        with contextlib.suppress(OSError):  # a checkpoint need not have one
+            check_own_settings(GenerationConfig.from_pretrained(name, revision=revision), name)
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
     return dict(model.named_modules())

@@ -286,9 +286,18 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     def _tied_weights_keys(self) -> dict[str, str]:
         # T5Config forces `tie_word_embeddings`; what still tells an untied head is that its outputs are not scaled.
         tied = dict(T5ForConditionalGeneration._tied_weights_keys)
-        if not self.config.scale_decoder_outputs:
+        is_tied = self.config.scale_decoder_outputs if self.config.tied_head is None else self.config.tied_head
+        if not is_tied:
             del tied["lm_head.weight"]
         return tied
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        # An unscaled T5 whose head is tied is saved without a head: in the file it is tied, so it stays tied.
+        if missing_keys is not None and "lm_head.weight" in missing_keys and "shared.weight" not in missing_keys:
+            if self.config.tied_head is None and not self.config.scale_decoder_outputs:
+                self.config.tied_head = True
+                self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
