@@ -5,9 +5,11 @@ Nothing is trained or written here, and no data is read but the problems that a 
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -25,6 +27,7 @@ from trl import ModelConfig
 from mmcot.arguments import StageArguments
 from mmcot.feature_store import FeatureStore
 from mmcot.features import load_image_processor
+from mmcot.options import refuse_absent_path
 from mmcot.recipes import Recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
@@ -139,6 +142,11 @@ def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
         ValueError: the checkpoint is of a `model_type` that is no T5, or its generation config holds a setting that
             stages do not take.
     """
+    tower = recipe.arguments.vision_model_name_or_path
+    for path in (recipe.model_config.model_name_or_path, tower, recipe.arguments.tokenizer_name_or_path):
+        if path is not None:
+            refuse_absent_path(path, "a checkpoint's folder, or an id of the Hub (USER/NAME)")
+            check_whole_weights(path)
     name, revision = recipe.model_config.model_name_or_path, recipe.model_config.model_revision
     if name is None:
         config = T5Config(**(recipe.arguments.text_config or {}))
@@ -149,6 +157,21 @@ def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
     return dict(model.named_modules())
+
+
+def check_whole_weights(folder: str) -> None:
+    """
+    Of a checkpoint on this machine, without reading its tensors.
+
+    Raises:
+        ValueError: a file of its weights is cut or damaged.
+    """
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
 
 
 def check_wrapped_classes(modules: dict[str, nn.Module]) -> None:

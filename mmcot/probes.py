@@ -23,6 +23,7 @@ from mmcot.comparison import two_places
 from mmcot.feature_store import FeatureStore
 from mmcot.files import write_json
 from mmcot.metrics import percentage
+from mmcot.options import check_output_file, refuse_below
 from mmcot.predict import load_inputs, load_system, predict, predict_stage
 from mmcot.problems import FEATURES, SOURCES, SPLITS, require_answers
 from mmcot.provenance import weights_of
@@ -189,6 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())
     try:
+        refuse_below(arguments, 1, "batch_size")
+        if arguments.output is not None:
+            check_output_file(arguments.output)
         processor, models = load_system(arguments.model)
         problems, store = load_inputs(arguments, processor, models)
         require_answers(problems)

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.adapters import adapt, freeze, load_adapter_weights, quantization, save_base
@@ -369,11 +370,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("mmcot").setLevel(logging.INFO)
     try:
         prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
         run(prepared)
-    except (RunStopped, OSError) as error:
+    except (RunStopped, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     fold = prepared.recipe.arguments.fold
     if PartialState().is_main_process:

@@ -73,6 +73,10 @@ class MMCoTSeq2SeqLMOutput(Seq2SeqLMOutput):
     fusion_attentions: torch.FloatTensor | None = None
 
 
+class DamagedWeights(OSError, ValueError):
+    """A file of weights that cannot be read: what transformers raises for one (OSError), and a wrong value."""
+
+
 class InitializedAsT5:
     """Fresh weights for both classes below: T5's for its parts, and for ours such that states keep their size."""
 
@@ -312,7 +316,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             where = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "model.safetensors")
-            raise ValueError(
+            raise DamagedWeights(
                 f"{where} (or a part of it) is damaged: {error}. Download it again (force_download=True)."
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
@@ -154,6 +155,8 @@ class StageAdapters(Mapping):
             result = self.model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
             # PEFT loads virtual tokens, and then tells of them both as missing and as unexpected.
             found: Any = [key for key in result.missing_keys + result.unexpected_keys if not key.startswith("prompt_")]
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}. Download it again.") from error
         except (KeyError, RuntimeError) as error:  # no tensor of a part of the fusion; tensors of other shapes
             found = str(error)
         if found:
