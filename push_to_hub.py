@@ -7,9 +7,14 @@ import argparse
 from pathlib import Path
 
 from mmcot.card import Publication
+from mmcot.licenses import check_license
+from mmcot.options import given_options, refuse_without_effect
 from mmcot.publishing import HUB_ERRORS, Repository, advice, check_repository_id, publish_run
 from mmcot.run_folder import is_adapted
 from mmcot.space import publish_space
+
+# Options that say how a run is published.
+OF_A_RUN = ("base_model", "license", "license_name", "license_link", "adapters", "merge", "allow_unscored")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", default="main", help="the branch to commit to; made where it is not there")
     parser.add_argument("--base_model", metavar="ID", help="of the text model, where the recipe names it by a path")
     parser.add_argument("--license", metavar="ID", help="of the weights, where that of their dataset is not known")
+    parser.add_argument("--license_name", metavar="NAME", help="with --license other")
+    parser.add_argument(
+        "--license_link", metavar="LINK", help="with --license other: a page, or a file of the run's hub/"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--adapters", action="store_true", help="stages as adapters of one base, as they were trained")
     form.add_argument("--merge", action="store_true", help="stages that are adapters as whole models")
@@ -37,13 +46,26 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("name a finished run's folder, or a --space for a model that is published already")
     repository = Repository(arguments.repo_id, revision=arguments.revision, private=arguments.private)
     try:
+        if arguments.run_dir is None:
+            said = given_options(build_parser(), argv)
+            refuse_without_effect(said, OF_A_RUN, "only a Space is published, and no run is named")
+        elif not arguments.run_dir.exists():
+            raise ValueError(f"{arguments.run_dir}: there is no such folder; expected a finished run.")
         check_repository_id(repository)
         if arguments.space is not None:
             check_repository_id(Repository(arguments.space, "space"))
         if arguments.run_dir is not None:
             if (arguments.adapters or arguments.merge) and not is_adapted(arguments.run_dir):
                 raise ValueError(f"{arguments.run_dir}: its stages are no adapters; leave --adapters and --merge out.")
-            publication = Publication(arguments.repo_id, arguments.base_model, arguments.license, arguments.merge)
+            check_license(arguments.license, arguments.license_name, arguments.license_link)
+            publication = Publication(
+                arguments.repo_id,
+                arguments.base_model,
+                arguments.license,
+                arguments.merge,
+                arguments.license_name,
+                arguments.license_link,
+            )
             how = (arguments.allow_unscored, arguments.overwrite, arguments.dry_run)
             commit = publish_run(arguments.run_dir, repository, publication, *how)
             if commit is not None:

@@ -3,15 +3,19 @@
 Nothing is trained or written here, and no data is read but the problems that a tokenizer is trained on.
 """
 
+import contextlib
 import os
+from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     T5Config,
@@ -23,10 +27,12 @@ from trl import ModelConfig
 from mmcot.arguments import StageArguments
 from mmcot.feature_store import FeatureStore
 from mmcot.features import load_image_processor
+from mmcot.options import refuse_absent_path
 from mmcot.recipes import Recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.settings_mmcot import check_own_settings
 from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
 
 
@@ -92,9 +98,8 @@ def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
     """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
     if model_config.model_name_or_path is None:
         return None
-    config = AutoConfig.from_pretrained(
-        model_config.model_name_or_path, revision=model_config.model_revision, trust_remote_code=False
-    )
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     return config if isinstance(config, MMCoTConfig) else None
 
 
@@ -130,18 +135,43 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
 
 
 def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
-    """The text model's modules by name, without their weights."""
-    if recipe.model_config.model_name_or_path is None:
+    """
+    The text model's modules by name, without their weights.
+
+    Raises:
+        ValueError: the checkpoint is of a `model_type` that is no T5, or its generation config holds a setting that
+            stages do not take.
+    """
+    tower = recipe.arguments.vision_model_name_or_path
+    for path in (recipe.model_config.model_name_or_path, tower, recipe.arguments.tokenizer_name_or_path):
+        if path is not None:
+            refuse_absent_path(path, "a checkpoint's folder, or an id of the Hub (USER/NAME)")
+            check_whole_weights(path)
+    name, revision = recipe.model_config.model_name_or_path, recipe.model_config.model_revision
+    if name is None:
         config = T5Config(**(recipe.arguments.text_config or {}))
     else:
-        config = AutoConfig.from_pretrained(
-            recipe.model_config.model_name_or_path,
-            revision=recipe.model_config.model_revision,
-            trust_remote_code=False,
-        )
+        config = MMCoTConfig.from_pretrained(name, revision=revision)
+        with contextlib.suppress(OSError):  # a checkpoint need not have one
+            check_own_settings(GenerationConfig.from_pretrained(name, revision=revision), name)
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
     return dict(model.named_modules())
+
+
+def check_whole_weights(folder: str) -> None:
+    """
+    Of a checkpoint on this machine, without reading its tensors.
+
+    Raises:
+        ValueError: a file of its weights is cut or damaged.
+    """
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
 
 
 def check_wrapped_classes(modules: dict[str, nn.Module]) -> None:

@@ -70,12 +70,15 @@ class Publication:
         base_model: the text model's id on the Hub, where the recipe names it otherwise.
         license: of the weights, where their dataset's is not known.
         merge: publish the stages that adapt a base as whole models.
+        license_name, license_link: of the licence `other`, as the Hub shows it.
     """
 
     repo_id: str = "USER/NAME"
     base_model: str | None = None
     license: str | None = None
     merge: bool = False
+    license_name: str | None = None
+    license_link: str | None = None
 
 
 def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, publication: Publication) -> None:
@@ -100,6 +103,8 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         license=publication.license or (dataset and dataset.license),
+        license_name=publication.license_name,
+        license_link=publication.license_link,
         base_model=[name for name in (text_model, tower_model) if name and is_repository_id(name)] or None,
         datasets=[dataset.id] if dataset and dataset.id else None,
         tags=["multimodal-cot", "custom_code"],

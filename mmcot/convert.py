@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from mmcot.features import AUTHORS_TOWERS, load_image_processor
 from mmcot.files import read_json
 from mmcot.hub import write_hub_folder
+from mmcot.options import check_output_folder, refuse_absent_path, refuse_without_effect
 from mmcot.problems import first_few
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
@@ -291,6 +292,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--attach_tower", metavar="CHECKPOINT", help="add the pre-trained picture tower")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.stage_folders is None:
+            refuse_without_effect(
+                [name for name, value in vars(arguments).items() if value is not None],
+                ("prompt_formats",),
+                "it names the formats of the two --stage_folders",
+            )
+        refuse_absent_path(arguments.original_dir, "the authors' folder, or an id of the Hub (USER/NAME)")
+        if arguments.attach_tower is not None:
+            refuse_absent_path(arguments.attach_tower, "a tower's folder, or an id of the Hub (USER/NAME)")
+        check_output_folder(arguments.out_dir, "OUT_DIR")
         report = convert(
             arguments.original_dir,
             arguments.out_dir,

@@ -26,6 +26,13 @@ from mmcot.files import read_json, write_json
 from mmcot.leaks import suspicion, warnings_of
 from mmcot.metrics import check_same_ids, checked_answers, rationales_of, score, score_by
 from mmcot.opening import SOURCES, Given
+from mmcot.options import (
+    check_output_file,
+    check_output_folder,
+    given_options,
+    refuse_absent_path,
+    refuse_without_effect,
+)
 from mmcot.predictions import check_problems, read_meta
 from mmcot.problems import SPLITS, first_few, join_captions, require_answers
 from mmcot.provenance import origin_of_scores, weights_of
@@ -38,6 +45,7 @@ from mmcot.tables import format_comparison, format_leaderboard, format_spread, f
 logger = logging.getLogger(__name__)
 
 Predictions = dict[str, dict[str, Any]]
+SUBMISSION_OPTIONS = {"file", "dataset", "columns", "split_seed", "split", "submission"}
 
 
 def evaluate(predictions_file: str | Path, dataset: str | Given, split: str) -> dict[str, Any]:
@@ -190,6 +198,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)
     try:
+        check_options(arguments, given_options(build_parser(), argv))
         if arguments.leaderboard is not None:
             table = leaderboard({name: scores_of(name) for name in arguments.leaderboard})
             print(format_leaderboard(table, arguments.format))
@@ -208,6 +217,34 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
             evaluate_files(arguments)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
+    """
+    Raises:
+        ValueError: an option has no effect beside the others, or what is to be written cannot be.
+    """
+    if arguments.leaderboard is not None:
+        reason = "--leaderboard makes a table of scores files"
+        refuse_without_effect(said, sorted(said - {"leaderboard", "format"}), reason)
+        for name in arguments.leaderboard:
+            refuse_absent_path(name, "a scores file, a finished run, or an id of the Hub (USER/NAME)")
+        return
+    refuse_without_effect(said, ("format",), "it is of the --leaderboard")
+    if arguments.submission is not None:
+        refuse_without_effect(said, sorted(said - SUBMISSION_OPTIONS), "--submission takes a split as it is, unscored")
+        check_output_file(arguments.submission, "--submission")
+        return
+    if arguments.similarity is not None:
+        refuse_absent_path(arguments.similarity, "an encoder's folder, or an id of the Hub (USER/NAME)")
+    if arguments.report is None:
+        refuse_without_effect(said, ("without_picture", "attention"), "they are for the page of --report")
+    else:
+        check_output_folder(arguments.report, "--report")
+    if arguments.compare is not None:
+        refuse_without_effect(said, ("seeds",), "--compare is given, and one of them is shown")
+    if arguments.output is not None:
+        check_output_file(arguments.output)
 
 
 def evaluate_files(arguments: argparse.Namespace) -> None:

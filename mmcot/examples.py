@@ -6,8 +6,11 @@ they are read when a batch is made, in the workers of the DataLoader if it has a
 """
 
 import functools
+import hashlib
 import json
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import datasets
 import torch
@@ -55,8 +58,19 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     """What decides the tokens of a text: not how the last texts were padded or cut."""
+    if not hasattr(tokenizer, "backend_tokenizer"):  # ByT5's, written in Python
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        parts = {"class": type(tokenizer).__name__, "special": special, "files": vocabulary_files(tokenizer)}
+        return json.dumps({**parts, "vocabulary": tokenizer.get_vocab()}, sort_keys=True)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({**state, "truncation": None, "padding": None})
+
+
+def vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The digests of the files that hold its pieces, as it saves them; a byte-level one has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_vocabulary(folder)
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).iterdir())]
 
 
 def tokenize(columns: dict[str, list], stage: Stage, processor: MMCoTProcessor, with_targets: bool) -> dict[str, list]:

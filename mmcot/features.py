@@ -35,6 +35,13 @@ from mmcot.captions import write_captions
 from mmcot.feature_store import FeatureStore, FeatureWriter, makers_of, settings_of, tower_settings, weights_digest
 from mmcot.files import cache_folder, read_json
 from mmcot.opening import SOURCES, Given
+from mmcot.options import (
+    check_output_folder,
+    given_options,
+    refuse_absent_path,
+    refuse_below,
+    refuse_without_effect,
+)
 from mmcot.pictures import Picture, PixelStore, aspect_ratio, distinct_pictures, read_picture
 from mmcot.problems import SPLITS, first_few
 from mmcot.sources import add_dataset_options, choose_source, load_problems, reading_options, splits_of
@@ -363,12 +370,7 @@ def load_all_splits(
     return concatenate_datasets([part for part in problems if len(part)] or problems[:1])
 
 
-def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
-    """
-    Args:
-        argv: the command line; by default this process's.
-        dataset: in place of `DATASET`.
-    """
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mmcot.features",
         description=__doc__,
@@ -398,16 +400,25 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     )
     parser.add_argument("--name_map", metavar="FILE", help="with --import_features, their name_map.json")
     parser.add_argument("--prompt", help="with --captions, what the captioner is asked")
+    return parser
+
+
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `DATASET`.
+    """
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     if (arguments.import_features is None) != (arguments.name_map is None):
         parser.error("--import_features and --name_map go together")
-    if arguments.batch_size < 1:
-        parser.error(f"--batch_size is {arguments.batch_size}; expected 1 or more")
     if arguments.prompt is not None and arguments.captions is None:
         parser.error("--prompt goes with --captions")
     if arguments.import_features is not None and arguments.vision not in AUTHORS_TOWERS:
         parser.error(f"with --import_features, --vision is one of {', '.join(AUTHORS_TOWERS)}")
     try:
+        check_options(arguments, given_options(build_parser(), argv))
         arguments.source = choose_source(arguments, dataset)
         failed = run(arguments)
     except (ValueError, OSError) as error:
@@ -417,6 +428,22 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
             "\n".join([*failed, f"error: {len(failed)} pictures were left out, the others are in {arguments.output}"])
         )
     print(f"written: {arguments.output}")
+
+
+def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
+    """
+    Raises:
+        ValueError: an option is no number that it can be, or has no effect beside the others; nothing is at a path.
+    """
+    refuse_below(arguments, 1, "batch_size")
+    refuse_below(arguments, 0, "num_workers", "max_images")
+    of_a_tower = ("preprocessing", "vision_tower", "revision", "num_workers", "bf16")
+    if arguments.import_features is not None:
+        refuse_without_effect(said, (*of_a_tower, "batch_size"), "--import_features reads features, and runs no tower")
+    if arguments.captions is not None:
+        refuse_without_effect(said, (*of_a_tower, "dtype"), "--captions runs a captioner, and no tower")
+    refuse_absent_path(arguments.vision or arguments.captions, "a checkpoint's folder, or an id of the Hub (USER/NAME)")
+    check_output_folder(arguments.output, "--output")
 
 
 def run(arguments: argparse.Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 A batch is known by its problems: with other batches, results differ in last bits, and nothing of them is taken.
 """
 
+import contextlib
 import glob
 import json
 from pathlib import Path
@@ -63,6 +64,11 @@ class Journal:
 
     def write(self, of: str, ids: Batch, columns: list[dict]) -> None:
         self.append({"of": of, "ids": ids, "columns": columns})
+
+    def give_up(self) -> None:
+        """After a write that failed. What is left of a line is passed over when the command goes on."""
+        with contextlib.suppress(OSError):
+            self.lines.close()
 
     def remove(self) -> None:
         """When the file that is being made is there."""

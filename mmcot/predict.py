@@ -9,6 +9,7 @@ after it was killed, the command goes on (`journal.py`). Beside FILE stands wher
 import argparse
 import logging
 import math
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,13 @@ from mmcot.files import resolved
 from mmcot.journal import Journal
 from mmcot.leaks import leaking
 from mmcot.opening import SOURCES, Given
+from mmcot.options import (
+    check_output_file,
+    given_options,
+    refuse_absent_path,
+    refuse_below,
+    refuse_without_effect,
+)
 from mmcot.pictures import PixelStore
 from mmcot.predictions import write_predictions
 from mmcot.problems import (
@@ -165,8 +173,11 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
     The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id.
 
     Raises:
-        ValueError: the folder is none of them, or a run whose stages were trained again since it was exported.
+        ValueError: nothing is there, it is no such folder, or a run whose stages were trained again since it was
+            exported.
+        OSError: the Hub does not give it, or a file of it is damaged.
     """
+    refuse_absent_path(model, "a finished run, a model folder, or an id of the Hub (USER/NAME)")
     folder = Path(model)
     model, is_run = loaded_from(model), (folder / "hub").is_dir()
     if not is_run and folder.is_dir() and not (folder / "processor_config.json").is_file():
@@ -244,7 +255,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())  # else processes without accelerator know nothing of others
     try:
-        check_options(arguments)
+        check_options(arguments, given_options(build_parser(), argv))
         arguments.source = choose_source(arguments, dataset)
         arguments.captions = arguments.captions and resolved(arguments.captions)
         processor, models = load_system(arguments.model, torch.bfloat16 if arguments.bf16 else "auto")
@@ -264,19 +275,40 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         journal = Journal(output, meta)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    predictions = predict(processor, models, problems, journal=journal, **options)
-    if PartialState().is_main_process:
-        write_predictions(output, predictions, meta)
-        print(f"{len(predictions)} predictions: {output}")
-    journal.remove()
+    try:
+        predictions = predict(processor, models, problems, journal=journal, **options)
+        if PartialState().is_main_process:
+            write_predictions(output, predictions, meta)
+            print(f"{len(predictions)} predictions: {output}")
+        journal.remove()
+    except OSError as error:  # a full disk
+        journal.give_up()
+        sys.exit(f"error: {output} could not be written: {error}. The same command goes on with what was predicted.")
+    except KeyboardInterrupt:
+        print(f"SIGINT: what is predicted is kept beside {output}. The same command goes on.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
-def check_options(arguments: argparse.Namespace) -> None:
+def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
+    """
+    Raises:
+        ValueError: an option is missing, is no number that it can be, or has no effect beside the others.
+    """
     if arguments.output is None and not arguments.leak_check:
         raise ValueError("--output is missing: the predictions file to write.")
-    for name in ("batch_size", "max_tokens", "num_rationales"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; expected 1 or more.")
+    refuse_below(arguments, 1, "batch_size", "max_tokens", "num_rationales")
+    refuse_below(arguments, 0, "num_workers")
+    if arguments.temperature <= 0:
+        raise ValueError(f"--temperature is {arguments.temperature:g}; expected more than 0.")
+    if arguments.num_rationales == 1:
+        reason = "nothing is drawn without --num_rationales of 2 or more"
+        refuse_without_effect(said, ("temperature", "seed"), reason)
+    if arguments.leak_check:
+        refuse_without_effect(said, ("output",), "--leak_check compares, and writes no file")
+    else:
+        check_output_file(arguments.output)
+    if arguments.max_tokens is not None:
+        refuse_without_effect(said, ("batch_size",), "--max_tokens stands in its place")
     if arguments.num_rationales > 1 and arguments.decode_answer:
         raise ValueError(
             "--decode_answer reads one generated answer, and --num_rationales makes several: leave one out."
@@ -304,7 +336,15 @@ def reads_images(processor: MMCoTProcessor) -> bool:
 def load_inputs(
     arguments: argparse.Namespace, processor: MMCoTProcessor, models: Mapping[str, PreTrainedModel]
 ) -> tuple[Dataset, FeatureStore | None]:
-    """The problems, and where asked for the store of their pictures' features; both are found to fit the models."""
+    """
+    The problems, and where asked for the store of their pictures' features; both are found to fit the models.
+
+    Raises:
+        ValueError: they do not, or no stage reads what an option gives.
+    """
+    for name, column in (("features", "images"), ("captions", "caption")):
+        if getattr(arguments, name) is not None and not any(column in stage.reads for stage in processor.stages):
+            raise ValueError(f"--{name} has no effect here: no stage of {arguments.model} reads `{column}`.")
     store = FeatureStore(arguments.features) if arguments.features is not None else None
     max_images = min(model.config.max_images for model in models.values())
     needs_files = store is None or store.needs_files

@@ -65,8 +65,8 @@ def prepare(recipe: Recipe) -> Run:
         RunStopped: another command is writing into the run's folder.
     """
     stages = [build_stage(arguments) for arguments in recipe.stages]
+    modules = text_modules(recipe)  # which is refused first, where it is no T5
     check_tower_name(recipe)
-    modules = text_modules(recipe)
     if recipe.arguments.vision_config is None and recipe.arguments.vision_model_name_or_path is None:
         check_wrapped_classes(modules)
     if recipe.model_config.use_peft:

@@ -24,6 +24,7 @@ from mmcot.feature_store import FeatureStore
 from mmcot.files import write_json
 from mmcot.metrics import percentage
 from mmcot.opening import SOURCES, Given
+from mmcot.options import check_output_file, refuse_below
 from mmcot.predict import load_inputs, load_system, predict, predict_stage
 from mmcot.predictions import digest_of_problems
 from mmcot.problems import FEATURES, SPLITS, require_answers
@@ -199,6 +200,9 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     PartialState(cpu=not torch.accelerator.is_available())
     try:
         arguments.source = choose_source(arguments, dataset)
+        refuse_below(arguments, 1, "batch_size")
+        if arguments.output is not None:
+            check_output_file(arguments.output)
         processor, models = load_system(arguments.model)
         problems, store = load_inputs(arguments, processor, models)
         require_answers(problems)

@@ -18,6 +18,7 @@ from trl import ModelConfig, TrlParser
 from mmcot.arguments import RecipeArguments, StageArguments
 from mmcot.files import resolved
 from mmcot.opening import IN_PYTHON, Given
+from mmcot.options import check_output_folder
 from mmcot.recipe_checks import (
     check_adapters,
     check_attention,
@@ -87,7 +88,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     config = config_path(command_line)
     command_line = [*command_line]
     command_line[command_line.index("--config") + 1] = config
-    recipe = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    recipe = read_yaml(Path(config))
     if not isinstance(recipe, dict):
         raise ValueError(f"{config}: a recipe is a mapping; found {recipe!r:.80}.")
     if "env" in recipe:
@@ -113,6 +114,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     stages = [read_stage(entry, config) for entry in arguments.stages]
     if arguments.max_images == 0:
         withhold_pictures(arguments, stages)
+    check_sizes(training_arguments, config)
     check_stages(stages, config)
     check_inputs(arguments, stages, config)
     check_streaming(arguments, training_arguments, stages, config)
@@ -128,7 +130,29 @@ def parse_recipe(command_line: list[str]) -> Recipe:
         )
     if "--output_dir" not in " ".join(command_line) and "output_dir" not in said:
         training_arguments.output_dir = str(Path("runs") / Path(config).stem)
+    check_output_folder(training_arguments.output_dir, "--output_dir")
     return Recipe(arguments, stages, training_arguments, model_config, values)
+
+
+def read_yaml(file: Path) -> Any:
+    """
+    Raises:
+        ValueError: it is no YAML; the line is named.
+    """
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: expected a recipe in YAML; found {' '.join(str(error).split())}") from error
+
+
+def check_sizes(arguments: Seq2SeqTrainingArguments, config: str) -> None:
+    """
+    Raises:
+        ValueError: a batch has no problem.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{config}: {name} is {getattr(arguments, name)}; expected 1 or more.")
 
 
 def config_path(command_line: list[str]) -> str:
@@ -179,6 +203,19 @@ def is_path(value: Any) -> bool:
     return value is not None and (Path(path).exists() or path.startswith((".", "/", "~")))
 
 
+def difference(there: Any, here: Any, name: str) -> str:
+    """The first value that differs within two values of a recipe, by the keys that lead to it."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            if there.get(key) != here.get(key):
+                return difference(there.get(key), here.get(key), f"{name}.{key}")
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for number, (old, new) in enumerate(zip(there, here, strict=True)):
+            if old != new:
+                return difference(old, new, f"{name}[{number}]")
+    return f"{name}: {there!r:.200} there, {here!r:.200} here"
+
+
 def claim_run_folder(recipe: Recipe) -> Path:
     """
     The run's folder with its `recipe.yaml`.
@@ -189,7 +226,7 @@ def claim_run_folder(recipe: Recipe) -> Path:
     folder = Path(recipe.training_arguments.output_dir)
     file = folder / "recipe.yaml"
     if file.exists():
-        earlier = yaml.safe_load(file.read_text())
+        earlier = read_yaml(file)
         exempt = set() if recipe.arguments.streaming else STEP_SETTINGS  # a stream is gone through by batches
         differing = sorted(
             name
@@ -198,10 +235,9 @@ def claim_run_folder(recipe: Recipe) -> Path:
             and not (name in NAMES_OF_DATA and is_path(earlier.get(name)) and is_path(recipe.values.get(name)))
         )
         if differing:
-            name = differing[0]
+            parts = {name: difference(earlier.get(name), recipe.values.get(name), name) for name in differing}
             raise ValueError(
-                f"{folder} holds a run of another recipe: {', '.join(differing)} differ ({name}: "
-                f"{earlier.get(name)!r} there, {recipe.values.get(name)!r} here). Choose another --output_dir."
+                f"{folder} holds a run of another recipe: {'; '.join(parts.values())}. Choose another --output_dir."
             )
         return folder
     if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):

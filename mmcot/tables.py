@@ -47,8 +47,15 @@ def format_comparison(compared: Mapping[str, Any]) -> str:
     rows: list[Row] = [("", classes), ("problems", [str(column["n"]) for column in columns])]
     rows.extend((key, [two_places(column[key]) for column in columns]) for key in ("first", "second", "difference"))
     rows.extend(interval_rows([column["interval"] for column in columns]))
-    rows.append(("McNemar's p", ["-" if column["p"] is None else f"{column['p']:.4f}" for column in columns]))
+    rows.append(("McNemar's p", [p_value(column["p"]) for column in columns]))
     return "\n".join(aligned(rows))
+
+
+def p_value(p: float | None) -> str:
+    """With four places; a smaller one as what it is smaller than, because no p-value is 0."""
+    if p is None:
+        return "-"
+    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
 def format_spread(result: Mapping[str, Any], count: int) -> str:

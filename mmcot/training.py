@@ -21,6 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.adapters import adapt, freeze, load_adapter_weights, quantization, save_base
@@ -431,7 +432,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
             sys.exit(f"error: {error}")
         with prepared.lock or contextlib.nullcontext():
             run(prepared)
-    except (RunStopped, OSError) as error:
+    except (RunStopped, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("SIGINT: what is finished is kept. The same command goes on.", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
 
-from transformers import AutoConfig, PreTrainedConfig, T5Config
+from transformers import AutoConfig, MT5Config, PreTrainedConfig, T5Config
 
 __version__ = "0.1.0"
 
@@ -15,9 +15,16 @@ __version__ = "0.1.0"
 FORMAT_VERSION = 1
 
 
+# Checkpoints that a model starts from, beside its own: T5 (v1.0, v1.1, FLAN-T5, UnifiedQA, FLAN-Alpaca, ByT5) and mT5.
+TEXT_MODELS = ("t5", "mt5")
+
+
 class MMCoTConfig(T5Config):
     """
     Args:
+        tied_head (`bool`, *optional*):
+            Whether the output head is the embedding. By default it is where outputs are scaled (T5 v1.0), and of an
+            unscaled checkpoint (T5 v1.1, mT5) where its file holds no head.
         fusion (`str`, defaults to `"gated"`):
             How the picture enters the encoder's states; a name in `fusion_mmcot.FUSIONS`.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -64,6 +71,7 @@ class MMCoTConfig(T5Config):
     model_type = "mmcot"
     sub_configs: ClassVar[dict] = {"vision_config": AutoConfig}
 
+    tied_head: bool | None = None
     fusion: str = "gated"
     vision_config: dict | PreTrainedConfig | None = None
     vision_tower: str | None = None
@@ -77,6 +85,15 @@ class MMCoTConfig(T5Config):
     # `register_for_auto_class` writes one Auto class per class of ours; these entries stand for all of them.
     auto_map: dict | None = None
     custom_pipelines: dict | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Raises:
+            ValueError: the checkpoint is of a `model_type` that is no T5.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_text_model(config_dict, pretrained_model_name_or_path), kwargs
 
     def __post_init__(self, **kwargs):
         if isinstance(self.vision_config, dict):
@@ -124,6 +141,28 @@ class MMCoTConfig(T5Config):
             }
             for task in ("multimodal-cot", "image-text-to-text")
         }
+
+
+def from_text_model(config_dict: dict, name: str) -> dict:
+    """
+    The configuration of a text checkpoint as one of this model.
+
+    Raises:
+        ValueError: its `model_type` is another.
+    """
+    model_type = config_dict.get("model_type")
+    if model_type in (None, MMCoTConfig.model_type):
+        return config_dict
+    if model_type not in TEXT_MODELS:
+        reason = " (UMT5 has a position bias in each layer)" if model_type == "umt5" else ""
+        raise ValueError(
+            f"{name}: its model_type is {model_type!r}{reason}; expected a text model that is a T5 "
+            f"({', '.join(TEXT_MODELS)}), or a model of this package ({MMCoTConfig.model_type})."
+        )
+    if model_type == "mt5":
+        # Its class never scales outputs, whatever `tie_word_embeddings` is in the file, by which T5's decides it.
+        config_dict = {**MT5Config.from_dict(config_dict).to_dict(), "scale_decoder_outputs": False}
+    return {**config_dict, "model_type": MMCoTConfig.model_type}
 
 
 def vision_width(vision_config: PreTrainedConfig) -> int | None:

@@ -55,6 +55,9 @@ def greedy_search(
     """
     with torch.inference_mode():
         sequences, tokens = input_ids, input_ids
+        # Not `pad_token_id`: where a model names none, `generate` pads with its eos.
+        pad = generation_config._pad_token_tensor
+        pad = input_ids.new_tensor(0) if pad is None else pad  # without any eos no text ends before the others
         rows = torch.arange(len(input_ids), device=input_ids.device)  # those in the batch, by number in `sequences`
         is_open = torch.ones_like(rows, dtype=torch.bool)  # of those in the batch, which are not finished
         states, attention_mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
@@ -76,8 +79,8 @@ def greedy_search(
                 every = logits.new_zeros(len(sequences), logits.shape[-1])
                 every[rows] = logits
                 logits = logits_processor(sequences, every)[rows]
-            tokens = logits.argmax(dim=-1).masked_fill(~is_open, generation_config.pad_token_id)
-            column = sequences.new_full((len(sequences), 1), generation_config.pad_token_id)
+            tokens = logits.argmax(dim=-1).where(is_open, pad)
+            column = pad.expand(len(sequences), 1).clone()
             column[rows, 0] = tokens
             sequences = torch.cat([sequences, column], dim=1)
             is_open = is_open & ~stopping_criteria(sequences, None)[rows]

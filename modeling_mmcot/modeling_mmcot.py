@@ -73,6 +73,10 @@ class MMCoTSeq2SeqLMOutput(Seq2SeqLMOutput):
     fusion_attentions: torch.FloatTensor | None = None
 
 
+class DamagedWeights(OSError, ValueError):
+    """A file of weights that cannot be read: what transformers raises for one (OSError), and a wrong value."""
+
+
 class InitializedAsT5:
     """Fresh weights for both classes below: T5's for its parts, and for ours such that states keep their size."""
 
@@ -286,9 +290,18 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     def _tied_weights_keys(self) -> dict[str, str]:
         # T5Config forces `tie_word_embeddings`; what still tells an untied head is that its outputs are not scaled.
         tied = dict(T5ForConditionalGeneration._tied_weights_keys)
-        if not self.config.scale_decoder_outputs:
+        is_tied = self.config.scale_decoder_outputs if self.config.tied_head is None else self.config.tied_head
+        if not is_tied:
             del tied["lm_head.weight"]
         return tied
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        # An unscaled T5 whose head is tied is saved without a head: in the file it is tied, so it stays tied.
+        if missing_keys is not None and "lm_head.weight" in missing_keys and "shared.weight" not in missing_keys:
+            if self.config.tied_head is None and not self.config.scale_decoder_outputs:
+                self.config.tied_head = True
+                self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
@@ -303,7 +316,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             where = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "model.safetensors")
-            raise ValueError(
+            raise DamagedWeights(
                 f"{where} (or a part of it) is damaged: {error}. Download it again (force_download=True)."
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded

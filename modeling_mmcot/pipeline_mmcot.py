@@ -4,8 +4,6 @@
 generated freely from the problem, with no gold column in sight.
 """
 
-import copy
-import difflib
 import itertools
 import os
 import threading
@@ -15,7 +13,14 @@ from typing import Any
 from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must run before the imports below)
 
 import torch
-from transformers import BatchFeature, GenerationConfig, LogitsProcessor, LogitsProcessorList, Pipeline, PreTrainedModel
+from transformers import (
+    BatchFeature,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Pipeline,
+    PreTrainedModel,
+    StopStringCriteria,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -26,8 +31,9 @@ from .captioning_mmcot import Captioner
 from .chat_mmcot import Conversation, is_chat, read_chat
 from .generation_mmcot import greedy_search, packed_linears
 from .pictures_mmcot import as_pictures
-from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage, own_images, read_answer
+from .processing_mmcot import GOLD_COLUMNS, TOKENIZING, MMCoTProcessor, Stage, own_images, read_answer
 from .self_consistency_mmcot import TEMPERATURE, agreed
+from .settings_mmcot import decoding_config, given_settings
 from .stages_mmcot import StageAdapters, load_stages, stage_model
 
 
@@ -38,6 +44,7 @@ def write_column(
     problems: list[dict],
     inputs: dict[str, torch.Tensor],
     decode_answer: bool = False,
+    streamer: BaseStreamer | None = None,
     **generation,
 ) -> list[dict]:
     """
@@ -48,6 +55,7 @@ def write_column(
         inputs (`dict`): their tensors, as the processor gives them, or with `vision_features` and `vision_mask` in
             place of pixels.
         decode_answer (`bool`): of an answer stage, generate "The answer is (B)." too and read it (the paper's way).
+        streamer (`BaseStreamer`, *optional*): gets the tokens of a problem's text as they are generated.
         generation: settings of `generate`, in place of the model's own.
 
     Returns:
@@ -59,16 +67,17 @@ def write_column(
         leaked = [column for column in GOLD_COLUMNS if column in problem]
         if leaked:
             raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): take them away before predicting.")
+    decoding_config(model.generation_config, generation)  # what is wrong in it, before anything is computed
     encoded = encode(model, inputs)
     is_finite = encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
     refuse_non_finite(problems, stage, is_finite)
     if not stage.answers:
-        texts = generate_finite(model, processor, stage, problems, encoded, **generation)
+        texts = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
         return [{stage.writes: text} for text in texts]
     columns = choose_answers(model, processor, stage, problems, encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
     if decode_answer or open_ended:
-        texts = generate_finite(model, processor, stage, problems, encoded, **generation)
+        texts = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
         for index, text in enumerate(texts):
             if index in open_ended:
                 columns[index]["answer_text"] = text
@@ -92,17 +101,22 @@ def refuse_non_finite(problems: list[dict], stage: Stage, is_finite: torch.BoolT
 
 
 def generate_finite(
-    model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], encoded: dict, **generation
+    model: PreTrainedModel,
+    processor: MMCoTProcessor,
+    stage: Stage,
+    problems: list[dict],
+    encoded: dict,
+    streamer: BaseStreamer | None = None,
+    **generation,
 ) -> list[str]:
     """`generate_texts`, where a NaN of the decoder is an error that names the stage and the problem."""
     try:
-        return generate_texts(model, processor, encoded, **generation)
+        return generate_texts(model, processor, encoded, streamer=streamer, **generation)
     except FloatingPointError:
-        generation.pop("streamer", None)
         for row, problem in enumerate(problems):
             states = encoded["encoder_outputs"].last_hidden_state[row : row + 1]
-            mask = encoded["attention_mask"][row : row + 1]
-            alone = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+            alone = {name: encoded[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+            alone["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
             try:
                 generate_texts(model, processor, alone, **generation)
             except FloatingPointError:
@@ -129,6 +143,7 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
     encoder together, so that a long one does not pad all others; a decoder's batch does not mind.
     """
     inputs = BatchFeature(inputs).to(model.device, model.dtype)
+    input_ids = inputs["input_ids"]  # which `encoder_no_repeat_ngram_size` and its like look at
     if model.virtual_tokens is not None:
         inputs = model.virtual_tokens.before_source(inputs)
     of_text = {"input_ids", "inputs_embeds", "attention_mask"} & inputs.keys()
@@ -139,7 +154,7 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
         part.update({name: part[name][:, columns] for name in of_text})
         states[rows[:, None], columns] = model.get_encoder()(**part).last_hidden_state.to(states)
     encoder_outputs = BaseModelOutput(last_hidden_state=states)
-    return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"]}
+    return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"], "input_ids": input_ids}
 
 
 def parts_of_like_lengths(mask: torch.BoolTensor) -> Iterator[tuple[torch.LongTensor, torch.LongTensor]]:
@@ -170,13 +185,13 @@ def generate_texts(
     By the model's own generation config, but for what is given. A streamer is told by transformers' own decoding; of
     beams, which are not known before the end, the whole text at once.
     """
-    config = copy.deepcopy(model.generation_config)
-    config.update(**generation)
-    if "max_length" in generation and "max_new_tokens" not in generation:
-        # transformers prefers the stage's `max_new_tokens`; the start token counts in `max_length`.
-        config.max_new_tokens = config.max_length - 1
+    config = decoding_config(model.generation_config, generation)
+    if config.stop_strings is not None:
+        check_stop_strings(config.stop_strings, processor)
     mode = config.get_generation_mode()
-    custom_generate = greedy_search if mode == GenerationMode.GREEDY_SEARCH and streamer is None else None
+    is_plain = config.use_cache is not False and config.cache_implementation is None and config.stop_strings is None
+    is_ours = mode == GenerationMode.GREEDY_SEARCH and is_plain and streamer is None
+    custom_generate = greedy_search if is_ours else None
     streams = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     in_steps = streamer if streams else None
     # Beams expand the encoder's output in place: of a copy.
@@ -187,6 +202,7 @@ def generate_texts(
         custom_generate=custom_generate,
         # The greedy loop looks at its own logits.
         logits_processor=None if custom_generate else LogitsProcessorList([FiniteLogits()]),
+        **({} if config.stop_strings is None else {"tokenizer": processor.tokenizer}),
         streamer=in_steps,
     )
     if streamer is not None and not streams:
@@ -194,6 +210,22 @@ def generate_texts(
         streamer.put(tokens[0, 1:].cpu())
         streamer.end()
     return processor.batch_decode(tokens, skip_special_tokens=True)
+
+
+def check_stop_strings(strings: str | list[str], processor: MMCoTProcessor) -> None:
+    """
+    Raises:
+        ValueError: transformers cannot find strings in the pieces of this tokenizer.
+    """
+    try:
+        with TOKENIZING:
+            StopStringCriteria(processor.tokenizer, strings)
+    except ValueError as error:
+        name = type(processor.tokenizer).__name__
+        raise ValueError(
+            f"stop_strings is {strings!r}, and transformers finds no strings in the pieces of this tokenizer "
+            f"({name}): {error}."
+        ) from error
 
 
 def choose_answers(
@@ -308,7 +340,7 @@ def reply(
     other inputs are made again here, with those of all stages.
     """
     processor = conversation.processor
-    check_generation(generation)
+    generation = given_settings(generation)
     if model.loading_options.get("subfolder"):
         raise ValueError(
             f"A chat is answered by all stages, and this model is the one in {model.loading_options['subfolder']!r}: "
@@ -439,8 +471,7 @@ class MultimodalCoTPipeline(Pipeline):
             raise ValueError(f"num_rationales is {num_rationales}; expected 1 or more.")
         if twice := generation.keys() & (generate_kwargs or {}).keys():
             raise ValueError(f"{', '.join(sorted(twice))} given twice: by itself and in generate_kwargs.")
-        generation = {**(generate_kwargs or {}), **generation}
-        check_generation(generation)
+        generation = given_settings({**(generate_kwargs or {}), **generation})
         options = {
             "decode_answer": decode_answer,
             "given": given,
@@ -624,23 +655,6 @@ class MultimodalCoTPipeline(Pipeline):
         from .known_answer_mmcot import write_known_answer  # which imports this file
 
         write_known_answer(save_directory, self.models, self.processor)
-
-
-def check_generation(generation: dict[str, Any]) -> None:
-    """
-    Raises:
-        TypeError: a name that no setting of `generate` has.
-        ValueError: a setting that has no meaning where a problem gets one text.
-    """
-    known = GenerationConfig().to_dict().keys()
-    for name in generation.keys() - known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "expected a setting of `generate`."
-        raise TypeError(f"unexpected keyword {name!r}: {hint} (Arguments of from_pretrained go in model_kwargs={{…}}.)")
-    if (generation.get("num_return_sequences") or 1) > 1:
-        raise ValueError("num_return_sequences: a problem has one rationale here; num_rationales=N draws several.")
-    if generation.get("return_dict_in_generate"):
-        raise ValueError("return_dict_in_generate: texts are returned here; call `generate` of a stage's model.")
 
 
 def as_list(value: Any) -> list:

@@ -305,8 +305,10 @@ class MMCoTProcessor(ProcessorMixin):
         # processor, several sets of files.
         for name in ("is_local", "local_files_only", "dtype", "torch_dtype"):
             self.tokenizer.init_kwargs.pop(name, None)
-        self.tokenizer.backend_tokenizer.no_padding()
-        self.tokenizer.backend_tokenizer.no_truncation()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # ByT5's, written in Python, has none
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
         return super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict:

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
 from .prompts_mmcot import VirtualTokens
+from .settings_mmcot import check_own_settings
 from .versions_mmcot import check_versions
 
 # What `from_pretrained` was given for a repository's root and its other stages need too.
@@ -44,13 +46,21 @@ def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Map
         root (`PreTrainedModel`): what stands at the repository's root: the last stage, or the base that all adapt.
         repository (`str`): a folder or a Hub id.
         names (`list[str]`): the stages in order.
+
+    Raises:
+        ValueError: a stage's generation config holds a setting that stages do not take.
     """
     if root.config.stage_adapters:
-        return StageAdapters(root, repository, names)
+        adapters = StageAdapters(root, repository, names)
+        for name, config in adapters.generation_configs.items():
+            check_own_settings(config, os.path.join(repository, name))
+        return adapters
     options = {"dtype": root.dtype, **hub_options(root), **given_of(root, PLACEMENT_OPTIONS + FILE_OPTIONS)}
+    check_own_settings(root.generation_config, repository)
     models = {}
     for name in names[:-1]:
         model = type(root).from_pretrained(repository, subfolder=name, **options).eval()
+        check_own_settings(model.generation_config, os.path.join(repository, name))
         if not given_of(root, PLACEMENT_OPTIONS):
             model = model.to(root.device)
         attention = root.config._attn_implementation  # Auto classes keep what was asked for in the configuration alone
@@ -145,6 +155,8 @@ class StageAdapters(Mapping):
             result = self.model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
             # PEFT loads virtual tokens, and then tells of them both as missing and as unexpected.
             found: Any = [key for key in result.missing_keys + result.unexpected_keys if not key.startswith("prompt_")]
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}. Download it again.") from error
         except (KeyError, RuntimeError) as error:  # no tensor of a part of the fusion; tensors of other shapes
             found = str(error)
         if found:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -165,11 +166,17 @@ def load_vision_tower(checkpoint: str, **kwargs) -> PreTrainedModel:
     Args:
         checkpoint (`str`): a name in `TOWERS`, a folder or a Hub id; of a CLIP or SigLIP model its picture tower.
         kwargs: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: it is no picture tower, or a file of it is damaged.
     """
     config = prepared(tower_config(checkpoint, kwargs.get("revision")))
-    tower, info = AutoModel.from_pretrained(
-        checkpoint_of(checkpoint), config=config, output_loading_info=True, trust_remote_code=False, **kwargs
-    )
+    try:
+        tower, info = AutoModel.from_pretrained(
+            checkpoint_of(checkpoint), config=config, output_loading_info=True, trust_remote_code=False, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{checkpoint}: a file of its weights is damaged: {error}. Download it again.") from error
     unread = find_tower(config).unread
     missing = [name for name in info["missing_keys"] if not name.startswith(unread)]
     if missing:

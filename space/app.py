@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 from string import ascii_uppercase as LETTERS  # the prompts letter the choices by them
+from typing import Any
 
 import gradio as gr
 import torch
@@ -131,6 +132,11 @@ def read_picture(answer: Pipeline, path: str) -> Image.Image:
 def check_length(name: str, text: str) -> None:
     if len(text) > MAX_LENGTH:
         raise refusal(f"The {name} field has {len(text):,} characters; at most {MAX_LENGTH:,} are taken.")
+
+
+def is_cropped(image_processor: Any) -> bool:
+    """Whether the model sees the middle of a picture only. (Of one that does not crop, `do_center_crop` is None.)"""
+    return bool(getattr(image_processor, "do_center_crop", None))
 
 
 class NobodyListens(Exception):
@@ -304,7 +310,7 @@ class Page:
                     self.unseen = gr.HTML(elem_id="unseen-answered")
             with gr.Column() as self.looked_part:
                 gr.Markdown(LOOKED)
-                gr.Markdown(CROPPED, visible=getattr(self.answer.processor.image_processor, "do_center_crop", False))
+                gr.Markdown(CROPPED, visible=is_cropped(self.answer.processor.image_processor))
                 self.stage = gr.Radio(
                     self.seeing,
                     value=next(iter(self.seeing), None),

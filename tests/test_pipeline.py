@@ -333,7 +333,7 @@ def test_of_a_batch_the_problem_is_named_whose_text_is_not_finite(answer, monkey
 
 
 def test_settings_without_meaning_for_one_text_are_refused(answer):
-    with pytest.raises(ValueError, match="num_return_sequences: a problem has one rationale"):
+    with pytest.raises(ValueError, match="num_return_sequences is 2.*a problem has one rationale"):
         answer(RED, num_return_sequences=2, do_sample=True)
     with pytest.raises(ValueError, match="return_dict_in_generate"):
         answer(RED, return_dict_in_generate=True)

@@ -120,7 +120,7 @@ def test_where_and_how_a_run_is_run_may_change(tmp_path):
     output = ("--output_dir", str(tmp_path / "run"))
     claim_run_folder(parse(tmp_path, None, *output))
     claim_run_folder(parse(tmp_path, None, *output, "--logging_steps", "7", "--dataloader_num_workers", "2"))
-    with pytest.raises(ValueError, match="seed differ"):
+    with pytest.raises(ValueError, match=r"another recipe: seed: .* there, 9 here\. Choose"):
         claim_run_folder(parse(tmp_path, None, *output, "--seed", "9"))
 
 
@@ -131,3 +131,39 @@ def test_a_recipe_without_pictures_is_one_override_away():
     assert withheld.stages == expected.stages
     assert {**vars(withheld.arguments), "stages": None, "fusion": None} == {**vars(expected.arguments), "stages": None}
     assert withheld.values["max_images"] == 0 and withheld.values["vision_config"] is not None
+
+
+def test_of_an_edited_recipe_the_key_that_differs_is_named(tmp_path):
+    recipe = yaml.safe_load(TINY_RECIPE.read_text())
+    file = tmp_path / "recipe.yaml"
+    command = ["--config", str(file), "--dataset", "demo", "--output_dir", str(tmp_path / "run")]
+    file.write_text(yaml.safe_dump(recipe))
+    claim_run_folder(parse_recipe(command))
+    recipe["stages"][0]["max_source_length"] = 256
+    recipe["vision_config"]["patch_size"] = 16
+    file.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError) as refused:
+        claim_run_folder(parse_recipe(command))
+    assert str(refused.value) == (
+        f"{tmp_path / 'run'} holds a run of another recipe: stages[0].max_source_length: 128 there, 256 here; "
+        f"vision_config.patch_size: 32 there, 16 here. Choose another --output_dir."
+    )
+
+
+@pytest.mark.parametrize("content", [b"stages: [a, b", b"\tdataset: demo", b"dataset: caf\xe9"])
+def test_what_is_no_yaml_is_named(content, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}: expected a recipe in YAML; found "):
+        parse_recipe(["--config", str(file)])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="run/recipe.yaml: expected a recipe in YAML; found "):
+        command = ["--config", str(TINY_RECIPE), "--dataset", "demo", "--output_dir", str(tmp_path / "run")]
+        claim_run_folder(parse_recipe(command))
+
+
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size"])
+def test_a_batch_without_problems_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; expected 1 or more"):
+        parse_recipe(["--config", str(TINY_RECIPE), "--dataset", "demo", f"--{name}", "0"])

@@ -367,3 +367,12 @@ def test_the_published_model_is_named_beside_the_app(app, tmp_path, monkeypatch)
         app.published_model()
     (tmp_path / "model.json").write_text(json.dumps({"repo_id": "user/name", "revision": "0" * 40}))
     assert app.published_model() == {"model": "user/name", "revision": "0" * 40}
+
+
+@pytest.mark.parametrize(("crops", "expected"), [(None, False), (False, False), (True, True)])
+def test_a_picture_is_said_to_be_cropped_where_it_is(app, answer, monkeypatch, crops, expected):
+    """The demonstration's processor holds None, which is no crop."""
+    monkeypatch.setattr(answer.processor.image_processor, "do_center_crop", crops, raising=False)
+    with app.build(answer) as page:
+        shown = [block for block in page.blocks.values() if getattr(block, "value", None) == app.CROPPED]
+    assert [block.visible for block in shown] == [expected]
