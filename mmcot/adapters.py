@@ -6,6 +6,7 @@ Adapters are made here. Loading them beside their base, to predict, is `stages_m
 import importlib.util
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +20,11 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
+from torch import nn
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -57,7 +61,9 @@ def adapt(
     trains_fusion = model.encoder.fusion is not None and not freeze_fusion
     saved = {*(model_config.lora_modules_to_save or []), *([FUSION] if trains_fusion else [])}
     config.modules_to_save = sorted(saved) or None
+    shared = shared_modules(model)
     adapted = get_peft_model(model, config)
+    check_not_adapted(adapted, shared)
     if config.is_prompt_learning:
         model.virtual_tokens = VirtualTokens(adapted)
     # A path of this machine, which PEFT would publish. An adapter lies beside its base.
@@ -113,18 +119,54 @@ def target_modules(model_config: ModelConfig) -> list[str] | str:
     return [names] if isinstance(names, str) and re.fullmatch(r"\w+(\.\w+)*", names) else names
 
 
-def check_adapters(model_config: ModelConfig, linear_layers: list[str], peft_type: str = "LORA") -> None:
+def shared_modules(model: nn.Module) -> list[str]:
+    """Names of the modules whose weight is another module's too."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            holders.setdefault(id(module.weight), []).append(name)
+    return [name for names in holders.values() if len(names) > 1 for name in names]
+
+
+def adapted_modules(model: PeftModel) -> list[str]:
+    """By their names in the base, those that the adapter changes or replaces."""
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return [name for name, module in model.get_base_model().named_modules() if isinstance(module, kinds)]
+
+
+def check_not_adapted(model: PeftModel, shared: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: the adapter changes a module whose weight others share.
+    """
+    for name in adapted_modules(model):
+        if name in shared:
+            raise ValueError(
+                f"An adapter of {name}: its weight is other modules' too, which merging would change: leave it out."
+            )
+
+
+def check_adapters(
+    model_config: ModelConfig, linear_layers: list[str], peft_type: str = "LORA", shared: Sequence[str] = ()
+) -> None:
     """
     Args:
         linear_layers: the names of the text model's.
+        shared: `shared_modules` of the text model.
 
     Raises:
-        ValueError: `lora_target_modules` matches nothing; quantization was asked for without bitsandbytes or a GPU.
+        ValueError: `lora_target_modules` matches nothing, or a module whose weight another one shares, which merging
+            would change too; quantization was asked for without bitsandbytes or a GPU.
     """
+    check_not_shared(model_config.lora_modules_to_save or [], "lora_modules_to_save", shared)
+    parameters = [name.removesuffix(".weight") for name in model_config.lora_target_parameters or []]
+    check_not_shared(parameters, "lora_target_parameters", shared)
     quantization(model_config)
     if peft_type != "LORA":
         return
     targets = target_modules(model_config)
+    if targets != "all-linear":  # which leaves the output head out
+        check_not_shared(targets, "lora_target_modules", shared)
     if isinstance(targets, list):
         unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in linear_layers)]
     else:
@@ -136,6 +178,21 @@ def check_adapters(model_config: ModelConfig, linear_layers: list[str], peft_typ
             f"lora_target_modules: {unknown[0]!r} matches no linear layer of the text model; there are "
             f"{', '.join(ends)}."
         )
+
+
+def check_not_shared(targets: list[str] | str, option: str, shared: Sequence[str]) -> None:
+    for module in shared:
+        is_meant = (
+            any(f".{module}".endswith(f".{name}") for name in targets)
+            if isinstance(targets, list)
+            else re.fullmatch(targets, module) is not None
+        )
+        if is_meant:
+            others = ", ".join(name for name in shared if name != module)
+            raise ValueError(
+                f"{option}: {module} shares its weight with {others}, which merging an adapter would change too: leave "
+                f"it out."
+            )
 
 
 def quantization(model_config: ModelConfig) -> BitsAndBytesConfig | None:

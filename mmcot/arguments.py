@@ -22,6 +22,9 @@ class StageArguments:
         template: a name of the set `paper` (`QCM-E`, `QCMG-A`, …), which gives source and target.
         source, target: Jinja templates, in place of the set's.
         max_source_length, max_target_length: in tokens.
+        score: of the stage that answers, how choices are compared (`processing_mmcot.SCORES`): `total`, `mean` or
+            `calibrated`. By default `mean` where its target holds the choice's text, else `total`
+            (docs/choice_lengths.md).
         num_beams: of the free-running generation.
         num_train_epochs, learning_rate: this stage's own, in place of the recipe's.
         inputs_from: what it is trained on of the columns that earlier stages write: `gold`, `generated` or `cross_fit`
@@ -37,6 +40,7 @@ class StageArguments:
     target: str | None = None
     max_source_length: int = 512
     max_target_length: int = 512
+    score: str | None = None
     num_beams: int = 1
     num_train_epochs: float | None = None
     learning_rate: float | None = None

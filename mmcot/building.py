@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from jinja2 import meta
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -31,7 +32,7 @@ from mmcot.options import refuse_absent_path
 from mmcot.recipes import Recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
-from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, PAPER_TEMPLATES, Stage
 from modeling_mmcot.settings_mmcot import check_own_settings
 from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
 
@@ -50,7 +51,13 @@ def build_stage(arguments: StageArguments) -> Stage:
         target=arguments.target or templates["target"],
         max_source_length=arguments.max_source_length,
         max_target_length=arguments.max_target_length,
+        score=arguments.score or default_score(arguments.target or templates["target"]),
     )
+
+
+def default_score(target: str) -> str:
+    """A text's total log-probability falls with its length; of letters all are alike."""
+    return "mean" if "choices" in meta.find_undeclared_variables(ENVIRONMENT.parse(target)) else "total"
 
 
 def check_tower_name(recipe: Recipe) -> None:

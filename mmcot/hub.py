@@ -13,6 +13,7 @@ from pathlib import Path
 from peft import PeftConfig
 
 import modeling_mmcot
+from mmcot.adapters import check_not_adapted, shared_modules
 from mmcot.card import Publication, write_card
 from mmcot.run_folder import BASE, is_adapted
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -102,7 +103,9 @@ def merge(base: Path, processor: MMCoTProcessor, folder: Path) -> dict[str, Path
             )
         # The base anew for each, because merging changes it.
         root = MMCoTForConditionalGeneration.from_pretrained(base, dtype="auto")
+        shared = shared_modules(root)
         adapters = StageAdapters(root, str(base.parent), [stage.name])
+        check_not_adapted(adapters.model, shared)
         generation_config = adapters[stage.name].generation_config
         merged = adapters.model.merge_and_unload()
         merged.config.stage_adapters = None

@@ -3,6 +3,7 @@
 All that can be wrong with recipe and data is said here, before anything is trained or written.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from filelock import AcquireReturnProxy
 from torch import nn
 
-from mmcot.adapters import check_adapters
+from mmcot.adapters import check_adapters, shared_modules
 from mmcot.arguments import StageArguments
 from mmcot.building import (
     build_model,
@@ -35,6 +36,8 @@ from mmcot.stage_inputs import target_columns
 from mmcot.streaming import stream_problems
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +74,10 @@ def prepare(recipe: Recipe) -> Run:
         check_wrapped_classes(modules)
     if recipe.model_config.use_peft:
         linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type)
+        config = modules[""].config
+        is_tied = config.scale_decoder_outputs or getattr(config, "tied_head", None)
+        shared = [name for name in shared_modules(modules[""]) if is_tied or name != "lm_head"]
+        check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type, shared)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {
         split: stream_problems(recipe.source, recipe.arguments.columns)
@@ -86,6 +92,7 @@ def prepare(recipe: Recipe) -> Run:
     if splits["divided_by"] is not None:
         recipe.values["split_seed"] = splits["divided_by"]
     processor = build_processor(recipe, stages, problems["train"])
+    warn_of_lengths(problems["val"], processor)
     if store is not None:
         model = build_model(recipe, processor.tokenizer, store)
         store.check_model(model, processor.image_processor)
@@ -105,6 +112,22 @@ def prepare(recipe: Recipe) -> Run:
     if PartialState().is_main_process:
         write_record(folder, splits)
     return Run(recipe, stages, problems, folder, folder, processor, store, pictures, lock)
+
+
+def warn_of_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
+    """Of choices of unlike length the total log-probability hardly ever takes a long one (docs/choice_lengths.md)."""
+    stage = processor.stages[-1]
+    if stage.score != "total" or not PartialState().is_main_process:
+        return
+    rows = problems.remove_columns("images").to_list()
+    targets = [[stage.render_target({**row, "answer": index}) for index in range(len(row["choices"]))] for row in rows]
+    lengths = [[len(tokens) for tokens in processor.tokenizer(texts, verbose=False)["input_ids"]] for texts in targets]
+    unlike = sum(len(set(of_one)) > 1 for of_one in lengths)
+    if unlike:
+        logger.warning(
+            f"{stage.name} stage: score is total, and in {unlike} of {len(rows)} validation problems the choices' "
+            f"targets differ in length, of which the shorter ones are favored: consider score: mean"
+        )
 
 
 def prepare_pictures(

@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from mmcot.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
 from mmcot.problems import FEATURES, GOLD_COLUMNS
-from modeling_mmcot.processing_mmcot import STAGE_NAME
+from modeling_mmcot.processing_mmcot import SCORES, STAGE_NAME
 
 # What a run's folder holds beside its stages.
 RESERVED_NAMES = ("base", "hub", "predictions", "scores")
@@ -22,6 +22,13 @@ LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")
 def check_stages(stages: list[StageArguments], config: str) -> None:
     if not stages:
         raise ValueError(f"{config}: `stages` is empty; a recipe has at least the stage that answers.")
+    for stage in stages:
+        if stage.score is not None and stage.score not in SCORES:
+            raise ValueError(
+                f"{config}: stage {stage.name!r} has score {stage.score!r}; expected one of {', '.join(SCORES)}."
+            )
+        if stage.score is not None and stage.writes != "answer_text":
+            raise ValueError(f"{config}: stage {stage.name!r} has a score, and no choices: it writes {stage.writes!r}.")
     names = [stage.name for stage in stages]
     for name in names:
         if not isinstance(name, str) or STAGE_NAME.fullmatch(name) is None:

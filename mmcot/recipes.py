@@ -29,6 +29,7 @@ from mmcot.recipe_checks import (
     nearest,
     trains_tower,
 )
+from mmcot.trainer_options import check_trainer_options
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,6 @@ MACHINE_SETTINGS = {
     "pass_over_damaged_checkpoints",
     "fold",
     "report_problems",
-    "hub_token",
 }
 # How a step's problems are shared out; how many they are is checked when a run goes on (`trainer.SameSteps`).
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -95,9 +95,12 @@ def parse_recipe(command_line: list[str]) -> Recipe:
         # TrlParser would set the variables, whatever they do to other programs, and no record would be kept.
         raise ValueError(f"{config}: env is not read: set variables of the environment where the command is started.")
     parser = TrlParser((RecipeArguments, Seq2SeqTrainingArguments, ModelConfig), allow_abbrev=False)
-    arguments, training_arguments, model_config, unknown, surplus = parser.parse_args_and_config(
-        args=command_line, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    try:
+        arguments, training_arguments, model_config, unknown, surplus = parser.parse_args_and_config(
+            args=command_line, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except ImportError as error:  # of what an option needs, as deepspeed
+        raise ValueError(f"{config}: {error}") from error
     known = {f.name for cls in (RecipeArguments, Seq2SeqTrainingArguments, ModelConfig) for f in fields(cls)}
     for where, words in ((config, unknown), ("the command line", surplus)):
         if words:
@@ -115,6 +118,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     if arguments.max_images == 0:
         withhold_pictures(arguments, stages)
     check_sizes(training_arguments, config)
+    check_trainer_options(training_arguments, model_config, said, arguments.report_problems > 0, config)
     check_stages(stages, config)
     check_inputs(arguments, stages, config)
     check_streaming(arguments, training_arguments, stages, config)
@@ -193,7 +197,11 @@ def withhold_pictures(arguments: RecipeArguments, stages: list[StageArguments]) 
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML writes it: enumerations of transformers by their value."""
+    """A value as YAML writes it: enumerations of transformers by their value, settings as a mapping."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
     return value.value if hasattr(value, "value") else value
 
 

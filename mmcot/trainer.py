@@ -38,9 +38,12 @@ class StageTrainer(Seq2SeqTrainer):
         RunStopped: a loss is not finite, or a checkpoint cannot be written.
     """
 
-    label_smoother = None  # the model's own loss smooths, which needs no logits of padding
     is_saving = False
     validation_report: ValidationReport | None = None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.label_smoother = None  # the model's own loss smooths, which needs no logits of padding
 
     def get_train_dataloader(self) -> DataLoader:
         """With `train_sampling_strategy: group_by_length` ours (`batching.py`), else the Trainer's own."""

@@ -309,17 +309,28 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         As in transformers. Also: only the text model's linear layers are quantized, unless the quantization's
         configuration lists the modules to skip; a stage in a subfolder gets the generation config that lies there; and
         the model keeps (in memory only) how it was loaded, so that the other stages can be loaded alike.
+
+        Raises:
+            ValueError: a weight other than the fusion's is missing in the checkpoint, or its file is damaged.
         """
+        wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
         except SafetensorError as error:
             where = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "", "model.safetensors")
             raise DamagedWeights(
                 f"{where} (or a part of it) is damaged: {error}. Download it again (force_download=True)."
             ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        missing = sorted(name for name in info["missing_keys"] if ".fusion." not in name)
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights, {missing[0]} for one, which would be "
+                f"random: only the fusion may be new."
+            )
         model.loading_options = LoadingOptions(
             {
                 name: kwargs[name]
@@ -332,7 +343,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         if not is_given and os.path.isfile(os.path.join(folder, "generation_config.json")):
             # transformers joins a subfolder to a folder's absolute path in a way that drops it, and takes the root's.
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return loaded
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_text_vision_pretrained(

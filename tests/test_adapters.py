@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import LORA, as_a_stranger, run_script, tiny_model
+from conftest import LORA, TINY_RECIPE, as_a_stranger, run_script, tiny_model
 from peft import PeftModelForSeq2SeqLM
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from mmcot.adapters import adapt, check_adapters, quantization
+from mmcot.adapters import adapt, check_adapters, quantization, shared_modules
 from mmcot.predict import load_system
+from mmcot.preparation import prepare
+from mmcot.recipes import parse_recipe
 from mmcot.training import main
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pipeline_mmcot import run_stages
@@ -301,3 +303,32 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(adapter_run, tm
         ValueError, match="adapter in .*rationale was trained on another base: sha256:.*, this one is sha"
     ):
         load_system(str(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize("asked", [{"lora_target_modules": ["q", "lm_head"]}, {"lora_modules_to_save": ["shared"]}])
+def test_a_module_whose_weight_others_share_is_not_adapted(asked, tiny_dataset, tmp_path):
+    """PEFT merges into the shared weight, and the embeddings change with the head."""
+    model = tiny_model()
+    assert "lm_head" in shared_modules(model)
+    with pytest.raises(ValueError, match="An adapter of (lm_head|shared): its weight is other modules' too"):
+        adapt(model, ModelConfig(use_peft=True, **asked))
+    words = [word for name, values in asked.items() for word in (f"--{name}", *values)]
+    words = ["--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", tmp_path / "run", *words]
+    words += ["--use_peft", "true", "--merge_adapters", "true"]
+    if "lora_target_modules" not in asked:
+        words += ["--lora_target_modules", "q"]
+    with pytest.raises(ValueError, match="shares its weight with"):
+        prepare(parse_recipe([str(word) for word in words]))
+
+
+def test_a_head_of_its_own_is_adapted_and_merged(batch, labels):
+    model = tiny_model(scale_decoder_outputs=False)
+    assert "lm_head" not in shared_modules(model)
+    adapted = adapt(model, ModelConfig(use_peft=True, lora_target_modules=["q", "lm_head"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        expected = adapted.eval()(**batch, labels=labels).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(**batch, labels=labels).logits, expected, rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 
@@ -341,3 +342,17 @@ def test_training_reaches_every_parameter(build, batch, labels):
     model(**batch, labels=labels).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("num_items_in_batch", [None, 20])
+def test_a_smoothed_loss_is_that_of_transformers(build, batch, labels, skip_logits, num_items_in_batch):
+    model = build()
+    with torch.no_grad():
+        logits = model(**batch, labels=labels).logits
+        expected = LabelSmoother(epsilon=0.2)({"logits": logits}, labels.clone())
+        if num_items_in_batch is not None:
+            expected = expected * (labels != -100).sum() / num_items_in_batch
+        options = {"skip_logits": skip_logits, "num_items_in_batch": num_items_in_batch, "smoothing": 0.2}
+        found = model(**batch, labels=labels, **options).loss
+    torch.testing.assert_close(found, expected)

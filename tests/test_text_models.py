@@ -186,3 +186,15 @@ def test_a_tokenizer_without_backend_saves_alike_and_is_told_from_another(tmp_pa
     assert again(text="ab")["input_ids"].tolist() == [[100, 101, 1]]
     assert tokenizer_state(AutoTokenizer.from_pretrained(tmp_path)) == state == tokenizer_state(again.tokenizer)
     assert tokenizer_state(ByT5Tokenizer(extra_ids=7)) != state
+
+
+@pytest.mark.parametrize(
+    "absent", ["decoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"]
+)
+def test_a_text_weight_that_is_missing_is_an_error(absent, tmp_path):
+    save_checkpoint(tmp_path, "t5, unifiedqa")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[absent]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights, {absent} for one"):
+        MMCoTForConditionalGeneration.from_pretrained(tmp_path, vision_hidden_size=10)

@@ -1,0 +1,110 @@
+"""Options of the Trainer and of `trl.ModelConfig` that a run does not take, each with the reason, and those that are
+found wrong only when they are used: all are said before data is read.
+
+`tests/test_trainer_options.py` walks over every option of both classes.
+"""
+
+import copy
+from collections.abc import Set
+
+import torch
+from accelerate import PartialState
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, get_scheduler
+from trl import ModelConfig
+
+_WRITES = "how a stage writes is said in its entry (max_target_length, num_beams)"
+_BATCHES = "batches are made by the stages' own collator"
+_EVALUATION = "an evaluation computes the loss, and report_problems what a stage writes"
+_PUBLISHES = "push_to_hub.py publishes a run"
+_ITSELF = "the same command trains, evaluates, predicts and goes on by itself"
+
+REFUSED = {
+    **dict.fromkeys(("predict_with_generate", "generation_max_length", "generation_num_beams"), _WRITES),
+    **dict.fromkeys(("generation_config", "sortish_sampler"), _WRITES),
+    **dict.fromkeys(("remove_unused_columns", "label_names", "length_column_name"), _BATCHES),
+    **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"), _EVALUATION),
+    **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), _EVALUATION),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), _PUBLISHES),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), _PUBLISHES),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "resume_from_checkpoint"), _ITSELF),
+    "auto_find_batch_size": "another batch size gives other weights, and nobody would be told",
+    "ignore_data_skip": "a run that goes on would train on the same problems again",
+    "restore_callback_states_from_checkpoint": "a run's callbacks have no state",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "use_liger_kernel": "its kernels do not know this model",
+    "liger_kernel_config": "its kernels do not know this model",
+    "use_cache": "a model that is trained keeps no cache",
+    "enable_jit_checkpoint": "at SIGTERM a run saves and ends by itself",
+    "parallelism_config": "a run is shared by problems or by shards (configs/accelerate), not otherwise",
+    "optim_target_modules": "it is of optimizers that were not tried",
+    "debug": "its hooks do not take the masks of this model",
+    "include_num_input_tokens_seen": "the log tells tokens_per_second",
+    "lora_target_parameters": "it is of layers that T5 has none of: say lora_target_modules",
+    "neftune_noise_alpha": "it would be added to embeddings that T5's encoder does not read through",
+    "lora_task_type": "it is always SEQ_2_SEQ_LM",
+}
+
+
+def check_trainer_options(
+    training_arguments: Seq2SeqTrainingArguments,
+    model_config: ModelConfig,
+    said: Set[str],
+    reports_problems: bool,
+    config: str,
+) -> None:
+    """
+    Args:
+        said: the names of all settings that the recipe and the command line give.
+
+    Raises:
+        ValueError: one of them is not taken, or cannot be used, with the reason.
+    """
+    for name in sorted(said & REFUSED.keys()):
+        raise ValueError(f"{config}: {name} is set, which has no place here: {REFUSED[name]}.")
+    if training_arguments.accelerator_config.dispatch_batches:
+        raise ValueError(f"{config}: accelerator_config has dispatch_batches, which has no place here: {_BATCHES}.")
+    if "model_revision" in said and model_config.model_name_or_path is None:
+        raise ValueError(f"{config}: model_revision is set, which goes with model_name_or_path.")
+    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+        if name in said and not model_config.load_in_4bit:
+            raise ValueError(f"{config}: {name} is set, which goes with load_in_4bit: true.")
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
+        if getattr(training_arguments, name) and training_arguments.dataloader_num_workers == 0:
+            raise ValueError(f"{config}: {name} is set, which goes with dataloader_num_workers of 1 or more.")
+    if training_arguments.fsdp and PartialState().num_processes == 1:
+        raise ValueError(f"{config}: fsdp is set, which goes with several processes: accelerate launch …")
+    metric = training_arguments.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") != "loss" and not reports_problems:
+        raise ValueError(
+            f"{config}: metric_for_best_model is {metric!r}; expected eval_loss, or with report_problems a figure of "
+            f"what the stage writes."
+        )
+    check_optimizer(training_arguments, config)
+
+
+def check_optimizer(training_arguments: Seq2SeqTrainingArguments, config: str) -> None:
+    """By making them for one weight: a missing library or a wrong argument is said there."""
+    name = training_arguments.optim.value
+    try:
+        optimizer_class, options = Seq2SeqTrainer.get_optimizer_cls_and_kwargs(training_arguments)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{config}: optim is {name!r}, which cannot be used: {error}") from error
+    asked = training_arguments.optim_args
+    if asked is not None:
+        without = copy.copy(training_arguments)
+        without.optim_args = None
+        if Seq2SeqTrainer.get_optimizer_cls_and_kwargs(without)[1] == options:
+            raise ValueError(f"{config}: optim_args is {asked!r}, which has no effect on {name}.")
+    try:
+        optimizer_class([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config}: optim_args {asked!r} cannot be used: {error}") from error
+    scheduler = training_arguments.lr_scheduler_type
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    kwargs = dict(training_arguments.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(scheduler, plain, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{config}: lr_scheduler_type {scheduler.value!r} with lr_scheduler_kwargs {kwargs} cannot be used: {error}"
+        ) from error

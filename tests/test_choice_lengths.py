@@ -1,0 +1,111 @@
+"""Choices of unlike length: their targets are not cut, and are compared in total, by token, or without a question."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_RECIPE, log_probability, run_script, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mmcot.arguments import StageArguments
+from mmcot.building import build_stage
+from mmcot.preparation import prepare
+from mmcot.recipes import parse_recipe
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.pipeline_mmcot import choose_answers, encode
+from modeling_mmcot.processing_mmcot import SCORES
+
+WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, 60)}}
+LONG = " ".join(f"w{number}" for number in range(7, 40))
+PROBLEM = {"question": "w3 w4", "context": "w40 w41", "choices": [LONG, f"{LONG} w50", f"{LONG} w50 w5"]}
+
+
+def processor_of(score, max_target_length=4):
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    stage = {
+        "name": "answer",
+        "reads": ["question", "context", "choices"],
+        "writes": "answer_text",
+        "source": "{{ question }} w51 {{ context }} w52 {{ choices | join(' w53 ') }}",
+        "target": "{{ choices[answer] }}",
+        "max_target_length": max_target_length,
+        "score": score,
+    }
+    return MMCoTProcessor(tokenizer, None, [stage])
+
+
+def log_probabilities(model, processor, source):
+    """Each choice's target by a pass of its own, whole."""
+    inputs = processor(text=source)
+    targets = [processor.tokenizer(text, return_tensors="pt")["input_ids"][0] for text in PROBLEM["choices"]]
+    return torch.stack([log_probability(model, inputs, target) for target in targets]), [len(one) for one in targets]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("score", SCORES)
+def test_choices_are_compared_by_their_whole_targets(score):
+    """Of 4 tokens at most all would be the same."""
+    model, processor = tiny_model(vision_config=None), processor_of(score)
+    stage = processor.stages[0]
+    totals, lengths = log_probabilities(model, processor, stage.render_source(PROBLEM))
+    without, _ = log_probabilities(model, processor, f"w51 w52 {' w53 '.join(PROBLEM['choices'])}")
+    expected = {"total": totals, "mean": totals / torch.tensor(lengths), "calibrated": totals - without}[score]
+    inputs = processor(PROBLEM, stage="answer")
+    (found,) = choose_answers(model, processor, stage, [PROBLEM], encode(model, dict(inputs)))
+    torch.testing.assert_close(torch.tensor(found["scores"]), expected.softmax(dim=0), rtol=1e-3, atol=1e-6)
+    assert found["answer"] == int(expected.argmax())
+    assert found["scores"][1] != found["scores"][2]
+
+
+def test_how_choices_are_compared_travels_with_the_weights(tmp_path):
+    processor_of("calibrated").save_pretrained(tmp_path)
+    assert MMCoTProcessor.from_pretrained(tmp_path).stages[0].score == "calibrated"
+    with pytest.raises(ValueError, match="score of a stage is 'median'; expected one of total, mean, calibrated"):
+        processor_of("median")
+
+
+def test_texts_are_compared_on_average_and_letters_in_total_if_nothing_is_said():
+    common = {"name": "answer", "reads": ["question", "choices"], "writes": "answer_text", "template": "QCM-A"}
+    assert build_stage(StageArguments(**common)).score == "total"
+    text = "The answer is {{ choices[answer] }}."
+    assert build_stage(StageArguments(**common, target=text)).score == "mean"
+    assert build_stage(StageArguments(**common, target=text, score="total")).score == "total"
+
+
+def recipe_with(tmp_path, tiny_dataset, **changes):
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values["stages"][1].update(changes)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return ["--config", str(file), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
+
+
+def test_unlike_lengths_under_total_are_told(tmp_path, tiny_dataset, caplog):
+    text = {"target": "The answer is {{ choices[answer] }}."}
+    with caplog.at_level("WARNING"):
+        prepare(parse_recipe(recipe_with(tmp_path, tiny_dataset, **text, score="total")))
+    assert "of 12 validation problems the choices' targets differ in length" in caplog.text
+
+
+def test_a_score_that_is_none_or_of_a_stage_without_choices_is_refused(tmp_path, tiny_dataset):
+    with pytest.raises(ValueError, match="stage 'answer' has score 'best'; expected one of total, mean, calibrated"):
+        parse_recipe(recipe_with(tmp_path, tiny_dataset, score="best"))
+    words = recipe_with(tmp_path, tiny_dataset)
+    values = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    values["stages"][0]["score"] = "mean"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="stage 'rationale' has a score, and no choices: it writes 'rationale'"):
+        parse_recipe(words)
+
+
+def test_a_run_predicts_by_the_score_of_its_recipe(tmp_path, tiny_dataset):
+    words = recipe_with(tmp_path, tiny_dataset, score="calibrated")
+    run_script("train.py", *words, "--max_steps", "2")
+    run = tmp_path / "run"
+    assert json.loads((run / "hub" / "processor_config.json").read_text())["stages"][1]["score"] == "calibrated"
+    meta = json.loads((run / "predictions" / "test.meta.json").read_text())
+    assert meta["stages"][1]["score"] == "calibrated"
