@@ -23,6 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.files import cache_folder
 from mmcot.problems import check_file
+from mmcot.progress_bars import without_dataset_bars
 from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, picture_pixels, shrink_while_reading, stack_pixels
 
@@ -134,14 +135,15 @@ class PixelStore:
             return None
         made_from = (list(self.rows), self.image_processor.to_dict(), inspect.getsource(pictures_mmcot))
         try:
-            kept = Dataset.from_generator(
-                self.generate,
-                features=Features({"pixels": Value("binary"), "shape": List(Value("int64"))}),
-                gen_kwargs={"pictures": pictures},
-                fingerprint=Hasher.hash((made_from, transformers.__version__)),
-                cache_dir=str(cache_folder() / "pixels"),
-                writer_batch_size=100,
-            )
+            with without_dataset_bars():
+                kept = Dataset.from_generator(
+                    self.generate,
+                    features=Features({"pixels": Value("binary"), "shape": List(Value("int64"))}),
+                    gen_kwargs={"pictures": pictures},
+                    fingerprint=Hasher.hash((made_from, transformers.__version__)),
+                    cache_dir=str(cache_folder() / "pixels"),
+                    writer_batch_size=100,
+                )
         except DatasetGenerationError as error:
             raise error.__cause__ from None  # which picture, and what is wrong with it
         return kept.with_format("arrow")

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from mmcot.files import read_json
+from mmcot.progress_bars import without_dataset_bars
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
     drawn = {"split": split, "difficulty": int(difficulty)}
     # datasets knows a generator by its name alone, and would serve what an older demo.py drew.
     version = datasets.fingerprint.Hasher.hash((inspect.getsource(demo), drawn))
-    return datasets.Dataset.from_generator(demo.generate, gen_kwargs=drawn, features=FEATURES, fingerprint=version)
+    with without_dataset_bars():
+        return datasets.Dataset.from_generator(demo.generate, gen_kwargs=drawn, features=FEATURES, fingerprint=version)
 
 
 def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Iterator[dict[str, Any]]:
@@ -396,4 +398,5 @@ def with_column(problems: datasets.Dataset, column: str, texts: list[str]) -> da
     """The problems with these texts in that column, whether they have it or not."""
     if column in problems.column_names:
         problems = problems.remove_columns(column)
-    return problems.add_column(column, texts, feature=_TEXT)
+    with without_dataset_bars():
+        return problems.add_column(column, texts, feature=_TEXT)

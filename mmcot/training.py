@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.adapters import adapt, freeze, load_adapter_weights, quantization, save_base
-from mmcot.arguments import StageArguments
+from mmcot.arguments import StageArguments, help_text
 from mmcot.batching import by_both_lengths
 from mmcot.building import build_model
 from mmcot.checkpoints import RunStopped, checkpoint_to_resume
@@ -368,8 +368,12 @@ def describe_result(prepared: Run) -> str:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mmcot").setLevel(logging.INFO)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv) and "--config" not in argv:
+        print(help_text())
+        return
     try:
-        prepared = prepare(parse_recipe(sys.argv[1:] if argv is None else argv))
+        prepared = prepare(parse_recipe(argv))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:

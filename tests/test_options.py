@@ -110,7 +110,10 @@ def test_a_path_to_nothing_is_said_to_be_absent(where, tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         said = str(stopped.value.code)
-        assert where.removeprefix("./") in said and "there is no such" in said and "huggingface.co" not in said, (main, said)
+        assert where.removeprefix("./") in said and "there is no such" in said and "huggingface.co" not in said, (
+            main,
+            said,
+        )
 
 
 def test_an_id_of_the_hub_is_no_path(tmp_path, monkeypatch):
