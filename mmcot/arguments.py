@@ -1,6 +1,7 @@
 """What a recipe can say beyond the Trainer's arguments and `trl.ModelConfig`: its own settings, and a stage's."""
 
-from dataclasses import dataclass, field
+import argparse
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mmcot.opening import SOURCES
@@ -125,3 +126,25 @@ class RecipeArguments:
     merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})
     pass_over_damaged_checkpoints: bool = field(default=False, metadata={"help": "Go on from the last whole one."})
     decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
+
+
+def help_text() -> str:
+    """What `python train.py --help` shows without a recipe: the options that are ours, and where all others stand."""
+    parser = argparse.ArgumentParser(
+        prog="python train.py",
+        usage="python train.py --config configs/NAME.yaml [--dataset PATH_OR_ID] [--output_dir DIR] [--OPTION VALUE …]",
+        description="Train, predict, score and export what a recipe describes. The same command again goes on with an "
+        "interrupted run. Each option can stand in the recipe too; the command line goes before it.",
+        epilog="Options of training (learning_rate, num_train_epochs, bf16, …) are those of "
+        "transformers.Seq2SeqTrainingArguments, options of the text model and of adapters (model_name_or_path, dtype, "
+        "use_peft, lora_r, …) those of trl.ModelConfig: `python train.py --config configs/demo.yaml --help` shows them "
+        "all.",
+        add_help=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="The recipe.")
+    for option in fields(RecipeArguments):
+        parser.add_argument(
+            f"--{option.name}", metavar=option.name.upper(), help=option.metadata["help"].replace("%", "%%")
+        )
+    parser.add_argument("--output_dir", metavar="DIR", help="The run's folder; by default runs/ and the recipe's name.")
+    return parser.format_help()

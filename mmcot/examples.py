@@ -23,6 +23,7 @@ from mmcot.caches import code_digest, kept, versions_of
 from mmcot.feature_store import FeatureStore
 from mmcot.files import cache_folder
 from mmcot.pictures import PixelStore
+from mmcot.progress_bars import without_dataset_bars
 from modeling_mmcot import MMCoTProcessor, processing_mmcot
 from modeling_mmcot.processing_mmcot import Stage
 
@@ -53,7 +54,8 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
         desc=f"tokenizing for the {stage.name} stage",
     )
     examples = kept(make, file, len(problems))
-    return datasets.concatenate_datasets([problems.select_columns(["id", "images"]), examples], axis=1)
+    with without_dataset_bars():
+        return datasets.concatenate_datasets([problems.select_columns(["id", "images"]), examples], axis=1)
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:

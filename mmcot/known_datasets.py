@@ -15,6 +15,7 @@ import pyarrow.parquet
 from mmcot.caches import code_digest, kept, versions_of
 from mmcot.files import cache_folder, read_json
 from mmcot.problems import FEATURES, PicturePaths, checked, member, shown, split_named
+from mmcot.progress_bars import without_dataset_bars
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
         fingerprint=key,
         cache_dir=str(folder),
     )
-    return kept(make, folder)
+    with without_dataset_bars():
+        return kept(make, folder)
 
 
 def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Rows:

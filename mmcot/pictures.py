@@ -24,6 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mmcot.caches import code_digest, kept, versions_of
 from mmcot.files import cache_folder
 from mmcot.problems import check_file
+from mmcot.progress_bars import without_dataset_bars
 from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, picture_pixels, shrink_while_reading, stack_pixels
 
@@ -150,7 +151,8 @@ class PixelStore:
             writer_batch_size=100,
         )
         try:
-            return kept(make, folder, len(pictures)).with_format("arrow")
+            with without_dataset_bars():
+                return kept(make, folder, len(pictures)).with_format("arrow")
         except DatasetGenerationError as error:
             raise error.__cause__ from None  # which picture, and what is wrong with it
 

@@ -28,6 +28,7 @@ from mmcot.options import check_output_file, refuse_below
 from mmcot.predict import load_inputs, load_system, predict, predict_stage
 from mmcot.predictions import digest_of_problems
 from mmcot.problems import FEATURES, SPLITS, require_answers
+from mmcot.progress_bars import without_dataset_bars
 from mmcot.provenance import weights_of
 from mmcot.sources import add_dataset_options, choose_source, said_options
 from mmcot.subsets import add_selection
@@ -70,7 +71,8 @@ def others(count: int, drawn: random.Random) -> list[int]:
 
 
 def with_images(problems: Dataset, images: list[list]) -> Dataset:
-    return problems.remove_columns("images").add_column("images", images, feature=FEATURES["images"])
+    with without_dataset_bars():
+        return problems.remove_columns("images").add_column("images", images, feature=FEATURES["images"])
 
 
 def with_permuted_choices(problems: Dataset, drawn: random.Random) -> tuple[Dataset, list[list[int]]]:
@@ -86,8 +88,9 @@ def with_permuted_choices(problems: Dataset, drawn: random.Random) -> tuple[Data
     permuted = problems.remove_columns(["choices", "answer"])
     choices = [[texts[place] for place in order] for texts, _, order in rows]
     answers = [order.index(answer) for _, answer, order in rows]
-    permuted = permuted.add_column("choices", choices, feature=FEATURES["choices"])
-    return permuted.add_column("answer", answers, feature=FEATURES["answer"]), orders
+    with without_dataset_bars():
+        permuted = permuted.add_column("choices", choices, feature=FEATURES["choices"])
+        return permuted.add_column("answer", answers, feature=FEATURES["answer"]), orders
 
 
 def probe(

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 
 from mmcot.files import read_json
+from mmcot.progress_bars import without_dataset_bars
 
 _TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
@@ -256,4 +257,5 @@ def with_column(problems: datasets.Dataset, column: str, texts: list[str]) -> da
     """The problems with these texts in that column, whether they have it or not."""
     if column in problems.column_names:
         problems = problems.remove_columns(column)
-    return problems.add_column(column, texts, feature=_TEXT)
+    with without_dataset_bars():
+        return problems.add_column(column, texts, feature=_TEXT)

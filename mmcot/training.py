@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.adapters import adapt, freeze, load_adapter_weights, quantization, save_base
-from mmcot.arguments import StageArguments
+from mmcot.arguments import StageArguments, help_text
 from mmcot.batching import by_both_lengths
 from mmcot.building import build_model
 from mmcot.checkpoints import RunStopped, checkpoint_to_resume
@@ -421,12 +421,15 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mmcot").setLevel(logging.INFO)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv) and "--config" not in argv:
+        print(help_text())
+        return
     try:
-        words = sys.argv[1:] if argv is None else argv
         try:
-            if dataset is not None and any(word.split("=")[0] == "--dataset" for word in words):
+            if dataset is not None and any(word.split("=")[0] == "--dataset" for word in argv):
                 raise ValueError("--dataset is given, and a dataset was given in Python: give one of them.")
-            recipe = parse_recipe(words)
+            recipe = parse_recipe(argv)
             prepared = prepare(recipe if dataset is None else recipe.with_dataset(dataset))
         except ValueError as error:
             sys.exit(f"error: {error}")

@@ -48,7 +48,7 @@ def token_maps(
     inputs = BatchFeature(processor([problem], stage=stage.name, images=[images])).to(model.device, model.dtype)
     tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     read = inputs if model.virtual_tokens is None else model.virtual_tokens.before_source(inputs)
-    weights = encoder(**read, output_attentions=True).fusion_attentions[0].float()
+    weights = encoder(**read, output_fusion_attentions=True).fusion_attentions[0].float()
     weights = weights[-len(tokens) :].view(len(tokens), len(images), -1)  # without those of virtual tokens
     maps = []
     for number, pixels in enumerate(inputs["pixel_values"][0]):

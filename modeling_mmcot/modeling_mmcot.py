@@ -146,9 +146,13 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         vision_features: torch.FloatTensor | None = None,
         vision_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
+        output_fusion_attentions: bool = False,
         **kwargs,
     ) -> MMCoTEncoderOutput:
-        """The arguments of `MMCoTForConditionalGeneration.forward`; `last_hidden_state` is fused."""
+        """
+        The arguments of `MMCoTForConditionalGeneration.forward`; `last_hidden_state` is fused. With
+        `output_fusion_attentions` it gives the fusion's attention without T5's, which SDPA does not compute.
+        """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         outputs = super().forward(
@@ -173,7 +177,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             last_hidden_state=states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            fusion_attentions=weights if output_attentions else None,
+            fusion_attentions=weights if output_attentions or output_fusion_attentions else None,
         )
 
     def picture_patches(

@@ -310,7 +310,7 @@ class Page:
                     self.unseen = gr.HTML(elem_id="unseen-answered")
             with gr.Column() as self.looked_part:
                 gr.Markdown(LOOKED)
-                gr.Markdown(CROPPED, visible=is_cropped(self.answer.processor.image_processor))
+                self.cropped = gr.Markdown(CROPPED, visible=is_cropped(self.answer.processor.image_processor))
                 self.stage = gr.Radio(
                     self.seeing,
                     value=next(iter(self.seeing), None),

@@ -373,6 +373,4 @@ def test_the_published_model_is_named_beside_the_app(app, tmp_path, monkeypatch)
 def test_a_picture_is_said_to_be_cropped_where_it_is(app, answer, monkeypatch, crops, expected):
     """The demonstration's processor holds None, which is no crop."""
     monkeypatch.setattr(answer.processor.image_processor, "do_center_crop", crops, raising=False)
-    with app.build(answer) as page:
-        shown = [block for block in page.blocks.values() if getattr(block, "value", None) == app.CROPPED]
-    assert [block.visible for block in shown] == [expected]
+    assert app.Page(answer, "name").cropped.visible is expected
