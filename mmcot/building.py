@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from jinja2 import meta
+from jinja2 import TemplateError, meta
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -43,7 +43,7 @@ def build_stage(arguments: StageArguments) -> Stage:
             f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
         )
     templates = PAPER_TEMPLATES.get(arguments.template, {})
-    return Stage(
+    stage = Stage(
         name=arguments.name,
         reads=arguments.reads,
         writes=arguments.writes,
@@ -53,11 +53,31 @@ def build_stage(arguments: StageArguments) -> Stage:
         max_target_length=arguments.max_target_length,
         score=arguments.score or default_score(arguments.target or templates["target"]),
     )
+    check_source(stage)
+    return stage
+
+
+def check_source(stage: Stage) -> None:
+    """
+    Raises:
+        ValueError: its source template cannot be rendered of the columns that it reads.
+    """
+    row = {name: ["a", "b"] if name == "choices" else "a" for name in stage.reads if name != "images"}
+    try:
+        stage.render_source(row)
+    except TemplateError as error:
+        raise ValueError(
+            f"stage {stage.name!r}: its source cannot be made of what it reads ({', '.join(stage.reads)}): {error}."
+        ) from error
 
 
 def default_score(target: str) -> str:
-    """A text's total log-probability falls with its length; of letters all are alike."""
-    return "mean" if "choices" in meta.find_undeclared_variables(ENVIRONMENT.parse(target)) else "total"
+    """A text's total log-probability falls with its length; letters have one length."""
+    try:
+        columns = meta.find_undeclared_variables(ENVIRONMENT.parse(target))
+    except TemplateError as error:
+        raise ValueError(f"the target {target!r:.100} is no template: {error}.") from error
+    return "mean" if "choices" in columns else "total"
 
 
 def check_tower_name(recipe: Recipe) -> None:

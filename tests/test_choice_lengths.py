@@ -69,7 +69,12 @@ def test_how_choices_are_compared_travels_with_the_weights(tmp_path):
 
 
 def test_texts_are_compared_on_average_and_letters_in_total_if_nothing_is_said():
-    common = {"name": "answer", "reads": ["question", "choices"], "writes": "answer_text", "template": "QCM-A"}
+    common = {
+        "name": "answer",
+        "reads": ["question", "context", "choices"],
+        "writes": "answer_text",
+        "template": "QCM-A",
+    }
     assert build_stage(StageArguments(**common)).score == "total"
     text = "The answer is {{ choices[answer] }}."
     assert build_stage(StageArguments(**common, target=text)).score == "mean"
@@ -109,3 +114,16 @@ def test_a_run_predicts_by_the_score_of_its_recipe(tmp_path, tiny_dataset):
     assert json.loads((run / "hub" / "processor_config.json").read_text())["stages"][1]["score"] == "calibrated"
     meta = json.loads((run / "predictions" / "test.meta.json").read_text())
     assert meta["stages"][1]["score"] == "calibrated"
+
+
+def test_a_source_that_names_a_column_that_is_not_read_is_refused():
+    common = {
+        "name": "answer",
+        "reads": ["question", "choices"],
+        "writes": "answer_text",
+        "target": "{{ choices[answer] }}",
+    }
+    with pytest.raises(ValueError, match="stage 'answer': its source cannot be made of what it reads .*'context'"):
+        build_stage(StageArguments(**common, source="{{ question }} {{ context }}"))
+    with pytest.raises(ValueError, match="its source cannot be made"):
+        build_stage(StageArguments(**common, source="{{ question }"))
