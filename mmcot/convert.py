@@ -298,7 +298,10 @@ def main(argv: list[str] | None = None) -> None:
                 ("prompt_formats",),
                 "it names the formats of the two --stage_folders",
             )
-        refuse_absent_path(arguments.original_dir, "the authors' folder, or an id of the Hub (USER/NAME)")
+        # An id may be followed by a folder of the repository, USER/NAME/FOLDER.
+        is_id = not arguments.original_dir.startswith((".", "/", "~")) and arguments.original_dir.count("/") == 2
+        if not is_id:
+            refuse_absent_path(arguments.original_dir, "the authors' folder, or an id of the Hub (USER/NAME)")
         if arguments.attach_tower is not None:
             refuse_absent_path(arguments.attach_tower, "a tower's folder, or an id of the Hub (USER/NAME)")
         check_output_folder(arguments.out_dir, "OUT_DIR")

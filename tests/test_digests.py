@@ -6,13 +6,13 @@ from datasets import Dataset
 from PIL import Image
 
 from mmcot.digests import difference, problem_digests, whole_digest
-from mmcot.problems import FEATURES, checked
+from mmcot.problems import FEATURES, PicturePaths, checked
 
 
 def problems(folder, **changes):
     rows = [{"id": str(number), "question": f"Question {number}?", "images": ["picture.png"]} for number in range(12)]
     rows[3] |= changes
-    rows = checked(rows, "rows", folder, max_images=None)
+    rows = checked([("rows", row) for row in rows], "rows", PicturePaths(folder))
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY_RECIPE
 
-from mmcot import convert, evaluate, features, predict, probes, training
+from mmcot import convert, evaluate, features, predict, predictions, probes, training
 from mmcot.journal import Journal
 from mmcot.licenses import check_license
 from mmcot.options import check_output_file, check_output_folder, refuse_absent_path
@@ -95,10 +95,11 @@ def test_a_path_to_nothing_is_said_to_be_absent(where, tmp_path, monkeypatch, ca
         (probes.main, [where, "--dataset", "demo"]),
         (features.main, ["demo", "--vision", where, "--output", "x"]),
         (features.main, ["demo", "--captions", where, "--output", "x"]),
-        (convert.main, [where, "x", "--vision", "vit"]),
         (push_to_hub.main, [where, "--repo_id", "ada/model", "--dry_run"]),
         (evaluate.main, ["--leaderboard", where]),
     ]
+    if where != "a/b/c":  # to the authors' files an id and a folder of that repository
+        commands.append((convert.main, [where, "x", "--vision", "vit"]))
     for name in ("model_name_or_path", "vision_model_name_or_path", "tokenizer_name_or_path"):
         values = yaml.safe_load(TINY_RECIPE.read_text())
         for key in ("text_config", "vision_config", "image_processor", "tokenizer_vocab_size"):
@@ -153,7 +154,9 @@ def test_a_full_disk_ends_a_prediction_in_a_sentence_and_it_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(Journal, "write", is_full) if place == "journal" else full.setattr(predict, "write_json", is_full)
+        full.setattr(Journal, "write", is_full) if place == "journal" else full.setattr(
+            predictions, "write_json", is_full
+        )
         with pytest.raises(SystemExit, match="test.json could not be written: .*No space left.*goes on"):
             predict.main(command)
     assert not (tmp_path / "test.json").exists()

@@ -142,7 +142,7 @@ def test_a_recipe_sets_no_variable_of_the_environment(tmp_path, monkeypatch):
 
 def test_a_recipe_makes_no_objects(tmp_path):
     (tmp_path / "recipe.yaml").write_text("stages: !!python/object/apply:os.system ['touch was_here']\n")
-    with pytest.raises(yaml.YAMLError):
+    with pytest.raises(ValueError, match="expected a recipe in YAML; found could not determine a constructor"):
         parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
     assert not (tmp_path / "was_here").exists()
 
@@ -187,7 +187,7 @@ def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
     columns = {name: [row[name]] for name in features}
     table = datasets.Dataset.from_dict(columns, features=features).data.table
     pyarrow.parquet.write_table(table, tmp_path / "hub" / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="row 1, problem .*private.png.* is outside of .*hub; expected a file in it"):
+    with pytest.raises(ValueError, match="row 1, problem .* is outside of .*hub; expected a file in it"):
         load_problems(str(tmp_path / "hub"), "test")
 
 

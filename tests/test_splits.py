@@ -172,11 +172,12 @@ def test_a_run_says_how_its_rows_were_divided(text_recipe, tmp_path):
     file = jsonl(tmp_path, *map(question, range(60)))
     for _ in range(2):  # the second call goes on with the same run
         run = prepare(parse_recipe([*text_recipe, "--dataset", file]))
+        run.lock.__exit__(None, None, None)
     assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["split_seed"] == 42
     record = read_json(run.folder / SPLITS_FILE)
     assert record["divided_by"] == 42 and sum(record["n"].values()) == 60
     assert record["overlap"] == {"train": {"val": 0, "test": 0}, "val": {"test": 0}}
-    with pytest.raises(ValueError, match="split_seed differ"):
+    with pytest.raises(ValueError, match="split_seed: 42 there, 7 here"):
         prepare(parse_recipe([*text_recipe, "--dataset", file, "--split_seed", "7"]))
 
 

@@ -37,7 +37,9 @@ def test_ctrl_c_saves_ends_with_130_and_says_how_to_go_on(tiny_run, tiny_dataset
 
 def test_ctrl_c_before_the_training_ends_without_a_traceback(tiny_dataset, tmp_path):
     """Right after the folder is taken, while problems are tokenized."""
-    process = start(tiny_dataset, tmp_path / "run", start_new_session=True)
+    # A shell starts what runs in the background with SIGINT ignored, and the tests may run there.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = start(tiny_dataset, tmp_path / "run", **heard)
     wait_for(tmp_path / "run" / "recipe.yaml", process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
