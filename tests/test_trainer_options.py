@@ -28,7 +28,6 @@ WORKS = {
     "lr_scheduler_kwargs": {"min_lr": 1e-5},
     "warmup_steps": 1,
     "optim": "adafactor",
-    "optim_args": "clip_threshold=0.9",
     "weight_decay": 0.1,
     "adam_beta1": 0.8,
     "adam_beta2": 0.9,
@@ -101,7 +100,7 @@ WORKS = {
     "use_dora": True,
 }
 GOES_WITH = {
-    "optim_args": {"optim": "adafactor"},
+    "lr_scheduler_type": {"lr_scheduler_kwargs": {"min_lr": 1e-5}},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr"},
     "activation_checkpointing_kwargs": {"activation_checkpointing": True},
     "gradient_checkpointing_kwargs": {"gradient_checkpointing": True},
@@ -118,6 +117,7 @@ GOES_WITH = {
 # What a run of this machine cannot show, and why.
 NOT_SHOWN_HERE = {
     "output_dir": "each run has one",
+    "optim_args": "of optimizers of libraries that are not installed",
     "tf32": "needs a GPU",
     **dict.fromkeys(("fsdp", "fsdp_config", "ddp_backend"), "needs several processes (test_distributed.py)"),
     "deepspeed": "needs deepspeed and a GPU",
