@@ -159,8 +159,6 @@ def check_adapters(
             would change too; quantization was asked for without bitsandbytes or a GPU.
     """
     check_not_shared(model_config.lora_modules_to_save or [], "lora_modules_to_save", shared)
-    parameters = [name.removesuffix(".weight") for name in model_config.lora_target_parameters or []]
-    check_not_shared(parameters, "lora_target_parameters", shared)
     quantization(model_config)
     if peft_type != "LORA":
         return
