@@ -109,9 +109,12 @@ def load_scored_problems(dataset: str | Given, split: str, **reading: Any) -> Da
         return load_problems(dataset, split, pictures=False, **reading)
 
 
-def fitting(file: str, problems: Dataset, allow_missing: bool, arguments: argparse.Namespace) -> Predictions:
+def fitting(
+    file: str, problems: Dataset, allow_missing: bool, arguments: argparse.Namespace, pictures: bool = True
+) -> Predictions:
     """
-    The predictions for just these problems; with `allow_missing` a problem without one is answered wrong.
+    The predictions for just these problems; with `allow_missing` a problem without one is answered wrong, and without
+    `pictures` they may have been predicted from others, or from none.
 
     Raises:
         ValueError: ids are missing or surplus; where the surplus ones are another split's, it is named. Or the
@@ -125,7 +128,7 @@ def fitting(file: str, problems: Dataset, allow_missing: bool, arguments: argpar
     missing = [problem_id for problem_id in problems["id"] if problem_id not in predictions]
     if surplus or not allow_missing:
         check_same_ids(problems["id"], predictions)
-    check_problems(Path(file), predictions, problems, arguments.dataset)
+    check_problems(Path(file), predictions, problems, arguments.dataset, pictures)
     if missing:
         logger.warning("%d of %d problems have no prediction and count as wrong", len(missing), len(problems))
         wrong = {"answer": -1, "missing": True}
@@ -292,7 +295,7 @@ def write_page(
 
     blind, origin = None, origin_of(Path(arguments.file))
     if arguments.without_picture is not None:
-        blind = fitting(arguments.without_picture, problems, False, arguments)
+        blind = fitting(arguments.without_picture, problems, False, arguments, pictures=False)
     attention: Iterable[tuple[str, Any]] = ()
     if arguments.attention is not None:
         processor, models = load_system(arguments.attention)

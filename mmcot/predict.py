@@ -52,7 +52,7 @@ from mmcot.sources import add_dataset_options, choose_source, load_problems, rea
 from mmcot.subsets import add_selection, select
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
-from modeling_mmcot.pipeline_mmcot import write_column
+from modeling_mmcot.pipeline_mmcot import count_unfinished, write_column
 from modeling_mmcot.processing_mmcot import Stage
 from modeling_mmcot.self_consistency_mmcot import TEMPERATURE, agreed
 from modeling_mmcot.stages_mmcot import load_stages
@@ -127,6 +127,11 @@ def predict_stage(
     by_id = {}
     for names, columns in [*done.items(), *gather_object(written)]:
         by_id.update(zip(names, columns, strict=True))
+    unfinished = count_unfinished([by_id[problem_id] for problem_id in ids])
+    if unfinished and state.is_main_process:
+        logger.warning(
+            f"{stage.name} stage: {unfinished} of {len(ids)} texts end at the limit of new tokens, before their end"
+        )
     for problem_id in ids:
         predictions.setdefault(problem_id, {}).update(by_id[problem_id])
 

@@ -81,10 +81,17 @@ def as_given(problem: Mapping[str, Any], max_images: int | None) -> dict[str, An
 
 
 def check_problems(
-    predictions_file: Path, predictions: Mapping[str, Any], problems: Iterable[Mapping[str, Any]], dataset: str
+    predictions_file: Path,
+    predictions: Mapping[str, Any],
+    problems: Iterable[Mapping[str, Any]],
+    dataset: str,
+    pictures: bool = True,
 ) -> None:
     """
     The problems that the predictions were made for are those that `dataset` gives under their ids now.
+
+    Args:
+        pictures: whether their pictures are compared, too.
 
     Raises:
         ValueError: they are others, or `read_meta` refuses the pair of files.
@@ -93,7 +100,8 @@ def check_problems(
     if meta is None:
         return
     predicted = (problem for problem in problems if problem["id"] in predictions)
-    differing = differing_parts(meta["problems"], digest_of_problems(predicted, meta["max_images"]))
+    found = digest_of_problems(predicted, meta["max_images"])
+    differing = differing_parts(meta["problems"], found if pictures else {**found, "pictures": None})
     if differing:
         raise ValueError(
             f"{predictions_file} was predicted from {meta['dataset']!r} (split {meta['split']!r}), and the problems of "

@@ -54,15 +54,15 @@ def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, s
         encoded = encode(model, inputs)
         labels = processor.encode_texts([TARGET])["input_ids"][:, :NUM_POSITIONS].to(model.device)
         logits = model(**encoded, labels=labels).logits[0].float()
+        greedy = {"num_beams": 1, "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+        texts, _ = generate_finite(model, processor, stage, [problem], encoded, **greedy)
         spread = torch.linspace(0, logits.shape[-1] - 1, NUM_LOGITS).long()
         found = {
             "source": stage.render_source(problem),
             "dtype": str(model.dtype).removeprefix("torch."),
             "generation": generation_settings(model.generation_config),
             "logits": [[round(value, 6) for value in row] for row in logits[:, spread].tolist()],
-            "greedy": generate_finite(
-                model, processor, stage, [problem], encoded, num_beams=1, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
-            )[0],
+            "greedy": texts[0],
         }
         if stage.answers:
             found["scores"] = choose_answers(model, processor, stage, [problem], encoded)[0]["scores"]

@@ -15,6 +15,7 @@ from .versions_mmcot import check_versions  # noqa: F401  # isort: skip (it must
 import torch
 from transformers import (
     BatchFeature,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     Pipeline,
@@ -25,6 +26,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from .attention_mmcot import TokenMaps, token_maps
 from .captioning_mmcot import Captioner
@@ -35,6 +37,11 @@ from .processing_mmcot import GOLD_COLUMNS, TOKENIZING, MMCoTProcessor, Stage, o
 from .self_consistency_mmcot import TEMPERATURE, agreed
 from .settings_mmcot import decoding_config, given_settings
 from .stages_mmcot import StageAdapters, load_stages, stage_model
+
+logger = logging.get_logger(__name__)
+
+# In a row of `write_column`: whether the generated text was cut at the limit of new tokens.
+UNFINISHED = "unfinished"
 
 
 def write_column(
@@ -61,7 +68,7 @@ def write_column(
     Returns:
         For each problem the new columns. A stage that answers gives `answer` (index, -1 without choices),
         `answer_text` and `scores` (a probability per choice), and where asked `decoded_answer`; any other stage gives
-        the column that it writes.
+        the column that it writes. A generated text comes with `UNFINISHED`, which `count_unfinished` removes.
     """
     for problem in problems:
         leaked = [column for column in GOLD_COLUMNS if column in problem]
@@ -72,18 +79,24 @@ def write_column(
     is_finite = encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
     refuse_non_finite(problems, stage, is_finite)
     if not stage.answers:
-        texts = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
-        return [{stage.writes: text} for text in texts]
+        generated = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
+        return [{stage.writes: text, UNFINISHED: is_cut} for text, is_cut in zip(*generated, strict=True)]
     columns = choose_answers(model, processor, stage, problems, encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
     if decode_answer or open_ended:
-        texts = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
-        for index, text in enumerate(texts):
+        generated = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
+        for index, (text, is_cut) in enumerate(zip(*generated, strict=True)):
+            columns[index][UNFINISHED] = is_cut
             if index in open_ended:
                 columns[index]["answer_text"] = text
             if decode_answer:
                 columns[index]["decoded_answer"] = read_answer(text, len(problems[index]["choices"]))
     return columns
+
+
+def count_unfinished(columns: list[dict]) -> int:
+    """How many texts end at the limit of new tokens; their marks are removed."""
+    return sum(written.pop(UNFINISHED, False) for written in columns)
 
 
 def refuse_non_finite(problems: list[dict], stage: Stage, is_finite: torch.BoolTensor) -> None:
@@ -108,7 +121,7 @@ def generate_finite(
     encoded: dict,
     streamer: BaseStreamer | None = None,
     **generation,
-) -> list[str]:
+) -> tuple[list[str], list[bool]]:
     """`generate_texts`, where a NaN of the decoder is an error that names the stage and the problem."""
     try:
         return generate_texts(model, processor, encoded, streamer=streamer, **generation)
@@ -180,8 +193,10 @@ def generate_texts(
     encoded: dict,
     streamer: BaseStreamer | None = None,
     **generation,
-) -> list[str]:
+) -> tuple[list[str], list[bool]]:
     """
+    Each problem's text, and whether it was cut at the limit of new tokens.
+
     By the model's own generation config, but for what is given. A streamer is told by transformers' own decoding; of
     beams, which are not known before the end, the whole text at once.
     """
@@ -209,7 +224,15 @@ def generate_texts(
         streamer.put(tokens[:, :1].cpu())
         streamer.put(tokens[0, 1:].cpu())
         streamer.end()
-    return processor.batch_decode(tokens, skip_special_tokens=True)
+    return processor.batch_decode(tokens, skip_special_tokens=True), are_cut(tokens, config)
+
+
+def are_cut(tokens: torch.LongTensor, config: GenerationConfig) -> list[bool]:
+    """Whether each row lacks an end token; always False where a text may end without one."""
+    if config.eos_token_id is None or config.stop_strings is not None:
+        return [False] * len(tokens)
+    end_tokens = torch.as_tensor(config.eos_token_id, device=tokens.device)
+    return (~torch.isin(tokens, end_tokens).any(dim=1)).tolist()
 
 
 def check_stop_strings(strings: str | list[str], processor: MMCoTProcessor) -> None:
@@ -316,6 +339,11 @@ def run_stages(
                     patches[id(tower)] = see(model, pixels)
                 inputs.update(patches[id(tower)])
             new = write_column(model, processor, stage, rows, inputs, decode_answer, **generation)
+        unfinished = count_unfinished(new)
+        if unfinished:
+            logger.warning(
+                f"{stage.name} stage: {unfinished} of {len(new)} texts end at the limit of new tokens, before their end"
+            )
         for written, column in zip(columns, new, strict=True):
             written.update(column)
     return columns

@@ -156,7 +156,7 @@ def of_transformers(model, processor, inputs, settings):
 
 def of_ours(model, processor, inputs, settings):
     torch.manual_seed(1)
-    return generate_texts(model, processor, encode(model, inputs), **given_settings(copy.deepcopy(settings)))
+    return generate_texts(model, processor, encode(model, inputs), **given_settings(copy.deepcopy(settings)))[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -324,7 +324,8 @@ def test_of_a_batch_the_problem_is_named_whose_text_is_not_finite(answer, monkey
     def overflow(model, processor, encoded, **generation):
         if (encoded["attention_mask"].sum(dim=1) > 40).any():
             raise FloatingPointError
-        return [""] * len(encoded["attention_mask"])
+        rows = len(encoded["attention_mask"])
+        return [""] * rows, [False] * rows
 
     monkeypatch.setattr("modeling_mmcot.pipeline_mmcot.generate_texts", overflow)
     long = {**RED, "question": " ".join(["w7"] * 41)}
@@ -399,7 +400,7 @@ def test_a_system_loaded_in_another_dtype_is_saved(answer, tmp_path, dtype):
 def test_beams_leave_what_was_encoded_as_it_was(processor, problems):
     model = tiny_model(1, initializer_factor=3.0)
     encoded = encode(model, processor(problems, stage="rationale"))
-    twice = [generate_texts(model, processor, encoded, num_beams=3) for _ in range(2)]
+    twice = [generate_texts(model, processor, encoded, num_beams=3)[0] for _ in range(2)]
     assert twice[0] == twice[1] and len(encoded["encoder_outputs"].last_hidden_state) == 2
 
 

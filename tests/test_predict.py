@@ -77,7 +77,10 @@ def plainly(model, processor, stage, problem):
     if not stage.answers:
         return processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0]
     targets = [labels[labels != -100] for labels in processor.choice_labels([problem], stage.name)[0]]
-    return torch.stack([log_probability(model, inputs, target) for target in targets]).softmax(dim=0)
+    log_probs = torch.stack([log_probability(model, inputs, target) for target in targets])
+    if stage.score == "mean":
+        log_probs = log_probs / torch.tensor([len(target) for target in targets])
+    return log_probs.softmax(dim=0)
 
 
 def test_predictions_are_those_of_each_problem_alone(tiny_run, tiny_dataset):
@@ -267,6 +270,21 @@ def test_an_answer_that_samples_agree_on(tiny_run, tiny_dataset):
         votes = [score.index(max(score)) for score in scores]
         assert columns["answer"] == means.index(max(means))
         assert columns["agreement"] == votes.count(columns["answer"]) / 4
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_texts_that_are_cut_at_the_limit_of_new_tokens_are_counted(tiny_run, tiny_dataset, caplog, ends):
+    processor, models = load_system(str(tiny_run))
+    problems = load_problems(str(tiny_dataset), "test").select(range(4))
+    model = models["rationale"]
+    tokens, end = set(range(model.config.vocab_size)), model.generation_config.eos_token_id
+    model.generation_config.suppress_tokens = sorted(tokens - {end}) if ends else [end]
+    written: dict[str, dict] = {}
+    with caplog.at_level("WARNING"):
+        predict_stage(model, processor, processor.stages[0], problems, written)
+    counted = "rationale stage: 4 of 4 texts end at the limit of new tokens, before their end" in caplog.text
+    assert counted != ends
+    assert all(columns.keys() == {"rationale"} for columns in written.values())
 
 
 @pytest.mark.parametrize(("max_tokens", "largest"), [(1, 1), (10**6, None)])

@@ -161,6 +161,21 @@ def test_predictions_are_scored_against_their_own_problems_alone(
         evaluate(file, str(dataset), "test")
 
 
+def test_predictions_with_pictures_withheld_are_shown_beside_those_of_the_same_texts(
+    tiny_run, pairs, tiny_dataset, tmp_path
+):
+    showing = [str(pairs / "one.json"), "--dataset", str(tiny_dataset), "--report", str(tmp_path / "page")]
+    showing += ["--output", str(tmp_path / "scores.json")]
+    without = {"blind": {"images": []}, "other": {"images": [], "question": "Another?"}}
+    for name, columns in without.items():
+        dataset = changed(tiny_dataset, tmp_path / name, lambda _, row, columns=columns: {**row, **columns})
+        predict([str(tiny_run), "--dataset", str(dataset), "--output", str(tmp_path / f"{name}.json")])
+    score_files([*showing, "--without_picture", str(tmp_path / "blind.json")])
+    assert "picture_not_used" in (tmp_path / "page" / "problems.js").read_text()
+    with pytest.raises(SystemExit, match="have other questions, choices, answers or other texts. Give"):
+        score_files([*showing, "--without_picture", str(tmp_path / "other.json")])
+
+
 def test_what_a_system_is_given_besides_is_no_other_problem(tiny_run, pairs, tiny_dataset, tmp_path):
     """Elsewhere, with captions, or without the pictures' files, they are the same problems."""
     moved = changed(tiny_dataset, tmp_path / "moved", lambda _, row: {**row, "caption": "a picture"})
