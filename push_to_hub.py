@@ -6,12 +6,12 @@ python push_to_hub.py runs/demo --repo_id USER/NAME [--private] [--dry_run] [--s
 import argparse
 from pathlib import Path
 
-from mmcot.card import Publication
-from mmcot.licenses import check_license
-from mmcot.options import given_options, refuse_without_effect
-from mmcot.publishing import HUB_ERRORS, Repository, advice, check_repository_id, publish_run
-from mmcot.run_folder import is_adapted
-from mmcot.space import publish_space
+from mmcot.hub.card import Publication
+from mmcot.hub.licenses import check_license
+from mmcot.hub.publish import HUB_ERRORS, Repository, advice, check_repository_id, publish_run
+from mmcot.hub.space import publish_space
+from mmcot.recipes.command_line import given_options, refuse_without_effect
+from mmcot.storage.run_folder import is_adapted
 
 # Options that say how a run is published.
 OF_A_RUN = ("base_model", "license", "license_name", "license_link", "adapters", "merge", "allow_unscored")

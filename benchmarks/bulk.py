@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 
 from benchmarks.setting import report
-from mmcot.demo import generate
-from mmcot.files import read_json
+from mmcot.problems.demo import generate
+from mmcot.storage.files import read_json
 
 BATCH_SIZE = 32
 TIMES = 2
@@ -56,8 +56,8 @@ def in_predict(run: Path, count: int) -> dict[str, Any]:
     """The same by `mmcot.predict`, its start and loading left out."""
     import datasets
 
-    from mmcot.predict import load_system, predict
-    from mmcot.problems import FEATURES
+    from mmcot.prediction.predictor import load_system, predict
+    from mmcot.problems.schema import FEATURES
 
     dataset = datasets.Dataset.from_list(list(rows(count)), features=FEATURES)
     processor, models = load_system(str(run))

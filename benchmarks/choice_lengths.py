@@ -21,9 +21,9 @@ import yaml
 from datasets import Dataset
 
 from benchmarks.setting import machine
-from mmcot.files import read_json, write_json
-from mmcot.predict import load_system, predict
-from mmcot.sources import load_problems
+from mmcot.prediction.predictor import load_system, predict
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json, write_json
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import SCORES
 

@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
 from benchmarks.setting import machine
-from mmcot.feature_store import FeatureStore, FeatureWriter
-from mmcot.features import load_all_splits, load_image_processor
+from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
+from mmcot.pictures.featurizer import load_all_splits, load_image_processor
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage

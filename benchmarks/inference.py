@@ -43,9 +43,9 @@ from benchmarks.setting import (
     summary,
     timed,
 )
-from mmcot.examples import StageCollator
-from mmcot.predict import predict_stage
-from mmcot.problems import with_column, without_gold
+from mmcot.prediction.examples import StageCollator
+from mmcot.prediction.predictor import predict_stage
+from mmcot.problems.schema import with_column, without_gold
 from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.pipeline_mmcot import choose_answers, encode, generate_texts
 from modeling_mmcot.processing_mmcot import Stage

@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.setting import DATASET, report
-from mmcot.files import read_json
-from mmcot.mistakes import KINDS, sort_mistake
-from mmcot.sources import load_problems
-from mmcot.uncertainty import kappa
+from mmcot.evaluation.mistakes import KINDS, sort_mistake
+from mmcot.evaluation.uncertainty import kappa
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json
 
 GPT3 = "../shared/fixtures/reference_text/gpt3_test361.json"
 LABELS = Path(__file__).with_name("gpt3_labels.jsonl")

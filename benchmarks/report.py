@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 from benchmarks.setting import report
-from mmcot.demo import SPLIT_SIZES
-from mmcot.metrics import score
-from mmcot.report import write_report
-from mmcot.sources import load_problems
+from mmcot.analysis.report import write_report
+from mmcot.evaluation.metrics import score
+from mmcot.problems.demo import SPLIT_SIZES
+from mmcot.problems.sources import load_problems
 
 COUNT = 4241
 TIMES = 5

@@ -22,8 +22,8 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria, T5Config, T5ForConditionalGeneration
 
-from mmcot.problems import with_column
-from mmcot.sources import load_problems
+from mmcot.problems.schema import with_column
+from mmcot.problems.sources import load_problems
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pipeline_mmcot import rows_of_like_lengths
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage

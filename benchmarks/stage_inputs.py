@@ -22,11 +22,11 @@ import yaml
 from tqdm.auto import tqdm
 
 from benchmarks.setting import report
-from mmcot.arguments import STAGE_CHOICES
-from mmcot.files import read_json, write_json
-from mmcot.recipes import claim_run_folder, parse_recipe
-from mmcot.sources import load_problems
-from mmcot.stage_inputs import CROSS_FITTED, predictions_file, read_predictions
+from mmcot.problems.sources import load_problems
+from mmcot.recipes.arguments import STAGE_CHOICES
+from mmcot.recipes.recipe import claim_run_folder, parse_recipe
+from mmcot.storage.files import read_json, write_json
+from mmcot.training.stage_inputs import CROSS_FITTED, predictions_file, read_predictions
 
 RECIPE = "configs/demo.yaml"
 VARIANTS = list(itertools.product(STAGE_CHOICES["init_from"], STAGE_CHOICES["inputs_from"]))

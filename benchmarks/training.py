@@ -45,9 +45,9 @@ from benchmarks.setting import (
     summary,
     timed,
 )
-from mmcot.batching import LengthBatchSampler, cost
-from mmcot.examples import StageCollator, lengths_of, tokenized
-from mmcot.problems import with_column
+from mmcot.prediction.batching import LengthBatchSampler, cost
+from mmcot.prediction.examples import StageCollator, lengths_of, tokenized
+from mmcot.problems.schema import with_column
 
 STEPS, BASE_STEPS = 4, 6  # in a repeat, of ours and of plain T5
 SIZES = (250, 4000)
@@ -188,7 +188,7 @@ def measure_utilization() -> dict:
 START = """
 import os, sys, time
 from transformers import TrainerCallback
-from mmcot import training
+from mmcot.training import run as training
 class FirstStep(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         print("FIRST STEP", time.time(), flush=True)

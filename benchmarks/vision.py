@@ -19,10 +19,10 @@ import torch
 
 from benchmarks.feature_store import detr_checkpoint, every_picture
 from benchmarks.setting import DATASET, REPEATS, ratio, report, summary, timed
-from mmcot.feature_store import FeatureStore, FeatureWriter
-from mmcot.features import Featurizer, complete, described, load_featurizer
-from mmcot.pictures import distinct_pictures, read_picture
-from mmcot.sources import load_problems
+from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
+from mmcot.pictures.featurizer import Featurizer, complete, described, load_featurizer
+from mmcot.pictures.reading import distinct_pictures, read_picture
+from mmcot.problems.sources import load_problems
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels
 
 

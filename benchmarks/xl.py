@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.recipes import parameters, short_recipe, stage_results, train
 from benchmarks.setting import report
-from mmcot.files import read_json
+from mmcot.storage.files import read_json
 
 TEXT_LENGTH = 16
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mmcot.files import read_json
-from mmcot.pictures import read_pictures
-from mmcot.sources import load_problems
+from mmcot.pictures.reading import read_pictures
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json
 
 SKILL = "bar_chart"
 WIDTH, HEIGHT, PICTURE = 980, 300, 260

@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
-from mmcot.demo import generate
-from mmcot.features import compute, load_all_splits
+from mmcot.pictures.featurizer import compute, load_all_splits
+from mmcot.problems.demo import generate
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
 from modeling_mmcot.fusion_mmcot import FUSIONS
 

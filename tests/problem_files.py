@@ -7,7 +7,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from mmcot.pictures import read_pictures
+from mmcot.pictures.reading import read_pictures
 
 ROW = {"id": "p1", "question": "Which color is it?", "choices": ["red", "blue"], "answer": 1, "split": "test"}
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from mmcot.adapters import adapt, check_adapters, quantization, shared_modules
-from mmcot.predict import load_system
-from mmcot.preparation import prepare
-from mmcot.recipes import parse_recipe
-from mmcot.training import main
+from mmcot.prediction.predictor import load_system
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.training.adapters import adapt, check_adapters, quantization, shared_modules
+from mmcot.training.preparation import prepare
+from mmcot.training.run import main
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pipeline_mmcot import run_stages
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mmcot.batching import LengthBatchSampler, cost, length_batches, shares
+from mmcot.prediction.batching import LengthBatchSampler, cost, length_batches, shares
 
 
 def draw(number, seed=0):

@@ -3,13 +3,15 @@
 import pytest
 from problem_files import jsonl, says
 
-from mmcot import evaluate, predict, training
-from mmcot.files import read_json, write_json
-from mmcot.hub import export
-from mmcot.metrics import score_by
-from mmcot.preparation import prepare
-from mmcot.recipes import parse_recipe
-from mmcot.run_folder import scores_file
+from mmcot.evaluation import predictions as evaluate
+from mmcot.evaluation.metrics import score_by
+from mmcot.hub.export import export
+from mmcot.prediction import predictor as predict
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.files import read_json, write_json
+from mmcot.storage.run_folder import scores_file
+from mmcot.training import run as training
+from mmcot.training.preparation import prepare
 
 LEVELS = ("easy", "hard", "easy", None, "easy", "hard")
 

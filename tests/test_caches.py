@@ -12,10 +12,12 @@ from conftest import tiny_model
 from PIL import Image
 from test_examples import made, own_cache, problems, processor, tokens  # noqa: F401
 
-from mmcot import demo, feature_store, features
-from mmcot.features import compute, vision_source
-from mmcot.pictures import PixelStore
-from mmcot.sources import load_problems
+from mmcot.pictures import feature_store
+from mmcot.pictures import featurizer as features
+from mmcot.pictures.featurizer import compute, vision_source
+from mmcot.pictures.reading import PixelStore
+from mmcot.problems import demo
+from mmcot.problems.sources import load_problems
 from modeling_mmcot import pictures_mmcot, processing_mmcot, vision_mmcot
 
 KINDS = {  # what is kept of a dataset of two problems, one of them with a picture

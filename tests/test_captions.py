@@ -30,10 +30,11 @@ from transformers import (
     ViTModel,
 )
 
-from mmcot import features, training
-from mmcot.files import read_json
-from mmcot.problems import join_captions
-from mmcot.sources import load_problems
+from mmcot.pictures import featurizer as features
+from mmcot.problems.schema import join_captions
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json
+from mmcot.training import run as training
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.captioning_mmcot import CAPTIONERS, Captioner
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from mmcot.card import code_digests, command_options, without_paths
+from mmcot.hub.card import code_digests, command_options, without_paths
 
 
 @pytest.mark.parametrize(

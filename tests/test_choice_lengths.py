@@ -9,10 +9,10 @@ from conftest import TINY_RECIPE, log_probability, run_script, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mmcot.arguments import StageArguments
-from mmcot.building import build_stage
-from mmcot.preparation import prepare
-from mmcot.recipes import parse_recipe
+from mmcot.recipes.arguments import StageArguments
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.training.building import build_stage
+from mmcot.training.preparation import prepare
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.pipeline_mmcot import choose_answers, encode
 from modeling_mmcot.processing_mmcot import SCORES

@@ -9,10 +9,10 @@ import pandas
 import pytest
 from problem_files import ROW, error_of, jsonl, parquet, png, says
 
-from mmcot.columns import is_absent, is_near, parse_columns
-from mmcot.pictures import read_pictures
-from mmcot.problems import FEATURES
-from mmcot.sources import load_problems
+from mmcot.pictures.reading import read_pictures
+from mmcot.problems.columns import is_absent, is_near, parse_columns
+from mmcot.problems.schema import FEATURES
+from mmcot.problems.sources import load_problems
 
 
 def table(folder, text, suffix=".csv"):

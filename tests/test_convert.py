@@ -26,11 +26,11 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from mmcot import convert as convert_module
-from mmcot.arguments import RecipeArguments
-from mmcot.building import build_model
-from mmcot.convert import convert, read_tensors
-from mmcot.recipes import Recipe
+from mmcot.hub import original as convert_module
+from mmcot.hub.original import convert, read_tensors
+from mmcot.recipes.arguments import RecipeArguments
+from mmcot.recipes.recipe import Recipe
+from mmcot.training.building import build_model
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.vision_mmcot import TOWERS
 

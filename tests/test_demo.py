@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcot import demo
-from mmcot.sources import load_problems
+from mmcot.problems import demo
+from mmcot.problems.sources import load_problems
 
 SPLITS = ("train", "val", "test")
 ROWS = {split: list(demo.generate(split)) for split in SPLITS}

@@ -8,11 +8,11 @@ from conftest import run_script
 from test_predict import plainly
 from test_report import drive
 
-from mmcot.demo import PICTURE_SKILLS, seen
-from mmcot.evaluate import main as evaluate
-from mmcot.predict import load_system, predict_stage
-from mmcot.problems import without_gold
-from mmcot.sources import load_problems
+from mmcot.evaluation.predictions import main as evaluate
+from mmcot.prediction.predictor import load_system, predict_stage
+from mmcot.problems.demo import PICTURE_SKILLS, seen
+from mmcot.problems.schema import without_gold
+from mmcot.problems.sources import load_problems
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import shutil
 from datasets import Dataset
 from PIL import Image
 
-from mmcot.digests import difference, problem_digests, whole_digest
-from mmcot.problems import FEATURES, PicturePaths, checked
+from mmcot.problems.digests import difference, problem_digests, whole_digest
+from mmcot.problems.schema import FEATURES, PicturePaths, checked
 
 
 def problems(folder, **changes):

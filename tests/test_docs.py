@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 import modeling_mmcot
-from mmcot.hub import shipped_code
+from mmcot.hub.export import shipped_code
 
 EXAMPLES = {
     example.name: example

@@ -10,11 +10,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from mmcot import pictures
-from mmcot.examples import StageCollator, tokenized
-from mmcot.features import vision_source
-from mmcot.pictures import PixelStore
-from mmcot.sources import load_problems
+from mmcot.pictures import reading as pictures
+from mmcot.pictures.featurizer import vision_source
+from mmcot.pictures.reading import PixelStore
+from mmcot.prediction.examples import StageCollator, tokenized
+from mmcot.problems.sources import load_problems
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
 

@@ -8,9 +8,9 @@ from conftest import content, tiny_model
 from PIL import Image
 from transformers import DetrImageProcessorPil
 
-from mmcot.feature_store import FeatureStore, FeatureWriter
-from mmcot.features import compute, main
-from mmcot.sources import load_problems
+from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
+from mmcot.pictures.featurizer import compute, main
+from mmcot.problems.sources import load_problems
 from modeling_mmcot.vision_mmcot import load_vision_tower
 
 

@@ -27,10 +27,9 @@ from transformers import (
     ViTModel,
 )
 
-from mmcot import predict, training
-from mmcot.evaluate import evaluate
-from mmcot.feature_store import FeatureStore, FeatureWriter
-from mmcot.features import (
+from mmcot.evaluation.predictions import evaluate
+from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
+from mmcot.pictures.featurizer import (
     commit_of,
     compute,
     import_authors_features,
@@ -38,9 +37,11 @@ from mmcot.features import (
     main,
     open_authors_features,
 )
-from mmcot.files import read_json
-from mmcot.pictures import content_key
-from mmcot.sources import load_problems
+from mmcot.pictures.reading import content_key
+from mmcot.prediction import predictor as predict
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json
+from mmcot.training import run as training
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import as_a_stranger, tiny_model
 
-from mmcot.hub import shipped_code
+from mmcot.hub.export import shipped_code
 from modeling_mmcot import MMCoTProcessor
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcot.hub_checks import is_model_file, leaks
+from mmcot.hub.checks import is_model_file, leaks
 
 
 @pytest.fixture

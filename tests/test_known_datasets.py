@@ -16,15 +16,15 @@ from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from PIL import Image
 from problem_files import ROW, check_pictures, error_of, png, says, scienceqa
 
-from mmcot import demo
-from mmcot.evaluate import main as evaluate
-from mmcot.files import read_json
-from mmcot.metrics import rationale_scores
-from mmcot.preparation import prepare
-from mmcot.problems import FEATURES, require_answers, without_gold
-from mmcot.recipes import parse_recipe
-from mmcot.sources import load_problems
-from mmcot.training import training_problems
+from mmcot.evaluation.metrics import rationale_scores
+from mmcot.evaluation.predictions import main as evaluate
+from mmcot.problems import demo
+from mmcot.problems.schema import FEATURES, require_answers, without_gold
+from mmcot.problems.sources import load_problems
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.files import read_json
+from mmcot.training.preparation import prepare
+from mmcot.training.run import training_problems
 
 # The original ScienceQA folder.
 
@@ -159,7 +159,7 @@ def test_demo_rows_are_what_demo_generates():
 def test_a_changed_demo_is_not_served_from_the_cache(tmp_path):
     """In a copy of the package, with a demo.py of its own that is changed between two processes."""
     shutil.copytree(REPOSITORY / "mmcot", tmp_path / "mmcot", ignore=shutil.ignore_patterns("__pycache__"))
-    show = "from mmcot.sources import load_problems; print(len(load_problems('demo', 'val')))"
+    show = "from mmcot.problems.sources import load_problems; print(len(load_problems('demo', 'val')))"
     for rows in (1, 2):
         row = {**ROW, "split": "val", "images": [], "lecture": "", "solution": "", "context": "", "caption": ""}
         row |= dict.fromkeys(("subject", "grade", "topic", "category", "skill"), "")

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from mmcot import predict as predicting
-from mmcot.examples import tokenized
-from mmcot.leaks import leaking
-from mmcot.predict import load_system, main, predict
-from mmcot.sources import load_problems
+from mmcot.evaluation.leaks import leaking
+from mmcot.prediction import predictor as predicting
+from mmcot.prediction.examples import tokenized
+from mmcot.prediction.predictor import load_system, main, predict
+from mmcot.problems.sources import load_problems
 from modeling_mmcot import pipeline_mmcot
 from modeling_mmcot.pipeline_mmcot import write_column
 

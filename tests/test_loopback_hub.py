@@ -351,7 +351,7 @@ def test_a_snapshot_is_there_offline(hub, tmp_path):
 
 def test_cards(hub, tmp_path):
     code = f"""
-    from mmcot.versions import validate_card
+    from mmcot.hub.versions import validate_card
 
     def card(metadata, repo_type="model"):
         return error(validate_card, RepoCard(f"---\\n{{metadata}}\\n---\\ntext", True), repo_type)

@@ -9,9 +9,9 @@ import pytest
 from conftest import REPOSITORY, run_script, shared
 from loopback_hub import LoopbackHub, client_environment
 
-from mmcot.evaluate import main
-from mmcot.files import read_json, write_json
-from mmcot.sources import load_problems
+from mmcot.evaluation.predictions import main
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json, write_json
 
 FOLDER = str(REPOSITORY / "metrics" / "mmcot_scienceqa")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mmcot.metrics import CLASSES, accuracy, class_sizes, rationale_scores, score
-from mmcot.sources import load_problems
+from mmcot.evaluation.metrics import CLASSES, accuracy, class_sizes, rationale_scores, score
+from mmcot.problems.sources import load_problems
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmcot.mistakes import KINDS, sentences, sort_mistake, supported_choice
+from mmcot.evaluation.mistakes import KINDS, sentences, sort_mistake, supported_choice
 
 PROBLEM = {
     "question": "Will these magnets attract or repel each other?",

@@ -10,11 +10,17 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY_RECIPE
 
-from mmcot import convert, evaluate, features, predict, predictions, probes, training
-from mmcot.journal import Journal
-from mmcot.licenses import check_license
-from mmcot.options import check_output_file, check_output_folder, refuse_absent_path
-from mmcot.tables import p_value
+from mmcot.analysis import probes
+from mmcot.evaluation import predictions as evaluate
+from mmcot.evaluation.tables import p_value
+from mmcot.hub import original as convert
+from mmcot.hub.licenses import check_license
+from mmcot.pictures import featurizer as features
+from mmcot.prediction import predictor as predict
+from mmcot.problems import predictions
+from mmcot.recipes.command_line import check_output_file, check_output_folder, refuse_absent_path
+from mmcot.storage.journal import Journal
+from mmcot.training import run as training
 
 sys.path.insert(0, str(REPOSITORY))
 import push_to_hub  # noqa: E402

@@ -17,7 +17,7 @@ def test_installed_it_works_from_any_folder(tmp_path):
     elsewhere.mkdir()
     run_script("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", site, source)
     use = (
-        "import mmcot.hub, sys; from importlib import resources; from mmcot.recipes import parse_recipe; "
+        "import mmcot.hub.export, sys; from importlib import resources; from mmcot.recipes.recipe import parse_recipe; "
         "assert mmcot.__file__.startswith(sys.argv[1]); "
         "assert resources.files('mmcot').joinpath('card_template.md').is_file(); "
         "print(parse_recipe(['--config', 'configs/demo.yaml']).arguments.dataset)"

@@ -17,8 +17,8 @@ from conftest import run_script
 from PIL import EpsImagePlugin, Image, ImageFile
 from transformers import CLIPImageProcessor, DetrImageProcessor, ViTImageProcessor
 
-from mmcot.pictures import read_pictures
-from mmcot.sources import load_problems
+from mmcot.pictures.reading import read_pictures
+from mmcot.problems.sources import load_problems
 from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import (
     MAX_PIXELS,

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import REPOSITORY, log_probability, run_script
 
-from mmcot.journal import Journal
-from mmcot.pictures import read_pictures
-from mmcot.predict import batches_of, load_system, main, predict_stage
-from mmcot.predict import predict as predict_all
-from mmcot.problems import without_gold
-from mmcot.provenance import provenance
-from mmcot.sources import load_problems
-from mmcot.subsets import select
+from mmcot.pictures.reading import read_pictures
+from mmcot.prediction.predictor import batches_of, load_system, main, predict_stage
+from mmcot.prediction.predictor import predict as predict_all
+from mmcot.prediction.provenance import provenance
+from mmcot.problems.schema import without_gold
+from mmcot.problems.sources import load_problems
+from mmcot.problems.subsets import select
+from mmcot.storage.journal import Journal
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.processing_mmcot import Stage
 from modeling_mmcot.self_consistency_mmcot import agreed

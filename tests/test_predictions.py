@@ -7,12 +7,12 @@ import pytest
 from conftest import TINY_RECIPE
 from safetensors.torch import load_file, save_file
 
-from mmcot.evaluate import evaluate
-from mmcot.evaluate import main as score_files
-from mmcot.files import read_json, write_json
-from mmcot.predict import main as predict
-from mmcot.sources import load_problems
-from mmcot.training import main as train
+from mmcot.evaluation.predictions import evaluate
+from mmcot.evaluation.predictions import main as score_files
+from mmcot.prediction.predictor import main as predict
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json, write_json
+from mmcot.training.run import main as train
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_call_that_is_killed_between_the_two_files_is_seen_and_made_good(
         write_json(path, data)
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patch.setattr("mmcot.predictions.write_json", once)
+        patch.setattr("mmcot.problems.predictions.write_json", once)
         predict(command)
     scoring = [str(tmp_path / "p.json"), "--dataset", str(tiny_dataset)]
     with pytest.raises(SystemExit, match="p.meta.json does not belong to"):
@@ -198,7 +198,7 @@ def test_some_problems_of_a_split_are_those_that_were_predicted(tiny_run, tiny_d
 
 def test_pictures_that_a_system_does_not_take_are_not_compared(tmp_path, tiny_dataset):
     """Of a ScienceQA problem with pictures of its choices, a system may take the first alone."""
-    from mmcot.predictions import digest_of_problems, write_predictions
+    from mmcot.problems.predictions import digest_of_problems, write_predictions
 
     folder, pictures = tmp_path / "scienceqa", tmp_path / "scienceqa" / "images" / "test" / "1"
     pictures.mkdir(parents=True)

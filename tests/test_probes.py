@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from mmcot import probes as probing
-from mmcot.files import read_json
-from mmcot.predict import load_system
-from mmcot.probes import main, of_another, others, probe, with_permuted_choices
-from mmcot.sources import load_problems
+from mmcot.analysis import probes as probing
+from mmcot.analysis.probes import main, of_another, others, probe, with_permuted_choices
+from mmcot.prediction.predictor import load_system
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json
 
 
 @pytest.fixture

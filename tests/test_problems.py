@@ -13,9 +13,9 @@ from conftest import REPOSITORY
 from PIL import Image, ImageFile
 from problem_files import ROW, check_pictures, error_of, jsonl, parquet, png, says, scienceqa
 
-from mmcot.pictures import read_pictures
-from mmcot.problems import FEATURES, GOLD_COLUMNS, join_column, require_answers, without_gold
-from mmcot.sources import load_problems
+from mmcot.pictures.reading import read_pictures
+from mmcot.problems.schema import FEATURES, GOLD_COLUMNS, join_column, require_answers, without_gold
+from mmcot.problems.sources import load_problems
 from modeling_mmcot.pictures_mmcot import as_pictures
 
 # Files of rows.

@@ -8,12 +8,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmcot.files import read_json
-from mmcot.pictures import PixelStore
-from mmcot.progress import Speed, ValidationReport, plot_curves
-from mmcot.recipes import parse_recipe
-from mmcot.sources import load_problems
-from mmcot.training import main, training_arguments
+from mmcot.pictures.reading import PixelStore
+from mmcot.problems.sources import load_problems
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.files import read_json
+from mmcot.training.progress import Speed, ValidationReport, plot_curves
+from mmcot.training.run import main, training_arguments
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 
 STAGES = ("rationale", "answer")

@@ -21,11 +21,11 @@ from peft import PromptTuningConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmcot.evaluate import main as evaluate
-from mmcot.files import read_json, write_json
-from mmcot.hub import export, merge, shipped_code
-from mmcot.hub_checks import check_model_folder
-from mmcot.predict import main as predict
+from mmcot.evaluation.predictions import main as evaluate
+from mmcot.hub.checks import check_model_folder
+from mmcot.hub.export import export, merge, shipped_code
+from mmcot.prediction.predictor import main as predict
+from mmcot.storage.files import read_json, write_json
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main
 
@@ -34,7 +34,7 @@ from push_to_hub import main
 PUSHES = """
 import contextlib, functools, io, json, sys
 import push_to_hub
-from mmcot import publishing
+from mmcot.hub import publish as publishing
 publishing.answer_of_a_stranger = functools.cache(publishing.answer_of_a_stranger)
 for line in sys.stdin:
     printed, status = io.StringIO(), 0
@@ -215,7 +215,7 @@ def test_the_card_lists_the_code_that_it_runs(hub, published):
 @pytest.fixture
 def broken(run, tmp_path, monkeypatch):
     """A copy to break; that it loads elsewhere is seen where it is published."""
-    monkeypatch.setattr("mmcot.publishing.answer_of_a_stranger", lambda *_: {})
+    monkeypatch.setattr("mmcot.hub.publish.answer_of_a_stranger", lambda *_: {})
     shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run"
 

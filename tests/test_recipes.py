@@ -6,8 +6,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY_RECIPE
 
-from mmcot import problems
-from mmcot.recipes import claim_run_folder, parse_recipe
+from mmcot.problems import schema as problems
+from mmcot.recipes.recipe import claim_run_folder, parse_recipe
 from modeling_mmcot import processing_mmcot
 
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))

@@ -15,17 +15,17 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, DetrConfig
 from trl import ModelConfig
 
-from mmcot.adapters import adapt
-from mmcot.attention import maps_of_problems
-from mmcot.evaluate import main
-from mmcot.files import read_json, write_json
-from mmcot.mistakes import KINDS
-from mmcot.predict import load_system
-from mmcot.predict import main as predict
-from mmcot.problems import FEATURES, with_column
-from mmcot.provenance import stage_weights
-from mmcot.report import FULL, bars, origin_of
-from mmcot.sources import load_problems
+from mmcot.analysis.attention import maps_of_problems
+from mmcot.analysis.report import FULL, bars, origin_of
+from mmcot.evaluation.mistakes import KINDS
+from mmcot.evaluation.predictions import main
+from mmcot.prediction.predictor import load_system
+from mmcot.prediction.predictor import main as predict
+from mmcot.prediction.provenance import stage_weights
+from mmcot.problems.schema import FEATURES, with_column
+from mmcot.problems.sources import load_problems
+from mmcot.storage.files import read_json, write_json
+from mmcot.training.adapters import adapt
 from modeling_mmcot.attention_mmcot import places
 
 CHROMIUM = shutil.which("chromium")
@@ -170,7 +170,7 @@ def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tm
     processor, models = load_system(str(tiny_run))
     for stage in processor.stages:
         stage.reads.remove("images")
-    monkeypatch.setattr("mmcot.predict.load_system", lambda model: (processor, models))
+    monkeypatch.setattr("mmcot.prediction.predictor.load_system", lambda model: (processor, models))
     options = ["--dataset", str(tiny_dataset), "--output", str(tmp_path / "scores.json")]
     options += ["--report", str(tmp_path / "report")]
     with pytest.raises(SystemExit, match="no stage of that model sees pictures"):

@@ -9,8 +9,8 @@ from conftest import TINY_RECIPE, run_script
 from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration
 
-from mmcot.preparation import prepare
-from mmcot.recipes import parse_recipe
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.training.preparation import prepare
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, as_a_stranger, hub_r
 from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 from PIL import Image
 
-from mmcot.feature_store import record_type
-from mmcot.features import load_image_processor
-from mmcot.metrics import score
-from mmcot.predict import load_system
-from mmcot.problems import FEATURES
-from mmcot.recipes import parse_recipe
-from mmcot.report import write_report
-from mmcot.sources import load_problems
+from mmcot.analysis.report import write_report
+from mmcot.evaluation.metrics import score
+from mmcot.pictures.feature_store import record_type
+from mmcot.pictures.featurizer import load_image_processor
+from mmcot.prediction.predictor import load_system
+from mmcot.problems.schema import FEATURES
+from mmcot.problems.sources import load_problems
+from mmcot.recipes.recipe import parse_recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.processing_mmcot import Stage, render
 from modeling_mmcot.vision_mmcot import build_vision_tower

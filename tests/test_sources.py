@@ -23,14 +23,17 @@ from loopback_hub import LoopbackHub, client_environment
 from PIL import Image
 from problem_files import ROW, error_of, png, says
 
-from mmcot import evaluate, features, predict, training
-from mmcot.demo import generate
-from mmcot.files import read_json
-from mmcot.pictures import read_pictures
-from mmcot.preparation import prepare
-from mmcot.problems import FEATURES
-from mmcot.recipes import parse_recipe
-from mmcot.sources import load_problems, splits_of
+from mmcot.evaluation import predictions as evaluate
+from mmcot.pictures import featurizer as features
+from mmcot.pictures.reading import read_pictures
+from mmcot.prediction import predictor as predict
+from mmcot.problems.demo import generate
+from mmcot.problems.schema import FEATURES
+from mmcot.problems.sources import load_problems, splits_of
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.files import read_json
+from mmcot.training import run as training
+from mmcot.training.preparation import prepare
 
 SPLITS = ("train", "val", "test")
 COLUMNS = {"question": "query", "image": "img"}  # ours = theirs, of the sources with other names
@@ -417,7 +420,7 @@ def test_an_address_of_the_hub_in_another_form_is_named():
 LOAD = """
 import json, sys
 import huggingface_hub
-from mmcot.sources import load_problems
+from mmcot.problems.sources import load_problems
 
 api = huggingface_hub.HfApi()
 api.create_repo("someone/problems", repo_type="dataset", exist_ok=True)

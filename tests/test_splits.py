@@ -11,12 +11,12 @@ import yaml
 from conftest import HUB_FEATURES, hub_rows
 from problem_files import error_of, jsonl, parquet, png, says
 
-from mmcot.files import read_json
-from mmcot.preparation import prepare
-from mmcot.recipes import parse_recipe
-from mmcot.sources import is_divided, load_problems
-from mmcot.split_record import SPLITS_FILE
-from mmcot.splits import named_parts, overlaps
+from mmcot.problems.sources import is_divided, load_problems
+from mmcot.problems.splits import named_parts, overlaps
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.files import read_json
+from mmcot.training.preparation import prepare
+from mmcot.training.split_record import SPLITS_FILE
 
 SPLITS = ("train", "val", "test")
 

@@ -9,7 +9,7 @@ from conftest import run_script
 from safetensors.torch import load_file
 from test_interruption import command, go_on, is_as_if_uninterrupted, start, wait_for
 
-from mmcot.checkpoints import UNFINISHED, checkpoint_to_resume, finish_checkpoint
+from mmcot.storage.checkpoints import UNFINISHED, checkpoint_to_resume, finish_checkpoint
 
 # The loss is to be as large as it can be, and so the first checkpoint is the best one.
 FIRST_IS_BEST = (

@@ -11,11 +11,11 @@ import torch
 import yaml
 from conftest import HUB_FEATURES, TINY_RECIPE, hub_rows, run_script
 
-from mmcot.preparation import prepare
-from mmcot.recipes import parse_recipe
-from mmcot.streaming import streamed_pictures
-from mmcot.trainer import NamedCollator
-from mmcot.training import main, stage_examples
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.training.preparation import prepare
+from mmcot.training.run import main, stage_examples
+from mmcot.training.streaming import streamed_pictures
+from mmcot.training.trainer import NamedCollator
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
-from mmcot.examples import tokenizer_state
-from mmcot.preparation import prepare
-from mmcot.recipes import parse_recipe
+from mmcot.prediction.examples import tokenizer_state
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.training.preparation import prepare
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

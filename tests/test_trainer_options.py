@@ -10,10 +10,10 @@ from conftest import TINY_RECIPE
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from mmcot.demo import generate
-from mmcot.recipes import parse_recipe
-from mmcot.trainer_options import REFUSED
-from mmcot.training import main
+from mmcot.problems.demo import generate
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.recipes.trainer_options import REFUSED
+from mmcot.training.run import main
 
 WORKERS = {"dataloader_num_workers": 1}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}

@@ -14,18 +14,18 @@ from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from safetensors.torch import load_file, save_file
 from test_report import drive
 
-from mmcot.building import build_stage
-from mmcot.evaluate import main as evaluate
-from mmcot.files import write_json
-from mmcot.journal import Journal
-from mmcot.pictures import read_pictures
-from mmcot.predict import main as predict
-from mmcot.preparation import prepare
-from mmcot.provenance import stage_weights
-from mmcot.recipes import parse_recipe
-from mmcot.sources import load_problems
-from mmcot.stage_inputs import with_gold_columns
-from mmcot.training import main
+from mmcot.evaluation.predictions import main as evaluate
+from mmcot.pictures.reading import read_pictures
+from mmcot.prediction.predictor import main as predict
+from mmcot.prediction.provenance import stage_weights
+from mmcot.problems.sources import load_problems
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.files import write_json
+from mmcot.storage.journal import Journal
+from mmcot.training.building import build_stage
+from mmcot.training.preparation import prepare
+from mmcot.training.run import main
+from mmcot.training.stage_inputs import with_gold_columns
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 
@@ -244,7 +244,7 @@ def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_
         write_json(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr("mmcot.predictions.write_json", once)
+        patch.setattr("mmcot.problems.predictions.write_json", once)
         main(command)
     main(command)
     before, after = (json.loads((folder / "predictions/test.json").read_text()) for folder in (tiny_run, run))

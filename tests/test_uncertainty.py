@@ -9,7 +9,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, cohen_kappa_score
 from statsmodels.stats import contingency_tables, inter_rater
 
-from mmcot.uncertainty import calibration, kappa, mcnemar, mean_interval
+from mmcot.evaluation.uncertainty import calibration, kappa, mcnemar, mean_interval
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():

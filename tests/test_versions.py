@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, TINY_RECIPE, run_script
 
-from mmcot.demo import generate
-from mmcot.hub import shipped_code
+from mmcot.hub.export import shipped_code
+from mmcot.problems.demo import generate
 from modeling_mmcot import versions_mmcot
 
 VERSIONS = Path(os.environ.get("MMCOT_VERSIONS", "none")).resolve()

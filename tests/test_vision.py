@@ -25,7 +25,7 @@ from transformers import (
     ViTConfig,
 )
 
-from mmcot.features import load_image_processor
+from mmcot.pictures.featurizer import load_image_processor
 from modeling_mmcot import MMCoTConfig, MMCoTProcessor
 from modeling_mmcot.processing_mmcot import build_image_processor
 from modeling_mmcot.vision_mmcot import (

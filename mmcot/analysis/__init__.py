@@ -1,0 +1,1 @@
+"""Looking into a system: probes, attention maps, the report page."""

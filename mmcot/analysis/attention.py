@@ -1,0 +1,28 @@
+"""Where the fusion looked, over a dataset's problems. How it is found stands in `attention_mmcot.py`."""
+
+from collections.abc import Iterator
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from mmcot.pictures.reading import read_pictures
+from mmcot.problems.schema import without_gold
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.attention_mmcot import TokenMaps, token_maps
+from modeling_mmcot.pictures_mmcot import as_rgb
+from modeling_mmcot.processing_mmcot import Stage
+
+
+def maps_of_problems(
+    model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: Dataset
+) -> Iterator[tuple[str, TokenMaps]]:
+    """
+    For each problem with a picture, its id and its maps. `problems` have the columns that the stage reads.
+
+    Raises:
+        ValueError: the tower's patches have no known places.
+    """
+    for problem in without_gold(problems):
+        if problem["images"]:
+            images = [as_rgb(picture) for picture in read_pictures(problem)]
+            yield problem["id"], token_maps(model, processor, stage, problem, images)

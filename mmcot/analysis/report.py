@@ -1,0 +1,268 @@
+"""Predictions -> a folder with a page to look through them: `index.html`, which opens from the disk, without network.
+
+Scores with their intervals, plots, and every problem with its picture, prompts, rationale, probabilities, the kind of
+its mistake, and where the fusion looked. What the page does stands in `report_template.html`, what it is given here.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from datasets import Dataset
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mmcot.evaluation.metrics import CLASSES, checked_answers, percentage, right_by_class
+from mmcot.evaluation.mistakes import KINDS, sort_mistake
+from mmcot.evaluation.uncertainty import mean_interval
+from mmcot.pictures.reading import read_pictures
+from mmcot.problems.predictions import read_meta
+from modeling_mmcot.attention_mmcot import TokenMaps
+from modeling_mmcot.pictures_mmcot import as_rgb
+from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
+
+MARKER = "mmcot-report.json"  # a folder that holds it is a report, and may be replaced
+PICTURE_SIDE = 480  # of the longer side at most, px
+NUM_SKILLS = 30
+FULL = 4  # times an even share of the attention, which the overlay shows in full colour
+
+Predictions = Mapping[str, Mapping[str, Any]]
+
+
+def write_report(
+    folder: Path,
+    problems: Dataset,
+    predictions: Predictions,
+    scores: Mapping[str, Any],
+    predictions_file: Path,
+    stages: Sequence[Stage] = (),
+    without_picture: Predictions | None = None,
+    attention: Iterable[tuple[str, TokenMaps]] = (),
+) -> None:
+    """
+    Args:
+        folder: is made, or replaced where it holds a report.
+        problems: with their gold columns.
+        scores: of the predictions (`metrics.score`).
+        predictions_file: what they were read from.
+        stages: those that wrote it, whose prompts are shown.
+        without_picture: what is predicted with pictures withheld.
+        attention: maps of some problems.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
+        raise ValueError(f"--report {folder} exists and holds something else than a report: choose another folder.")
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        (unfinished / "pictures").mkdir(parents=True)
+        (unfinished / "attention").mkdir()
+        rows = list(problem_rows(problems, predictions, stages, without_picture, unfinished))
+        attended, numbers = set(), {problem_id: number for number, problem_id in enumerate(problems["id"])}
+        for problem_id, maps in attention:
+            number = numbers[problem_id]
+            attended.add(number)
+            write_attention(unfinished / "attention" / f"{number}.js", number, maps)
+        for number, row in enumerate(rows):
+            row["attended"] = number in attended
+        write_script(unfinished / "problems.js", "PROBLEMS", rows)
+        page = jinja2.Environment(autoescape=True).from_string(
+            resources.files("mmcot.analysis").joinpath("report_template.html").read_text(encoding="utf-8")
+        )
+        html = page.render(
+            title="/".join(predictions_file.absolute().parts[-3:]),
+            full=FULL,
+            scores=scores,
+            classes=[name for name in CLASSES if scores["class_n"][name]],
+            kinds=KINDS,
+            plots=plots(problems, predictions, scores, without_picture),
+            report=hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()[:16],
+        )
+        (unfinished / "index.html").write_text(html, encoding="utf-8")
+        (unfinished / MARKER).write_text(json.dumps({"of": str(predictions_file), "n": len(rows)}), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@dataclass
+class Origin:
+    """What a page has to know of how predictions were made, as far as that is known."""
+
+    stages: list[Stage] = field(default_factory=list)
+    max_images: int | None = None
+    captions: str | None = None
+    weights: dict[str, str] | None = None
+
+
+def origin_of(predictions_file: Path) -> Origin:
+    """From what `mmcot.predict` or the run wrote beside it."""
+    meta = read_meta(predictions_file)
+    if meta is None:
+        return Origin()
+    return Origin([Stage(**stage) for stage in meta["stages"]], meta["max_images"], meta["captions"], meta["weights"])
+
+
+def problem_rows(
+    problems: Dataset,
+    predictions: Predictions,
+    stages: Sequence[Stage],
+    without_picture: Predictions | None,
+    folder: Path,
+) -> Iterator[dict[str, Any]]:
+    """What the page shows of each problem; its pictures go into the folder."""
+    classes = {name: belongs for name, belongs in CLASSES.items() if name != "Avg"}
+    for number, problem in enumerate(tqdm(problems, desc="report", leave=False)):
+        prediction = predictions[problem["id"]]
+        blind = None if without_picture is None else without_picture[problem["id"]]
+        verdict = sort_mistake(problem, prediction, blind)
+        shown = ("id", "question", "choices", "context", "answer", "lecture", "solution", "subject", "grade", "skill")
+        yield {
+            **{name: problem[name] for name in shown},
+            "classes": [name for name, belongs in classes.items() if belongs(problem)],
+            "pictures": write_pictures(problem, number, folder),
+            "given": prediction["answer"],
+            "given_text": prediction.get("answer_text", ""),
+            "scores": prediction.get("scores"),
+            "rationale": prediction.get("rationale", ""),
+            "prompts": prompts(problem, prediction, stages),
+            "verdict": None if verdict is None else vars(verdict),
+        }
+
+
+def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, str]:
+    """What each stage read, but for what is cut of a text that is too long."""
+    row = {name: value for name, value in problem.items() if name not in GOLD_COLUMNS}
+    shown = {}
+    for stage in stages:
+        shown[stage.name] = stage.render_source(row)
+        row[stage.writes] = prediction.get(stage.writes, "")
+    return shown
+
+
+def write_pictures(problem: Mapping[str, Any], number: int, folder: Path) -> list[str]:
+    names = []
+    if not all(picture["bytes"] or Path(picture["path"]).is_file() for picture in problem["images"]):
+        return names  # features stood in for files that are not at hand
+    for place, picture in enumerate(read_pictures(problem)):
+        picture = as_rgb(picture)
+        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+        names.append(f"pictures/{number}-{place}.jpg")
+        picture.save(folder / names[-1], quality=85)
+    return names
+
+
+def write_attention(file: Path, number: int, found: TokenMaps) -> None:
+    """
+    As a script: a page from the disk may load one, and may not read files. What is stored is 0 for half of an even
+    share or less, 255 for `FULL` times an even share or more: attention that looks nowhere is to look so.
+    """
+    even = 1 / sum(maps[0].numel() for maps in found.maps)
+    data: dict[str, Any] = {"tokens": found.tokens, "pictures": []}
+    for maps in found.maps:
+        scaled = ((maps / even - 0.5) / (FULL - 0.5) * 255).clamp(0, 255).round().byte()
+        encoded = base64.b64encode(scaled.cpu().numpy().tobytes()).decode()
+        data["pictures"].append({"rows": maps.shape[1], "columns": maps.shape[2], "maps": encoded})
+    file.write_text(f"attention({number}, {json.dumps(data)});\n", encoding="utf-8")
+
+
+def write_script(file: Path, name: str, data: Any) -> None:
+    file.write_text(f"const {name} = {json.dumps(data, ensure_ascii=False)};\n", encoding="utf-8")
+
+
+# Plots.
+
+
+def plots(
+    problems: Dataset, predictions: Predictions, scores: Mapping[str, Any], without_picture: Predictions | None
+) -> dict[str, str]:
+    """By title, each an SVG that can stand in a page, light or dark."""
+    answers = checked_answers(problems, predictions)
+    found = {"Accuracy by class, 95 % intervals": bars(right_by_class(problems, answers))}
+    by_skill: dict[str, list[bool]] = defaultdict(list)
+    for problem in problems.select_columns(["id", "skill", "answer"]):
+        by_skill[problem["skill"] or "no skill"].append(answers[problem["id"]] == problem["answer"])
+    largest = dict(sorted(by_skill.items(), key=lambda item: -len(item[1]))[:NUM_SKILLS])
+    if by_skill.keys() != {"no skill"}:
+        found[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
+    if scores["calibration"] is not None:
+        found["Are the probabilities right? (reliability)"] = reliability(scores["calibration"]["curve"])
+    lengths = by_length(problems, predictions, answers)
+    if len(lengths) > 1:
+        found["Accuracy by the rationale's words"] = bars(lengths)
+    if without_picture is not None:
+        blind = right_by_class(problems, checked_answers(problems, without_picture))
+        found["With and without picture"] = bars(right_by_class(problems, answers), blind)
+    return found
+
+
+def by_length(problems: Dataset, predictions: Predictions, answers: Mapping[str, int]) -> dict[str, list[bool]]:
+    """In five parts of about the same size, by the number of words."""
+    lengths = sorted(
+        (len(predictions[name].get("rationale", "").split()), answers[name] == answer)
+        for name, answer in zip(problems["id"], problems["answer"], strict=True)
+    )
+    bounds = sorted({lengths[len(lengths) * part // 5][0] for part in range(1, 5)})
+    parts: dict[int, list] = defaultdict(list)
+    for length, is_right in lengths:
+        parts[sum(length >= bound for bound in bounds)].append((length, is_right))
+    return {f"{part[0][0]}–{part[-1][0]}": [is_right for _, is_right in part] for part in parts.values()}
+
+
+def bars(right: Mapping[str, list[bool]], beside: Mapping[str, list[bool]] | None = None) -> str:
+    """Horizontal bars of percentages, the largest group's first name at the top."""
+    names = [name for name, values in right.items() if values]
+    figure = Figure(figsize=(5.2, 0.5 + 0.27 * len(names)))
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        middle, interval = percentage(right[name]), mean_interval(right[name], num_resamples=999)
+        axes.barh(number, middle, color="#4c78a8", height=0.7 if beside is None else 0.35)
+        if interval is not None and beside is None:
+            axes.plot([100 * bound for bound in interval], [number, number], color="#f58518", linewidth=2)
+        if beside is not None:
+            axes.barh(number + 0.35, percentage(beside[name]), color="#bab0ac", height=0.35)
+    # A skill's name may hold dollars, which would be read as mathematics.
+    axes.set_yticks(range(len(names)), [f"{name} ({len(right[name])})" for name in names], parse_math=False)
+    axes.set_xlim(0, 100)
+    axes.invert_yaxis()
+    return svg(figure)
+
+
+def reliability(curve: list[dict[str, Any]]) -> str:
+    figure = Figure(figsize=(3.4, 3.2))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#bab0ac", linewidth=1)
+    axes.plot([entry["confidence"] for entry in curve], [entry["accuracy"] for entry in curve], "o-", color="#4c78a8")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("probability of the answer")
+    axes.set_ylabel("share that is right")
+    return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """Its lines and words in the colour of the page's text."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmcot"}):
+        for axes in figure.axes:
+            axes.patch.set_visible(False)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    drawn = text.getvalue()
+    return (
+        drawn[drawn.index("<svg") :].replace("#000000", "currentColor").replace("<svg ", '<svg fill="currentColor" ', 1)
+    )

@@ -1,0 +1,1 @@
+"""Figures from a predictions file. No model and no torch."""

@@ -1,0 +1,1 @@
+"""A run folder <-> a repository of the Hub."""

@@ -1,0 +1,338 @@
+"""The model card of a run: rendered from its recipe, its scores and its files; nothing in it that was not measured.
+
+The text stands in `card_template.md`; this file gathers what it says, as huggingface_hub's `ModelCard` and
+`EvalResult`, with the picture of the stages, the scores file and the Hub's own results beside it.
+"""
+
+import hashlib
+import math
+import re
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.figure import Figure
+from safetensors import safe_open
+
+from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
+from mmcot.prediction.provenance import all_weights
+from mmcot.problems.predictions import digest_of_file
+from mmcot.problems.splits import named_parts
+from mmcot.storage.files import names_of, read_json, write_json
+from mmcot.storage.run_folder import FINISHED, is_adapted, judged_split, scores_file
+from mmcot.training.split_record import read_record
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.configuration_mmcot import __version__
+from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.versions_mmcot import REQUIRED, needed
+from modeling_mmcot.vision_mmcot import TOWERS
+
+PICTURE = "stages.png"
+PROBES_FILE = "probes.json"  # in a run's scores/, as mmcot.probes --output writes it
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """
+    Args:
+        id: on the Hub.
+        license: by the Hub's name for it. What is trained on the dataset is published under it, if not said otherwise.
+        shares_alike: whether it may not be said otherwise.
+        url: where its licence and its makers' words about it stand.
+    """
+
+    license: str
+    id: str | None = None
+    url: str | None = None
+    shares_alike: bool = False
+
+
+# By the names of `problems.known_as`. Of any other dataset its user says the licence.
+DATASETS = {
+    "demonstration": KnownDataset("apache-2.0"),
+    "ScienceQA": KnownDataset("cc-by-nc-sa-4.0", "derek-thomas/ScienceQA", "https://scienceqa.github.io", True),
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    What a run's folder does not say of its own publication.
+
+    Args:
+        repo_id: where it will stand.
+        base_model: the text model's id on the Hub, where the recipe names it otherwise.
+        license: of the weights, where their dataset's is not known.
+        merge: publish the stages that adapt a base as whole models.
+        license_name, license_link: of the licence `other`, as the Hub shows it.
+    """
+
+    repo_id: str = "USER/NAME"
+    base_model: str | None = None
+    license: str | None = None
+    merge: bool = False
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, publication: Publication) -> None:
+    """README.md, the picture that it shows, and the scores where there are any, into a folder that holds all else."""
+    trainings = {stage.name: training_of(run_folder / stage.name) for stage in processor.stages}
+    dataset_name = trainings[processor.stages[-1].name]["dataset_known_as"]
+    dataset = DATASETS.get(dataset_name)
+    if dataset and dataset.shares_alike and publication.license not in (None, dataset.license):
+        raise ValueError(
+            f"{dataset_name}, on which this run was trained, is {dataset.license}; --license {publication.license} is "
+            f"another, and what is made of it has to be shared alike."
+        )
+    scores = scores_of_run(run_folder, processor)
+    recipe = published_recipe(run_folder)
+    tower = read_json(folder / "config.json").get("vision_config")
+    text_model, tower_model = started_from(publication, recipe, tower)
+    digests = code_digests(folder)
+    code = digest_of(digests)
+    draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
+    results = None if scores is None else publish_scores(scores, folder)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        license=publication.license or (dataset and dataset.license),
+        license_name=publication.license_name,
+        license_link=publication.license_link,
+        base_model=[name for name in (text_model, tower_model) if name and is_repository_id(name)] or None,
+        datasets=[dataset.id] if dataset and dataset.id else None,
+        tags=["multimodal-cot", "custom_code"],
+        model_name=publication.repo_id.split("/")[-1],
+        eval_results=results,
+        # By its list of files, a later push knows which of them are its own to delete.
+        mmcot={"version": __version__, "code": code, "files": sorted({*names_of(folder), "README.md"})},
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=resources.files("mmcot.hub").joinpath("card_template.md").read_text(encoding="utf-8"),
+        repo_id=publication.repo_id,
+        version=__version__,
+        needs=[needed(name) for name in REQUIRED],
+        needs_peft=needed("peft"),
+        stages=processor.stages,
+        picture=PICTURE,
+        sees_pictures=any("images" in stage.reads for stage in processor.stages),
+        has_tower=processor.image_processor is not None,
+        has_adapters=is_adapted(run_folder) and not publication.merge,
+        is_merged=publication.merge,
+        parameters=num_parameters(folder),
+        dataset=recipe["dataset"],
+        dataset_name=dataset_name,
+        known_dataset=dataset,
+        tower=cited_tower(tower),
+        text_model=text_model,
+        tower_model=tower_model,
+        trainings=trainings,
+        splits=read_record(run_folder),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        scores=scores,
+        predict_options=scores and command_options(scores["predict_options"]),
+        evaluate_options=scores and command_options(scores["evaluate_options"]),
+        probes=probes_of(run_folder, processor),
+        code=code,
+        code_digests=digests,
+    )
+    card.save(folder / "README.md")
+
+
+def scores_of_run(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | None:
+    """
+    The scores that a run is judged by, without paths of this machine; None where there are none.
+
+    Raises:
+        ValueError: they are of other weights than the run's, or of another split than their name says, or do not say.
+    """
+    split = judged_split(run_folder)
+    if split is None:
+        return None
+    file = scores_file(run_folder, split)
+    scores = read_json(file)
+    check_weights(scores, file, run_folder, processor)
+    check_predictions(scores, file)
+    if scores["split"] != split:
+        raise ValueError(f"{file} is of the split {scores['split']!r}; expected {split!r}, by its name.")
+    return without_paths(scores)
+
+
+def check_weights(measured: dict[str, Any], file: Path, run_folder: Path, processor: MMCoTProcessor) -> None:
+    weights, said = all_weights(run_folder, processor), measured.get("weights")
+    if said == weights:
+        return
+    differing = [name for name, digest in weights.items() if (said or {}).get(name) != digest]
+    found = "does not say of which weights it is" if said is None else "is of other weights than the run's"
+    raise ValueError(
+        f"{file} {found} ({', '.join(differing)}). Predict and measure again: python -m mmcot.predict {run_folder} …, "
+        f"then python -m mmcot.evaluate FILE … --output {file}; mmcot.probes for {PROBES_FILE}."
+    )
+
+
+def check_predictions(scores: dict[str, Any], file: Path) -> None:
+    """The predictions that were scored are still those in their file, where that is at hand."""
+    if "predictions" not in scores:
+        raise ValueError(
+            f"{file} does not say which predictions it is of: an older mmcot wrote it. Measure again: python -m "
+            f"mmcot.evaluate FILE … --output {file}."
+        )
+    predictions_file = file.parent / scores["predictions_file"]
+    if predictions_file.is_file() and digest_of_file(predictions_file) != scores["predictions"]:
+        raise ValueError(
+            f"{file} is of other predictions than {predictions_file} holds now. Measure again: python -m "
+            f"mmcot.evaluate {predictions_file} … --output {file}."
+        )
+
+
+def probes_of(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | None:
+    """What the answers hang on, where that was measured."""
+    file = run_folder / "scores" / PROBES_FILE
+    if not file.is_file():
+        return None
+    probes = read_json(file)
+    check_weights(probes, file, run_folder, processor)
+    return without_paths(probes)
+
+
+def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
+    """The scores file, and the Hub's own results where it knows the dataset. Returns those of the card's metadata."""
+    write_json(folder / SCORES_FILE, scores)
+    dataset = DATASETS.get(scores["dataset_known_as"])
+    if dataset is None or dataset.id is None:
+        return eval_results(scores, scores["dataset_known_as"] or "own-problems", scores["split"])
+    notes = " ".join(
+        [f"{scores['split']}, {scores['n']} problems", command_options(scores["evaluate_options"])]
+    ).strip()
+    entries = eval_entries(scores, dataset.id, notes)
+    write_eval_results(folder / ".eval_results" / f"{dataset.id.replace('/', '--')}.yaml", entries)
+    return eval_results(scores, dataset.id, scores["split"])
+
+
+def command_options(options: dict[str, Any]) -> str:
+    """As they are written on a command line."""
+    words = []
+    for name, value in without_paths(options).items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(shlex.quote(str(one)) for one in values)]
+    return " ".join(words)
+
+
+def started_from(
+    publication: Publication, recipe: dict[str, Any], tower: dict[str, Any] | None
+) -> tuple[str | None, str | None]:
+    """The checkpoints of the text model and of the tower; None of what began with random weights, or is not there."""
+    named = recipe.get("vision_model_name_or_path")
+    named = TOWERS[named].checkpoint if named in TOWERS else named
+    return publication.base_model or recipe.get("model_name_or_path"), named if tower else None
+
+
+def is_repository_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def published_recipe(run_folder: Path) -> dict[str, Any]:
+    """The run's recipe, without what is of its author's machine and account."""
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    return without_paths({name: value for name, value in recipe.items() if not name.startswith("hub_")})
+
+
+def without_paths(value: Any) -> Any:
+    """A value in which each path outside of the working folder is cut to its name, `COLUMN=PATH` to `COLUMN=NAME`."""
+    if isinstance(value, dict):
+        return {name: without_paths(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    parts = named_parts(value)
+    if parts is not None:
+        return ",".join(f"{split}={without_paths(file)}" for split, file in parts.items())
+    if is_outside(value):
+        return PureWindowsPath(value).name  # splits at both kinds of slashes
+    column, equals, rest = value.partition("=")
+    return column + equals + without_paths(rest) if equals else value
+
+
+def is_outside(text: str) -> bool:
+    """Whether a text is a path that is absolute, in a home, or climbs out of the working folder."""
+    is_absolute = Path(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return is_absolute or text.startswith(("~", "file://")) or ".." in Path(text).parts
+
+
+def cited_tower(tower: dict[str, Any] | None) -> str | None:
+    """By which name the card cites it."""
+    if tower is None:
+        return None
+    is_clip = "clip" in str(tower.get("architecture", tower["model_type"])) and "siglip" not in tower["model_type"]
+    return "clip" if is_clip else tower["model_type"]
+
+
+def training_of(stage_folder: Path) -> dict[str, Any]:
+    """What the Trainer said of a stage's training."""
+    training = read_json(stage_folder / FINISHED)
+    for name in ("hardware", "finished", "dataset_known_as"):
+        if name not in training:
+            raise ValueError(
+                f"{stage_folder / FINISHED} does not say {name!r}: an older mmcot trained it. Train it anew."
+            )
+    return training
+
+
+def num_parameters(folder: Path) -> dict[str, int]:
+    """Of each model of the repository, by its folder ("" is the root), as its weights' files say it."""
+    counts: dict[str, int] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        place = file.parent.relative_to(folder).as_posix().replace(".", "")
+        with safe_open(file, "pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]
+        counts[place] = counts.get(place, 0) + sum(map(math.prod, shapes))
+    return counts
+
+
+def code_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256, in hex digits, of each file of code at a folder's root, by name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.py"))}
+
+
+def digest_of(digests: dict[str, str]) -> str:
+    """One digest of the names and digests of several files."""
+    digest = hashlib.sha256()
+    for name, hex_digits in digests.items():
+        digest.update(name.encode() + bytes.fromhex(hex_digits))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
+    """Each pass as a row: what it reads, the model, what it writes, and where the next pass reads it."""
+    figure = Figure(figsize=(8, 1.5 * len(stages)), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 10), ylim=(-0.1, 1.5 * len(stages)))
+    axes.axis("off")
+    centred = {"ha": "center", "va": "center"}
+    box = {"boxstyle": "round,pad=0.5", "edgecolor": "0.4"}
+    arrow = {"arrowstyle": "->", "color": "0.4", "shrinkA": 0}
+    for number, stage in enumerate(stages):
+        height = 1.5 * (len(stages) - number) - 0.75
+        written = {earlier.writes for earlier in stages[:number]}
+        reads = [name for name in stage.reads if name != "images"]
+        texts = ", ".join(f"its {name}" if name in written else name for name in reads)
+        seen = "picture → tower" if has_tower else "a picture's features"
+        sees = f"{seen} → gated fusion" if "images" in stage.reads else "no picture"
+        writes = "a probability per choice" if stage.answers else stage.writes
+        axes.text(1.6, height, textwrap.fill(texts, 24), **centred, bbox={**box, "facecolor": "#eef3f8"})
+        axes.text(5.2, height, f"{sees}\nT5, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})
+        axes.text(8.7, height, textwrap.fill(writes, 24), **centred, bbox={**box, "facecolor": "#fdf3e7"})
+        for start, end in ((3.1, 3.6), (6.8, 7.4)):
+            axes.annotate("", (end, height), (start, height), arrowprops=arrow)
+        if any(stage.writes in later.reads for later in stages[number + 1 : number + 2]):
+            axes.plot((8.7, 8.7, 1.6), (height - 0.3, height - 0.75, height - 0.75), color="0.4", linewidth=1)
+            axes.annotate("", (1.6, height - 1.15), (1.6, height - 0.75), arrowprops=arrow)
+    figure.savefig(file, dpi=120, metadata={"Software": None})

@@ -1,0 +1,115 @@
+"""Run folder -> Hub folder: one repository that holds the whole system, loadable with `trust_remote_code`.
+
+At the root the last stage with the processor, the code and the card, in a subfolder each earlier stage; or at the root
+the base that all stages adapt, in a subfolder each stage's adapter. What the card says stands in `card.py`; checks and
+the upload in `publishing.py`.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import PeftConfig
+
+import modeling_mmcot
+from mmcot.hub.card import Publication, write_card
+from mmcot.storage.run_folder import BASE, is_adapted
+from mmcot.training.adapters import check_not_adapted, shared_modules
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.known_answer_mmcot import write_known_answer
+from modeling_mmcot.stages_mmcot import StageAdapters, load_stages
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
+
+def shipped_code() -> list[Path]:
+    """The flat code that goes to the Hub, every file of the folder but its `__init__.py`."""
+    folder = Path(modeling_mmcot.__file__).parent
+    return sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
+
+
+def export(run_folder: Path, processor: MMCoTProcessor, publication: Publication | None = None) -> Path:
+    """Write `RUN_FOLDER/hub/` (or `hub_merged/`) from the trained stages, whole or not at all. Returns it."""
+    publication = publication or Publication()
+    stages = {stage.name: run_folder / stage.name for stage in processor.stages}
+    base = run_folder / BASE if is_adapted(run_folder) else None
+    with tempfile.TemporaryDirectory(dir=run_folder, prefix=".merged-") as merged:
+        if publication.merge:
+            stages, base = merge(run_folder / BASE, processor, Path(merged)), None
+        return write_hub_folder(
+            run_folder / ("hub_merged" if publication.merge else "hub"),
+            processor,
+            stages,
+            lambda folder: write_card(folder, run_folder, processor, publication),
+            base,
+        )
+
+
+def write_hub_folder(
+    hub_folder: Path,
+    processor: MMCoTProcessor,
+    stages: dict[str, Path],
+    write_readme: Callable[[Path], None],
+    base: Path | None = None,
+) -> Path:
+    """
+    A folder as it stands on the Hub, whole or not at all; one that is there is replaced.
+
+    Args:
+        stages: each stage's name and the folder that its model was saved to, in their order. The last becomes the root.
+        write_readme: writes the card, and what it shows, into the folder that holds all else.
+        base: the folder of the base that they adapt, where they are adapters. It becomes the root.
+    """
+    unfinished = hub_folder.with_name(f"{hub_folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    processor.save_pretrained(unfinished)
+    copy_model(base or stages[list(stages)[-1]], unfinished)
+    for name in stages if base else list(stages)[:-1]:
+        copy_model(stages[name], unfinished / name)
+    for file in shipped_code():
+        shutil.copyfile(file, unfinished / file.name)
+    root = MMCoTForConditionalGeneration.from_pretrained(unfinished, dtype="auto")
+    models = load_stages(root, str(unfinished), [stage.name for stage in processor.stages])
+    write_known_answer(unfinished, models, processor)
+    write_readme(unfinished)
+    shutil.rmtree(hub_folder, ignore_errors=True)
+    unfinished.rename(hub_folder)
+    return hub_folder
+
+
+def copy_model(stage_folder: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for pattern in MODEL_FILES:
+        for file in stage_folder.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def merge(base: Path, processor: MMCoTProcessor, folder: Path) -> dict[str, Path]:
+    """Whole models of the stages that adapt a base, into the folder: each stage's name and where it is."""
+    saved = {}
+    for stage in processor.stages:
+        kind = PeftConfig.from_pretrained(base.parent / stage.name)
+        if kind.is_prompt_learning:
+            raise ValueError(
+                f"--merge: {stage.name} adapts its base by {kind.peft_type.value}, which cannot be merged into it."
+            )
+        # The base anew for each, because merging changes it.
+        root = MMCoTForConditionalGeneration.from_pretrained(base, dtype="auto")
+        shared = shared_modules(root)
+        adapters = StageAdapters(root, str(base.parent), [stage.name])
+        check_not_adapted(adapters.model, shared)
+        generation_config = adapters[stage.name].generation_config
+        merged = adapters.model.merge_and_unload()
+        merged.config.stage_adapters = None
+        merged.generation_config = generation_config
+        merged.to(merged.dtype).save_pretrained(folder / stage.name)
+        saved[stage.name] = folder / stage.name
+    return saved

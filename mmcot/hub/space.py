@@ -1,0 +1,67 @@
+"""The Space of a published model: the app of `space/`, told which model, at which commit, it answers with."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, metadata_load, metadata_save
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+import mmcot
+from mmcot.hub.checks import leaks
+from mmcot.hub.publish import MAKER, Repository, compare, upload, verify
+from mmcot.storage.files import names_of, write_json
+from modeling_mmcot.configuration_mmcot import __version__
+
+APP = Path(mmcot.__file__).parents[1] / "space"
+FILES = ("app.py", "README.md", "requirements.txt", "examples")
+
+
+def publish_space(
+    repository: Repository, model_id: str, model_revision: str, overwrite: bool = False, dry_run: bool = False
+) -> str | None:
+    """
+    Returns the Space's commit, or None of a dry run.
+
+    Raises:
+        ValueError: the model is not on the Hub, or the Space's repository holds what this tool did not make.
+    """
+    commit = commit_of_model(model_id, model_revision, dry_run)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_space(Path(temporary), model_id, commit)
+        found = list(leaks(folder))
+        if found:
+            raise ValueError("the Space is not published:\n  " + "\n  ".join(found))
+        plan = compare(folder, repository, overwrite, dry_run)
+        if dry_run:
+            print(f"Dry run: nothing was uploaded to {repository.repo_id}.")
+            return None
+        space_commit = upload(plan)
+        verify(plan, space_commit)
+    return space_commit
+
+
+def commit_of_model(model_id: str, revision: str, dry_run: bool) -> str:
+    try:
+        return HfApi().model_info(model_id, revision=revision).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError, OfflineModeIsEnabled) as error:
+        if dry_run:
+            print(f"{model_id} is not on the Hub, or cannot be asked: the Space would name the commit that it gets.")
+            return revision
+        if isinstance(error, OfflineModeIsEnabled):
+            raise
+        raise ValueError(
+            f"a Space wants a model: {model_id} has no {revision} on the Hub. Publish the model first, or name its run."
+        ) from None
+
+
+def write_space(folder: Path, model_id: str, commit: str) -> Path:
+    """The app, and the model that it answers with."""
+    for name in FILES:
+        copy = shutil.copytree if (APP / name).is_dir() else shutil.copyfile
+        copy(APP / name, folder / name)
+    write_json(folder / "model.json", {"repo_id": model_id, "revision": commit})
+    readme = folder / "README.md"
+    maker = {"version": __version__, "files": names_of(folder)}
+    metadata_save(readme, {**(metadata_load(readme) or {}), "models": [model_id], MAKER: maker})
+    return folder

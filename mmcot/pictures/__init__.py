@@ -1,0 +1,1 @@
+"""Pictures -> pixels, features and captions."""

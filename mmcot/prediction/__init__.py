@@ -1,0 +1,1 @@
+"""A system over a split of problems -> a predictions file."""

@@ -1,0 +1,170 @@
+"""Where predictions and scores come from: what was run, on what, and how.
+
+Weights are identified by a digest of the files that are loaded. How a predictions file and its origin are kept together
+is in `predictions.py`.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.featurizer import commit_of
+from mmcot.pictures.reading import ContentKeys
+from mmcot.problems.known_datasets import known_as
+from mmcot.problems.predictions import digest_of_file, digest_of_problems, read_meta
+from mmcot.storage.run_folder import BASE, FINISHED, is_adapted
+from modeling_mmcot import MMCoTProcessor
+
+WEIGHTS = ("*.safetensors",)
+# What decides the predictions of a model's folder.
+MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "*config.json", "tokenizer.json")
+# Of `mmcot.predict`, what changes the predictions.
+PREDICT_OPTIONS = ("decode_answer", "bf16", "features", "captions")
+VERSIONS = ("torch", "transformers", "peft", "datasets", "accelerate")
+
+
+def provenance(
+    model: str,
+    processor: MMCoTProcessor,
+    models: Mapping[str, PreTrainedModel],
+    problems: Dataset,
+    store: FeatureStore | None = None,
+) -> dict[str, Any]:
+    """
+    Args:
+        model: a finished run, a folder in the Hub's layout, or a Hub id.
+        models: of each stage, loaded from it.
+        store: what stands in for the pictures.
+    """
+    folder = Path(loaded_from(model))
+    folders = [folder, *(folder / stage.name for stage in processor.stages)]
+    return {
+        "model": str(folder.resolve()) if folder.is_dir() else model,
+        "revision": folders_digest(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
+        "weights": weights_of(model, processor),
+        "dataset_fingerprint": problems_digest(problems),
+        "problems": digest_of_problems(problems),
+        "n": len(problems),
+        "max_images": min(models[stage.name].config.max_images for stage in processor.stages),
+        "features_made_from": None if store is None else store.manifest,
+        "stages": [asdict(stage) for stage in processor.stages],
+        "decoding": {stage.name: models[stage.name].generation_config.to_diff_dict() for stage in processor.stages},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def loaded_from(model: str) -> str:
+    """The folder or repository that a system is loaded from: of a finished run its `hub/`."""
+    exported = Path(model) / "hub"
+    return str(exported) if exported.is_dir() else model
+
+
+def weights_of(model: str, processor: MMCoTProcessor) -> dict[str, str] | None:
+    """Of each stage's model as it is loaded from a run or a folder; None of a repository, which says its commit."""
+    folder = Path(loaded_from(model))
+    return all_weights(folder, processor) if folder.is_dir() else None
+
+
+def all_weights(folder: Path, processor: MMCoTProcessor) -> dict[str, str]:
+    """Of each stage's model in a run's own stage folders, or in a folder in the Hub's layout."""
+    return {stage.name: stage_weights(folder, stage.name) for stage in processor.stages}
+
+
+def check_export(run_folder: Path, processor: MMCoTProcessor) -> None:
+    """
+    The run's `hub/` holds the weights of its stages.
+
+    Raises:
+        ValueError: a stage was trained again after `hub/` was written, or is being trained.
+    """
+    trained = [stage.name for stage in processor.stages if (run_folder / stage.name).is_dir()]
+    differing = [
+        stage
+        for stage in trained
+        if not (run_folder / stage / FINISHED).is_file()
+        or stage_weights(run_folder, stage) != stage_weights(run_folder / "hub", stage)
+    ]
+    if differing:
+        raise ValueError(
+            f"{run_folder / 'hub'} does not hold the weights of the run's stages ({', '.join(differing)}): they were "
+            f"trained again after it was written. Run train.py to its end, which writes it anew."
+        )
+
+
+def stage_weights(folder: Path, stage: str) -> str:
+    """Of a stage in a run's folder or one in the Hub's layout, with those of the base where it is an adapter."""
+    own = folder / stage if (folder / stage).is_dir() else folder
+    base = folder / BASE if is_adapted(folder) else folder
+    return folders_digest([base, own] if (own / "adapter_config.json").is_file() else [own], WEIGHTS)
+
+
+def origin_of_scores(
+    predictions_file: Path,
+    scores_file: Path,
+    problems: Dataset,
+    dataset: str,
+    split: str,
+    selection: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """
+    What scores are of, as far as it is said beside the predictions.
+
+    Args:
+        scores_file: where they will be written.
+        problems: that were scored, as `dataset` gives them.
+        selection: which of the split's problems they are of, as `mmcot.evaluate` was told.
+
+    Returns:
+        `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (by the commands' names, as far
+        as they are not the usual), `predictions` (the file's digest), `predictions_file` (its path from the scores
+        file, so that a run can be moved), `problems_digest`, and `weights`, each stage's digest, where it is known.
+
+    Raises:
+        ValueError: the meta file beside the predictions belongs to others (`predictions.read_meta`).
+    """
+    meta = read_meta(predictions_file) or {}
+    selected = {name: value for name, value in (selection or {}).items() if value}
+    options = {name: meta[name] for name in PREDICT_OPTIONS if meta.get(name)}
+    if meta.get("num_rationales", 1) > 1:
+        options |= {name: meta[name] for name in ("num_rationales", "temperature", "seed")}
+    some = {name: value for name, value in selected.items() if name not in ("allow_missing", "by")}
+    origin = {"dataset": dataset, "dataset_known_as": known_as(dataset), "split": split}
+    origin |= {"predict_options": some | options, "evaluate_options": selected}
+    origin |= {
+        "predictions": digest_of_file(predictions_file),
+        "predictions_file": Path(os.path.relpath(predictions_file, scores_file.parent)).as_posix(),
+        "problems_digest": digest_of_problems(problems),
+    }
+    return origin | ({"weights": meta["weights"]} if meta.get("weights") else {})
+
+
+def folders_digest(folders: Iterable[Path], patterns: Sequence[str]) -> str:
+    """Of the files of those names that lie in the folders, by their places."""
+    digest = hashlib.sha256()
+    for number, folder in enumerate(folders):
+        for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+            digest.update(f"{number}/{file.name}".encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def problems_digest(problems: Dataset) -> str:
+    """Of the problems' columns and their pictures' content, wherever those lie; of a file that is absent its name."""
+    digest, key_of = hashlib.sha256(), ContentKeys()
+    for row in problems:
+        pictures = [
+            key_of(picture) if picture["bytes"] or Path(picture["path"]).is_file() else picture["path"]
+            for picture in row["images"]
+        ]
+        digest.update(json.dumps({**row, "images": pictures}, sort_keys=True).encode())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,1 @@
+"""Problems: their rows, sources and columns."""

@@ -1,0 +1,167 @@
+"""The datasets that the field knows, in the form in which they are released: the demonstration, ScienceQA, A-OKVQA.
+
+Their columns, splits and pictures' places are fixed. Any other source is `sources.py`'s.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+
+from mmcot.problems.progress_bars import without_dataset_bars
+from mmcot.problems.schema import FEATURES, PicturePaths, checked, member, shown, split_named
+from mmcot.storage.caches import code_digest, kept, versions_of
+from mmcot.storage.files import cache_folder, read_json
+
+logger = logging.getLogger(__name__)
+
+Rows = Iterator[tuple[str, dict[str, Any]]]  # each with the place where it is found
+
+SCIENCEQA_ID = "derek-thomas/ScienceQA"  # https://huggingface.co/datasets/derek-thomas/ScienceQA
+SCIENCEQA_COLUMNS = {"image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category"}
+SCIENCEQA_COLUMNS |= {"skill", "lecture", "solution"}
+
+
+def is_demo(source: str) -> bool:
+    return source == "demo" or source.startswith("demo:")
+
+
+def is_scienceqa(folder: Path) -> bool:
+    """Whether it is the authors' folder; one of its two files is enough, so that the other one is missed."""
+    return any((folder / name).is_file() for name in ("problems.json", "pid_splits.json"))
+
+
+def is_aokvqa(folder: Path) -> bool:
+    return any(folder.glob("aokvqa_*.json"))
+
+
+def is_known(source: str) -> bool:
+    """Whether `load_known` reads it."""
+    return is_demo(source) or is_scienceqa(Path(source)) or is_aokvqa(Path(source))
+
+
+def load_known(source: str, split: str, max_images: int | None, pictures: bool) -> datasets.Dataset:
+    """
+    Args:
+        source: one that `is_known`.
+        max_images: the most pictures of a problem; of ScienceQA's the first so many are taken.
+        pictures: whether the pictures' files must be there.
+    """
+    if is_demo(source):
+        return demo_problems(source, split)
+    folder = Path(source)
+    rows = aokvqa_rows(folder, split) if is_aokvqa(folder) else scienceqa_rows(folder, split, max_images)
+    complete = checked(rows, source, PicturePaths(folder, must_exist=pictures), max_images)
+    # By column, because Dataset.from_list fails where a split has no rows.
+    return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
+
+
+def known_as(source: str) -> str | None:
+    """By what name the field knows what a source holds: `demonstration`, `ScienceQA` or `A-OKVQA`; None of own rows."""
+    if is_demo(source):
+        return "demonstration"
+    folder = Path(source)
+    if source.removeprefix("hf://datasets/") == SCIENCEQA_ID or is_scienceqa(folder) or has_scienceqa_columns(folder):
+        return "ScienceQA"
+    return "A-OKVQA" if is_aokvqa(folder) else None
+
+
+def has_scienceqa_columns(folder: Path) -> bool:
+    """Whether a folder was downloaded from the Hub's ScienceQA, by the columns of its Parquet files."""
+    file = next(folder.rglob("*.parquet"), None) if folder.is_dir() else None
+    try:
+        return file is not None and set(pyarrow.parquet.read_schema(file).names) == SCIENCEQA_COLUMNS
+    except (pyarrow.ArrowException, OSError):  # what is wrong with it is said by those who read it
+        return False
+
+
+def demo_problems(source: str, split: str) -> datasets.Dataset:
+    from mmcot.problems import demo
+
+    which = source.partition(":")[2] or "1"
+    if which in map(str, range(1, 10)):
+        drawn = {"split": split, "difficulty": int(which)}
+    elif which in demo.SKILLS:
+        drawn = {"split": split, "skill": which}
+    else:
+        raise ValueError(
+            f"dataset is {source!r}; after demo: stands a difficulty from 1 to 9, or a skill: {', '.join(demo.SKILLS)}."
+        )
+    # datasets knows a generator by its name alone, and would serve what an older demo.py drew.
+    key = datasets.fingerprint.Hasher.hash((code_digest(demo), versions_of("pillow", "numpy"), drawn))
+    folder = cache_folder() / "demo" / key
+    make = functools.partial(
+        datasets.Dataset.from_generator,
+        demo.generate,
+        gen_kwargs=drawn,
+        features=FEATURES,
+        fingerprint=key,
+        cache_dir=str(folder),
+    )
+    with without_dataset_bars():
+        return kept(make, folder)
+
+
+def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Rows:
+    problems_file, splits_file = folder / "problems.json", folder / "pid_splits.json"
+    captions_file = folder / "captions.json"
+    for file in (problems_file, splits_file):
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}; expected a ScienceQA folder.")
+    problems = read_json(problems_file)
+    ids = member(read_json(splits_file), split, list, splits_file)
+    captions = member(read_json(captions_file), "captions", dict, captions_file) if captions_file.is_file() else {}
+    present = [problem_id for problem_id in ids if problem_id in problems]
+    if len(present) < len(ids):
+        absent = len(ids) - len(present)
+        logger.warning("%s: %d of %d %s problems are not in problems.json", folder, absent, len(ids), split)
+    for problem_id in present:
+        problem = member(problems, problem_id, dict, problems_file)
+        split_named(problem.get("split", split), f"{folder}, problem {problem_id}")
+        yield (
+            str(folder),
+            {
+                **{name: problem[name] for name in problem.keys() & FEATURES.keys()},
+                "id": problem_id,
+                "context": problem.get("hint"),
+                "images": scienceqa_pictures(folder, problem, f"images/{split}/{problem_id}")[:max_images],
+                "caption": captions.get(problem_id),
+                "split": split,
+            },
+        )
+
+
+def scienceqa_pictures(folder: Path, problem: dict[str, Any], pictures: str) -> list[str]:
+    """The question's picture, if it has one, then those of its choices."""
+    question = [f"{pictures}/image.png"] if problem.get("image") else []
+    names = (f"{pictures}/choice_{number}.png" for number in range(len(problem.get("choices") or [])))
+    return [*question, *(name for name in names if (folder / name).is_file())]
+
+
+def aokvqa_rows(folder: Path, split: str) -> Rows:
+    """The release's own files (https://github.com/allenai/aokvqa, load_aokvqa.py). Its test split has no answers."""
+    file = folder / f"aokvqa_v1p0_{split}.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {file.name}; expected an A-OKVQA folder.")
+    pictures = "coco" if (folder / "coco").is_dir() else "../coco"
+    for number, entry in enumerate(read_json(file, list)):
+        for name, kind in (("question_id", str), ("image_id", int)):
+            if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+                raise ValueError(f"{file}, entry {number + 1}: {shown(entry)} has no {name} of type {kind.__name__}.")
+        rationales = entry.get("rationales") or []
+        yield (
+            str(folder),
+            {
+                **{name: entry[name] for name in ("question", "choices", "direct_answers") if name in entry},
+                "id": entry["question_id"],
+                "images": [f"{pictures}/{split}2017/{entry['image_id']:012}.jpg"],
+                "answer": entry.get("correct_choice_idx"),
+                "solution": rationales[0] if rationales else None,
+                "rationales": rationales,
+                "split": split,
+            },
+        )

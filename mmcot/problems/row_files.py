@@ -1,0 +1,63 @@
+"""Text files of rows: JSON lines, CSV and TSV. Each row with the place where it is found, for an error that names it.
+
+What the columns mean is `columns.py`'s.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmcot.problems.schema import shown
+
+Rows = list[tuple[str, dict[str, Any]]]
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_rows(file: Path) -> Rows:
+    """
+    Raises:
+        ValueError: the file is not there, or a row cannot be read; with file, line and what was expected.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file.")
+    return list(READERS[file.suffix](file))
+
+
+def jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(BYTE_ORDER_MARK).strip()
+            if not line:
+                continue
+            where = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{where}: not valid JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: found {shown(row)}; expected a problem as a JSON object.")
+            yield where, row
+
+
+def csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cells are texts, as they are written."""
+    csv.field_size_limit(sys.maxsize)  # a context may be longer than 131,072 characters
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        try:
+            for row in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    cells = len([value for name, value in row.items() if name is not None and value is not None])
+                    cells += len(row.get(None, []))
+                    raise ValueError(f"{where}: {cells} cells; expected {len(reader.fieldnames)}, as the first line.")
+                yield where, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}, line {reader.line_num + 1}: not a table in UTF-8 ({error}).") from error
+
+
+READERS = {".jsonl": jsonl_rows, ".csv": csv_rows, ".tsv": csv_rows}

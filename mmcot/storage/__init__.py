@@ -1,0 +1,1 @@
+"""What is on disk, each file whole or absent."""

@@ -1,0 +1,259 @@
+"""A recipe -> its parts: the stages, the processor, the model that every stage starts from.
+
+Nothing is trained or written here, and no data is read but the problems that a tokenizer is trained on.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from jinja2 import TemplateError, meta
+from safetensors import SafetensorError, safe_open
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+from trl import ModelConfig
+
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.featurizer import load_image_processor
+from mmcot.recipes.arguments import StageArguments
+from mmcot.recipes.command_line import refuse_absent_path
+from mmcot.recipes.recipe import Recipe
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.pictures_mmcot import build_image_processor
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, PAPER_TEMPLATES, Stage
+from modeling_mmcot.settings_mmcot import check_own_settings
+from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
+
+
+def build_stage(arguments: StageArguments) -> Stage:
+    if arguments.template is not None and arguments.template not in PAPER_TEMPLATES:
+        raise ValueError(
+            f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
+        )
+    templates = PAPER_TEMPLATES.get(arguments.template, {})
+    stage = Stage(
+        name=arguments.name,
+        reads=arguments.reads,
+        writes=arguments.writes,
+        source=arguments.source or templates["source"],
+        target=arguments.target or templates["target"],
+        max_source_length=arguments.max_source_length,
+        max_target_length=arguments.max_target_length,
+        score=arguments.score or default_score(arguments.target or templates["target"]),
+    )
+    check_source(stage)
+    return stage
+
+
+def check_source(stage: Stage) -> None:
+    """
+    Raises:
+        ValueError: its source template cannot be rendered of the columns that it reads.
+    """
+    row = {name: ["a", "b"] if name == "choices" else "a" for name in stage.reads if name != "images"}
+    try:
+        stage.render_source(row)
+    except TemplateError as error:
+        raise ValueError(
+            f"stage {stage.name!r}: its source cannot be made of what it reads ({', '.join(stage.reads)}): {error}."
+        ) from error
+
+
+def default_score(target: str) -> str:
+    """A text's total log-probability falls with its length; letters have one length."""
+    try:
+        columns = meta.find_undeclared_variables(ENVIRONMENT.parse(target))
+    except TemplateError as error:
+        raise ValueError(f"the target {target!r:.100} is no template: {error}.") from error
+    return "mean" if "choices" in columns else "total"
+
+
+def check_tower_name(recipe: Recipe) -> None:
+    """`vision_tower` is a name that there is, and goes with the tower that the recipe describes."""
+    arguments = recipe.arguments
+    if arguments.vision_tower is None:
+        return
+    if arguments.vision_model_name_or_path is not None:
+        vision_config = tower_config(arguments.vision_model_name_or_path)
+    elif arguments.vision_config is not None:
+        vision_config = AutoConfig.for_model(**arguments.vision_config)
+    else:
+        raise ValueError(f"vision_tower is {arguments.vision_tower!r}, but the recipe has no picture tower.")
+    find_tower(vision_config, arguments.vision_tower)
+
+
+def is_frozen(recipe: Recipe) -> bool:
+    """Whether the picture tower is left as it is."""
+    if recipe.arguments.freeze_vision is not None:
+        return recipe.arguments.freeze_vision
+    own = own_config(recipe.model_config)
+    return own is not None and own.freeze_vision
+
+
+def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset) -> MMCoTProcessor:
+    arguments, model_config = recipe.arguments, recipe.model_config
+    if arguments.tokenizer_vocab_size is not None:
+        tokenizer = train_tokenizer(train_problems, stages, arguments.tokenizer_vocab_size)
+    else:
+        name = arguments.tokenizer_name_or_path or model_config.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    image_processor = None
+    if arguments.image_processor is not None:
+        image_processor = build_image_processor(arguments.image_processor)
+    elif arguments.vision_model_name_or_path is not None:
+        image_processor = load_image_processor(arguments.vision_model_name_or_path, arguments.vision_preprocessing)
+    elif own_config(model_config) is not None:
+        image_processor = MMCoTProcessor.from_pretrained(
+            model_config.model_name_or_path, trust_remote_code=False
+        ).image_processor
+    return MMCoTProcessor(tokenizer, image_processor, stages)
+
+
+def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
+    """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
+    if model_config.model_name_or_path is None:
+        return None
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return config if isinstance(config, MMCoTConfig) else None
+
+
+def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A small tokenizer with T5's special tokens, trained on the sources and targets of the training problems."""
+    rows = problems.remove_columns("images").to_list()
+
+    def texts():
+        for row in rows:
+            for stage in stages:
+                row = {**row, stage.writes: stage.render_target(row)}
+                yield stage.render_source(row)
+                yield row[stage.writes]
+
+    # Byte pairs within words, so that in a small vocabulary most words are one piece.
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("[.,?!:]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    special_tokens = ["<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        texts(), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
+    """
+    The text model's modules by name, without their weights.
+
+    Raises:
+        ValueError: the checkpoint is of a `model_type` that is no T5, or its generation config holds a setting that
+            stages do not take.
+    """
+    tower = recipe.arguments.vision_model_name_or_path
+    for path in (recipe.model_config.model_name_or_path, tower, recipe.arguments.tokenizer_name_or_path):
+        if path is not None:
+            refuse_absent_path(path, "a checkpoint's folder, or an id of the Hub (USER/NAME)")
+            check_whole_weights(path)
+    name, revision = recipe.model_config.model_name_or_path, recipe.model_config.model_revision
+    if name is None:
+        config = T5Config(**(recipe.arguments.text_config or {}))
+    else:
+        config = MMCoTConfig.from_pretrained(name, revision=revision)
+        with contextlib.suppress(OSError):  # a checkpoint need not have one
+            check_own_settings(GenerationConfig.from_pretrained(name, revision=revision), name)
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    return dict(model.named_modules())
+
+
+def check_whole_weights(folder: str) -> None:
+    """
+    Of a checkpoint on this machine, without reading its tensors.
+
+    Raises:
+        ValueError: a file of its weights is cut or damaged.
+    """
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
+
+
+def check_wrapped_classes(modules: dict[str, nn.Module]) -> None:
+    """What accelerate's FSDP settings name as the layers to wrap is there: it would say so after all data was read."""
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    known = {type(module).__name__ for module in modules.values()}
+    for name in filter(None, named.split(",")):
+        if name not in known:
+            raise ValueError(
+                f"fsdp_transformer_layer_cls_to_wrap is {name!r}, and the text model has no such layer; there are "
+                f"{', '.join(sorted(known))}."
+            )
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, store: FeatureStore | None
+) -> MMCoTForConditionalGeneration:
+    """The model that every stage starts from, the same for each."""
+    arguments, model_config = recipe.arguments, recipe.model_config
+    set_seed(recipe.training_arguments.seed)
+    tower = None
+    fields = {"max_images": arguments.max_images}
+    for name in ("fusion", "freeze_vision"):
+        if getattr(arguments, name) is not None:
+            fields[name] = getattr(arguments, name)
+    if arguments.vision_model_name_or_path is not None:
+        tower = load_vision_tower(arguments.vision_model_name_or_path)
+    own = own_config(model_config)
+    if own is None or own.vision_hidden_size is None:
+        # A model that has a width of its own keeps it, to be held against the tower or the store.
+        if tower is not None:
+            fields["vision_hidden_size"] = tower_width(tower)
+        elif store is not None:
+            fields["vision_hidden_size"] = store.hidden_size
+            fields["num_vision_tokens"] = store.num_patches
+            fields["vision_tower"] = tower_name(store.manifest["vision_tower"])
+    if model_config.model_name_or_path is None:
+        config = MMCoTConfig(
+            vocab_size=len(tokenizer),
+            decoder_start_token_id=tokenizer.pad_token_id,
+            vision_config=arguments.vision_config,
+            **{"vision_tower": arguments.vision_tower, **fields},
+            **(arguments.text_config or {}),
+        )
+        model = MMCoTForConditionalGeneration(config)
+        if model_config.dtype not in (None, "auto"):
+            model = model.to(getattr(torch, model_config.dtype))
+    else:
+        model = MMCoTForConditionalGeneration.from_pretrained(
+            model_config.model_name_or_path,
+            revision=model_config.model_revision,
+            dtype=model_config.dtype,
+            attn_implementation=model_config.attn_implementation,
+            **fields,
+        )
+    if tower is not None:
+        model.attach_tower(tower, tower_name(arguments.vision_model_name_or_path, arguments.vision_tower))
+    return model

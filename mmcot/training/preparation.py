@@ -1,0 +1,201 @@
+"""A recipe -> a run that is ready to be trained: its data read and found good, its folder taken.
+
+All that can be wrong with recipe and data is said here, before anything is trained or written.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from filelock import AcquireReturnProxy
+from torch import nn
+
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.featurizer import vision_source
+from mmcot.pictures.reading import PixelStore
+from mmcot.problems.schema import SPLITS, is_answered, join_captions, join_column, require_answers
+from mmcot.problems.sources import load_problems, reading_options
+from mmcot.recipes.arguments import StageArguments
+from mmcot.recipes.recipe import Recipe, claim_run_folder
+from mmcot.storage.run_folder import lock_run
+from mmcot.training.adapters import check_adapters, shared_modules
+from mmcot.training.building import (
+    build_model,
+    build_processor,
+    build_stage,
+    check_tower_name,
+    check_wrapped_classes,
+    is_frozen,
+    text_modules,
+)
+from mmcot.training.run_inputs import check_unchanged, inputs_of
+from mmcot.training.split_record import record_splits, write_record
+from mmcot.training.stage_inputs import target_columns
+from mmcot.training.streaming import stream_problems
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A recipe with its data found good and its folder taken: what is left to do is the work."""
+
+    recipe: Recipe
+    stages: list[Stage]
+    problems: dict[str, Dataset | IterableDataset]  # by split; a stream those to train on may be
+    folder: Path  # where its stages and predictions go
+    run_folder: Path  # the same, but for a fold, whose folder lies in it
+    processor: MMCoTProcessor
+    store: FeatureStore | None  # features of the problems' pictures that the recipe names
+    pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
+    lock: AcquireReturnProxy | None = None  # held, so that no other command writes into the folder
+
+    def arguments_of(self, stage: Stage) -> StageArguments:
+        return self.recipe.stages[self.stages.index(stage)]
+
+    def before(self, stage: Stage) -> list[Stage]:
+        return self.stages[: self.stages.index(stage)]
+
+
+def prepare(recipe: Recipe) -> Run:
+    """
+    Raises:
+        ValueError: what is wrong with the recipe or its data.
+        RunStopped: another command is writing into the run's folder.
+    """
+    stages = [build_stage(arguments) for arguments in recipe.stages]
+    modules = text_modules(recipe)  # which is refused first, where it is no T5
+    check_tower_name(recipe)
+    if recipe.arguments.vision_config is None and recipe.arguments.vision_model_name_or_path is None:
+        check_wrapped_classes(modules)
+    if recipe.model_config.use_peft:
+        linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        config = modules[""].config
+        is_tied = config.scale_decoder_outputs or getattr(config, "tied_head", None)
+        shared = [name for name in shared_modules(modules[""]) if is_tied or name != "lm_head"]
+        check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type, shared)
+    store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
+    problems = {
+        split: stream_problems(recipe.source, recipe.arguments.columns)
+        if split == "train" and recipe.arguments.streaming
+        else prepare_problems(recipe, stages, split, store)
+        for split in SPLITS
+    }
+    if recipe.arguments.streaming:  # of which only this much is known
+        for stage in stages:
+            check_targets(problems["val"], stage, recipe.arguments.dataset)
+    splits = record_splits(recipe, problems)
+    if splits["divided_by"] is not None:
+        recipe.values["split_seed"] = splits["divided_by"]
+    processor = build_processor(recipe, stages, problems["train"])
+    warn_of_lengths(problems["val"], processor)
+    if store is not None:
+        model = build_model(recipe, processor.tokenizer, store)
+        store.check_model(model, processor.image_processor)
+    elif processor.image_processor is None and any("images" in stage.reads for stage in stages):
+        raise ValueError(
+            f"A stage reads `images`, but {recipe.model_config.model_name_or_path} has no picture tower: name one "
+            f"(vision_model_name_or_path), or features."
+        )
+    pictures = store or prepare_pictures(recipe, stages, processor, problems)
+    if not recipe.arguments.streaming:
+        check_folds(recipe, len(problems["train"]))
+    with PartialState().main_process_first():
+        folder = claim_run_folder(recipe)
+    lock = lock_run(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
+    with PartialState().main_process_first():
+        check_unchanged(folder, inputs_of(recipe, problems, processor, store))
+    if PartialState().is_main_process:
+        write_record(folder, splits)
+    return Run(recipe, stages, problems, folder, folder, processor, store, pictures, lock)
+
+
+def warn_of_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
+    """Of choices of unlike length the total log-probability hardly ever takes a long one (docs/choice_lengths.md)."""
+    stage = processor.stages[-1]
+    if stage.score != "total" or not PartialState().is_main_process:
+        return
+    rows = problems.remove_columns("images").to_list()
+    targets = [[stage.render_target({**row, "answer": index}) for index in range(len(row["choices"]))] for row in rows]
+    lengths = [[len(tokens) for tokens in processor.tokenizer(texts, verbose=False)["input_ids"]] for texts in targets]
+    unlike = sum(len(set(of_one)) > 1 for of_one in lengths)
+    if unlike:
+        logger.warning(
+            f"{stage.name} stage: score is total, and in {unlike} of {len(rows)} validation problems the choices' "
+            f"targets differ in length, of which the shorter ones are favored: consider score: mean"
+        )
+
+
+def prepare_pictures(
+    recipe: Recipe, stages: list[Stage], processor: MMCoTProcessor, problems: dict[str, Dataset]
+) -> FeatureStore | PixelStore | None:
+    """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
+    every = concatenate_datasets([rows for rows in problems.values() if isinstance(rows, Dataset)])
+    if processor.image_processor is None or not any("images" in stage.reads for stage in stages):
+        return None
+    if not is_frozen(recipe):
+        return PixelStore(every, processor.image_processor)
+    model = build_model(recipe, processor.tokenizer, None).to(recipe.training_arguments.device)
+    return vision_source(model, processor.image_processor, every)
+
+
+def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
+    """A split's problems, checked, so that no run dies of bad data half-way."""
+    source = recipe.arguments.dataset
+    sees = any("images" in stage.reads for stage in stages)
+    needs_files = sees and (store is None or store.needs_files)
+    with PartialState().main_process_first():
+        max_images = recipe.arguments.max_images if sees else None
+        problems = load_problems(recipe.source, split, max_images, needs_files, **reading_options(recipe.arguments))
+    if len(problems) == 0:
+        raise ValueError(
+            f"{source}: split {split!r} has no problems. (Of rows without a split it gets one in ten, or eight of "
+            f"train, by chance: give few rows a split, or name a file for each: train=FILE,val=FILE,test=FILE.)"
+        )
+    if split != "test" or is_answered(problems):
+        require_answers(problems)
+    if recipe.arguments.captions is not None:
+        problems = join_captions(problems, recipe.arguments.captions)
+    if store is not None and sees:
+        store.check_problems(problems)
+    if split == "train":
+        if recipe.arguments.target_column is not None:
+            problems = join_target_column(problems, recipe.arguments.target_column, stages)
+        for stage in stages:
+            check_targets(problems, stage, source)
+    return problems
+
+
+def check_folds(recipe: Recipe, num_problems: int) -> None:
+    num_folds = recipe.arguments.num_folds
+    if num_folds > num_problems and any(stage.inputs_from == "cross_fit" for stage in recipe.stages):
+        raise ValueError(f"num_folds is {num_folds}, and there are {num_problems} training problems.")
+
+
+def join_target_column(problems: Dataset, target_column: str, stages: list[Stage]) -> Dataset:
+    column, separator, path = target_column.partition("=")
+    written = [stage.writes for stage in stages]
+    if not separator or column not in written:
+        raise ValueError(
+            f"--target_column is {target_column!r}; expected COLUMN=FILE.json with a COLUMN that a stage writes: "
+            f"{', '.join(written)}."
+        )
+    return join_column(problems, column, path)
+
+
+def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
+    """A stage whose gold is empty for every problem would learn to write nothing."""
+    if stage.writes in problems.column_names:
+        return
+    gold = sorted(target_columns(stage) & set(GOLD_COLUMNS))
+    if gold and "answer" not in gold and not any(any(problems[name]) for name in gold):
+        raise ValueError(
+            f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "
+            f"for all {len(problems)} problems. Ways out: a recipe with one stage "
+            f"(configs/demo_one_stage.yaml), or texts of your own joined by problem id "
+            f"(--target_column {stage.writes}=FILE.json)."
+        )

@@ -1,0 +1,91 @@
+"""What a stage is trained on: of the columns that earlier stages write, the texts that its training problems hold.
+
+`gold` renders them from the dataset's own columns, as the paper does. `generated` takes what the earlier stages write
+for their own training problems. `cross_fit` takes, for each problem, what stages trained without it write, so that a
+stage trains on texts of the kind that it will read. Nothing is trained or predicted here.
+"""
+
+import random
+from pathlib import Path
+
+from datasets import Dataset
+from jinja2 import meta
+
+from mmcot.problems.schema import with_column
+from mmcot.storage.checkpoints import RunStopped
+from mmcot.storage.files import read_json
+from modeling_mmcot.processing_mmcot import ENVIRONMENT, Stage
+
+CROSS_FITTED = "train_cross_fit"  # beside the splits' predictions, those of the folds put together
+
+
+def predictions_file(run_folder: Path, split: str) -> Path:
+    return run_folder / "predictions" / f"{split}.json"
+
+
+def read_predictions(run_folder: Path, split: str) -> dict[str, dict]:
+    """What is written for a split so far, by problem id."""
+    file = predictions_file(run_folder, split)
+    return read_json(file) if file.exists() else {}
+
+
+def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
+    """The columns that earlier stages would have written, rendered from gold."""
+    for stage in earlier:
+        texts = [stage.render_target(row) for row in problems.remove_columns("images")]
+        problems = with_column(problems, stage.writes, texts)
+    return problems
+
+
+def with_written_columns(problems: Dataset, earlier: list[Stage], run_folder: Path, split: str) -> Dataset:
+    """
+    The columns that earlier stages wrote for the split.
+
+    Raises:
+        RunStopped: one of them has not written for every problem yet.
+    """
+    predictions = read_predictions(run_folder, split)
+    for stage in earlier:
+        texts = [predictions.get(problem_id, {}).get(stage.writes) for problem_id in problems["id"]]
+        if None in texts:
+            raise RunStopped(
+                f"{predictions_file(run_folder, split)} has {stage.writes!r} for {len(texts) - texts.count(None)} of "
+                f"{len(texts)} problems: the {stage.name} stage has to write it for all before a stage can be trained "
+                f"on it (of one that is cross-fitted, every fold)."
+            )
+        problems = with_column(problems, stage.writes, texts)
+    return problems
+
+
+def one_row_per_rationale(problems: Dataset, stages: list[Stage]) -> Dataset:
+    """
+    Each problem as often as it has gold rationales, its solution another one of them each time.
+
+    Args:
+        stages: those whose targets are rendered of these problems; where none is made from the solution, the problems
+            are as they were.
+    """
+    rendered = [stage for stage in stages if stage.writes not in problems.column_names]
+    if not any("solution" in target_columns(stage) for stage in rendered):
+        return problems
+    columns = zip(problems["rationales"], problems["solution"], strict=True)
+    every = [rationales or [solution] for rationales, solution in columns]
+    repeated = problems.select([index for index, texts in enumerate(every) for _ in texts])
+    return with_column(repeated, "solution", [text for texts in every for text in texts])
+
+
+def target_columns(stage: Stage) -> set[str]:
+    """The columns that a stage's target is made from."""
+    return meta.find_undeclared_variables(ENVIRONMENT.parse(stage.target))
+
+
+def fold_of_each(num_problems: int, num_folds: int, seed: int) -> list[int]:
+    """The fold of each problem, drawn by chance; folds differ in size by one at most."""
+    folds = [number % num_folds for number in range(num_problems)]
+    random.Random(seed).shuffle(folds)
+    return folds
+
+
+def fold_folder(run_folder: Path, fold: int) -> Path:
+    """Where the stages lie that are trained without a fold, laid out as a run is."""
+    return run_folder / "folds" / str(fold)

@@ -1,0 +1,116 @@
+"""What a trained stage writes for a split of a run's problems: its column in the predictions file, and what wrote it.
+
+How a stage predicts stands in `predict.py`, what later stages are trained on in `stage_inputs.py`.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from mmcot.prediction.predictor import predict_stage
+from mmcot.prediction.provenance import problems_digest, stage_weights
+from mmcot.problems.predictions import digest_of_problems, read_meta, write_predictions
+from mmcot.problems.sources import said_options
+from mmcot.storage.checkpoints import RunStopped
+from mmcot.storage.journal import Journal
+from mmcot.training.preparation import Run
+from mmcot.training.stage_inputs import predictions_file, read_predictions
+from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot.processing_mmcot import Stage
+
+logger = logging.getLogger(__name__)
+
+
+def is_written(prepared: Run, stage: Stage, split: str) -> bool:
+    """Whether its column is there for every problem, as the stage's weights write it for the problems of now."""
+    predictions = read_predictions(prepared.folder, split)
+    is_whole = all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
+    return is_whole and written_by(prepared, split).get(stage.name) == stage_weights(prepared.folder, stage.name)
+
+
+def written_by(prepared: Run, split: str) -> dict[str, str]:
+    """
+    The weights of each stage that wrote for a split, as far as what later ones read has not changed since. Predictions
+    that do not belong to their meta file are as if nobody had written them.
+    """
+    try:
+        meta = read_meta(predictions_file(prepared.folder, split)) or {}
+    except ValueError as error:
+        logger.warning("%s The stages write again.", error)
+        return {}
+    return meta.get("weights") or {}
+
+
+def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
+    """The stage's column for a split, into its predictions file, unless it is there."""
+    if is_written(prepared, stage, split):
+        return
+    recipe, problems = prepared.recipe, prepared.problems[split]
+    predictions = read_predictions(prepared.folder, split)
+    journal = journal_of(prepared, stage, split, predictions)
+    predict_stage(
+        model,
+        prepared.processor,
+        stage,
+        problems,
+        predictions,
+        batch_size=recipe.training_arguments.per_device_eval_batch_size,
+        decode_answer=recipe.arguments.decode_answer,
+        pictures=prepared.pictures,
+        num_workers=recipe.training_arguments.dataloader_num_workers,
+        journal=journal,
+    )
+    if PartialState().is_main_process:
+        write_predictions(
+            predictions_file(prepared.folder, split), predictions, origin_of_predictions(prepared, stage, split)
+        )
+    journal.remove()
+    PartialState().wait_for_everyone()
+
+
+def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, Any]:
+    """What made a split's predictions, when the stage has written its column."""
+    arguments, weights = prepared.recipe.arguments, written_by(prepared, split)
+    sees = any("images" in stage.reads for stage in prepared.stages)
+    # What stages after this one wrote is of other texts than it writes now.
+    weights = {earlier.name: weights[earlier.name] for earlier in prepared.before(stage) if earlier.name in weights}
+    weights[stage.name] = stage_weights(prepared.folder, stage.name)
+    max_images = arguments.max_images if sees else None
+    return {
+        "dataset": arguments.dataset,
+        "split": split,
+        **said_options(arguments),
+        "decode_answer": arguments.decode_answer,
+        "features": arguments.features,
+        "captions": arguments.captions,
+        "max_images": max_images,
+        "problems": digest_of_problems(prepared.problems[split], max_images),
+        "stages": [asdict(stage) for stage in prepared.stages],
+        "weights": weights,
+    }
+
+
+def being_written(prepared: Run, stage: Stage, split: str) -> Path:
+    """Beside what the journal of a stage lies while it writes."""
+    return prepared.folder / "predictions" / f"{split}.{stage.name}"
+
+
+def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
+    """So that a call that is killed while a stage writes goes on with the batch that it was at."""
+    read = [earlier.writes for earlier in prepared.before(stage)]
+    names = prepared.problems[split]["id"]
+    given = {name: [predictions.get(name, {}).get(column) for column in read] for name in names}
+    settings = {
+        "weights": stage_weights(prepared.folder, stage.name),
+        "problems": problems_digest(prepared.problems[split]),
+        "given": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
+    }
+    try:
+        return Journal(being_written(prepared, stage, split), settings)
+    except ValueError as error:
+        raise RunStopped(str(error)) from error
