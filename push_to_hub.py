@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mmcot.hub.card import Publication
 from mmcot.hub.licenses import check_license
-from mmcot.hub.publish import HUB_ERRORS, Repository, advice, check_repository_id, publish_run
+from mmcot.hub.publish import publish_run
+from mmcot.hub.repository import HUB_ERRORS, Repository, advice, check_repository_id
 from mmcot.hub.space import publish_space
 from mmcot.recipes.command_line import given_options, refuse_without_effect
 from mmcot.storage.run_folder import is_adapted

@@ -4,7 +4,7 @@ python train.py --config configs/demo.yaml
 accelerate launch train.py --config configs/scienceqa_base.yaml --dataset ../shared/scienceqa
 """
 
-from mmcot.training.run import main
+from mmcot.train import main
 
 if __name__ == "__main__":
     main()

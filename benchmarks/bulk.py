@@ -56,7 +56,8 @@ def in_predict(run: Path, count: int) -> dict[str, Any]:
     """The same by `mmcot.predict`, its start and loading left out."""
     import datasets
 
-    from mmcot.prediction.predictor import load_system, predict
+    from mmcot.prediction.predictor import predict
+    from mmcot.prediction.system import load_system
     from mmcot.problems.schema import FEATURES
 
     dataset = datasets.Dataset.from_list(list(rows(count)), features=FEATURES)

@@ -21,11 +21,12 @@ import yaml
 from datasets import Dataset
 
 from benchmarks.setting import machine
-from mmcot.prediction.predictor import load_system, predict
+from mmcot.prediction.predictor import predict
+from mmcot.prediction.system import load_system
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.processing_mmcot import SCORES
+from modeling_mmcot.stage_mmcot import SCORES
 
 RESULTS = Path(__file__).parent / "results" / "choice_lengths"
 SCIENCEQA = Path("../shared/scienceqa")

@@ -30,10 +30,11 @@ from transformers import AutoTokenizer, DetrConfig, DetrForObjectDetection, Detr
 
 from benchmarks.setting import machine
 from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
-from mmcot.pictures.featurizer import load_all_splits, load_image_processor
+from mmcot.pictures.featurizer import load_image_processor
+from mmcot.problems.sources import load_all_splits
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
-from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
 from modeling_mmcot.vision_mmcot import load_vision_tower
 
 FILES = ("manifest.json", "rows.bin", "rows.jsonl")

@@ -43,8 +43,8 @@ from transformers import (
 
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.generation_mmcot import greedy_search, pack_choices
-from modeling_mmcot.pipeline_mmcot import encode, parts_of_like_lengths
-from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.inference_mmcot import encode, parts_of_like_lengths
+from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
 from modeling_mmcot.vision_mmcot import build_vision_tower, encode_pictures
 
 # Device name -> dense bfloat16 matrix peak (FLOP/s; NVIDIA prints twice that, with sparsity, for Hopper and Ada) and

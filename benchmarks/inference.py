@@ -47,8 +47,8 @@ from mmcot.prediction.examples import StageCollator
 from mmcot.prediction.predictor import predict_stage
 from mmcot.problems.schema import with_column, without_gold
 from modeling_mmcot.generation_mmcot import packed_linears
-from modeling_mmcot.pipeline_mmcot import choose_answers, encode, generate_texts
-from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts
+from modeling_mmcot.stage_mmcot import Stage
 
 STRIDE = 16
 FEW, MANY, TRIED = 24, 200, 32

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from mmcot.problems.schema import with_column
 from mmcot.problems.sources import load_problems
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.pipeline_mmcot import rows_of_like_lengths
-from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.inference_mmcot import rows_of_like_lengths
+from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
 
 DATASET = "../shared/scienceqa"
 TOKENIZER = "../shared/t5_tokenizer"

@@ -26,7 +26,7 @@ from mmcot.problems.sources import load_problems
 from mmcot.recipes.arguments import STAGE_CHOICES
 from mmcot.recipes.recipe import claim_run_folder, parse_recipe
 from mmcot.storage.files import read_json, write_json
-from mmcot.training.stage_inputs import CROSS_FITTED, predictions_file, read_predictions
+from mmcot.storage.run_folder import CROSS_FITTED, predictions_file, read_predictions
 
 RECIPE = "configs/demo.yaml"
 VARIANTS = list(itertools.product(STAGE_CHOICES["init_from"], STAGE_CHOICES["inputs_from"]))

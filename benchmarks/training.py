@@ -188,14 +188,15 @@ def measure_utilization() -> dict:
 START = """
 import os, sys, time
 from transformers import TrainerCallback
-from mmcot.training import run as training
+from mmcot import train
+from mmcot.training import trainer
 class FirstStep(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         print("FIRST STEP", time.time(), flush=True)
         os._exit(0)
-train = training.StageTrainer.train
-training.StageTrainer.train = lambda self, **kwargs: (self.add_callback(FirstStep()), train(self, **kwargs))
-training.main(sys.argv[1:])
+train = trainer.StageTrainer.train
+trainer.StageTrainer.train = lambda self, **kwargs: (self.add_callback(FirstStep()), train(self, **kwargs))
+train.main(sys.argv[1:])
 """
 
 

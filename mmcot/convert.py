@@ -1,6 +1,67 @@
-"""The command `python -m mmcot.convert`."""
+"""The authors' checkpoints (amazon-science/mm-cot, `T5ForMultimodalGeneration`) -> folders of this package.
 
-from mmcot.hub.original import main
+    python -m mmcot.convert ORIGINAL_DIR OUT_DIR --vision vit --stage_folders RATIONALE ANSWER --attach_tower vit
+
+T5's tensors keep their names and the fusion's get ours. Nothing is left out, made up or cut to fit: a checkpoint that
+is not exactly the model that its config.json describes is refused, and nothing is written.
+"""
+
+import argparse
+import sys
+
+from mmcot.hub.original import convert
+from mmcot.pictures.authors import AUTHORS_TOWERS
+from mmcot.recipes.command_line import refuse_without_effect
+from mmcot.storage.paths import check_output_folder, refuse_absent_path
+from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mmcot.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("original_dir", help="the authors' folder, or a Hub id: USER/NAME or USER/NAME/FOLDER")
+    parser.add_argument("out_dir", help="the folder to write")
+    parser.add_argument("--vision", required=True, choices=AUTHORS_TOWERS, help="the features that it was trained on")
+    parser.add_argument(
+        "--stage_folders",
+        nargs=2,
+        metavar=("RATIONALE", "ANSWER"),
+        help="folders within ORIGINAL_DIR: both stages become one folder in the Hub's layout",
+    )
+    parser.add_argument(
+        "--prompt_formats",
+        nargs=2,
+        choices=PAPER_TEMPLATES,
+        metavar=("RATIONALE", "ANSWER"),
+        help="with --stage_folders, the formats they were trained on (default: QCM-E QCMG-A)",
+    )
+    parser.add_argument("--attach_tower", metavar="CHECKPOINT", help="add the pre-trained picture tower")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.stage_folders is None:
+            refuse_without_effect(
+                [name for name, value in vars(arguments).items() if value is not None],
+                ("prompt_formats",),
+                "it names the formats of the two --stage_folders",
+            )
+        # An id may be followed by a folder of the repository, USER/NAME/FOLDER.
+        is_id = not arguments.original_dir.startswith((".", "/", "~")) and arguments.original_dir.count("/") == 2
+        if not is_id:
+            refuse_absent_path(arguments.original_dir, "the authors' folder, or an id of the Hub (USER/NAME)")
+        if arguments.attach_tower is not None:
+            refuse_absent_path(arguments.attach_tower, "a tower's folder, or an id of the Hub (USER/NAME)")
+        check_output_folder(arguments.out_dir, "OUT_DIR")
+        report = convert(
+            arguments.original_dir,
+            arguments.out_dir,
+            arguments.vision,
+            arguments.stage_folders,
+            arguments.prompt_formats,
+            arguments.attach_tower,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join([*report, f"written: {arguments.out_dir}"]))
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,174 @@
-"""The command `python -m mmcot.evaluate`."""
+"""From predictions files to scores: read, score, compare, print tables, write the scores file.
 
-from mmcot.evaluation.predictions import main
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --split test [--output SCORES]
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --compare OTHER          # two systems on the same problems
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --seeds OTHER OTHER      # one system, trained with other seeds
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --report DIR             # a page to look through the problems
+    python -m mmcot.evaluate --leaderboard SCORES_OR_REPO SCORES_OR_REPO …      # any number of scores files
+    python -m mmcot.evaluate FILE --dataset AOKVQA_DIR --split test --submission predictions_test.json
+
+The last command writes A-OKVQA's submission file; the answers of that test split are not public.
+The figures are defined in `evaluation/metrics.py` and `evaluation/comparison.py`.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from mmcot.analysis.page import write_page
+from mmcot.evaluation.comparison import compare, leaderboard, spread
+from mmcot.evaluation.leaks import suspicion, warnings_of
+from mmcot.evaluation.metrics import rationales_of, score, score_by
+from mmcot.evaluation.predictions import (
+    fitting,
+    load_answered_problems,
+    load_scored_problems,
+    read_predictions,
+    submission,
+)
+from mmcot.evaluation.tables import format_comparison, format_leaderboard, format_spread, format_table
+from mmcot.hub.results import scores_of
+from mmcot.prediction.provenance import origin_of_scores
+from mmcot.problems.digests import check_problems
+from mmcot.problems.opening import SOURCES, Given
+from mmcot.problems.schema import SPLITS
+from mmcot.problems.sources import add_dataset_options, choose_source, reading_options, said_options
+from mmcot.problems.subsets import add_selection, select
+from mmcot.recipes.command_line import given_options, refuse_without_effect
+from mmcot.storage.files import write_json
+from mmcot.storage.paths import check_output_file, check_output_folder, refuse_absent_path
+
+SUBMISSION_OPTIONS = {"file", "dataset", "columns", "split_seed", "split", "submission"}
+
+
+def default_scores_file(predictions_file: str | Path) -> Path:
+    """RUN/scores/SPLIT.json for RUN/predictions/SPLIT.json, else NAME.scores.json beside NAME.json."""
+    path = Path(predictions_file).absolute()
+    if path.parent.name == "predictions":
+        return path.parent.parent / "scores" / path.name
+    return path.with_suffix(".scores.json")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mmcot.evaluate", description="Score predictions files.")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="predictions, as mmcot.predict writes them, or {id: answer}"
+    )
+    parser.add_argument("--dataset", metavar="PATH_OR_ID", help=SOURCES)
+    add_dataset_options(parser)
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    add_selection(parser)
+    parser.add_argument("--by", nargs="+", metavar="COLUMN", help="scores by the classes of these columns too")
+    parser.add_argument("--allow_missing", action="store_true", help="a problem without a prediction counts as wrong")
+    parser.add_argument("--similarity", metavar="MODEL", help="an encoder that compares rationales in meaning")
+    parser.add_argument("--output", metavar="SCORES", help="default: RUN/scores/SPLIT.json, else beside FILE")
+    parser.add_argument("--compare", metavar="OTHER", help="predictions of another system on the same problems")
+    parser.add_argument("--seeds", nargs="+", metavar="OTHER", help="predictions of the same system, of other seeds")
+    parser.add_argument("--submission", metavar="FILE", help="in place of scores: the file for A-OKVQA's leaderboard")
+    parser.add_argument(
+        "--leaderboard", nargs="+", metavar="SCORES", help="scores files, or repositories that have one"
+    )
+    parser.add_argument("--report", metavar="DIR", help="write a page to look through the problems")
+    parser.add_argument("--without_picture", metavar="OTHER", help="for the report: predictions with pictures withheld")
+    parser.add_argument("--attention", metavar="MODEL", help="for the report: what predicted, to show where it looked")
+    parser.add_argument("--format", default="text", choices=("text", "markdown", "csv"), help="of the leaderboard")
+    return parser
+
+
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `--dataset`.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    arguments = build_parser().parse_args(argv)
+    try:
+        check_options(arguments, given_options(build_parser(), argv))
+        if arguments.leaderboard is not None:
+            table = leaderboard({name: scores_of(name) for name in arguments.leaderboard})
+            print(format_leaderboard(table, arguments.format))
+            return
+        if arguments.file is None:
+            raise ValueError("expected a predictions FILE and --dataset, or --leaderboard")
+        arguments.source = choose_source(arguments, dataset)
+        if arguments.submission is not None:
+            problems = load_scored_problems(arguments.source, arguments.split, **reading_options(arguments))
+            predictions = read_predictions(arguments.file)
+            texts = submission(problems.remove_columns("images"), predictions)
+            check_problems(Path(arguments.file), predictions, problems, arguments.dataset)
+            write_json(arguments.submission, texts)
+            print(f"submission: {arguments.submission}")
+        else:
+            evaluate_files(arguments)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
+    """
+    Raises:
+        ValueError: an option has no effect beside the others, or what is to be written cannot be.
+    """
+    if arguments.leaderboard is not None:
+        reason = "--leaderboard makes a table of scores files"
+        refuse_without_effect(said, sorted(said - {"leaderboard", "format"}), reason)
+        for name in arguments.leaderboard:
+            refuse_absent_path(name, "a scores file, a finished run, or an id of the Hub (USER/NAME)")
+        return
+    refuse_without_effect(said, ("format",), "it is of the --leaderboard")
+    if arguments.submission is not None:
+        refuse_without_effect(said, sorted(said - SUBMISSION_OPTIONS), "--submission takes a split as it is, unscored")
+        check_output_file(arguments.submission, "--submission")
+        return
+    if arguments.similarity is not None:
+        refuse_absent_path(arguments.similarity, "an encoder's folder, or an id of the Hub (USER/NAME)")
+    if arguments.report is None:
+        refuse_without_effect(said, ("without_picture", "attention"), "they are for the page of --report")
+    else:
+        check_output_folder(arguments.report, "--report")
+    if arguments.compare is not None:
+        refuse_without_effect(said, ("seeds",), "--compare is given, and one of them is shown")
+    if arguments.output is not None:
+        check_output_file(arguments.output)
+
+
+def evaluate_files(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output or default_scores_file(arguments.file))
+    others = [arguments.compare] if arguments.compare is not None else arguments.seeds or []
+    if output.resolve() in (Path(file).resolve() for file in (arguments.file, *others)):
+        raise ValueError(f"--output {output} is a predictions file itself")
+    reading = reading_options(arguments)
+    problems = load_answered_problems(arguments.source, arguments.split, keep=arguments.by or (), **reading)
+    problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
+    first, *rest = (fitting(file, problems, arguments.allow_missing, arguments) for file in (arguments.file, *others))
+    selection = {name: getattr(arguments, name) for name in ("ids", "filter", "limit", "allow_missing", "by")}
+    selection |= said_options(arguments)
+    scores = score(problems, first)
+    if arguments.by:
+        scores["by"] = score_by(problems, first, arguments.by)
+    scores |= origin_of_scores(Path(arguments.file), output, problems, arguments.dataset, arguments.split, selection)
+    if arguments.similarity is not None:
+        from mmcot.analysis.similarity import similarity
+
+        scores["rationale"]["similarity"] = similarity(problems, rationales_of(first), arguments.similarity)
+    tables = [format_table(scores)]
+    if arguments.compare is not None:
+        scores["compared"] = compare(problems, first, rest[0])
+        tables.append(format_comparison(scores["compared"]))
+    elif arguments.seeds is not None:
+        result = spread([scores, *(score(problems, predictions) for predictions in rest)])
+        scores["seeds"] = {"n": 1 + len(rest), "accuracy": result}
+        tables.append(format_spread(result, 1 + len(rest)))
+    write_json(output, scores)
+    print("\n\n".join(tables))
+    for line in warnings_of(suspicion(problems, rationales_of(first))):
+        print(line)
+    print(f"scores: {output}")
+    if arguments.report is not None:
+        write_page(arguments, problems, first, scores)
+        print(f"report: {Path(arguments.report) / 'index.html'}")
+
 
 if __name__ == "__main__":
     main()

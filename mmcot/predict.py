@@ -1,6 +1,146 @@
-"""The command `python -m mmcot.predict`."""
+"""Predicts a split with a finished system.
 
-from mmcot.prediction.predictor import main
+    python -m mmcot.predict RUN_OR_HUB_DIR --dataset demo --split test --output FILE
+
+Gold columns are removed before any prompt is built; `--leak_check` verifies that. The command resumes after a kill, and
+writes the origin of the predictions beside FILE (`prediction/provenance.py`).
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from mmcot.evaluation.leaks import leaking
+from mmcot.prediction.predictor import predict
+from mmcot.prediction.provenance import provenance
+from mmcot.prediction.system import load_inputs, load_system
+from mmcot.problems.opening import SOURCES, Given
+from mmcot.problems.schema import (
+    SPLITS,
+)
+from mmcot.problems.sources import add_dataset_options, choose_source, said_options
+from mmcot.problems.subsets import add_selection
+from mmcot.recipes.command_line import given_options, refuse_below, refuse_without_effect
+from mmcot.storage.files import resolved
+from mmcot.storage.journal import Journal
+from mmcot.storage.paths import check_output_file
+from mmcot.storage.predictions import write_predictions
+from modeling_mmcot.self_consistency_mmcot import TEMPERATURE
+
+# Options that say where and how fast, not what is predicted.
+NOT_OF_THE_RESULT = ("model", "output", "leak_check", "num_workers", "source", "columns", "split_seed")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mmcot.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
+    parser.add_argument("--dataset", help=SOURCES)
+    add_dataset_options(parser)
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    add_selection(parser)
+    parser.add_argument("--output", help="the predictions file to write")
+    parser.add_argument("--leak_check", action="store_true", help="predict with and without gold columns, and compare")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--max_tokens", type=int, metavar="N", help="of a batch's padded sources, in place of its size")
+    parser.add_argument("--num_rationales", type=int, default=1, metavar="N", help="drawn; the answer is agreed on")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of that drawing")
+    parser.add_argument("--seed", type=int, default=42, help="of that drawing")
+    parser.add_argument("--decode_answer", action="store_true", help='read a generated "The answer is (B)." too')
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures or features ahead")
+    parser.add_argument("--bf16", action="store_true", help="run the models in bfloat16")
+    parser.add_argument("--features", metavar="DIR", help="features of the pictures, as mmcot.features wrote them")
+    parser.add_argument("--captions", metavar="FILE", help="captions.json, as mmcot.features --captions wrote it")
+    return parser
+
+
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of `--dataset`.
+    """
+    arguments = build_parser().parse_args(argv)
+    PartialState(cpu=not torch.accelerator.is_available())  # else processes without accelerator know nothing of others
+    try:
+        check_options(arguments, given_options(build_parser(), argv))
+        arguments.source = choose_source(arguments, dataset)
+        arguments.captions = arguments.captions and resolved(arguments.captions)
+        processor, models = load_system(arguments.model, torch.bfloat16 if arguments.bf16 else "auto")
+        if arguments.num_rationales > 1 and len(processor.stages) == 1:
+            raise ValueError(f"--num_rationales is {arguments.num_rationales}, and {arguments.model} writes none.")
+        problems, store = load_inputs(arguments, processor, models)
+        settings = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_THE_RESULT}
+        settings |= said_options(arguments)
+        options = {name: settings[name] for name in ("num_rationales", "temperature", "seed")}
+        options |= {name: settings[name] for name in ("batch_size", "max_tokens", "decode_answer")}
+        options |= {"pictures": store, "num_workers": arguments.num_workers}
+        if arguments.leak_check:
+            tell_leaks(problems, lambda rows: predict(processor, models, rows, **options))
+            return
+        meta = {**provenance(arguments.model, processor, models, problems, store), **settings}
+        output = Path(arguments.output)
+        journal = Journal(output, meta)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        predictions = predict(processor, models, problems, journal=journal, **options)
+        if PartialState().is_main_process:
+            write_predictions(output, predictions, meta)
+            print(f"{len(predictions)} predictions: {output}")
+        journal.remove()
+    except OSError as error:  # a full disk
+        journal.give_up()
+        sys.exit(f"error: {output} could not be written: {error}. The same command goes on with what was predicted.")
+    except KeyboardInterrupt:
+        print(f"SIGINT: what is predicted is kept beside {output}. The same command goes on.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
+    """
+    Raises:
+        ValueError: an option is missing, is no number that it can be, or has no effect beside the others.
+    """
+    if arguments.output is None and not arguments.leak_check:
+        raise ValueError("--output is missing: the predictions file to write.")
+    refuse_below(arguments, 1, "batch_size", "max_tokens", "num_rationales")
+    refuse_below(arguments, 0, "num_workers")
+    if arguments.temperature <= 0:
+        raise ValueError(f"--temperature is {arguments.temperature:g}; expected more than 0.")
+    if arguments.num_rationales == 1:
+        reason = "nothing is drawn without --num_rationales of 2 or more"
+        refuse_without_effect(said, ("temperature", "seed"), reason)
+    if arguments.leak_check:
+        refuse_without_effect(said, ("output",), "--leak_check compares, and writes no file")
+    else:
+        check_output_file(arguments.output)
+    if arguments.max_tokens is not None:
+        refuse_without_effect(said, ("batch_size",), "--max_tokens stands in its place")
+    if arguments.num_rationales > 1 and arguments.decode_answer:
+        raise ValueError(
+            "--decode_answer reads one generated answer, and --num_rationales makes several: leave one out."
+        )
+
+
+def tell_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> None:
+    leaks = leaking(problems, predict_all)
+    if not PartialState().is_main_process:
+        return
+    if leaks:
+        for problem_id, columns in list(leaks.items())[:20]:
+            print(f"{problem_id}: {', '.join(columns)}")
+        sys.exit(
+            f"error: {len(leaks)} of {len(problems)} predictions differ when the gold columns are replaced by garbage: "
+            f"something of them reaches the model."
+        )
+    print(f"No prediction of {len(problems)} differs when the gold columns are replaced by garbage.")
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,78 @@
-"""The command `python -m mmcot.train`."""
+"""Trains, predicts, scores and exports what a recipe describes. The same command resumes an interrupted run.
 
-from mmcot.training.run import main
+python -m mmcot.train --config configs/demo.yaml
+"""
+
+import contextlib
+import logging
+import signal
+import sys
+
+from accelerate import PartialState
+from safetensors import SafetensorError
+
+from mmcot.evaluation.tables import format_table
+from mmcot.problems.opening import Given
+from mmcot.recipes.arguments import help_text
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.checkpoints import RunStopped
+from mmcot.storage.run_folder import fold_folder, read_predictions, reported_scores
+from mmcot.training.preparation import Run, prepare
+from mmcot.training.run import run
+from modeling_mmcot.stage_mmcot import LETTERS
+
+
+def describe_result(prepared: Run) -> str:
+    """What a run ends with: the score table, where everything lies, and one answered problem."""
+    folder = prepared.folder
+    split, scores = reported_scores(folder)
+    problems, predictions = prepared.problems[split], read_predictions(folder, split)
+    problem = next((row for row in problems if row["images"]), problems[0])
+    columns = predictions[problem["id"]]
+    choices = "\n".join(
+        f"  ({letter}) {choice}  {100 * probability:.1f} %"
+        for letter, choice, probability in zip(LETTERS, problem["choices"], columns["scores"], strict=False)
+    )
+    rationale = f"  {columns['rationale']}\n" if "rationale" in columns else ""
+    return (
+        f"{format_table(scores)}\n\n"
+        f"One {split} problem, answered ({problem['id']}, gold: {problem['choices'][problem['answer']]}):\n"
+        f"  {problem['question']}\n{rationale}{choices}\n\nRun folder: {folder}"
+    )
+
+
+def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
+    """
+    Args:
+        argv: the command line; by default this process's.
+        dataset: in place of the recipe's `dataset`.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mmcot").setLevel(logging.INFO)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv) and "--config" not in argv:
+        print(help_text())
+        return
+    try:
+        try:
+            if dataset is not None and any(word.split("=")[0] == "--dataset" for word in argv):
+                raise ValueError("--dataset is given, and a dataset was given in Python: give one of them.")
+            recipe = parse_recipe(argv)
+            prepared = prepare(recipe if dataset is None else recipe.with_dataset(dataset))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        with prepared.lock or contextlib.nullcontext():
+            run(prepared)
+    except (RunStopped, OSError, SafetensorError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("SIGINT: what is finished is kept. The same command goes on.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    fold = prepared.recipe.arguments.fold
+    if PartialState().is_main_process:
+        written = f"Fold {fold} is written: {fold_folder(prepared.folder, fold)}"
+        print(describe_result(prepared) if fold is None else written)
+
 
 if __name__ == "__main__":
     main()

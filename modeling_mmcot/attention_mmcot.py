@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
-from .processing_mmcot import MMCoTProcessor, Stage
+from .processing_mmcot import MMCoTProcessor
+from .stage_mmcot import Stage
 from .vision_mmcot import real_sizes
 
 STRIDES = (8, 16, 32, 64)

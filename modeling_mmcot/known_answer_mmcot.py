@@ -16,9 +16,10 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .pipeline_mmcot import choose_answers, encode, generate_finite
-from .processing_mmcot import GOLD_COLUMNS, MMCoTProcessor, Stage
-from .stages_mmcot import hub_options, stage_model
+from .inference_mmcot import choose_answers, encode, generate_finite
+from .loading_mmcot import hub_options, stage_model
+from .processing_mmcot import MMCoTProcessor
+from .stage_mmcot import GOLD_COLUMNS, Stage
 
 logger = logging.get_logger(__name__)
 

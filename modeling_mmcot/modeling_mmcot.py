@@ -30,9 +30,9 @@ from .configuration_mmcot import MMCoTConfig
 from .fusion_mmcot import Fusion, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
-from .prompts_mmcot import VirtualTokens
-from .stages_mmcot import FILE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
+from .loading_mmcot import FILE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
 from .versions_mmcot import CACHE, CUSTOM_CODE_METHOD, takes_cache_by_either_name
+from .virtual_tokens_mmcot import VirtualTokens
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
 # Tokens of all choices of a problem together up to which they are scored in one packed pass, whose attention grows with
@@ -374,7 +374,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         """
         if problems is None:
             return super().generate(*args, **kwargs)
-        from .pipeline_mmcot import reply  # needed for a chat alone
+        from .inference_mmcot import reply
 
         return reply(problems, self, *args, **kwargs)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .processing_mmcot import Stage
+from .stage_mmcot import Stage
 
 TEMPERATURE = 0.7  # of the drawing, where nothing else is asked for
 

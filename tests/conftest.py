@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
-from mmcot.pictures.featurizer import compute, load_all_splits
+from mmcot.pictures.featurizer import compute
 from mmcot.problems.demo import generate
+from mmcot.problems.sources import load_all_splits
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
 from modeling_mmcot.fusion_mmcot import FUSIONS
 

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from mmcot.prediction.predictor import load_system
+from mmcot.hub.merging import shared_modules
+from mmcot.prediction.system import load_system
 from mmcot.recipes.recipe import parse_recipe
-from mmcot.training.adapters import adapt, check_adapters, quantization, shared_modules
+from mmcot.train import main
+from mmcot.training.adapters import adapt, check_adapters, quantization
 from mmcot.training.preparation import prepare
-from mmcot.training.run import main
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.pipeline_mmcot import run_stages
+from modeling_mmcot.inference_mmcot import run_stages
 
 STAGES = ("rationale", "answer")
 

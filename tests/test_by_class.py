@@ -3,14 +3,12 @@
 import pytest
 from problem_files import jsonl, says
 
-from mmcot.evaluation import predictions as evaluate
+from mmcot import evaluate, predict, train
 from mmcot.evaluation.metrics import score_by
 from mmcot.hub.export import export
-from mmcot.prediction import predictor as predict
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.run_folder import scores_file
-from mmcot.training import run as training
 from mmcot.training.preparation import prepare
 
 LEVELS = ("easy", "hard", "easy", None, "easy", "hard")
@@ -86,7 +84,7 @@ def one_step(text_recipe, *options) -> list[str]:
 def test_the_card_says_scores_by_class_and_how_rows_were_divided(text_recipe, tmp_path):
     file = jsonl(tmp_path, *map(question, range(60)))
     options = ["--dataset", file, "--split_seed", "7"]
-    training.main(one_step(text_recipe, *options))
+    train.main(one_step(text_recipe, *options))
     run = tmp_path / "run"
     predictions = run / "predictions" / "test.json"
     assert read_json(predictions.with_name("test.meta.json"))["split_seed"] == 7
@@ -117,8 +115,8 @@ def test_the_card_says_that_test_problems_were_trained_on(text_recipe, tmp_path)
     rows += [question(number, split="test", id=f"t{number}") for number in (3, 4, 5, 30)]
     file = jsonl(tmp_path, *rows)
     with pytest.raises(SystemExit, match="3 of 4 test problems are in train too"):
-        training.main(one_step(text_recipe, "--dataset", file))
-    training.main(one_step(text_recipe, "--dataset", file, "--allow_overlap", "true"))
+        train.main(one_step(text_recipe, "--dataset", file))
+    train.main(one_step(text_recipe, "--dataset", file, "--allow_overlap", "true"))
     card = (tmp_path / "run" / "hub" / "README.md").read_text()
     assert says(
         card,

@@ -15,7 +15,7 @@ from test_examples import made, own_cache, problems, processor, tokens  # noqa: 
 from mmcot.pictures import feature_store
 from mmcot.pictures import featurizer as features
 from mmcot.pictures.featurizer import compute, vision_source
-from mmcot.pictures.reading import PixelStore
+from mmcot.pictures.pixel_store import PixelStore
 from mmcot.problems import demo
 from mmcot.problems.sources import load_problems
 from modeling_mmcot import pictures_mmcot, processing_mmcot, vision_mmcot

@@ -30,14 +30,14 @@ from transformers import (
     ViTModel,
 )
 
-from mmcot.pictures import featurizer as features
+from mmcot import features, train
 from mmcot.problems.schema import join_captions
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json
-from mmcot.training import run as training
+from mmcot.training import preparation
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.captioning_mmcot import CAPTIONERS, Captioner
-from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage
+from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "red", "blue", "square", "circle", "."]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -249,9 +249,9 @@ def test_a_recipe_that_reads_captions_is_given_them(tiny_dataset, blip, tmp_path
     (tmp_path / "recipe.yaml").write_text(recipe)
     command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset), "--max_steps", "1"]
     captions = str(tmp_path / "captions/captions.json")
-    training.main([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
-    prepared = training.prepare(
-        training.parse_recipe([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
+    train.main([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
+    prepared = preparation.prepare(
+        recipe.parse_recipe([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
     )
     row = next(row for row in prepared.problems["train"] if row["images"])
     caption = read_json(captions)["captions"][row["id"]]

@@ -14,8 +14,8 @@ from mmcot.recipes.recipe import parse_recipe
 from mmcot.training.building import build_stage
 from mmcot.training.preparation import prepare
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.pipeline_mmcot import choose_answers, encode
-from modeling_mmcot.processing_mmcot import SCORES
+from modeling_mmcot.inference_mmcot import choose_answers, encode
+from modeling_mmcot.stage_mmcot import SCORES
 
 WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, 60)}}
 LONG = " ".join(f"w{number}" for number in range(7, 40))

@@ -8,8 +8,9 @@ from conftest import run_script
 from test_predict import plainly
 from test_report import drive
 
-from mmcot.evaluation.predictions import main as evaluate
-from mmcot.prediction.predictor import load_system, predict_stage
+from mmcot.evaluate import main as evaluate
+from mmcot.prediction.predictor import predict_stage
+from mmcot.prediction.system import load_system
 from mmcot.problems.demo import PICTURE_SKILLS, seen
 from mmcot.problems.schema import without_gold
 from mmcot.problems.sources import load_problems

@@ -11,8 +11,9 @@ from statsmodels.stats.contingency_tables import mcnemar
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from mmcot.evaluate import default_scores_file, main
 from mmcot.evaluation.metrics import score
-from mmcot.evaluation.predictions import default_scores_file, evaluate, main
+from mmcot.evaluation.predictions import evaluate
 from mmcot.evaluation.tables import format_table
 from mmcot.storage.files import read_json, write_json
 

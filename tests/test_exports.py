@@ -5,11 +5,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mmcot.analysis.probes import main as probe
-from mmcot.evaluation.predictions import main as score_files
+from mmcot.evaluate import main as score_files
 from mmcot.hub.card import scores_of_run
-from mmcot.prediction.predictor import main as predict
+from mmcot.predict import main as predict
 from mmcot.prediction.provenance import all_weights, weights_of
+from mmcot.probes import main as probe
 from mmcot.storage.files import read_json, write_json
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main as push

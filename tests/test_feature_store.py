@@ -8,8 +8,9 @@ from conftest import content, tiny_model
 from PIL import Image
 from transformers import DetrImageProcessorPil
 
+from mmcot.features import main
 from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
-from mmcot.pictures.featurizer import compute, main
+from mmcot.pictures.featurizer import compute
 from mmcot.problems.sources import load_problems
 from modeling_mmcot.vision_mmcot import load_vision_tower
 

@@ -27,21 +27,15 @@ from transformers import (
     ViTModel,
 )
 
+from mmcot import predict, train
 from mmcot.evaluation.predictions import evaluate
+from mmcot.features import main
+from mmcot.pictures.authors import import_authors_features, open_authors_features
 from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
-from mmcot.pictures.featurizer import (
-    commit_of,
-    compute,
-    import_authors_features,
-    load_all_splits,
-    main,
-    open_authors_features,
-)
-from mmcot.pictures.reading import content_key
-from mmcot.prediction import predictor as predict
-from mmcot.problems.sources import load_problems
+from mmcot.pictures.featurizer import commit_of, compute
+from mmcot.problems.digests import content_key
+from mmcot.problems.sources import load_all_splits, load_problems
 from mmcot.storage.files import read_json
-from mmcot.training import run as training
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
@@ -202,7 +196,7 @@ def runs(detr, tiny_dataset, tmp_path_factory):
             options = ["--features", str(folder / f"{name}.store")]
         finished[name] = folder / name
         command = ["--config", str(folder / "recipe.yaml"), "--dataset", str(tiny_dataset), "--output_dir"]
-        training.main([*command, str(finished[name]), *options])
+        train.main([*command, str(finished[name]), *options])
     return finished
 
 
@@ -253,7 +247,7 @@ def test_without_a_tower_the_store_gives_the_width(runs, tiny_dataset, tmp_path)
     (tmp_path / "recipe.yaml").write_text("\n".join(lines))
     store = runs["pixels"].parent / "float16.store"
     command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset), "--max_steps", "1"]
-    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", str(store)])
+    train.main([*command, "--output_dir", str(tmp_path / "run"), "--features", str(store)])
     config = read_json(tmp_path / "run/hub/config.json")
     assert config["vision_hidden_size"] == 24 and config["vision_config"] is None
     assert (config["num_vision_tokens"], config["vision_tower"]) == (5, "detr")
@@ -301,7 +295,7 @@ def test_what_a_recipe_says_wrong_of_its_tower_is_found_before_the_folder_is_tak
 ):
     command = ["--config", str(runs["pixels"].parent / "recipe.yaml"), "--dataset", str(tiny_dataset)]
     with pytest.raises(SystemExit, match=message):
-        training.main([*command, "--output_dir", str(tmp_path / "run"), *options])
+        train.main([*command, "--output_dir", str(tmp_path / "run"), *options])
     assert not (tmp_path / "run").exists()
 
 
@@ -327,9 +321,9 @@ def test_a_recipe_whose_tower_is_another_than_the_stores_is_refused(runs, store,
     command = ["--config", str(runs["pixels"].parent / "recipe.yaml"), "--dataset", str(tiny_dataset)]
     command += ["--output_dir", str(tmp_path / "run"), "--features", str(store)]
     with pytest.raises(SystemExit, match="vision_tower is 'detr' in the store, 'vit' in the model"):
-        training.main([*command, "--vision_model_name_or_path", str(vit)])
+        train.main([*command, "--vision_model_name_or_path", str(vit)])
     with pytest.raises(SystemExit, match="features are those of a fixed tower; they want freeze_vision"):
-        training.main([*command, "--freeze_vision", "false"])
+        train.main([*command, "--freeze_vision", "false"])
     assert not (tmp_path / "run").exists()
 
 
@@ -342,10 +336,10 @@ def test_a_model_goes_on_with_its_own_tower_and_a_store_of_it(runs, tiny_dataset
     (tmp_path / "recipe.yaml").write_text(f"{recipe}\nmodel_name_or_path: {runs['pixels'] / 'hub'}\n")
     command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset), "--max_steps", "1"]
     store = runs["pixels"].parent / "float16.store"
-    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", str(store)])
+    train.main([*command, "--output_dir", str(tmp_path / "run"), "--features", str(store)])
     relative = os.path.relpath(store)
     assert relative != str(store)
-    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", relative])
+    train.main([*command, "--output_dir", str(tmp_path / "run"), "--features", relative])
     before, after = (
         MMCoTForConditionalGeneration.from_pretrained(folder / "hub") for folder in (runs["pixels"], tmp_path / "run")
     )
@@ -374,7 +368,7 @@ def test_a_model_keeps_what_it_says_of_its_pictures_and_refuses_another_store(ru
         command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(tiny_dataset)]
         command += ["--output_dir", str(tmp_path / "run"), "--features", str(runs["pixels"].parent / "float16.store")]
         with pytest.raises(SystemExit, match=message):
-            training.main(command)
+            train.main(command)
         assert not (tmp_path / "run").exists()
 
 
@@ -539,7 +533,7 @@ def test_with_imported_features_a_system_is_trained_predicts_and_is_scored_witho
     lines = [line for line in TINY_RECIPE.read_text().splitlines() if not line.startswith(without)]
     (tmp_path / "recipe.yaml").write_text("\n".join(line for line in lines if not line.startswith("          ")))
     command = ["--config", str(tmp_path / "recipe.yaml"), "--dataset", str(scienceqa), "--max_steps", "1"]
-    training.main([*command, "--output_dir", str(tmp_path / "run"), "--features", store])
+    train.main([*command, "--output_dir", str(tmp_path / "run"), "--features", store])
     predict.main(
         [str(tmp_path / "run"), "--dataset", str(scienceqa), "--features", store, "--output", str(tmp_path / "p.json")]
     )

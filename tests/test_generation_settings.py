@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
-from modeling_mmcot.pipeline_mmcot import encode, generate_texts, run_stages
+from modeling_mmcot.inference_mmcot import encode, generate_texts, run_stages
 from modeling_mmcot.settings_mmcot import NOT_DECODING, OUTPUTS, SETTINGS, given_settings
 
 PIECES = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_letters, *string.digits[:8]]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.known_answer_mmcot import write_known_answer
-from modeling_mmcot.stages_mmcot import load_stages
+from modeling_mmcot.loading_mmcot import load_stages
 
 pytestmark = pytest.mark.slow
 

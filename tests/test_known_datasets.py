@@ -16,15 +16,15 @@ from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from PIL import Image
 from problem_files import ROW, check_pictures, error_of, png, says, scienceqa
 
+from mmcot.evaluate import main as evaluate
 from mmcot.evaluation.metrics import rationale_scores
-from mmcot.evaluation.predictions import main as evaluate
 from mmcot.problems import demo
 from mmcot.problems.schema import FEATURES, require_answers, without_gold
 from mmcot.problems.sources import load_problems
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
 from mmcot.training.preparation import prepare
-from mmcot.training.run import training_problems
+from mmcot.training.stage import training_problems
 
 # The original ScienceQA folder.
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from mmcot.evaluation.leaks import leaking
+from mmcot.predict import main
 from mmcot.prediction import predictor as predicting
 from mmcot.prediction.examples import tokenized
-from mmcot.prediction.predictor import load_system, main, predict
+from mmcot.prediction.predictor import predict
+from mmcot.prediction.system import load_system
 from mmcot.problems.sources import load_problems
-from modeling_mmcot import pipeline_mmcot
-from modeling_mmcot.pipeline_mmcot import write_column
+from modeling_mmcot.inference_mmcot import write_column
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def problems(tiny_dataset):
 def careless(monkeypatch):
     """A pipeline that leaves gold columns where they are, and gives batches their labels."""
     monkeypatch.setattr(predicting, "without_gold", lambda problems: problems)
-    monkeypatch.setattr(pipeline_mmcot, "GOLD_COLUMNS", ())
+    monkeypatch.setattr("modeling_mmcot.inference_mmcot.GOLD_COLUMNS", ())
     monkeypatch.setattr(predicting, "tokenized", lambda *given, with_targets: tokenized(*given, with_targets=True))
 
     def without_labels(*given, **options):
@@ -99,7 +100,7 @@ def test_the_command_says_so(tiny_run, tiny_dataset, capsys, monkeypatch):
     main(options)
     assert "No prediction of 4 differs" in capsys.readouterr().out
     leak = {"test-1": ["answer", "scores"]}
-    monkeypatch.setattr(predicting, "leaking", lambda problems, predict_all: leak)
+    monkeypatch.setattr("mmcot.predict.leaking", lambda problems, predict_all: leak)
     with pytest.raises(SystemExit) as stopped:
         main(options)
     assert "1 of 4 predictions differ" in stopped.value.code

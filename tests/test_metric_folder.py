@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY, run_script, shared
 from loopback_hub import LoopbackHub, client_environment
 
-from mmcot.evaluation.predictions import main
+from mmcot.evaluate import main
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
 

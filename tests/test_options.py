@@ -10,17 +10,12 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY_RECIPE
 
-from mmcot.analysis import probes
-from mmcot.evaluation import predictions as evaluate
+from mmcot import convert, evaluate, features, predict, probes, train
 from mmcot.evaluation.tables import p_value
-from mmcot.hub import original as convert
 from mmcot.hub.licenses import check_license
-from mmcot.pictures import featurizer as features
-from mmcot.prediction import predictor as predict
-from mmcot.problems import predictions
-from mmcot.recipes.command_line import check_output_file, check_output_folder, refuse_absent_path
+from mmcot.storage import predictions
 from mmcot.storage.journal import Journal
-from mmcot.training import run as training
+from mmcot.storage.paths import check_output_file, check_output_folder, refuse_absent_path
 
 sys.path.insert(0, str(REPOSITORY))
 import push_to_hub  # noqa: E402
@@ -112,7 +107,7 @@ def test_a_path_to_nothing_is_said_to_be_absent(where, tmp_path, monkeypatch, ca
             del values[key]
         values |= {"model_name_or_path": "google/flan-t5-small", "vision_model_name_or_path": "detr", name: where}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
-        commands.append((training.main, ["--config", f"{name}.yaml", "--dataset", "demo", "--output_dir", "out"]))
+        commands.append((train.main, ["--config", f"{name}.yaml", "--dataset", "demo", "--output_dir", "out"]))
     for main, arguments in commands:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
@@ -140,7 +135,7 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path, capsys):
         assert "DIR is a file; expected a folder" in said_by(command, "", tmp_path, capsys)
     assert "--report: " in said_by("evaluate", "--report DIR", tmp_path, capsys)
     with pytest.raises(SystemExit, match="--output_dir: .*DIR is a file; expected a folder"):
-        training.main(["--config", str(TINY_RECIPE), "--dataset", "demo", "--output_dir", str(tmp_path / "DIR/run")])
+        train.main(["--config", str(TINY_RECIPE), "--dataset", "demo", "--output_dir", str(tmp_path / "DIR/run")])
 
 
 def test_a_read_only_place_is_found_before_the_work(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
-from modeling_mmcot.pipeline_mmcot import choose_answers, encode, generate_texts, rows_of_like_lengths, run_stages
-from modeling_mmcot.stages_mmcot import load_stages, share_tower
+from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts, rows_of_like_lengths, run_stages
+from modeling_mmcot.loading_mmcot import load_stages, share_tower
 
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
 COLUMNS = ["question", "choices", "images"]
@@ -327,7 +327,7 @@ def test_of_a_batch_the_problem_is_named_whose_text_is_not_finite(answer, monkey
         rows = len(encoded["attention_mask"])
         return [""] * rows, [False] * rows
 
-    monkeypatch.setattr("modeling_mmcot.pipeline_mmcot.generate_texts", overflow)
+    monkeypatch.setattr("modeling_mmcot.inference_mmcot.generate_texts", overflow)
     long = {**RED, "question": " ".join(["w7"] * 41)}
     with pytest.raises(ValueError, match="The rationale stage computes NaN or infinity for the problem 'w7 w7"):
         answer([RED, long, RED], batch_size=3)

@@ -11,16 +11,18 @@ import torch
 from conftest import REPOSITORY, log_probability, run_script
 
 from mmcot.pictures.reading import read_pictures
-from mmcot.prediction.predictor import batches_of, load_system, main, predict_stage
+from mmcot.predict import main
+from mmcot.prediction.predictor import batches_of, predict_stage
 from mmcot.prediction.predictor import predict as predict_all
 from mmcot.prediction.provenance import provenance
+from mmcot.prediction.system import load_system
 from mmcot.problems.schema import without_gold
 from mmcot.problems.sources import load_problems
 from mmcot.problems.subsets import select
 from mmcot.storage.journal import Journal
 from modeling_mmcot.pictures_mmcot import as_pictures
-from modeling_mmcot.processing_mmcot import Stage
 from modeling_mmcot.self_consistency_mmcot import agreed
+from modeling_mmcot.stage_mmcot import Stage
 
 
 def predict(model, dataset, output, *options):

@@ -7,12 +7,12 @@ import pytest
 from conftest import TINY_RECIPE
 from safetensors.torch import load_file, save_file
 
+from mmcot.evaluate import main as score_files
 from mmcot.evaluation.predictions import evaluate
-from mmcot.evaluation.predictions import main as score_files
-from mmcot.prediction.predictor import main as predict
+from mmcot.predict import main as predict
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
-from mmcot.training.run import main as train
+from mmcot.train import main as train
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,8 @@ def test_some_problems_of_a_split_are_those_that_were_predicted(tiny_run, tiny_d
 
 def test_pictures_that_a_system_does_not_take_are_not_compared(tmp_path, tiny_dataset):
     """Of a ScienceQA problem with pictures of its choices, a system may take the first alone."""
-    from mmcot.problems.predictions import digest_of_problems, write_predictions
+    from mmcot.problems.digests import digest_of_problems
+    from mmcot.storage.predictions import write_predictions
 
     folder, pictures = tmp_path / "scienceqa", tmp_path / "scienceqa" / "images" / "test" / "1"
     pictures.mkdir(parents=True)

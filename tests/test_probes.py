@@ -5,8 +5,9 @@ import random
 import pytest
 
 from mmcot.analysis import probes as probing
-from mmcot.analysis.probes import main, of_another, others, probe, with_permuted_choices
-from mmcot.prediction.predictor import load_system
+from mmcot.analysis.probes import of_another, others, probe, with_permuted_choices
+from mmcot.prediction.system import load_system
+from mmcot.probes import main
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json
 
@@ -97,7 +98,7 @@ def test_a_system_that_likes_a_letter(probed):
 def test_a_system_without_tower_is_not_probed_blind(tiny_run, tiny_dataset, monkeypatch):
     processor, models = load_system(str(tiny_run))
     processor.image_processor = None
-    monkeypatch.setattr(probing, "load_system", lambda model: (processor, models))
+    monkeypatch.setattr("mmcot.probes.load_system", lambda model: (processor, models))
     with pytest.raises(SystemExit, match="has no picture tower, and problems have pictures: give --features"):
         main([str(tiny_run), "--dataset", str(tiny_dataset)])
 

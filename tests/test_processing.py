@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.processing_mmcot import PAPER_TEMPLATES, Stage, read_answer
+from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage, read_answer
 
 PROBLEM = {
     "question": "Which bar is the tallest?",

@@ -8,12 +8,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmcot.pictures.reading import PixelStore
+from mmcot.pictures.pixel_store import PixelStore
 from mmcot.problems.sources import load_problems
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
+from mmcot.train import main
 from mmcot.training.progress import Speed, ValidationReport, plot_curves
-from mmcot.training.run import main, training_arguments
+from mmcot.training.stage import training_arguments
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 
 STAGES = ("rationale", "answer")

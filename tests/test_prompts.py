@@ -10,11 +10,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from trl import ModelConfig
 
+from mmcot.train import main
 from mmcot.training.adapters import adapt, prompt_config
-from mmcot.training.run import main
 from modeling_mmcot.generation_mmcot import greedy_search
-from modeling_mmcot.pipeline_mmcot import encode
-from modeling_mmcot.stages_mmcot import StageAdapters
+from modeling_mmcot.inference_mmcot import encode
+from modeling_mmcot.loading_mmcot import StageAdapters
 
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 NUM_VIRTUAL_TOKENS = 5

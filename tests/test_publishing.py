@@ -21,10 +21,10 @@ from peft import PromptTuningConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmcot.evaluation.predictions import main as evaluate
+from mmcot.evaluate import main as evaluate
 from mmcot.hub.checks import check_model_folder
 from mmcot.hub.export import export, merge, shipped_code
-from mmcot.prediction.predictor import main as predict
+from mmcot.predict import main as predict
 from mmcot.storage.files import read_json, write_json
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main

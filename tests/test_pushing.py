@@ -19,7 +19,7 @@ CODE = """
 import contextlib, json, sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
-from mmcot.hub.publish import Repository, compare, upload
+from mmcot.hub.repository import Repository, compare, upload
 plans = []
 for line in sys.stdin:
     result, error = None, None

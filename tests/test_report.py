@@ -17,11 +17,11 @@ from trl import ModelConfig
 
 from mmcot.analysis.attention import maps_of_problems
 from mmcot.analysis.report import FULL, bars, origin_of
+from mmcot.evaluate import main
 from mmcot.evaluation.mistakes import KINDS
-from mmcot.evaluation.predictions import main
-from mmcot.prediction.predictor import load_system
-from mmcot.prediction.predictor import main as predict
+from mmcot.predict import main as predict
 from mmcot.prediction.provenance import stage_weights
+from mmcot.prediction.system import load_system
 from mmcot.problems.schema import FEATURES, with_column
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
@@ -170,7 +170,7 @@ def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tm
     processor, models = load_system(str(tiny_run))
     for stage in processor.stages:
         stage.reads.remove("images")
-    monkeypatch.setattr("mmcot.prediction.predictor.load_system", lambda model: (processor, models))
+    monkeypatch.setattr("mmcot.prediction.system.load_system", lambda model: (processor, models))
     options = ["--dataset", str(tiny_dataset), "--output", str(tmp_path / "scores.json")]
     options += ["--report", str(tmp_path / "report")]
     with pytest.raises(SystemExit, match="no stage of that model sees pictures"):

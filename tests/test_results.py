@@ -9,8 +9,8 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCardData, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from mmcot.evaluate import main
 from mmcot.evaluation.metrics import score
-from mmcot.evaluation.predictions import main
 from mmcot.hub.results import eval_entries, eval_results, write_eval_results
 from mmcot.storage.files import read_json, write_json
 

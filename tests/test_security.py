@@ -18,12 +18,12 @@ from mmcot.analysis.report import write_report
 from mmcot.evaluation.metrics import score
 from mmcot.pictures.feature_store import record_type
 from mmcot.pictures.featurizer import load_image_processor
-from mmcot.prediction.predictor import load_system
+from mmcot.prediction.system import load_system
 from mmcot.problems.schema import FEATURES
 from mmcot.problems.sources import load_problems
 from mmcot.recipes.recipe import parse_recipe
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.processing_mmcot import Stage, render
+from modeling_mmcot.stage_mmcot import Stage, render
 from modeling_mmcot.vision_mmcot import build_vision_tower
 
 

@@ -23,16 +23,13 @@ from loopback_hub import LoopbackHub, client_environment
 from PIL import Image
 from problem_files import ROW, error_of, png, says
 
-from mmcot.evaluation import predictions as evaluate
-from mmcot.pictures import featurizer as features
+from mmcot import evaluate, features, predict, train
 from mmcot.pictures.reading import read_pictures
-from mmcot.prediction import predictor as predict
 from mmcot.problems.demo import generate
 from mmcot.problems.schema import FEATURES
 from mmcot.problems.sources import load_problems, splits_of
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
-from mmcot.training import run as training
 from mmcot.training.preparation import prepare
 
 SPLITS = ("train", "val", "test")
@@ -222,7 +219,7 @@ def train_predict_and_score(recipe, source, columns, folder) -> dict:
     given = {} if isinstance(source, str) else {"dataset": source}
     options = ["--dataset", source] if isinstance(source, str) else []
     options += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())] if columns else []
-    training.main(["--config", str(recipe), "--output_dir", str(folder / "run"), *options], **given)
+    train.main(["--config", str(recipe), "--output_dir", str(folder / "run"), *options], **given)
     predict.main([str(folder / "run"), "--output", str(folder / "again.json"), *options], **given)
     evaluate.main([str(folder / "again.json"), "--by", "skill", *options], **given)
     assert read_json(folder / "again.json") == read_json(folder / "run/predictions/test.json")
@@ -277,7 +274,7 @@ def test_features_are_computed_of_any_source(rows, vit, tmp_path):
 
 def test_a_dataset_is_given_by_name_or_in_python_and_not_both(tmp_path, rows):
     with pytest.raises(SystemExit, match="give one of them"):
-        training.main(["--config", str(TINY_RECIPE), "--dataset", "demo"], dataset=as_dataset(rows))
+        train.main(["--config", str(TINY_RECIPE), "--dataset", "demo"], dataset=as_dataset(rows))
     with pytest.raises(SystemExit, match="give one of them"):
         evaluate.main(["p.json", "--dataset", "demo"], dataset=as_dataset(rows))
     with pytest.raises(SystemExit, match="--dataset is missing"):
@@ -396,7 +393,7 @@ def test_a_dataset_of_the_hub_is_brought_into_the_schema(hub_dataset):
 def test_a_run_on_a_dataset_of_the_hub_ends(hub_dataset, tmp_path):
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": str(hub_dataset), "max_steps": 2}))
-    training.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")])
+    train.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")])
     assert read_json(tmp_path / "run/scores/test.json")["n"] == 5
 
 

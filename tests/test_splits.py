@@ -15,8 +15,8 @@ from mmcot.problems.sources import is_divided, load_problems
 from mmcot.problems.splits import named_parts, overlaps
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
+from mmcot.storage.run_folder import SPLITS_FILE
 from mmcot.training.preparation import prepare
-from mmcot.training.split_record import SPLITS_FILE
 
 SPLITS = ("train", "val", "test")
 

@@ -9,11 +9,12 @@ import yaml
 from conftest import TINY_RECIPE
 from safetensors.torch import load_file
 
-from mmcot.prediction.predictor import main as predict
+from mmcot.predict import main as predict
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
+from mmcot.train import main
 from mmcot.training.preparation import prepare
-from mmcot.training.run import main, training_problems
+from mmcot.training.stage import training_problems
 from mmcot.training.stage_inputs import fold_of_each
 
 QUICK = ["--max_steps", "8", "--eval_strategy", "no", "--save_strategy", "no"]

@@ -12,8 +12,9 @@ import yaml
 from conftest import HUB_FEATURES, TINY_RECIPE, hub_rows, run_script
 
 from mmcot.recipes.recipe import parse_recipe
+from mmcot.train import main
 from mmcot.training.preparation import prepare
-from mmcot.training.run import main, stage_examples
+from mmcot.training.stage import stage_examples
 from mmcot.training.streaming import streamed_pictures
 from mmcot.training.trainer import NamedCollator
 

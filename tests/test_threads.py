@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.generation_mmcot import PACKED, packed_linears
-from modeling_mmcot.stages_mmcot import StageAdapters
+from modeling_mmcot.loading_mmcot import StageAdapters
 
 THREADS = 8
 SOME_AND_MANY = [48, pytest.param(500, marks=pytest.mark.slow)]
@@ -157,7 +157,7 @@ def test_nothing_is_left_behind_by_an_error_or_ctrl_c(system, error, request, mo
             def fails(*_, **__):
                 raise error("stopped")
 
-            patched.setattr(f"modeling_mmcot.pipeline_mmcot.{place}", fails)
+            patched.setattr(f"modeling_mmcot.inference_mmcot.{place}", fails)
             with pytest.raises(error):
                 pipe(RED)
         assert state_of(pipe) == before and not PACKED

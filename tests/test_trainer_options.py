@@ -13,7 +13,7 @@ from trl import ModelConfig
 from mmcot.problems.demo import generate
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.recipes.trainer_options import REFUSED
-from mmcot.training.run import main
+from mmcot.train import main
 
 WORKERS = {"dataloader_num_workers": 1}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}

@@ -14,17 +14,17 @@ from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from safetensors.torch import load_file, save_file
 from test_report import drive
 
-from mmcot.evaluation.predictions import main as evaluate
+from mmcot.evaluate import main as evaluate
 from mmcot.pictures.reading import read_pictures
-from mmcot.prediction.predictor import main as predict
+from mmcot.predict import main as predict
 from mmcot.prediction.provenance import stage_weights
 from mmcot.problems.sources import load_problems
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import write_json
 from mmcot.storage.journal import Journal
+from mmcot.train import main
 from mmcot.training.building import build_stage
 from mmcot.training.preparation import prepare
-from mmcot.training.run import main
 from mmcot.training.stage_inputs import with_gold_columns
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures

@@ -10,7 +10,7 @@ from mmcot.problems.schema import without_gold
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.attention_mmcot import TokenMaps, token_maps
 from modeling_mmcot.pictures_mmcot import as_rgb
-from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.stage_mmcot import Stage
 
 
 def maps_of_problems(

@@ -1,21 +1,13 @@
-"""How much an answer depends on what it is said to stand on: the rationale, the picture, the content of the choices.
+"""Probes: how much an answer depends on the rationale, the picture and the content of the choices.
 
-    python -m mmcot.probes RUN_OR_HUB_DIR --dataset demo --split test [--limit N] [--output FILE]
-
-A chain of thought may be decoration. So the last stage answers again with its rationale dropped, cut, taken from
-another problem or with its words mixed, and with its choices in another order; and the whole system answers again
-without the picture, and with another problem's. Everything else is as `mmcot.predict` does it.
+The last stage answers again with its rationale dropped, cut, taken from another problem or with its words mixed, and
+with its choices in another order; and the whole system answers again without the picture, and with another problem's.
 """
 
-import argparse
 import random
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -23,16 +15,9 @@ from mmcot.evaluation.comparison import two_places
 from mmcot.evaluation.metrics import percentage
 from mmcot.evaluation.uncertainty import mcnemar, mean_interval
 from mmcot.pictures.feature_store import FeatureStore
-from mmcot.prediction.predictor import load_inputs, load_system, predict, predict_stage
-from mmcot.prediction.provenance import weights_of
-from mmcot.problems.opening import SOURCES, Given
-from mmcot.problems.predictions import digest_of_problems
+from mmcot.prediction.predictor import predict, predict_stage
 from mmcot.problems.progress_bars import without_dataset_bars
-from mmcot.problems.schema import FEATURES, SPLITS, require_answers
-from mmcot.problems.sources import add_dataset_options, choose_source, said_options
-from mmcot.problems.subsets import add_selection
-from mmcot.recipes.command_line import check_output_file, refuse_below
-from mmcot.storage.files import write_json
+from mmcot.problems.schema import FEATURES
 from modeling_mmcot import MMCoTProcessor
 
 SEED = 0
@@ -181,49 +166,3 @@ def format_probes(results: Mapping[str, Mapping[str, Any]]) -> str:
         f"{two_places(row['follow_letter'])} % stay with the letter."
     )
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
-    """
-    Args:
-        argv: the command line; by default this process's.
-        dataset: in place of `--dataset`.
-    """
-    parser = argparse.ArgumentParser(prog="python -m mmcot.probes", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
-    parser.add_argument("--dataset", help=SOURCES)
-    add_dataset_options(parser)
-    parser.add_argument("--split", default="test", choices=SPLITS)
-    add_selection(parser)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--features", metavar="DIR", help="features of the pictures, as mmcot.features wrote them")
-    parser.add_argument("--captions", metavar="FILE", help="captions.json, as mmcot.features --captions wrote it")
-    parser.add_argument("--output", metavar="FILE", help="write the table as JSON too")
-    arguments = parser.parse_args(argv)
-    PartialState(cpu=not torch.accelerator.is_available())
-    try:
-        arguments.source = choose_source(arguments, dataset)
-        refuse_below(arguments, 1, "batch_size")
-        if arguments.output is not None:
-            check_output_file(arguments.output)
-        processor, models = load_system(arguments.model)
-        problems, store = load_inputs(arguments, processor, models)
-        require_answers(problems)
-        if store is not None and not store.needs_files:
-            raise ValueError(
-                f"{arguments.features} keeps features by problem, so pictures cannot be withheld or swapped."
-            )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    results = probe(processor, models, problems, arguments.batch_size, store)
-    if PartialState().is_main_process:
-        if arguments.output is not None:
-            weights = weights_of(arguments.model, processor)
-            origin = {"dataset": arguments.dataset, "split": arguments.split, **said_options(arguments)}
-            origin |= {"weights": weights, "problems_digest": digest_of_problems(problems)}
-            write_json(Path(arguments.output), {**origin, "probes": results})
-        print(format_probes(results))
-
-
-if __name__ == "__main__":
-    main()

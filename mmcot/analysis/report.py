@@ -28,10 +28,10 @@ from mmcot.evaluation.metrics import CLASSES, checked_answers, percentage, right
 from mmcot.evaluation.mistakes import KINDS, sort_mistake
 from mmcot.evaluation.uncertainty import mean_interval
 from mmcot.pictures.reading import read_pictures
-from mmcot.problems.predictions import read_meta
+from mmcot.storage.predictions import read_meta
 from modeling_mmcot.attention_mmcot import TokenMaps
 from modeling_mmcot.pictures_mmcot import as_rgb
-from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
+from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage
 
 MARKER = "mmcot-report.json"  # a folder that holds it is a report, and may be replaced
 PICTURE_SIDE = 480  # of the longer side at most, px

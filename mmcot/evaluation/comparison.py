@@ -10,7 +10,7 @@ from typing import Any
 
 from mmcot.evaluation.metrics import CLASSES, Problems, checked_answers, percentage, right_by_class
 from mmcot.evaluation.uncertainty import mcnemar, mean_interval
-from mmcot.problems.predictions import differing_parts
+from mmcot.problems.digests import differing_parts
 
 
 def compare(

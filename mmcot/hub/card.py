@@ -22,14 +22,13 @@ from safetensors import safe_open
 
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.prediction.provenance import all_weights
-from mmcot.problems.predictions import digest_of_file
 from mmcot.problems.splits import named_parts
+from mmcot.storage.digests import digest_of_file
 from mmcot.storage.files import names_of, read_json, write_json
-from mmcot.storage.run_folder import FINISHED, is_adapted, judged_split, scores_file
-from mmcot.training.split_record import read_record
+from mmcot.storage.run_folder import FINISHED, is_adapted, judged_split, read_record, scores_file
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
-from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.stage_mmcot import Stage
 from modeling_mmcot.versions_mmcot import REQUIRED, needed
 from modeling_mmcot.vision_mmcot import TOWERS
 

@@ -14,11 +14,11 @@ from peft import PeftConfig
 
 import modeling_mmcot
 from mmcot.hub.card import Publication, write_card
+from mmcot.hub.merging import check_not_adapted, shared_modules
 from mmcot.storage.run_folder import BASE, is_adapted
-from mmcot.training.adapters import check_not_adapted, shared_modules
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.known_answer_mmcot import write_known_answer
-from modeling_mmcot.stages_mmcot import StageAdapters, load_stages
+from modeling_mmcot.loading_mmcot import StageAdapters, load_stages
 
 MODEL_FILES = (
     "config.json",

@@ -9,7 +9,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 import mmcot
 from mmcot.hub.checks import leaks
-from mmcot.hub.publish import MAKER, Repository, compare, upload, verify
+from mmcot.hub.repository import MAKER, Repository, compare, upload, verify
 from mmcot.storage.files import names_of, write_json
 from modeling_mmcot.configuration_mmcot import __version__
 

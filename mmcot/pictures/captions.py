@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from mmcot.pictures.reading import content_key, decode, distinct_pictures
+from mmcot.pictures.reading import decode, distinct_pictures
+from mmcot.problems.digests import content_key
 from mmcot.storage.files import read_json, resolved, write_json
 from modeling_mmcot.captioning_mmcot import Captioner
 

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mmcot.pictures.reading import PICTURE_CODE, PICTURE_LIBRARIES, ContentKeys
+from mmcot.pictures.reading import PICTURE_CODE, PICTURE_LIBRARIES
+from mmcot.problems.digests import ContentKeys
 from mmcot.problems.schema import first_few
 from mmcot.storage.caches import code_digest, versions_of
 from mmcot.storage.files import read_json, write_json

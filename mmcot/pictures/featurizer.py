@@ -1,28 +1,18 @@
-"""Pictures -> features, computed once into a store (`feature_store.py`), or taken over from the authors' own files.
+"""Pictures -> features: the tower, its preprocessing, and a store that lacks some pictures.
 
-    python -m mmcot.features DATASET --vision CHECKPOINT_OR_NAME --output DIR [--preprocessing paper] [--dtype float16]
-    python -m mmcot.features DATASET --vision detr --import_features detr.npy --name_map name_map.json --output DIR
-    python -m mmcot.features DATASET --captions MODEL --output DIR
-
-Each distinct picture is computed once, by its content, whatever problems show it. One that cannot be decoded is named
-and left out, and the exit code says so. Training and prediction ask `vision_source` for a dataset's pictures. Captions
-are `captions.py`'s, towers `vision_mmcot`'s.
+Each distinct picture is computed once, identified by its content. A picture that cannot be decoded is reported and left
+out. Training and prediction call `vision_source` for a dataset's pictures. The towers are in `vision_mmcot.py`.
 """
 
-import argparse
 import itertools
 import logging
-import os
-import pickle
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -30,7 +20,6 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTra
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from mmcot.pictures.captions import write_captions
 from mmcot.pictures.feature_store import (
     FeatureStore,
     FeatureWriter,
@@ -39,19 +28,10 @@ from mmcot.pictures.feature_store import (
     tower_settings,
     weights_digest,
 )
-from mmcot.pictures.reading import Picture, PixelStore, aspect_ratio, distinct_pictures, read_picture
-from mmcot.problems.opening import SOURCES, Given
-from mmcot.problems.schema import SPLITS, first_few
-from mmcot.problems.sources import add_dataset_options, choose_source, load_problems, reading_options, splits_of
-from mmcot.recipes.command_line import (
-    check_output_folder,
-    given_options,
-    refuse_absent_path,
-    refuse_below,
-    refuse_without_effect,
-)
+from mmcot.pictures.pixel_store import PixelStore
+from mmcot.pictures.reading import Picture, aspect_ratio, distinct_pictures, read_picture
 from mmcot.storage.caches import code_digest
-from mmcot.storage.files import cache_folder, read_json
+from mmcot.storage.files import cache_folder
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.pictures_mmcot import as_rgb, build_image_processor, picture_pixels, stack_pixels
 from modeling_mmcot.vision_mmcot import (
@@ -71,9 +51,6 @@ logger = logging.getLogger(__name__)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 PREPROCESSINGS = ("checkpoint", "paper")
-
-# The authors' published files (their utils_data.py): the kind of features -> the tower that it came from.
-AUTHORS_TOWERS = {"detr": "detr", "vit": "vit", "clip": "clip", "resnet": "resnet_pooled"}
 
 
 @dataclass
@@ -300,193 +277,3 @@ def commit_of(checkpoint: str, revision: str | None) -> str | None:
     if Path(source).is_dir():
         return None
     return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
-
-
-def import_authors_features(
-    problems: Dataset, folder: str | Path, vision: str, features_file: str, name_map_file: str, dtype: str = "float16"
-) -> None:
-    """
-    A store from a feature file of the authors (detr.npy, clip.npy, resnet.npy, vit.pth), row by row by problem id.
-
-    Args:
-        vision: the kind of features, a name in `AUTHORS_TOWERS`.
-        name_map_file: their name_map.json, problem id -> row of the file.
-    """
-    tower = TOWERS[AUTHORS_TOWERS[vision]]
-    shape = (tower.num_patches // tower.repeats, tower.hidden_size)
-    num_rows, *found = open_authors_features(features_file).shape
-    # One pooled vector a picture comes without a dimension for patches.
-    if tuple(found) not in (shape, shape[-1:] if shape[0] == 1 else shape):
-        raise ValueError(f"{features_file} holds rows of shape {tuple(found)}; expected {shape} for {vision} features.")
-    name_map = read_json(name_map_file)
-    rows = problems.select_columns(["id", "images"])
-    absent = [row["id"] for row in rows if row["images"] and row["id"] not in name_map]
-    if absent:
-        raise ValueError(f"{name_map_file} lacks {len(absent)} problems that have a picture: {first_few(absent)}.")
-    sources = {id_: row_number(name_map, id_, num_rows, name_map_file) for id_ in problems["id"] if id_ in name_map}
-    said = {
-        "tower": None,
-        "vision_tower": AUTHORS_TOWERS[vision],
-        "vision_config": None,
-        "dtype": dtype,
-        "repeats": tower.repeats,
-        "keys": "id",
-        "source": Path(features_file).name,
-    }
-    with FeatureWriter(Path(folder), said) as writer:
-        todo = [id_ for id_ in sources if id_ not in writer.keys]
-        for start in tqdm(range(0, len(todo), 64), desc="importing", unit="batch"):
-            ids = todo[start : start + 64]
-            # Opened anew for each batch: pages of a mapping that lives on would stay resident, in the end all of them.
-            features = open_authors_features(features_file)
-            batch = np.zeros(len(ids), dtype=[("features", DTYPES[dtype], shape)])
-            with np.errstate(over="ignore"):  # what does not fit is refused by the writer
-                for index, id_ in enumerate(ids):
-                    batch["features"][index] = features[sources[id_]].reshape(shape)
-            writer.add(ids, batch)
-
-
-def open_authors_features(file: str) -> np.ndarray:
-    """The file's rows, mapped into memory and not read."""
-    try:
-        if Path(file).suffix == ".npy":
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if isinstance(tensor, torch.Tensor):
-            return tensor.numpy()
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is not a whole file of features: {error}") from error
-    raise ValueError(f"{file} holds a {type(tensor).__name__}; expected one tensor.")
-
-
-def row_number(name_map: dict[str, Any], problem_id: str, num_rows: int, file: str) -> int:
-    row = name_map[problem_id]
-    if not str(row).isdigit() or int(row) >= num_rows:
-        raise ValueError(f"{file}: {problem_id!r} is {row!r}; expected a row of the file, 0 to {num_rows - 1}.")
-    return int(row)
-
-
-def load_all_splits(
-    source: str | Given, splits: Iterable[str], max_images: int | None, pictures: bool, **reading: Any
-) -> Dataset:
-    """
-    Args:
-        reading: of `load_problems`.
-    """
-    problems = [load_problems(source, split, max_images, pictures, **reading) for split in splits]
-    return concatenate_datasets([part for part in problems if len(part)] or problems[:1])
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mmcot.features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("dataset", nargs="?", help=SOURCES)
-    add_dataset_options(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--vision", help=f"a tower's checkpoint (folder or Hub id), or one of {', '.join(TOWERS)}")
-    what.add_argument("--captions", metavar="MODEL", help="caption the pictures: an image-text-to-text checkpoint")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the store; one that is there is completed")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="by default all that there are")
-    parser.add_argument(
-        "--max_images", type=int, default=1, help="of a ScienceQA problem's pictures, the first so many"
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    # Two processes on two cores would wait for each other.
-    spare = max(0, min(4, (os.cpu_count() or 1) - 2))
-    parser.add_argument("--num_workers", type=int, default=spare, help="processes that read and prepare pictures ahead")
-    parser.add_argument("--bf16", action="store_true", help="run the tower in bfloat16")
-    parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="checkpoint")
-    parser.add_argument("--vision_tower", choices=TOWERS, help="how the checkpoint's output becomes patches")
-    parser.add_argument("--revision", help="of the checkpoint")
-    parser.add_argument(
-        "--import_features", metavar="FILE", help="the authors' detr.npy, clip.npy, resnet.npy, vit.pth"
-    )
-    parser.add_argument("--name_map", metavar="FILE", help="with --import_features, their name_map.json")
-    parser.add_argument("--prompt", help="with --captions, what the captioner is asked")
-    return parser
-
-
-def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
-    """
-    Args:
-        argv: the command line; by default this process's.
-        dataset: in place of `DATASET`.
-    """
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if (arguments.import_features is None) != (arguments.name_map is None):
-        parser.error("--import_features and --name_map go together")
-    if arguments.prompt is not None and arguments.captions is None:
-        parser.error("--prompt goes with --captions")
-    if arguments.import_features is not None and arguments.vision not in AUTHORS_TOWERS:
-        parser.error(f"with --import_features, --vision is one of {', '.join(AUTHORS_TOWERS)}")
-    try:
-        check_options(arguments, given_options(build_parser(), argv))
-        arguments.source = choose_source(arguments, dataset)
-        failed = run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if failed:
-        sys.exit(
-            "\n".join([*failed, f"error: {len(failed)} pictures were left out, the others are in {arguments.output}"])
-        )
-    print(f"written: {arguments.output}")
-
-
-def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
-    """
-    Raises:
-        ValueError: an option is no number that it can be, or has no effect beside the others; nothing is at a path.
-    """
-    refuse_below(arguments, 1, "batch_size")
-    refuse_below(arguments, 0, "num_workers", "max_images")
-    of_a_tower = ("preprocessing", "vision_tower", "revision", "num_workers", "bf16")
-    if arguments.import_features is not None:
-        refuse_without_effect(said, (*of_a_tower, "batch_size"), "--import_features reads features, and runs no tower")
-    if arguments.captions is not None:
-        refuse_without_effect(said, (*of_a_tower, "dtype"), "--captions runs a captioner, and no tower")
-    refuse_absent_path(arguments.vision or arguments.captions, "a checkpoint's folder, or an id of the Hub (USER/NAME)")
-    check_output_folder(arguments.output, "--output")
-
-
-def run(arguments: argparse.Namespace) -> list[str]:
-    imports = arguments.import_features is not None
-    problems = load_all_splits(
-        arguments.source,
-        arguments.splits or splits_of(arguments.source),
-        arguments.max_images,
-        not imports,
-        **reading_options(arguments),
-    )
-    if imports:
-        import_authors_features(
-            problems,
-            arguments.output,
-            arguments.vision,
-            arguments.import_features,
-            arguments.name_map,
-            arguments.dtype,
-        )
-        return []
-    if arguments.captions is not None:
-        return write_captions(problems, arguments.output, arguments.captions, arguments.prompt, arguments.batch_size)
-    return compute(
-        problems,
-        arguments.output,
-        arguments.vision,
-        arguments.preprocessing,
-        arguments.dtype,
-        arguments.batch_size,
-        arguments.revision,
-        arguments.vision_tower,
-        arguments.num_workers,
-        arguments.bf16,
-    )
-
-
-if __name__ == "__main__":
-    main()

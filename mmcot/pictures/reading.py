@@ -3,61 +3,25 @@
 What becomes of them is the model's side (`modeling_mmcot.pictures_mmcot`).
 """
 
-import functools
-import hashlib
 import io
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
+from datasets import Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
-from transformers.image_processing_utils import BaseImageProcessor
 
-from mmcot.problems.progress_bars import without_dataset_bars
+from mmcot.problems.digests import content_key
 from mmcot.problems.schema import check_file
-from mmcot.storage.caches import code_digest, kept, versions_of
-from mmcot.storage.files import cache_folder
 from modeling_mmcot import pictures_mmcot
-from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, picture_pixels, shrink_while_reading, stack_pixels
-
-logger = logging.getLogger(__name__)
+from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, shrink_while_reading
 
 Picture = tuple[str, dict[str, Any], str]  # its content's key, itself, and the first problem that shows it
 
 # What decides a picture's pixels, beside the picture and its image processor.
 PICTURE_CODE = (pictures_mmcot, sys.modules[__name__])
 PICTURE_LIBRARIES = ("transformers", "pillow", "numpy")
-
-# Pixels that would take more of the disk are not kept but decoded anew for each batch.
-MAX_KEPT = 8e9
-
-
-def content_key(picture: dict[str, Any]) -> str:
-    """What tells a picture from others: the SHA-256 of its file."""
-    return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
-
-
-class ContentKeys:
-    """The pictures' keys, of each file read once."""
-
-    def __init__(self):
-        self.by_path: dict[str, str] = {}
-
-    def __call__(self, picture: dict[str, Any]) -> str:
-        path = picture["path"]
-        if path is None:
-            return content_key(picture)
-        if path not in self.by_path:
-            self.by_path[path] = content_key(picture)
-        return self.by_path[path]
 
 
 def distinct_pictures(problems: Dataset, first_only: bool = False) -> list[Picture]:
@@ -116,64 +80,3 @@ def decode(pictures: list[Picture]) -> tuple[dict[str, Image.Image], list[str]]:
         except ValueError as error:
             errors.append(str(error))
     return decoded, errors
-
-
-class PixelStore:
-    """
-    The pixels of the problems' pictures, prepared for a tower and kept on disk by `datasets`; mapped, not loaded.
-
-    Raises:
-        ValueError: a picture that cannot be decoded, by name.
-    """
-
-    def __init__(self, problems: Dataset, image_processor: BaseImageProcessor):
-        pictures = distinct_pictures(problems)
-        self.rows = {key: row for row, (key, *_) in enumerate(pictures)}
-        self.image_processor = image_processor
-        self.key_of = ContentKeys()
-        self.kept = self.keep(pictures)
-
-    def keep(self, pictures: list[Picture]) -> Dataset | None:
-        if not pictures or len(pictures) * self.prepare(pictures[0]).nbytes > MAX_KEPT:
-            for picture in pictures:
-                self.prepare(picture)
-            return None
-        makers = (code_digest(*PICTURE_CODE), versions_of(*PICTURE_LIBRARIES))
-        key = Hasher.hash((list(self.rows), self.image_processor.to_dict(), makers))
-        folder = cache_folder() / "pixels" / key
-        make = functools.partial(
-            Dataset.from_generator,
-            self.generate,
-            features=Features({"pixels": Value("binary"), "shape": List(Value("int64"))}),
-            gen_kwargs={"pictures": pictures},
-            fingerprint=key,
-            cache_dir=str(folder),
-            writer_batch_size=100,
-        )
-        try:
-            with without_dataset_bars():
-                return kept(make, folder, len(pictures)).with_format("arrow")
-        except DatasetGenerationError as error:
-            raise error.__cause__ from None  # which picture, and what is wrong with it
-
-    def generate(self, pictures: list[Picture]) -> Iterator[dict[str, Any]]:
-        for picture in pictures:
-            pixels = self.prepare(picture)
-            yield {"pixels": pixels.astype("<f4").tobytes(), "shape": pixels.shape}
-
-    def prepare(self, picture: Picture) -> np.ndarray:
-        _, content, problem_id = picture
-        return picture_pixels(self.image_processor, as_rgb(read_picture(content, problem_id))).numpy()
-
-    def read(self, picture: dict[str, Any], problem_id: str) -> torch.FloatTensor:
-        """`(3, height, width)`."""
-        if self.kept is None:
-            return torch.from_numpy(self.prepare(("", picture, problem_id)))
-        row = self.kept[self.rows[self.key_of(picture)]]
-        pixels = np.frombuffer(row["pixels"][0].as_buffer(), dtype="<f4").reshape(row["shape"][0].as_py())
-        return torch.from_numpy(pixels.copy())
-
-    def batch(self, problems: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`pixel_values` and `pixel_mask`, as the processor gives them; nothing where no problem has a picture."""
-        pixels = [[self.read(picture, problem["id"]) for picture in problem["images"]] for problem in problems]
-        return stack_pixels(pixels)

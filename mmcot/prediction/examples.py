@@ -19,13 +19,13 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from mmcot.pictures.feature_store import FeatureStore
-from mmcot.pictures.reading import PixelStore
+from mmcot.pictures.pixel_store import PixelStore
 from mmcot.prediction.batching import Lengths
 from mmcot.problems.progress_bars import without_dataset_bars
 from mmcot.storage.caches import code_digest, kept, versions_of
 from mmcot.storage.files import cache_folder
-from modeling_mmcot import MMCoTProcessor, processing_mmcot
-from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot import MMCoTProcessor, processing_mmcot, stage_mmcot
+from modeling_mmcot.stage_mmcot import Stage
 
 
 def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_targets: bool) -> Dataset:
@@ -38,7 +38,7 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
         reads), with targets `is_cut` (its target was longer than the stage writes), its `id` and `images` as they are.
     """
     key = Hasher.hash((problems._fingerprint, asdict(stage), tokenizer_state(processor.tokenizer), with_targets))
-    makers = (code_digest(processing_mmcot, tokenize), versions_of("tokenizers", "transformers", "jinja2"))
+    makers = (code_digest(processing_mmcot, stage_mmcot, tokenize), versions_of("tokenizers", "transformers", "jinja2"))
     key = Hasher.hash((key, makers))
     file = cache_folder() / "examples" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)

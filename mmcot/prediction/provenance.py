@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import commit_of
-from mmcot.pictures.reading import ContentKeys
+from mmcot.problems.digests import ContentKeys, digest_of_problems
 from mmcot.problems.known_datasets import known_as
-from mmcot.problems.predictions import digest_of_file, digest_of_problems, read_meta
+from mmcot.storage.digests import digest_of_file, folders_digest
+from mmcot.storage.predictions import read_meta
 from mmcot.storage.run_folder import BASE, FINISHED, is_adapted
 from modeling_mmcot import MMCoTProcessor
 
@@ -145,17 +146,6 @@ def origin_of_scores(
         "problems_digest": digest_of_problems(problems),
     }
     return origin | ({"weights": meta["weights"]} if meta.get("weights") else {})
-
-
-def folders_digest(folders: Iterable[Path], patterns: Sequence[str]) -> str:
-    """Of the files of those names that lie in the folders, by their places."""
-    digest = hashlib.sha256()
-    for number, folder in enumerate(folders):
-        for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
-            digest.update(f"{number}/{file.name}".encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def problems_digest(problems: Dataset) -> str:

@@ -5,11 +5,12 @@ What is recorded where, and what a difference means, is the affair of those who 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from mmcot.pictures.reading import ContentKeys
-from mmcot.problems.schema import first_few
+from mmcot.problems.schema import FEATURES, first_few
+from mmcot.storage.predictions import read_meta
 
 HEX_DIGITS = 16  # of each problem: 64 bits, so that a large dataset's stay small on disk
 
@@ -63,3 +64,80 @@ def difference(before: Digests, now: Digests) -> str | None:
 
 def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (len(name), name))
+
+
+def content_key(picture: dict[str, Any]) -> str:
+    """What tells a picture from others: the SHA-256 of its file."""
+    return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
+
+
+class ContentKeys:
+    """The pictures' keys, of each file read once."""
+
+    def __init__(self):
+        self.by_path: dict[str, str] = {}
+
+    def __call__(self, picture: dict[str, Any]) -> str:
+        path = picture["path"]
+        if path is None:
+            return content_key(picture)
+        if path not in self.by_path:
+            self.by_path[path] = content_key(picture)
+        return self.by_path[path]
+
+
+# A caption is no part of the problem: systems may be given different ones, or none.
+NOT_OF_THE_PROBLEM = ("caption",)
+PARTS = {"texts": "questions, choices, answers or other texts", "pictures": "pictures"}
+
+
+def digest_of_problems(problems: Iterable[Mapping[str, Any]], max_images: int | None = None) -> dict[str, str | None]:
+    """
+    Of all problems together: `texts` (question, choices, answer and all other columns of the dataset but a caption) and
+    `pictures`, which is None where the file of one is not at hand.
+
+    Args:
+        max_images: the first so many pictures of each problem alone.
+    """
+    return whole_digest(problem_digests(as_given(problem, max_images) for problem in problems))
+
+
+def as_given(problem: Mapping[str, Any], max_images: int | None) -> dict[str, Any]:
+    columns = {name: value for name, value in problem.items() if name in FEATURES and name not in NOT_OF_THE_PROBLEM}
+    return {**columns, "images": problem["images"][:max_images]}
+
+
+def check_problems(
+    predictions_file: Path,
+    predictions: Mapping[str, Any],
+    problems: Iterable[Mapping[str, Any]],
+    dataset: str,
+    pictures: bool = True,
+) -> None:
+    """
+    The problems that the predictions were made for are those that `dataset` gives under their ids now.
+
+    Args:
+        pictures: whether their pictures are compared, too.
+
+    Raises:
+        ValueError: they are others, or `read_meta` refuses the pair of files.
+    """
+    meta = read_meta(predictions_file)
+    if meta is None:
+        return
+    predicted = (problem for problem in problems if problem["id"] in predictions)
+    found = digest_of_problems(predicted, meta["max_images"])
+    differing = differing_parts(meta["problems"], found if pictures else {**found, "pictures": None})
+    if differing:
+        raise ValueError(
+            f"{predictions_file} was predicted from {meta['dataset']!r} (split {meta['split']!r}), and the problems of "
+            f"{dataset!r} with the same ids have other {' and other '.join(differing)}. Give the --dataset and --split "
+            f"that were predicted, or predict again."
+        )
+
+
+def differing_parts(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
+    """What two digests of problems do not share, in words; pictures are compared where both are known."""
+    known = [part for part in PARTS if None not in (before[part], now[part])]
+    return [PARTS[part] for part in known if before[part] != now[part]]

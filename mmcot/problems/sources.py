@@ -6,12 +6,13 @@ Here too is how a command is told of a source: `--dataset`, `--columns`, `--spli
 import argparse
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from mmcot.problems import columns as columns_module
@@ -292,3 +293,14 @@ def choose_source(arguments: argparse.Namespace, given: Given | None) -> str | G
         raise ValueError(f"--dataset is {arguments.dataset!r}, and a dataset was given in Python: give one of them.")
     arguments.dataset = IN_PYTHON
     return given
+
+
+def load_all_splits(
+    source: str | Given, splits: Iterable[str], max_images: int | None, pictures: bool, **reading: Any
+) -> Dataset:
+    """
+    Args:
+        reading: of `load_problems`.
+    """
+    problems = [load_problems(source, split, max_images, pictures, **reading) for split in splits]
+    return concatenate_datasets([part for part in problems if len(part)] or problems[:1])

@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from mmcot.problems.schema import FEATURES, GOLD_COLUMNS
 from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
-from modeling_mmcot.processing_mmcot import SCORES, STAGE_NAME
+from modeling_mmcot.stage_mmcot import SCORES, STAGE_NAME
 
 # What a run's folder holds beside its stages.
 RESERVED_NAMES = ("base", "hub", "predictions", "scores")

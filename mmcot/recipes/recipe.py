@@ -15,6 +15,7 @@ import yaml
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig, TrlParser
 
+import mmcot
 from mmcot.problems.opening import IN_PYTHON, Given
 from mmcot.recipes.arguments import RecipeArguments, StageArguments
 from mmcot.recipes.checks import (
@@ -27,9 +28,9 @@ from mmcot.recipes.checks import (
     nearest,
     trains_tower,
 )
-from mmcot.recipes.command_line import check_output_folder
 from mmcot.recipes.trainer_options import check_trainer_options
 from mmcot.storage.files import resolved
+from mmcot.storage.paths import check_output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def config_path(command_line: list[str]) -> str:
     if "--config" not in command_line[:-1]:
         raise ValueError("Name a recipe: --config configs/NAME.yaml")
     given = command_line[command_line.index("--config") + 1]
-    installed = Path(__file__).parents[1] / given
+    installed = Path(mmcot.__file__).parent / given
     for path in (Path(given), installed):
         if path.is_file():
             return str(path)

@@ -1,6 +1,6 @@
 """What of a model is trained: all but its frozen parts, or by PEFT adapters of a large base.
 
-Adapters are made here. Loading them beside their base, to predict, is `stages_mmcot.py`'s, which ships.
+Adapters are made here. Loading them beside their base, to predict, is `loading_mmcot.py`'s, which ships.
 """
 
 import importlib.util
@@ -20,17 +20,15 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
-from torch import nn
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from mmcot.hub.merging import check_not_adapted, shared_modules
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
-from modeling_mmcot.prompts_mmcot import VirtualTokens
-from modeling_mmcot.stages_mmcot import base_digest
+from modeling_mmcot.loading_mmcot import base_digest
+from modeling_mmcot.virtual_tokens_mmcot import VirtualTokens
 
 # Trained and saved whole, beside what adapts the text model: it is new, there is nothing in it to adapt.
 FUSION = "fusion"
@@ -117,33 +115,6 @@ def target_modules(model_config: ModelConfig) -> list[str] | str:
         return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["t5"]
     # trl makes a list of one name that name, which PEFT would read as a pattern of whole names.
     return [names] if isinstance(names, str) and re.fullmatch(r"\w+(\.\w+)*", names) else names
-
-
-def shared_modules(model: nn.Module) -> list[str]:
-    """Names of the modules whose weight is another module's too."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            holders.setdefault(id(module.weight), []).append(name)
-    return [name for names in holders.values() if len(names) > 1 for name in names]
-
-
-def adapted_modules(model: PeftModel) -> list[str]:
-    """By their names in the base, those that the adapter changes or replaces."""
-    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
-    return [name for name, module in model.get_base_model().named_modules() if isinstance(module, kinds)]
-
-
-def check_not_adapted(model: PeftModel, shared: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: the adapter changes a module whose weight others share.
-    """
-    for name in adapted_modules(model):
-        if name in shared:
-            raise ValueError(
-                f"An adapter of {name}: its weight is other modules' too, which merging would change: leave it out."
-            )
 
 
 def check_adapters(

@@ -28,12 +28,12 @@ from trl import ModelConfig
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import load_image_processor
 from mmcot.recipes.arguments import StageArguments
-from mmcot.recipes.command_line import refuse_absent_path
 from mmcot.recipes.recipe import Recipe
+from mmcot.storage.paths import refuse_absent_path
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
-from modeling_mmcot.processing_mmcot import ENVIRONMENT, PAPER_TEMPLATES, Stage
 from modeling_mmcot.settings_mmcot import check_own_settings
+from modeling_mmcot.stage_mmcot import ENVIRONMENT, PAPER_TEMPLATES, Stage
 from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
 
 

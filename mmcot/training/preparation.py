@@ -12,15 +12,16 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from filelock import AcquireReturnProxy
 from torch import nn
 
+from mmcot.hub.merging import shared_modules
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import vision_source
-from mmcot.pictures.reading import PixelStore
+from mmcot.pictures.pixel_store import PixelStore
 from mmcot.problems.schema import SPLITS, is_answered, join_captions, join_column, require_answers
 from mmcot.problems.sources import load_problems, reading_options
 from mmcot.recipes.arguments import StageArguments
 from mmcot.recipes.recipe import Recipe, claim_run_folder
-from mmcot.storage.run_folder import lock_run
-from mmcot.training.adapters import check_adapters, shared_modules
+from mmcot.storage.run_folder import lock_run, write_record
+from mmcot.training.adapters import check_adapters
 from mmcot.training.building import (
     build_model,
     build_processor,
@@ -31,11 +32,11 @@ from mmcot.training.building import (
     text_modules,
 )
 from mmcot.training.run_inputs import check_unchanged, inputs_of
-from mmcot.training.split_record import record_splits, write_record
+from mmcot.training.split_record import record_splits
 from mmcot.training.stage_inputs import target_columns
 from mmcot.training.streaming import stream_problems
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.processing_mmcot import GOLD_COLUMNS, Stage
+from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage
 
 logger = logging.getLogger(__name__)
 

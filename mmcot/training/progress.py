@@ -18,13 +18,14 @@ from PIL import Image
 
 from mmcot.evaluation.metrics import accuracy, checked_answers, rationale_scores
 from mmcot.pictures.feature_store import FeatureStore
-from mmcot.pictures.reading import PixelStore, read_pictures
+from mmcot.pictures.pixel_store import PixelStore
+from mmcot.pictures.reading import read_pictures
 from mmcot.prediction.examples import StageCollator, tokenized
 from mmcot.prediction.predictor import predict_stage, with_columns
 from mmcot.problems.schema import without_gold
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_rgb
-from modeling_mmcot.processing_mmcot import LETTERS, Stage
+from modeling_mmcot.stage_mmcot import LETTERS, Stage
 
 NUM_EXAMPLES = 8
 

@@ -15,9 +15,9 @@ from datasets import Dataset, IterableDataset
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import commit_of
 from mmcot.prediction.examples import tokenizer_state
-from mmcot.prediction.provenance import folders_digest
 from mmcot.problems.digests import difference, digest, problem_digests
 from mmcot.recipes.recipe import Recipe
+from mmcot.storage.digests import folders_digest
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.run_folder import FINISHED
 from modeling_mmcot import MMCoTProcessor

@@ -5,7 +5,6 @@ A score of problems that were trained on is no score: they are counted, and refu
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -15,11 +14,8 @@ from mmcot.problems.schema import first_few
 from mmcot.problems.sources import is_divided
 from mmcot.problems.splits import overlaps
 from mmcot.recipes.recipe import Recipe
-from mmcot.storage.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
-
-SPLITS_FILE = "splits.json"
 # Their splits are what published figures are of, whatever they share.
 PUBLISHED = ("ScienceQA", "A-OKVQA")
 
@@ -61,12 +57,3 @@ def record_splits(recipe: Recipe, problems: Mapping[str, Dataset | IterableDatas
         )
     logger.warning("%s; the card says it", words)
     return record
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_json(folder / SPLITS_FILE, record)
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """None of a run that was trained by an mmcot that kept none."""
-    return read_json(folder / SPLITS_FILE) if (folder / SPLITS_FILE).is_file() else None

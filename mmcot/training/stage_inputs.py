@@ -13,20 +13,8 @@ from jinja2 import meta
 
 from mmcot.problems.schema import with_column
 from mmcot.storage.checkpoints import RunStopped
-from mmcot.storage.files import read_json
-from modeling_mmcot.processing_mmcot import ENVIRONMENT, Stage
-
-CROSS_FITTED = "train_cross_fit"  # beside the splits' predictions, those of the folds put together
-
-
-def predictions_file(run_folder: Path, split: str) -> Path:
-    return run_folder / "predictions" / f"{split}.json"
-
-
-def read_predictions(run_folder: Path, split: str) -> dict[str, dict]:
-    """What is written for a split so far, by problem id."""
-    file = predictions_file(run_folder, split)
-    return read_json(file) if file.exists() else {}
+from mmcot.storage.run_folder import predictions_file, read_predictions
+from modeling_mmcot.stage_mmcot import ENVIRONMENT, Stage
 
 
 def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
@@ -84,8 +72,3 @@ def fold_of_each(num_problems: int, num_folds: int, seed: int) -> list[int]:
     folds = [number % num_folds for number in range(num_problems)]
     random.Random(seed).shuffle(folds)
     return folds
-
-
-def fold_folder(run_folder: Path, fold: int) -> Path:
-    """Where the stages lie that are trained without a fold, laid out as a run is."""
-    return run_folder / "folds" / str(fold)

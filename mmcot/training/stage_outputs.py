@@ -14,14 +14,15 @@ from accelerate import PartialState
 
 from mmcot.prediction.predictor import predict_stage
 from mmcot.prediction.provenance import problems_digest, stage_weights
-from mmcot.problems.predictions import digest_of_problems, read_meta, write_predictions
+from mmcot.problems.digests import digest_of_problems
 from mmcot.problems.sources import said_options
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.journal import Journal
+from mmcot.storage.predictions import read_meta, write_predictions
+from mmcot.storage.run_folder import predictions_file, read_predictions
 from mmcot.training.preparation import Run
-from mmcot.training.stage_inputs import predictions_file, read_predictions
 from modeling_mmcot import MMCoTForConditionalGeneration
-from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.stage_mmcot import Stage
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from mmcot.pictures.reading import PixelStore
+from mmcot.pictures.pixel_store import PixelStore
 from mmcot.prediction.examples import tokenize
 from mmcot.problems.schema import FEATURES, require_answer
 from mmcot.problems.sources import stream_rows
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.processing_mmcot import Stage
+from modeling_mmcot.stage_mmcot import Stage
 
 # Examples among which the next one is drawn by chance, and so many are tokenized together. They hold their pictures.
 SHUFFLED = 1000

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
-from .prompts_mmcot import VirtualTokens
 from .settings_mmcot import check_own_settings
 from .versions_mmcot import check_versions
+from .virtual_tokens_mmcot import VirtualTokens
 
 # What `from_pretrained` was given for a repository's root and its other stages need too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision")

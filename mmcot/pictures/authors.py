@@ -1,0 +1,85 @@
+"""The authors' own feature files (detr.npy, clip.npy, resnet.npy, vit.pth) -> a feature store."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from mmcot.pictures.feature_store import FeatureWriter
+from mmcot.pictures.featurizer import DTYPES
+from mmcot.problems.schema import first_few
+from mmcot.storage.files import read_json
+from modeling_mmcot.vision_mmcot import (
+    TOWERS,
+)
+
+# The authors' published files (their utils_data.py): the kind of features -> the tower that it came from.
+AUTHORS_TOWERS = {"detr": "detr", "vit": "vit", "clip": "clip", "resnet": "resnet_pooled"}
+
+
+def import_authors_features(
+    problems: Dataset, folder: str | Path, vision: str, features_file: str, name_map_file: str, dtype: str = "float16"
+) -> None:
+    """
+    A store from a feature file of the authors (detr.npy, clip.npy, resnet.npy, vit.pth), row by row by problem id.
+
+    Args:
+        vision: the kind of features, a name in `AUTHORS_TOWERS`.
+        name_map_file: their name_map.json, problem id -> row of the file.
+    """
+    tower = TOWERS[AUTHORS_TOWERS[vision]]
+    shape = (tower.num_patches // tower.repeats, tower.hidden_size)
+    num_rows, *found = open_authors_features(features_file).shape
+    # One pooled vector a picture comes without a dimension for patches.
+    if tuple(found) not in (shape, shape[-1:] if shape[0] == 1 else shape):
+        raise ValueError(f"{features_file} holds rows of shape {tuple(found)}; expected {shape} for {vision} features.")
+    name_map = read_json(name_map_file)
+    rows = problems.select_columns(["id", "images"])
+    absent = [row["id"] for row in rows if row["images"] and row["id"] not in name_map]
+    if absent:
+        raise ValueError(f"{name_map_file} lacks {len(absent)} problems that have a picture: {first_few(absent)}.")
+    sources = {id_: row_number(name_map, id_, num_rows, name_map_file) for id_ in problems["id"] if id_ in name_map}
+    said = {
+        "tower": None,
+        "vision_tower": AUTHORS_TOWERS[vision],
+        "vision_config": None,
+        "dtype": dtype,
+        "repeats": tower.repeats,
+        "keys": "id",
+        "source": Path(features_file).name,
+    }
+    with FeatureWriter(Path(folder), said) as writer:
+        todo = [id_ for id_ in sources if id_ not in writer.keys]
+        for start in tqdm(range(0, len(todo), 64), desc="importing", unit="batch"):
+            ids = todo[start : start + 64]
+            # Opened anew for each batch: pages of a mapping that lives on would stay resident, in the end all of them.
+            features = open_authors_features(features_file)
+            batch = np.zeros(len(ids), dtype=[("features", DTYPES[dtype], shape)])
+            with np.errstate(over="ignore"):  # what does not fit is refused by the writer
+                for index, id_ in enumerate(ids):
+                    batch["features"][index] = features[sources[id_]].reshape(shape)
+            writer.add(ids, batch)
+
+
+def open_authors_features(file: str) -> np.ndarray:
+    """The file's rows, mapped into memory and not read."""
+    try:
+        if Path(file).suffix == ".npy":
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        tensor = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} is not a whole file of features: {error}") from error
+    raise ValueError(f"{file} holds a {type(tensor).__name__}; expected one tensor.")
+
+
+def row_number(name_map: dict[str, Any], problem_id: str, num_rows: int, file: str) -> int:
+    row = name_map[problem_id]
+    if not str(row).isdigit() or int(row) >= num_rows:
+        raise ValueError(f"{file}: {problem_id!r} is {row!r}; expected a row of the file, 0 to {num_rows - 1}.")
+    return int(row)

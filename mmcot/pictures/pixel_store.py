@@ -1,0 +1,83 @@
+"""The pixels of a dataset's pictures, prepared for a tower and kept on disk for all epochs and stages."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from transformers.image_processing_utils import BaseImageProcessor
+
+from mmcot.pictures.reading import PICTURE_CODE, PICTURE_LIBRARIES, Picture, distinct_pictures, read_picture
+from mmcot.problems.digests import ContentKeys
+from mmcot.problems.progress_bars import without_dataset_bars
+from mmcot.storage.caches import code_digest, kept, versions_of
+from mmcot.storage.files import cache_folder
+from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, stack_pixels
+
+# Pixels that would take more of the disk are not kept but decoded anew for each batch.
+MAX_KEPT = 8e9
+
+
+class PixelStore:
+    """
+    The pixels of the problems' pictures, prepared for a tower and kept on disk by `datasets`; mapped, not loaded.
+
+    Raises:
+        ValueError: a picture that cannot be decoded, by name.
+    """
+
+    def __init__(self, problems: Dataset, image_processor: BaseImageProcessor):
+        pictures = distinct_pictures(problems)
+        self.rows = {key: row for row, (key, *_) in enumerate(pictures)}
+        self.image_processor = image_processor
+        self.key_of = ContentKeys()
+        self.kept = self.keep(pictures)
+
+    def keep(self, pictures: list[Picture]) -> Dataset | None:
+        if not pictures or len(pictures) * self.prepare(pictures[0]).nbytes > MAX_KEPT:
+            for picture in pictures:
+                self.prepare(picture)
+            return None
+        makers = (code_digest(*PICTURE_CODE), versions_of(*PICTURE_LIBRARIES))
+        key = Hasher.hash((list(self.rows), self.image_processor.to_dict(), makers))
+        folder = cache_folder() / "pixels" / key
+        make = functools.partial(
+            Dataset.from_generator,
+            self.generate,
+            features=Features({"pixels": Value("binary"), "shape": List(Value("int64"))}),
+            gen_kwargs={"pictures": pictures},
+            fingerprint=key,
+            cache_dir=str(folder),
+            writer_batch_size=100,
+        )
+        try:
+            with without_dataset_bars():
+                return kept(make, folder, len(pictures)).with_format("arrow")
+        except DatasetGenerationError as error:
+            raise error.__cause__ from None  # which picture, and what is wrong with it
+
+    def generate(self, pictures: list[Picture]) -> Iterator[dict[str, Any]]:
+        for picture in pictures:
+            pixels = self.prepare(picture)
+            yield {"pixels": pixels.astype("<f4").tobytes(), "shape": pixels.shape}
+
+    def prepare(self, picture: Picture) -> np.ndarray:
+        _, content, problem_id = picture
+        return picture_pixels(self.image_processor, as_rgb(read_picture(content, problem_id))).numpy()
+
+    def read(self, picture: dict[str, Any], problem_id: str) -> torch.FloatTensor:
+        """`(3, height, width)`."""
+        if self.kept is None:
+            return torch.from_numpy(self.prepare(("", picture, problem_id)))
+        row = self.kept[self.rows[self.key_of(picture)]]
+        pixels = np.frombuffer(row["pixels"][0].as_buffer(), dtype="<f4").reshape(row["shape"][0].as_py())
+        return torch.from_numpy(pixels.copy())
+
+    def batch(self, problems: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`pixel_values` and `pixel_mask`, as the processor gives them; nothing where no problem has a picture."""
+        pixels = [[self.read(picture, problem["id"]) for picture in problem["images"]] for problem in problems]
+        return stack_pixels(pixels)

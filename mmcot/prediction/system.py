@@ -1,0 +1,83 @@
+"""A finished run, a folder in the Hub's layout or a Hub id -> its processor and each stage's model."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.featurizer import vision_source
+from mmcot.prediction.provenance import check_export, loaded_from
+from mmcot.problems.schema import (
+    join_captions,
+)
+from mmcot.problems.sources import load_problems, reading_options
+from mmcot.problems.subsets import select
+from mmcot.storage.paths import refuse_absent_path
+from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.loading_mmcot import load_stages
+
+
+def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTProcessor, Mapping[str, PreTrainedModel]]:
+    """
+    The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id.
+
+    Raises:
+        ValueError: nothing is there, it is no such folder, or a run whose stages were trained again since it was
+            exported.
+        OSError: the Hub does not give it, or a file of it is damaged.
+    """
+    refuse_absent_path(model, "a finished run, a model folder, or an id of the Hub (USER/NAME)")
+    folder = Path(model)
+    model, is_run = loaded_from(model), (folder / "hub").is_dir()
+    if not is_run and folder.is_dir() and not (folder / "processor_config.json").is_file():
+        raise ValueError(
+            f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
+        )
+    # Without the last argument, transformers asks at the terminal whether it may run a repository's code.
+    processor = MMCoTProcessor.from_pretrained(model, trust_remote_code=False)
+    if is_run:
+        check_export(folder, processor)
+    root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+    root = root.to(PartialState().device)
+    return processor, load_stages(root, model, [stage.name for stage in processor.stages])
+
+
+def reads_images(processor: MMCoTProcessor) -> bool:
+    return any("images" in stage.reads for stage in processor.stages)
+
+
+def load_inputs(
+    arguments: argparse.Namespace, processor: MMCoTProcessor, models: Mapping[str, PreTrainedModel]
+) -> tuple[Dataset, FeatureStore | None]:
+    """
+    The problems, and where asked for the store of their pictures' features; both are found to fit the models.
+
+    Raises:
+        ValueError: they do not, or no stage reads what an option gives.
+    """
+    for name, column in (("features", "images"), ("captions", "caption")):
+        if getattr(arguments, name) is not None and not any(column in stage.reads for stage in processor.stages):
+            raise ValueError(f"--{name} has no effect here: no stage of {arguments.model} reads `{column}`.")
+    store = FeatureStore(arguments.features) if arguments.features is not None else None
+    max_images = min(model.config.max_images for model in models.values())
+    needs_files = store is None or store.needs_files
+    reading = reading_options(arguments)
+    problems = load_problems(arguments.source, arguments.split, max_images, needs_files, **reading)
+    problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
+    if arguments.captions is not None:
+        problems = join_captions(problems, arguments.captions)
+    if store is None:
+        if processor.image_processor is None and reads_images(processor) and any(problems["images"]):
+            raise ValueError(f"{arguments.model} has no picture tower, and problems have pictures: give --features.")
+        for model in models.values():  # kept on disk; here, so that a broken picture is named before any work
+            vision_source(model, processor.image_processor, problems)
+        return problems, None
+    store.check_problems(problems)
+    for model in models.values():
+        store.check_model(model, processor.image_processor)
+    return problems, store

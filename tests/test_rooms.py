@@ -1,0 +1,63 @@
+"""The rooms of `mmcot/` import along the arrows of docs/architecture.md alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+# What each room may import directly; the rooms beneath those are allowed as well.
+ARROWS = {
+    "storage": (),
+    "problems": ("storage",),
+    "recipes": ("problems",),
+    "evaluation": ("problems",),
+    "pictures": ("problems",),
+    "prediction": ("pictures",),
+    "analysis": ("prediction", "evaluation"),
+    "hub": ("prediction", "evaluation"),
+    "training": ("hub", "recipes", "prediction", "evaluation"),
+}
+WITHOUT_MODEL = ("storage", "problems", "evaluation")
+MODULES = sorted((REPOSITORY / "mmcot").rglob("*.py"))
+
+
+def reachable(room: str) -> set[str]:
+    return {room}.union(*(reachable(other) for other in ARROWS[room]))
+
+
+def imported_modules(file: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return modules | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_every_room_is_named_here():
+    folder = REPOSITORY / "mmcot"
+    assert {path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"} == ARROWS.keys()
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(REPOSITORY / "mmcot")))
+def test_a_module_imports_along_the_arrows(file):
+    room = file.parent.name
+    if room == "mmcot":
+        return  # a command, which may import every room
+    ours = {module for module in imported_modules(file) if module.split(".")[0] == "mmcot"}
+    forbidden = {module for module in ours if (module.split(".")[1:] or ["mmcot"])[0] not in reachable(room)}
+    assert not forbidden - {"mmcot"}
+    if room in WITHOUT_MODEL:
+        assert not {module for module in imported_modules(file) if module.split(".")[0] in ("modeling_mmcot", "torch")}
+
+
+def test_commands_are_not_imported_by_rooms_or_by_each_other():
+    commands = {f"mmcot.{file.stem}" for file in (REPOSITORY / "mmcot").glob("*.py")} - {"mmcot.__init__"}
+    for file in MODULES:
+        assert not commands & imported_modules(file), file
+
+
+@pytest.mark.parametrize("module", ["mmcot.evaluation.metrics", "mmcot.evaluation.predictions", "mmcot.storage.files"])
+def test_figures_need_no_torch(module):
+    code = f"import sys, {module}; assert not {{'torch', 'transformers'}} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
