@@ -82,10 +82,10 @@ def token_maps_of(
     from mmcot.analysis.attention import maps_of_problems
     from mmcot.prediction.predictor import with_columns
 
-    seeing = [stage for stage in processor.stages if "images" in stage.reads]
+    seeing = [stage for stage in processor.stages if stage.sees_pictures]
     if not seeing or models[seeing[-1].name].get_encoder().vision_tower is None:
         raise ValueError("--attention: no stage of that model sees pictures, or it has no picture tower")
-    earlier = processor.stages[: processor.stages.index(seeing[-1])]
+    earlier = processor.stages.before(seeing[-1])
     for stage in earlier:
         absent = [name for name in problems["id"] if stage.writes not in predictions[name]]
         if absent:

@@ -111,7 +111,7 @@ def probe(
             predict_stage(models[last.name], processor, last, problems, written, **options)
             results[name] = difference(problems, predictions, written)
     seeing = problems.select([row for row, images in enumerate(problems["images"]) if images])
-    if any("images" in stage.reads for stage in processor.stages) and len(seeing) > 1:
+    if processor.stages.see_pictures and len(seeing) > 1:
         images = seeing["images"]
         for name, changed in (
             ("picture dropped", [[] for _ in images]),

@@ -121,7 +121,7 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         needs_peft=needed("peft"),
         stages=processor.stages,
         picture=PICTURE,
-        sees_pictures=any("images" in stage.reads for stage in processor.stages),
+        sees_pictures=processor.stages.see_pictures,
         has_tower=processor.image_processor is not None,
         has_adapters=is_adapted(run_folder) and not publication.merge,
         is_merged=publication.merge,
@@ -324,7 +324,7 @@ def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
         reads = [name for name in stage.reads if name != "images"]
         texts = ", ".join(f"its {name}" if name in written else name for name in reads)
         seen = "picture → tower" if has_tower else "a picture's features"
-        sees = f"{seen} → gated fusion" if "images" in stage.reads else "no picture"
+        sees = f"{seen} → fusion" if stage.sees_pictures else "no picture"
         writes = "a probability per choice" if stage.answers else stage.writes
         axes.text(1.6, height, textwrap.fill(texts, 24), **centred, bbox={**box, "facecolor": "#eef3f8"})
         axes.text(5.2, height, f"{sees}\nT5, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})

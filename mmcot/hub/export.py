@@ -77,7 +77,7 @@ def write_hub_folder(
     for file in shipped_code():
         shutil.copyfile(file, unfinished / file.name)
     root = MMCoTForConditionalGeneration.from_pretrained(unfinished, dtype="auto")
-    models = load_stages(root, str(unfinished), [stage.name for stage in processor.stages])
+    models = load_stages(root, str(unfinished), processor.stages.names)
     write_known_answer(unfinished, models, processor)
     write_readme(unfinished)
     shutil.rmtree(hub_folder, ignore_errors=True)

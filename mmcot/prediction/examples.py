@@ -106,7 +106,7 @@ class StageCollator:
 
     def __init__(self, processor: MMCoTProcessor, stage: Stage, pictures: FeatureStore | PixelStore | None = None):
         self.tokenizer = processor.tokenizer
-        self.pictures = pictures if "images" in stage.reads else None
+        self.pictures = pictures if stage.sees_pictures else None
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = dict(self.tokenizer.pad({"input_ids": [row["input_ids"] for row in examples]}, return_tensors="pt"))

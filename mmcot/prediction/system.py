@@ -44,11 +44,7 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
         check_export(folder, processor)
     root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     root = root.to(PartialState().device)
-    return processor, load_stages(root, model, [stage.name for stage in processor.stages])
-
-
-def reads_images(processor: MMCoTProcessor) -> bool:
-    return any("images" in stage.reads for stage in processor.stages)
+    return processor, load_stages(root, model, processor.stages.names)
 
 
 def load_inputs(
@@ -61,7 +57,7 @@ def load_inputs(
         ValueError: they do not, or no stage reads what an option gives.
     """
     for name, column in (("features", "images"), ("captions", "caption")):
-        if getattr(arguments, name) is not None and not any(column in stage.reads for stage in processor.stages):
+        if getattr(arguments, name) is not None and not processor.stages.read(column):
             raise ValueError(f"--{name} has no effect here: no stage of {arguments.model} reads `{column}`.")
     store = FeatureStore(arguments.features) if arguments.features is not None else None
     max_images = min(model.config.max_images for model in models.values())
@@ -72,7 +68,7 @@ def load_inputs(
     if arguments.captions is not None:
         problems = join_captions(problems, arguments.captions)
     if store is None:
-        if processor.image_processor is None and reads_images(processor) and any(problems["images"]):
+        if processor.image_processor is None and processor.stages.see_pictures and any(problems["images"]):
             raise ValueError(f"{arguments.model} has no picture tower, and problems have pictures: give --features.")
         for model in models.values():  # kept on disk; here, so that a broken picture is named before any work
             vision_source(model, processor.image_processor, problems)

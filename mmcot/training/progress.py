@@ -112,9 +112,8 @@ class ValidationReport:
         self, model: MMCoTForConditionalGeneration, predictions: dict[str, dict]
     ) -> torch.Tensor | None:
         """How much of the picture each token takes on average over hidden units and problems; None without pictures."""
-        fusion = model.get_encoder().fusion
         seeing = [index for index, images in enumerate(self.problems["images"]) if images][: self.batch_size]
-        if fusion is None or "images" not in self.stage.reads or not seeing:
+        if model.get_encoder().fusion is None or "images" not in self.stage.reads or not seeing:
             return None
         earlier = self.processor.stages[: self.processor.stages.index(self.stage)]
         rows = with_columns(without_gold(self.problems.select(seeing)), predictions, earlier)
@@ -124,19 +123,8 @@ class ValidationReport:
         mask = batch["attention_mask"].bool()
         if model.virtual_tokens is not None:
             batch = model.virtual_tokens.before_source(batch)
-        seen: list[torch.Tensor] = []
-
-        def look(module, inputs, outputs):
-            hidden_states, vision_features, vision_mask = inputs
-            attended, _ = module.attend(hidden_states, vision_features, vision_mask)
-            seen.append(module.gate(hidden_states, attended).float().mean(dim=-1))
-
-        handle = fusion.register_forward_hook(look)
-        try:
-            model.get_encoder()(**batch)
-        finally:
-            handle.remove()
-        shares = seen[0][:, -mask.shape[1] :]  # without those of virtual tokens
+        gate = model.get_encoder()(**batch, output_fusion_attentions=True).fusion_gate
+        shares = gate.float().mean(dim=-1)[:, -mask.shape[1] :]  # without those of virtual tokens
         return shares.masked_fill(~mask, float("nan")).nanmean(dim=0).cpu()
 
     @staticmethod
