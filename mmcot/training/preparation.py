@@ -5,11 +5,10 @@ All that can be wrong with recipe and data is said here, before anything is trai
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from filelock import AcquireReturnProxy
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import nn
 
 from mmcot.hub.merging import shared_modules
@@ -20,7 +19,9 @@ from mmcot.problems.schema import SPLITS, is_answered, join_captions, join_colum
 from mmcot.problems.sources import load_problems, reading_options
 from mmcot.recipes.arguments import StageArguments
 from mmcot.recipes.recipe import Recipe, claim_run_folder
-from mmcot.storage.run_folder import lock_run, write_record
+from mmcot.storage.checkpoints import RunStopped
+from mmcot.storage.files import write_json
+from mmcot.storage.run_folder import RunFolder
 from mmcot.training.adapters import check_adapters
 from mmcot.training.building import (
     build_model,
@@ -48,8 +49,7 @@ class Run:
     recipe: Recipe
     stages: list[Stage]
     problems: dict[str, Dataset | IterableDataset]  # by split; a stream those to train on may be
-    folder: Path  # where its stages and predictions go
-    run_folder: Path  # the same, but for a fold, whose folder lies in it
+    folder: RunFolder  # its own, or a fold's
     processor: MMCoTProcessor
     store: FeatureStore | None  # features of the problems' pictures that the recipe names
     pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
@@ -107,12 +107,28 @@ def prepare(recipe: Recipe) -> Run:
         check_folds(recipe, len(problems["train"]))
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
-    lock = lock_run(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
+    lock = lock_folder(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
     with PartialState().main_process_first():
         check_unchanged(folder, inputs_of(recipe, problems, processor, store))
     if PartialState().is_main_process:
-        write_record(folder, splits)
-    return Run(recipe, stages, problems, folder, folder, processor, store, pictures, lock)
+        write_json(folder.splits, splits)
+    return Run(recipe, stages, problems, folder, processor, store, pictures, lock)
+
+
+def lock_folder(folder: RunFolder) -> AcquireReturnProxy | None:
+    """
+    Lock a run, or one of its folds, which can be trained while others are. Only the main process takes the lock. The
+    result is a context manager that releases it; the lock of a killed process is free.
+
+    Raises:
+        RunStopped: another command has the lock.
+    """
+    if not PartialState().is_main_process:
+        return None
+    try:
+        return FileLock(folder.lock).acquire(timeout=0)
+    except Timeout as error:
+        raise RunStopped(f"{folder} is being written by another command: wait for its end, or stop it.") from error
 
 
 def warn_of_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:

@@ -22,14 +22,14 @@ from mmcot.recipes.recipe import Recipe
 from mmcot.storage.checkpoints import RunStopped, checkpoint_to_resume
 from mmcot.storage.files import write_json
 from mmcot.storage.journal import remove_partial_files
-from mmcot.storage.run_folder import BASE, CROSS_FITTED, FINISHED, read_predictions
+from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantization
 from mmcot.training.building import build_model
 from mmcot.training.callbacks import BestCheckpoint, SameSteps, Termination
 from mmcot.training.preparation import Run
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_gold_columns, with_written_columns
-from mmcot.training.stage_outputs import being_written, is_written, predict_split
+from mmcot.training.stage_outputs import is_written, predict_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
@@ -53,8 +53,8 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[
         splits = splits | {"train"}
     for split in splits:
         if is_written(prepared, stage, split):
-            remove_partial_files(being_written(prepared, stage, split))  # of a call that was killed in between
-    if (prepared.folder / stage.name / FINISHED).exists() and all(is_written(prepared, stage, name) for name in splits):
+            remove_partial_files(prepared.folder.unfinished_predictions(split, stage.name))  # of a killed call
+    if prepared.folder.is_trained(stage.name) and all(is_written(prepared, stage, name) for name in splits):
         logger.info("stage %s is trained and has written already: %s", stage.name, prepared.folder)
         return
     model = train_stage(prepared, stage)
@@ -64,8 +64,8 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[
 
 def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     """The trained model of a stage: from its folder where it is finished, else trained from where it stands."""
-    recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder / stage.name
-    if (stage_folder / FINISHED).exists():
+    recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder.stage(stage.name)
+    if prepared.folder.is_trained(stage.name):
         logger.info("stage %s is trained already: %s", stage.name, stage_folder)
         return load_trained(prepared, stage)
     with PartialState().main_process_first():
@@ -89,8 +89,7 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         data_collator=NamedCollator(processor, stage, pictures),
         processing_class=processor,
     )
-    is_fold = prepared.folder != prepared.run_folder
-    if recipe.arguments.report_problems and not is_fold:
+    if recipe.arguments.report_problems and prepared.folder.fold_of is None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise RunStopped("report_problems lets the stage write while it is trained, which sharded weights cannot.")
         trainer.validation_report = build_report(prepared, stage)
@@ -107,8 +106,8 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "hardware": hardware()}
         summary |= {"dataset_known_as": known_as(recipe.arguments.dataset), "shortened": shortened}
         summary |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "log_history": history}
-        write_json(stage_folder / FINISHED, summary)
-        plot_curves(history, stage_folder / "curves.png")
+        write_json(prepared.folder.train_results(stage.name), summary)
+        plot_curves(history, prepared.folder.curves(stage.name))
     PartialState().wait_for_everyone()
     if termination.is_asked_of_any():
         stop_in_order(trainer, stage, termination)
@@ -139,9 +138,9 @@ def build_report(prepared: Run, stage: Stage) -> ValidationReport:
         prepared.processor,
         stage,
         problems.select(sorted(chosen)),
-        read_predictions(prepared.folder, "val"),
+        prepared.folder.predictions_so_far("val"),
         prepared.pictures,
-        prepared.folder / stage.name / "reports",
+        prepared.folder.reports(stage.name),
         prepared.recipe.training_arguments.per_device_eval_batch_size,
     )
 
@@ -153,7 +152,7 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     if inputs_from == "gold":
         return with_gold_columns(one_row_per_rationale(problems, [*earlier, stage]), earlier)
     if inputs_from == "cross_fit" and split == "train":
-        problems = with_written_columns(problems, earlier, prepared.run_folder, CROSS_FITTED)
+        problems = with_written_columns(problems, earlier, prepared.folder.run, CROSS_FITTED)
     else:
         problems = with_written_columns(problems, earlier, prepared.folder, split)
     return one_row_per_rationale(problems, [stage])
@@ -213,10 +212,10 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     model_config = recipe.model_config
     previous = None
     if arguments.init_from == "previous_stage":
-        previous = prepared.folder / prepared.before(stage)[-1].name
+        previous = prepared.folder.stage(prepared.before(stage)[-1].name)
     if saves_adapters(recipe):
         model = MMCoTForConditionalGeneration.from_pretrained(
-            prepared.run_folder / BASE,
+            prepared.folder.base,
             dtype=model_config.dtype,
             attn_implementation=model_config.attn_implementation,
             quantization_config=quantization(model_config),
@@ -257,9 +256,9 @@ def save_trained(trainer: StageTrainer, recipe: Recipe, stage_folder: Path) -> N
 def load_trained(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     """A finished stage's model, from its folder."""
     folder, device = prepared.folder, prepared.recipe.training_arguments.device
-    if not (folder / stage.name / "adapter_config.json").exists():
-        return MMCoTForConditionalGeneration.from_pretrained(folder / stage.name).to(device)
-    base = MMCoTForConditionalGeneration.from_pretrained(prepared.run_folder / BASE, dtype="auto").to(device)
+    if not (folder.stage(stage.name) / "adapter_config.json").exists():
+        return MMCoTForConditionalGeneration.from_pretrained(folder.stage(stage.name)).to(device)
+    base = MMCoTForConditionalGeneration.from_pretrained(folder.base, dtype="auto").to(device)
     return StageAdapters(base, str(folder), [stage.name])[stage.name]
 
 
