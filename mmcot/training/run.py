@@ -21,7 +21,6 @@ from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
 from mmcot.storage.run_folder import RunFolder
 from mmcot.training.adapters import save_base
-from mmcot.training.building import build_model
 from mmcot.training.folds import cross_fit, cross_fitted, write_fold
 from mmcot.training.preparation import Run
 from mmcot.training.stage import saves_adapters, train_and_write
@@ -41,6 +40,7 @@ def run(prepared: Run) -> None:
         train_and_write(prepared, stage, {"val", "test"}, prepared.stages)
         if stage in cross_fitted(prepared):
             cross_fit(prepared, stage)
+    prepared.initial_model.discard()  # where every stage was trained already
     if PartialState().is_main_process:
         try:
             for split in ("val", "test"):
@@ -68,5 +68,4 @@ def prepare_base(prepared: Run) -> None:
     base = prepared.folder.base
     with FileLock(base.with_suffix(".lock")):  # folds are calls of their own, which can be made at once
         if not base.exists():
-            model = build_model(prepared.recipe, prepared.processor.tokenizer, prepared.store)
-            save_base(model, base, [stage.name for stage in prepared.stages])
+            save_base(prepared.initial_model.take(), base, [stage.name for stage in prepared.stages])

@@ -7,6 +7,7 @@ import random
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -24,7 +25,6 @@ from mmcot.storage.files import write_json
 from mmcot.storage.journal import remove_partial_files
 from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantization
-from mmcot.training.building import build_model
 from mmcot.training.callbacks import BestCheckpoint, SameSteps, Termination
 from mmcot.training.preparation import Run
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
@@ -281,12 +281,17 @@ def load_starting_weights(prepared: Run, previous: Path | None) -> MMCoTForCondi
     model_config = prepared.recipe.model_config
     loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
     if saves_adapters(prepared.recipe):
-        return MMCoTForConditionalGeneration.from_pretrained(
-            prepared.folder.base, quantization_config=quantization(model_config), **loading
-        )
+        loading["quantization_config"] = quantization(model_config)
+        return load_saved(prepared, prepared.folder.base, **loading)
     if previous is not None:
-        return MMCoTForConditionalGeneration.from_pretrained(previous, **loading)
-    return build_model(prepared.recipe, prepared.processor.tokenizer, prepared.store)
+        return load_saved(prepared, previous, **loading)
+    return prepared.initial_model.take()
+
+
+def load_saved(prepared: Run, folder: Path, **loading: Any) -> MMCoTForConditionalGeneration:
+    """A model of the run, from its folder, in place of the initial one: a single model is in memory."""
+    prepared.initial_model.discard()
+    return MMCoTForConditionalGeneration.from_pretrained(folder, **loading)
 
 
 def save_trained(trainer: StageTrainer, recipe: Recipe) -> None:
@@ -304,8 +309,8 @@ def load_trained(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     """A finished stage's model, from its folder."""
     folder, device = prepared.folder, prepared.recipe.training_arguments.device
     if not (folder.stage(stage.name) / "adapter_config.json").exists():
-        return MMCoTForConditionalGeneration.from_pretrained(folder.stage(stage.name)).to(device)
-    base = MMCoTForConditionalGeneration.from_pretrained(folder.base, dtype="auto").to(device)
+        return load_saved(prepared, folder.stage(stage.name)).to(device)
+    base = load_saved(prepared, folder.base, dtype="auto").to(device)
     return StageAdapters(base, str(folder), [stage.name])[stage.name]
 
 
