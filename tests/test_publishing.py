@@ -26,6 +26,7 @@ from mmcot.hub.checks import check_model_folder
 from mmcot.hub.export import export, merge, shipped_code
 from mmcot.predict import main as predict
 from mmcot.storage.files import read_json, write_json
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main
 
@@ -415,7 +416,7 @@ def changed(run, tmp_path):
     tensors["encoder.final_layer_norm.weight"] += torch.linspace(0, 1, 32)
     save_file(tensors, file, metadata={"format": "pt"})
     shutil.rmtree(tmp_path / "changed" / "scores")
-    export(tmp_path / "changed", MMCoTProcessor.from_pretrained(run / "hub"))
+    export(RunFolder(tmp_path / "changed"), MMCoTProcessor.from_pretrained(run / "hub"))
     return tmp_path / "changed"
 
 

@@ -15,7 +15,7 @@ from peft import PeftConfig
 import modeling_mmcot
 from mmcot.hub.card import Publication, write_card
 from mmcot.hub.merging import check_not_adapted, shared_modules
-from mmcot.storage.run_folder import BASE, is_adapted
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.known_answer_mmcot import write_known_answer
 from modeling_mmcot.loading_mmcot import StageAdapters, load_stages
@@ -35,16 +35,16 @@ def shipped_code() -> list[Path]:
     return sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
 
 
-def export(run_folder: Path, processor: MMCoTProcessor, publication: Publication | None = None) -> Path:
+def export(run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication | None = None) -> Path:
     """Write `RUN_FOLDER/hub/` (or `hub_merged/`) from the trained stages, whole or not at all. Returns it."""
     publication = publication or Publication()
-    stages = {stage.name: run_folder / stage.name for stage in processor.stages}
-    base = run_folder / BASE if is_adapted(run_folder) else None
-    with tempfile.TemporaryDirectory(dir=run_folder, prefix=".merged-") as merged:
+    stages = {stage.name: run_folder.stage(stage.name) for stage in processor.stages}
+    base = run_folder.base if run_folder.is_adapted else None
+    with tempfile.TemporaryDirectory(dir=run_folder.path, prefix=".merged-") as merged:
         if publication.merge:
-            stages, base = merge(run_folder / BASE, processor, Path(merged)), None
+            stages, base = merge(run_folder.base, processor, Path(merged)), None
         return write_hub_folder(
-            run_folder / ("hub_merged" if publication.merge else "hub"),
+            run_folder.hub_merged if publication.merge else run_folder.hub,
             processor,
             stages,
             lambda folder: write_card(folder, run_folder, processor, publication),

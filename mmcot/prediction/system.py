@@ -18,6 +18,7 @@ from mmcot.problems.schema import (
 from mmcot.problems.sources import load_problems, reading_options
 from mmcot.problems.subsets import select
 from mmcot.storage.paths import refuse_absent_path
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.loading_mmcot import load_stages
 
@@ -32,8 +33,8 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
         OSError: the Hub does not give it, or a file of it is damaged.
     """
     refuse_absent_path(model, "a finished run, a model folder, or an id of the Hub (USER/NAME)")
-    folder = Path(model)
-    model, is_run = loaded_from(model), (folder / "hub").is_dir()
+    folder, run_folder = Path(model), RunFolder(Path(model))
+    model, is_run = loaded_from(model), run_folder.hub.is_dir()
     if not is_run and folder.is_dir() and not (folder / "processor_config.json").is_file():
         raise ValueError(
             f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
@@ -41,7 +42,7 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
     # Without the last argument, transformers asks at the terminal whether it may run a repository's code.
     processor = MMCoTProcessor.from_pretrained(model, trust_remote_code=False)
     if is_run:
-        check_export(folder, processor)
+        check_export(run_folder, processor)
     root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     root = root.to(PartialState().device)
     return processor, load_stages(root, model, processor.stages.names)

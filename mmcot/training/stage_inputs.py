@@ -6,14 +6,13 @@ stage trains on texts of the kind that it will read. Nothing is trained or predi
 """
 
 import random
-from pathlib import Path
 
 from datasets import Dataset
 from jinja2 import meta
 
 from mmcot.problems.schema import with_column
 from mmcot.storage.checkpoints import RunStopped
-from mmcot.storage.run_folder import predictions_file, read_predictions
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot.stage_mmcot import ENVIRONMENT, Stage
 
 
@@ -25,19 +24,19 @@ def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
     return problems
 
 
-def with_written_columns(problems: Dataset, earlier: list[Stage], run_folder: Path, split: str) -> Dataset:
+def with_written_columns(problems: Dataset, earlier: list[Stage], folder: RunFolder, split: str) -> Dataset:
     """
     The columns that earlier stages wrote for the split.
 
     Raises:
         RunStopped: one of them has not written for every problem yet.
     """
-    predictions = read_predictions(run_folder, split)
+    predictions = folder.predictions_so_far(split)
     for stage in earlier:
         texts = [predictions.get(problem_id, {}).get(stage.writes) for problem_id in problems["id"]]
         if None in texts:
             raise RunStopped(
-                f"{predictions_file(run_folder, split)} has {stage.writes!r} for {len(texts) - texts.count(None)} of "
+                f"{folder.predictions(split)} has {stage.writes!r} for {len(texts) - texts.count(None)} of "
                 f"{len(texts)} problems: the {stage.name} stage has to write it for all before a stage can be trained "
                 f"on it (of one that is cross-fitted, every fold)."
             )

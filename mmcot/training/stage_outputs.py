@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -19,7 +18,6 @@ from mmcot.problems.sources import said_options
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.journal import Journal
 from mmcot.storage.predictions import read_meta, write_predictions
-from mmcot.storage.run_folder import predictions_file, read_predictions
 from mmcot.training.preparation import Run
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.stage_mmcot import Stage
@@ -29,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 def is_written(prepared: Run, stage: Stage, split: str) -> bool:
     """Whether its column is there for every problem, as the stage's weights write it for the problems of now."""
-    predictions = read_predictions(prepared.folder, split)
+    predictions = prepared.folder.predictions_so_far(split)
     is_whole = all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
-    return is_whole and written_by(prepared, split).get(stage.name) == stage_weights(prepared.folder, stage.name)
+    return is_whole and written_by(prepared, split).get(stage.name) == stage_weights(prepared.folder.path, stage.name)
 
 
 def written_by(prepared: Run, split: str) -> dict[str, str]:
@@ -40,7 +38,7 @@ def written_by(prepared: Run, split: str) -> dict[str, str]:
     that do not belong to their meta file are as if nobody had written them.
     """
     try:
-        meta = read_meta(predictions_file(prepared.folder, split)) or {}
+        meta = read_meta(prepared.folder.predictions(split)) or {}
     except ValueError as error:
         logger.warning("%s The stages write again.", error)
         return {}
@@ -52,7 +50,7 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
     if is_written(prepared, stage, split):
         return
     recipe, problems = prepared.recipe, prepared.problems[split]
-    predictions = read_predictions(prepared.folder, split)
+    predictions = prepared.folder.predictions_so_far(split)
     journal = journal_of(prepared, stage, split, predictions)
     predict_stage(
         model,
@@ -67,9 +65,8 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
         journal=journal,
     )
     if PartialState().is_main_process:
-        write_predictions(
-            predictions_file(prepared.folder, split), predictions, origin_of_predictions(prepared, stage, split)
-        )
+        origin = origin_of_predictions(prepared, stage, split)
+        write_predictions(prepared.folder.predictions(split), predictions, origin)
     journal.remove()
     PartialState().wait_for_everyone()
 
@@ -80,7 +77,7 @@ def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, 
     sees = any("images" in stage.reads for stage in prepared.stages)
     # What stages after this one wrote is of other texts than it writes now.
     weights = {earlier.name: weights[earlier.name] for earlier in prepared.before(stage) if earlier.name in weights}
-    weights[stage.name] = stage_weights(prepared.folder, stage.name)
+    weights[stage.name] = stage_weights(prepared.folder.path, stage.name)
     max_images = arguments.max_images if sees else None
     return {
         "dataset": arguments.dataset,
@@ -96,22 +93,17 @@ def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, 
     }
 
 
-def being_written(prepared: Run, stage: Stage, split: str) -> Path:
-    """Beside what the journal of a stage lies while it writes."""
-    return prepared.folder / "predictions" / f"{split}.{stage.name}"
-
-
 def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
     """So that a call that is killed while a stage writes goes on with the batch that it was at."""
     read = [earlier.writes for earlier in prepared.before(stage)]
     names = prepared.problems[split]["id"]
     given = {name: [predictions.get(name, {}).get(column) for column in read] for name in names}
     settings = {
-        "weights": stage_weights(prepared.folder, stage.name),
+        "weights": stage_weights(prepared.folder.path, stage.name),
         "problems": problems_digest(prepared.problems[split]),
         "given": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
     }
     try:
-        return Journal(being_written(prepared, stage, split), settings)
+        return Journal(prepared.folder.unfinished_predictions(split, stage.name), settings)
     except ValueError as error:
         raise RunStopped(str(error)) from error
