@@ -122,7 +122,7 @@ def origin_of_scores(
     Args:
         scores_file: where they will be written.
         problems: that were scored, as `dataset` gives them.
-        selection: which of the split's problems they are of, as `mmcot.evaluate` was told.
+        selection: the options of `mmcot.evaluate` that select problems of the split.
 
     Returns:
         `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (by the commands' names, as far
