@@ -26,6 +26,7 @@ from mmcot.problems.sources import load_problems
 from mmcot.recipes.arguments import STAGE_CHOICES
 from mmcot.recipes.recipe import claim_run_folder, parse_recipe
 from mmcot.storage.files import read_json, write_json
+from mmcot.storage.folders import replaced_folder
 from mmcot.storage.run_folder import CROSS_FITTED, RunFolder
 
 RECIPE = "configs/demo.yaml"
@@ -50,8 +51,11 @@ def share_rationale_stage(trained: RunFolder, run: Path, config: Path, options: 
     """A run that begins with the trained rationale stage of another, and all that this wrote."""
     if run.exists():
         return
-    unfinished = RunFolder(run.with_suffix(".tmp"))
-    shutil.rmtree(unfinished.path, ignore_errors=True)
+    with replaced_folder(run) as unfinished:
+        copy_rationale_stage(trained, RunFolder(unfinished), config, options)
+
+
+def copy_rationale_stage(trained: RunFolder, unfinished: RunFolder, config: Path, options: list[str]) -> None:
     claim_run_folder(parse_recipe(["--config", str(config), "--output_dir", str(unfinished), *options]))
     shutil.copytree(trained.stage("rationale"), unfinished.stage("rationale"))
     if trained.folds.exists():
@@ -61,7 +65,6 @@ def share_rationale_stage(trained: RunFolder, run: Path, config: Path, options: 
         if columns:
             rationales = {problem_id: {"rationale": column["rationale"]} for problem_id, column in columns.items()}
             write_json(unfinished.predictions(split), rationales)
-    unfinished.path.rename(run)
 
 
 def study(folder: Path, seeds: list[int], difficulty: int, num_folds: int) -> dict:

@@ -36,7 +36,7 @@ PUSHES = """
 import contextlib, functools, io, json, sys
 import push_to_hub
 from mmcot.hub import publish as publishing
-publishing.answer_of_a_stranger = functools.cache(publishing.answer_of_a_stranger)
+publishing.answer_in_fresh_process = functools.cache(publishing.answer_in_fresh_process)
 for line in sys.stdin:
     printed, status = io.StringIO(), 0
     with contextlib.redirect_stdout(printed):
@@ -216,7 +216,7 @@ def test_the_card_lists_the_code_that_it_runs(hub, published):
 @pytest.fixture
 def broken(run, tmp_path, monkeypatch):
     """A copy to break; that it loads elsewhere is seen where it is published."""
-    monkeypatch.setattr("mmcot.hub.publish.answer_of_a_stranger", lambda *_: {})
+    monkeypatch.setattr("mmcot.hub.publish.answer_in_fresh_process", lambda *_: {})
     shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run"
 

@@ -4,7 +4,6 @@ The text stands in `card_template.md`; this file gathers what it says, as huggin
 `EvalResult`, with the picture of the stages, the scores file and the Hub's own results beside it.
 """
 
-import hashlib
 import math
 import re
 import shlex
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.prediction.provenance import all_weights
 from mmcot.problems.splits import named_parts
-from mmcot.storage.digests import digest_of_file
+from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
 from mmcot.storage.files import names_of, read_json, write_json
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
@@ -94,7 +93,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
     tower = read_json(folder / "config.json").get("vision_config")
     text_model, tower_model = started_from(publication, recipe, tower)
     digests = code_digests(folder)
-    code = digest_of(digests)
+    code = digest_of_digests(digests)
     draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
     results = None if scores is None else publish_scores(scores, folder)
     data = ModelCardData(
@@ -295,15 +294,7 @@ def num_parameters(folder: Path) -> dict[str, int]:
 
 def code_digests(folder: Path) -> dict[str, str]:
     """The SHA-256, in hex digits, of each file of code at a folder's root, by name."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.py"))}
-
-
-def digest_of(digests: dict[str, str]) -> str:
-    """One digest of the names and digests of several files."""
-    digest = hashlib.sha256()
-    for name, hex_digits in digests.items():
-        digest.update(name.encode() + bytes.fromhex(hex_digits))
-    return f"sha256:{digest.hexdigest()}"
+    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.py"))}
 
 
 def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:

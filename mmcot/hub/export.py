@@ -15,6 +15,7 @@ from peft import PeftConfig
 import modeling_mmcot
 from mmcot.hub.card import Publication, write_card
 from mmcot.hub.merging import check_not_adapted, shared_modules
+from mmcot.storage.folders import replaced_folder
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.known_answer_mmcot import write_known_answer
@@ -60,28 +61,24 @@ def write_hub_folder(
     base: Path | None = None,
 ) -> Path:
     """
-    A folder as it stands on the Hub, whole or not at all; one that is there is replaced.
+    A folder in the Hub's layout, written whole or not at all; an existing one is replaced.
 
     Args:
         stages: each stage's name and the folder that its model was saved to, in their order. The last becomes the root.
         write_readme: writes the card, and what it shows, into the folder that holds all else.
         base: the folder of the base that they adapt, where they are adapters. It becomes the root.
     """
-    unfinished = hub_folder.with_name(f"{hub_folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    processor.save_pretrained(unfinished)
-    copy_model(base or stages[list(stages)[-1]], unfinished)
-    for name in stages if base else list(stages)[:-1]:
-        copy_model(stages[name], unfinished / name)
-    for file in shipped_code():
-        shutil.copyfile(file, unfinished / file.name)
-    root = MMCoTForConditionalGeneration.from_pretrained(unfinished, dtype="auto")
-    models = load_stages(root, str(unfinished), processor.stages.names)
-    write_known_answer(unfinished, models, processor)
-    write_readme(unfinished)
-    shutil.rmtree(hub_folder, ignore_errors=True)
-    unfinished.rename(hub_folder)
+    with replaced_folder(hub_folder) as folder:
+        processor.save_pretrained(folder)
+        copy_model(base or stages[list(stages)[-1]], folder)
+        for name in stages if base else list(stages)[:-1]:
+            copy_model(stages[name], folder / name)
+        for file in shipped_code():
+            shutil.copyfile(file, folder / file.name)
+        root = MMCoTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        models = load_stages(root, str(folder), processor.stages.names)
+        write_known_answer(folder, models, processor)
+        write_readme(folder)
     return hub_folder
 
 

@@ -4,7 +4,7 @@ from mmcot.hub.card import Publication
 from mmcot.hub.checks import check_model_folder
 from mmcot.hub.export import export
 from mmcot.hub.repository import Repository, compare, upload, verify
-from mmcot.hub.verification import answer_of_a_stranger
+from mmcot.hub.verification import answer_in_fresh_process
 from mmcot.prediction.provenance import check_export
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
@@ -33,13 +33,13 @@ def publish_run(
     folder = export(run_folder, processor, publication)
     check_model_folder(folder)
     plan = compare(folder, repository, overwrite, dry_run)
-    expected = answer_of_a_stranger(str(folder.resolve()))
+    expected = answer_in_fresh_process(str(folder.resolve()))
     if dry_run:
         print(f"Dry run: nothing was uploaded to {repository.repo_id}.")
         return None
     commit = upload(plan)
     verify(plan, commit)
-    found = answer_of_a_stranger(repository.repo_id, commit)
+    found = answer_in_fresh_process(repository.repo_id, commit)
     if found != expected:
         raise ValueError(f"{repository.repo_id} at {commit} answers {found}, and {folder} answers {expected}")
     return commit

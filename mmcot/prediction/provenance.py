@@ -20,7 +20,7 @@ from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import commit_of
 from mmcot.problems.digests import ContentKeys, digest_of_problems
 from mmcot.problems.known_datasets import known_as
-from mmcot.storage.digests import digest_of_file, folders_digest
+from mmcot.storage.digests import digest_of_file, digest_of_folders
 from mmcot.storage.predictions import read_meta
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
@@ -50,7 +50,7 @@ def provenance(
     folders = [folder, *(folder / stage.name for stage in processor.stages)]
     return {
         "model": str(folder.resolve()) if folder.is_dir() else model,
-        "revision": folders_digest(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
+        "revision": digest_of_folders(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
         "weights": weights_of(model, processor),
         "dataset_fingerprint": problems_digest(problems),
         "problems": digest_of_problems(problems),
@@ -106,7 +106,7 @@ def stage_weights(folder: Path, stage: str) -> str:
     own = folder / stage if (folder / stage).is_dir() else folder
     run_folder = RunFolder(folder)
     base = run_folder.base if run_folder.is_adapted else folder
-    return folders_digest([base, own] if (own / "adapter_config.json").is_file() else [own], WEIGHTS)
+    return digest_of_folders([base, own] if (own / "adapter_config.json").is_file() else [own], WEIGHTS)
 
 
 def origin_of_scores(
@@ -123,7 +123,7 @@ def origin_of_scores(
     Args:
         scores_file: where they will be written.
         problems: that were scored, as `dataset` gives them.
-        selection: which of the split's problems they are of, as `mmcot.evaluate` was told.
+        selection: the options of `mmcot.evaluate` that select problems of the split.
 
     Returns:
         `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (by the commands' names, as far

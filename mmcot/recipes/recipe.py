@@ -6,7 +6,6 @@ built here, and nothing is known of the model.
 """
 
 import logging
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from mmcot.recipes.checks import (
     trains_tower,
 )
 from mmcot.recipes.trainer_options import check_trainer_options
-from mmcot.storage.files import resolved
+from mmcot.storage.files import resolved, write_text
 from mmcot.storage.paths import check_output_folder
 from mmcot.storage.run_folder import RunFolder
 
@@ -252,8 +251,6 @@ def claim_run_folder(recipe: Recipe) -> RunFolder:
         return folder
     if folder.path.exists() and any(path.suffix != ".tmp" for path in folder.path.iterdir()):
         raise ValueError(f"{folder} exists, is not empty and holds no recipe.yaml. Choose another --output_dir.")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # folds are calls of their own, which can be made at once
-    unfinished.write_text(yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
-    unfinished.replace(file)
+    # Folds are separate calls that can run at the same time.
+    write_text(file, yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     return folder

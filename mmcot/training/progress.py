@@ -21,8 +21,9 @@ from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.pictures.reading import read_pictures
 from mmcot.prediction.examples import StageCollator, tokenized
-from mmcot.prediction.predictor import predict_stage, with_columns
+from mmcot.prediction.predictor import PredictOptions, predict_stage, with_columns
 from mmcot.problems.schema import without_gold
+from mmcot.storage.files import write_text
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_rgb
 from modeling_mmcot.stage_mmcot import LETTERS, Stage
@@ -88,9 +89,8 @@ class ValidationReport:
     def tell(self, model: MMCoTForConditionalGeneration, step: int, is_main_process: bool) -> dict[str, float]:
         """`eval_accuracy_CLASS` of a stage that answers, else `eval_bleu4` and so on; and `eval_gate`."""
         predictions = {problem_id: dict(self.predictions.get(problem_id, {})) for problem_id in self.problems["id"]}
-        predict_stage(
-            model, self.processor, self.stage, self.problems, predictions, self.batch_size, pictures=self.pictures
-        )
+        options = PredictOptions(batch_size=self.batch_size)
+        predict_stage(model, self.processor, self.stage, self.problems, predictions, options, self.pictures)
         told = {f"eval_{name}": value for name, value in self.scores(predictions).items() if value is not None}
         gate = self.gate_by_position(model, predictions)
         if gate is not None:
@@ -154,9 +154,7 @@ class ValidationReport:
             )
             lines += [f"{problem['question']} {choices}", "", f"- gold: {self.stage.render_target(problem)}"]
             lines += [f"- written: {predictions[problem['id']][self.stage.writes]}", ""]
-        file = self.folder / f"step-{step}.md"
-        file.with_suffix(".tmp").write_text("\n".join(lines), encoding="utf-8")
-        file.with_suffix(".tmp").rename(file)
+        write_text(self.folder / f"step-{step}.md", "\n".join(lines))
 
 
 def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:

@@ -17,7 +17,7 @@ from mmcot.pictures.featurizer import commit_of
 from mmcot.prediction.examples import tokenizer_state
 from mmcot.problems.digests import difference, digest, problem_digests
 from mmcot.recipes.recipe import Recipe
-from mmcot.storage.digests import folders_digest
+from mmcot.storage.digests import digest_of_folders
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
@@ -62,7 +62,7 @@ def inputs_of(
 def checkpoint_digest(name: str | None, revision: str | None) -> str | None:
     if name is None:
         return None
-    return folders_digest([Path(name)], CHECKPOINT_FILES) if Path(name).is_dir() else commit_of(name, revision)
+    return digest_of_folders([Path(name)], CHECKPOINT_FILES) if Path(name).is_dir() else commit_of(name, revision)
 
 
 def features_digest(store: FeatureStore, problems: Mapping[str, Dataset | IterableDataset]) -> str:

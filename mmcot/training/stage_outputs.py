@@ -3,19 +3,18 @@
 How a stage predicts stands in `predict.py`, what later stages are trained on in `stage_inputs.py`.
 """
 
-import hashlib
-import json
 import logging
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import PartialState
 
-from mmcot.prediction.predictor import predict_stage
+from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.prediction.provenance import problems_digest, stage_weights
 from mmcot.problems.digests import digest_of_problems
 from mmcot.problems.sources import said_options
 from mmcot.storage.checkpoints import RunStopped
+from mmcot.storage.digests import sha256_of_json
 from mmcot.storage.journal import Journal
 from mmcot.storage.predictions import read_meta, write_predictions
 from mmcot.training.preparation import Run
@@ -52,18 +51,12 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
     recipe, problems = prepared.recipe, prepared.problems[split]
     predictions = prepared.folder.predictions_so_far(split)
     journal = journal_of(prepared, stage, split, predictions)
-    predict_stage(
-        model,
-        prepared.processor,
-        stage,
-        problems,
-        predictions,
+    options = PredictOptions(
         batch_size=recipe.training_arguments.per_device_eval_batch_size,
-        decode_answer=recipe.arguments.decode_answer,
-        pictures=prepared.pictures,
         num_workers=recipe.training_arguments.dataloader_num_workers,
-        journal=journal,
+        decode_answer=recipe.arguments.decode_answer,
     )
+    predict_stage(model, prepared.processor, stage, problems, predictions, options, prepared.pictures, journal=journal)
     if PartialState().is_main_process:
         origin = origin_of_predictions(prepared, stage, split)
         write_predictions(prepared.folder.predictions(split), predictions, origin)
@@ -101,7 +94,7 @@ def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, d
     settings = {
         "weights": stage_weights(prepared.folder.path, stage.name),
         "problems": problems_digest(prepared.problems[split]),
-        "given": hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest(),
+        "given": sha256_of_json(given),
     }
     try:
         return Journal(prepared.folder.unfinished_predictions(split, stage.name), settings)
