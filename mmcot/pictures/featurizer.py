@@ -281,7 +281,7 @@ def vision_source(
     featurizer = Featurizer(model.encoder.vision_tower.eval(), model.config.vision_tower, image_processor)
     options = FeatureOptions(dtype="float32")
     settings = described(featurizer, options.dtype)
-    folder = cache_folder() / "features" / Hasher.hash((settings, code_digest(Featurizer)))
+    folder = cache_folder() / "features" / Hasher.hash((settings, code_digest(Featurizer, Pixels)))
     with FeatureWriter(folder, settings, is_cache=True) as writer:
         failed = compute_missing(writer, problems, featurizer, options)
     if failed:
