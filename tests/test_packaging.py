@@ -26,3 +26,4 @@ def test_installed_it_works_from_any_folder(tmp_path):
     result = run_script("-c", use, site, cwd=elsewhere, PYTHONPATH=str(site))
     assert result.stdout.strip() == "demo"
     assert not (site / "train.py").exists()
+    assert "mmcot COMMAND" in run_script(site / "bin" / "mmcot", "--help", cwd=elsewhere, PYTHONPATH=str(site)).stdout
