@@ -21,6 +21,7 @@ def test_installed_it_works_from_any_folder(tmp_path):
         "import mmcot.hub.export, sys; from importlib import resources; from mmcot.recipes.recipe import parse_recipe; "
         "assert mmcot.__file__.startswith(sys.argv[1]); "
         "assert resources.files('mmcot.hub').joinpath('card_template.md').is_file(); "
+        "assert all(resources.files(name).joinpath('py.typed').is_file() for name in ('mmcot', 'modeling_mmcot')); "
         "print(parse_recipe(['--config', 'configs/demo/two_stages.yaml']).arguments.dataset)"
     )
     result = run_script("-c", use, site, cwd=elsewhere, PYTHONPATH=str(site))
