@@ -75,7 +75,7 @@ import json, sys
 sys.modules |= dict.fromkeys({absent!r})
 import evaluate
 metric = evaluate.load({str(path)!r})
-print(json.dumps(metric.compute(predictions={predictions + [{"id": "1", "answer": 1}]!r}, references={references!r})))
+print(json.dumps(metric.compute(predictions={[*predictions, {"id": "1", "answer": 1}]!r}, references={references!r})))
 """
     command = [sys.executable, "-I", "-c", code]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
