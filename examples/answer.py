@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import pipeline
 
 PICTURE = str(Path(__file__).parents[1] / "space" / "examples" / "bar_chart.png")
-DEFAULTS = ["runs/own_data/hub", PICTURE, "Which bar is the tallest?", "red", "blue", "green"]
+DEFAULTS = ["runs/own_data/hub", PICTURE, "Which bar is the tallest?", "red", "green", "black"]
 
 if __name__ == "__main__":
     given = sys.argv[1:]

@@ -39,14 +39,14 @@ if __name__ == "__main__":
     output = sys.argv[2] if len(sys.argv) > 2 else "attention.png"
     answer = pipeline("multimodal-cot", model=model, trust_remote_code=True)
     picture = Image.open(PICTURE).convert("RGB")
-    problem = {"image": picture, "question": "Which bar is the tallest?", "choices": ["red", "blue", "green"]}
+    problem = {"image": picture, "question": "Which bar is the tallest?", "choices": ["red", "green", "black"]}
 
     first = answer.processor.stages[0].name
     seen = answer.token_maps(problem, first)
     draw_maps(picture, seen.tokens, seen.maps[0].numpy(), output)
     print(f"where each token of the {first} stage looked: {output}")
 
-    other = {"rationale": "Solution: The green bar is the tallest. So, it is green."}
+    other = {"rationale": "Solution: The black bar is the tallest. So, it is black."}
     for name, result in {
         "as it is": answer(problem),
         "without the picture": answer({**problem, "image": None}),

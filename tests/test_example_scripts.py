@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
 def test_a_picture_is_answered(trained):
     result = run_script("-m", "examples.answer", trained / "hub", HF_HUB_OFFLINE="1")
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("rationale:") and [line.split()[-1] for line in lines[2:]] == ["red", "blue", "green"]
+    assert lines[0].startswith("rationale:") and [line.split()[-1] for line in lines[2:]] == ["red", "green", "black"]
 
 
 def test_a_question_of_ones_own_is_answered(trained):
