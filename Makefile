@@ -29,6 +29,7 @@ test-lowest: .venv-lowest/.installed
 lint: $(ENVIRONMENT)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 format: $(ENVIRONMENT)
 	.venv/bin/ruff check --fix .

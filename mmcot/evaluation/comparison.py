@@ -24,15 +24,16 @@ def compare(
     compared: dict[str, dict[str, Any] | None] = {}
     for name in CLASSES:
         before, after = (right[name] for right in rights)
-        if not before:
+        accuracy_before, accuracy_after = percentage(before), percentage(after)
+        if accuracy_before is None or accuracy_after is None:
             compared[name] = None
             continue
         interval = mean_interval([int(b) - int(a) for a, b in zip(before, after, strict=True)])
         compared[name] = {
             "n": len(before),
-            "first": percentage(before),
-            "second": percentage(after),
-            "difference": percentage(after) - percentage(before),
+            "first": accuracy_before,
+            "second": accuracy_after,
+            "difference": accuracy_after - accuracy_before,
             "interval": None if interval is None else [100 * bound for bound in interval],
             "p": mcnemar(before, after),
         }

@@ -52,7 +52,12 @@ def read_predictions(path: str | Path) -> Predictions:
 def check_once(path: Path) -> None:
     """JSON lets a key stand twice, and the last one wins silently."""
     pairs: list[list[tuple[str, Any]]] = []
-    json.loads(path.read_bytes(), object_pairs_hook=lambda found: pairs.append(found) or dict(found))
+
+    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs.append(found)
+        return dict(found)
+
+    json.loads(path.read_bytes(), object_pairs_hook=keep)
     twice = [name for name, count in Counter(name for name, _ in pairs[-1]).items() if count > 1]
     if twice:
         raise ValueError(f"{path}: {len(twice)} ids stand there twice: {first_few(twice)}")

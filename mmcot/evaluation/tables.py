@@ -33,7 +33,7 @@ def format_table(scores: Mapping[str, Any]) -> str:
 
 def lines_by(column: str, found: Mapping[str, Any]) -> list[str]:
     """The scores by the classes of a column, a line each, in aligned text."""
-    rows = [(f"by {column}", "n", "accuracy", "95 %, from", "to")]
+    rows: list[tuple[str, ...]] = [(f"by {column}", "n", "accuracy", "95 %, from", "to")]
     for name, one in found.items():
         low, high = one["interval"] or (None, None)
         rows.append((name, str(one["n"]), *map(two_places, (one["accuracy"], low, high))))
