@@ -244,7 +244,7 @@ def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_
         write_json(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr("mmcot.problems.predictions.write_json", once)
+        patch.setattr("mmcot.storage.predictions.write_json", once)
         main(command)
     main(command)
     before, after = (json.loads((folder / "predictions/test.json").read_text()) for folder in (tiny_run, run))
