@@ -127,8 +127,8 @@ def test_a_prediction_that_was_interrupted_goes_on_with_the_batch_it_was_at(
     def killed_at_the_third(journal, of, ids, columns):
         if len(written) % 3 == 2:
             written.append(None)
-            journal.lines.write(b'{"of": "rationale", "ids": ["te')  # killed while it wrote
-            journal.lines.close()
+            journal.log.lines.write(b'{"of": "rationale", "ids": ["te')  # killed while it wrote
+            journal.log.lines.close()
             raise KeyboardInterrupt
         written.append((of, ids))
         write(journal, of, ids, columns)
