@@ -12,6 +12,7 @@ from mmcot.evaluation.predictions import (
     Predictions,
     fitting,
 )
+from mmcot.prediction.columns import with_columns
 from mmcot.prediction.provenance import weights_of
 from mmcot.problems.schema import first_few, join_captions
 from mmcot.problems.sources import load_problems, reading_options
@@ -80,7 +81,6 @@ def token_maps_of(
 ) -> Iterator[tuple[str, Any]]:
     """Of the last stage that sees pictures, over the columns that were predicted for it."""
     from mmcot.analysis.attention import maps_of_problems
-    from mmcot.prediction.predictor import with_columns
 
     seeing = [stage for stage in processor.stages if stage.sees_pictures]
     if not seeing or models[seeing[-1].name].get_encoder().vision_tower is None:

@@ -20,11 +20,10 @@ from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import vision_source
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.prediction.batching import Lengths, by_both_lengths, fill_batches, length_batches, split_by_cost
+from mmcot.prediction.columns import with_columns
 from mmcot.prediction.examples import StageCollator, lengths_of, tokenized
 from mmcot.prediction.self_consistency import NOT_DRAWN, Drawing, Sample
 from mmcot.problems.schema import (
-    first_few,
-    with_column,
     without_gold,
 )
 from mmcot.storage.journal import Batch, Journal
@@ -75,11 +74,11 @@ def predict_stage(
         journal: receives each finished batch, and has those of an interrupted call.
     """
     model.eval()
-    problems = with_columns(without_gold(problems), predictions, processor.stages[: processor.stages.index(stage)])
+    problems = with_columns(without_gold(problems), predictions, processor.stages.before(stage))
     with PartialState().main_process_first():
         examples = tokenized(problems, stage, processor, with_targets=False)
     log_shortened(stage, examples, "problems to predict")
-    if pictures is None and "images" in stage.reads:
+    if pictures is None and stage.sees_pictures:
         pictures = vision_source(model, processor.image_processor, problems)
 
     part = stage.name if sample is None else f"{stage.name}, sample {sample.number}"
@@ -139,21 +138,6 @@ def add_columns(
         )
     for id_ in ids:
         predictions.setdefault(id_, {}).update(by_id[id_])
-
-
-def with_columns(problems: Dataset, predictions: dict[str, dict], earlier: list[Stage]) -> Dataset:
-    """The problems with the columns of earlier stages, where those are written."""
-    for stage in earlier:
-        texts = [predictions.get(problem_id, {}).get(stage.writes) for problem_id in problems["id"]]
-        absent = [problem_id for problem_id, text in zip(problems["id"], texts, strict=True) if text is None]
-        if len(absent) == len(texts):
-            continue
-        if absent:
-            raise ValueError(
-                f"{len(absent)} problems have no {stage.writes!r} from an earlier stage: {first_few(absent)}."
-            )
-        problems = with_column(problems, stage.writes, texts)
-    return problems
 
 
 def log_shortened(stage: Stage, examples: Dataset | IterableDataset, which: str) -> dict[str, int] | None:

@@ -11,17 +11,17 @@ from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.preparation import Run, lock_folder
 from mmcot.training.stage import train_and_write
 from mmcot.training.stage_inputs import fold_of_each
-from modeling_mmcot.stage_mmcot import Stage
+from modeling_mmcot.stage_mmcot import Stage, Stages
 
 logger = logging.getLogger(__name__)
 
 
-def cross_fitted(prepared: Run) -> list[Stage]:
+def cross_fitted(prepared: Run) -> Stages:
     """The stages before the last one that reads what stages trained without its problems wrote."""
     reading = [
         number for number, arguments in enumerate(prepared.recipe.stages) if arguments.inputs_from == "cross_fit"
     ]
-    return prepared.stages[: max(reading, default=0)]
+    return Stages(prepared.stages[: max(reading, default=0)])
 
 
 def cross_fit(prepared: Run, stage: Stage) -> None:

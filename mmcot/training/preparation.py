@@ -38,7 +38,7 @@ from mmcot.training.split_record import record_splits
 from mmcot.training.stage_inputs import target_columns
 from mmcot.training.streaming import stream_problems
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage
+from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage, Stages
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Run:
     """A recipe with its data found good and its folder taken: what is left to do is the work."""
 
     recipe: Recipe
-    stages: list[Stage]
+    stages: Stages
     problems: dict[str, Dataset | IterableDataset]  # by split; a stream those to train on may be
     folder: RunFolder  # its own, or a fold's
     processor: MMCoTProcessor
@@ -59,9 +59,6 @@ class Run:
     def arguments_of(self, stage: Stage) -> StageArguments:
         return self.recipe.stages[self.stages.index(stage)]
 
-    def before(self, stage: Stage) -> list[Stage]:
-        return self.stages[: self.stages.index(stage)]
-
 
 def prepare(recipe: Recipe) -> Run:
     """
@@ -69,7 +66,7 @@ def prepare(recipe: Recipe) -> Run:
         ValueError: what is wrong with the recipe or its data.
         RunStopped: another command is writing into the run's folder.
     """
-    stages = [build_stage(arguments) for arguments in recipe.stages]
+    stages = Stages(build_stage(arguments) for arguments in recipe.stages)
     check_model_options(recipe)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {
@@ -89,7 +86,7 @@ def prepare(recipe: Recipe) -> Run:
     initial_model = InitialModel(recipe, processor.tokenizer, store)
     if store is not None:
         check_features(store, recipe, processor, initial_model)
-    elif processor.image_processor is None and any("images" in stage.reads for stage in stages):
+    elif processor.image_processor is None and stages.see_pictures:
         raise ValueError(
             f"A stage reads `images`, but {recipe.model_config.model_name_or_path} has no picture tower: name one "
             f"(vision_model_name_or_path), or features."
@@ -166,14 +163,14 @@ def warn_of_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
 
 def prepare_pictures(
     recipe: Recipe,
-    stages: list[Stage],
+    stages: Stages,
     processor: MMCoTProcessor,
     problems: dict[str, Dataset],
     initial_model: InitialModel,
 ) -> FeatureStore | PixelStore | None:
     """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
     every = concatenate_datasets([rows for rows in problems.values() if isinstance(rows, Dataset)])
-    if processor.image_processor is None or not any("images" in stage.reads for stage in stages):
+    if processor.image_processor is None or not stages.see_pictures:
         return None
     if not is_frozen(recipe):
         return PixelStore(every, processor.image_processor)
@@ -183,10 +180,10 @@ def prepare_pictures(
     return source
 
 
-def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
+def prepare_problems(recipe: Recipe, stages: Stages, split: str, store: FeatureStore | None) -> Dataset:
     """A split's problems, checked, so that no run dies of bad data half-way."""
     source = recipe.arguments.dataset
-    sees = any("images" in stage.reads for stage in stages)
+    sees = stages.see_pictures
     needs_files = sees and (store is None or store.needs_files)
     with PartialState().main_process_first():
         max_images = recipe.arguments.max_images if sees else None
@@ -216,7 +213,7 @@ def check_folds(recipe: Recipe, num_problems: int) -> None:
         raise ValueError(f"num_folds is {num_folds}, and there are {num_problems} training problems.")
 
 
-def join_target_column(problems: Dataset, target_column: str, stages: list[Stage]) -> Dataset:
+def join_target_column(problems: Dataset, target_column: str, stages: Stages) -> Dataset:
     column, separator, path = target_column.partition("=")
     written = [stage.writes for stage in stages]
     if not separator or column not in written:

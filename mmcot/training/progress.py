@@ -20,8 +20,9 @@ from mmcot.evaluation.metrics import accuracy, checked_answers, rationale_scores
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.pictures.reading import read_pictures
+from mmcot.prediction.columns import with_columns
 from mmcot.prediction.examples import StageCollator, tokenized
-from mmcot.prediction.predictor import PredictOptions, predict_stage, with_columns
+from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.problems.schema import without_gold
 from mmcot.storage.files import write_text
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -113,9 +114,9 @@ class ValidationReport:
     ) -> torch.Tensor | None:
         """How much of the picture each token takes on average over hidden units and problems; None without pictures."""
         seeing = [index for index, images in enumerate(self.problems["images"]) if images][: self.batch_size]
-        if model.get_encoder().fusion is None or "images" not in self.stage.reads or not seeing:
+        if model.get_encoder().fusion is None or not self.stage.sees_pictures or not seeing:
             return None
-        earlier = self.processor.stages[: self.processor.stages.index(self.stage)]
+        earlier = self.processor.stages.before(self.stage)
         rows = with_columns(without_gold(self.problems.select(seeing)), predictions, earlier)
         examples = tokenized(rows, self.stage, self.processor, with_targets=False)
         batch = StageCollator(self.processor, self.stage, self.pictures)(list(examples))

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.prediction.batching import by_both_lengths
+from mmcot.prediction.columns import with_gold_columns
 from mmcot.prediction.examples import lengths_of, tokenized
 from mmcot.prediction.predictor import log_shortened
 from mmcot.problems.known_datasets import known_as
@@ -28,7 +29,7 @@ from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantiz
 from mmcot.training.callbacks import BestCheckpoint, SameSteps, Termination
 from mmcot.training.preparation import Run
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
-from mmcot.training.stage_inputs import one_row_per_rationale, with_gold_columns, with_written_columns
+from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
 from mmcot.training.stage_outputs import is_written, predict_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
@@ -39,14 +40,14 @@ from modeling_mmcot.stage_mmcot import Stage
 logger = logging.getLogger(__name__)
 
 
-def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[Stage]) -> None:
+def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stages) -> None:
     """
     Train a stage, and let it write its column for the splits and for what later stages are trained on.
 
     Args:
         stages: those that are trained on these problems, this one among them.
     """
-    splits = splits | splits_read_later(prepared, stages[stages.index(stage) + 1 :])
+    splits = splits | splits_read_later(prepared, stages.after(stage))
     written = [split for split in splits if is_written(prepared, stage, split)]
     for split in written:  # a call that was killed can have left its journal
         remove_partial_files(prepared.folder.unfinished_predictions(split, stage.name))
@@ -169,7 +170,7 @@ def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | Iterabl
     problems, processor = prepared.problems[split], prepared.processor
     if isinstance(problems, IterableDataset):
         return stream_examples(
-            problems, stage, processor, prepared.before(stage), prepared.recipe.training_arguments.seed
+            problems, stage, processor, prepared.stages.before(stage), prepared.recipe.training_arguments.seed
         )
     return tokenized(training_problems(prepared, stage, split), stage, processor, with_targets=True)
 
@@ -191,7 +192,7 @@ def build_report(prepared: Run, stage: Stage) -> ValidationReport:
 
 def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     """The problems with the columns of earlier stages that this one is trained on, or evaluated while it is trained."""
-    problems, earlier = prepared.problems[split], prepared.before(stage)
+    problems, earlier = prepared.problems[split], prepared.stages.before(stage)
     inputs_from = prepared.arguments_of(stage).inputs_from
     if inputs_from == "gold":
         return with_gold_columns(one_row_per_rationale(problems, [*earlier, stage]), earlier)
@@ -257,7 +258,7 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     recipe, arguments = prepared.recipe, prepared.arguments_of(stage)
     previous = None
     if arguments.init_from == "previous_stage":
-        previous = prepared.folder.stage(prepared.before(stage)[-1].name)
+        previous = prepared.folder.stage(prepared.stages.before(stage)[-1].name)
     model = load_starting_weights(prepared, previous)
     model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
     if not recipe.model_config.use_peft:

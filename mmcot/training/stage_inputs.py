@@ -10,18 +10,11 @@ import random
 from datasets import Dataset
 from jinja2 import meta
 
+from mmcot.prediction.columns import MissingColumns, with_columns
 from mmcot.problems.schema import with_column
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot.stage_mmcot import ENVIRONMENT, Stage
-
-
-def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
-    """The columns that earlier stages would have written, rendered from gold."""
-    for stage in earlier:
-        texts = [stage.render_target(row) for row in problems.remove_columns("images")]
-        problems = with_column(problems, stage.writes, texts)
-    return problems
 
 
 def with_written_columns(problems: Dataset, earlier: list[Stage], folder: RunFolder, split: str) -> Dataset:
@@ -31,17 +24,13 @@ def with_written_columns(problems: Dataset, earlier: list[Stage], folder: RunFol
     Raises:
         RunStopped: one of them has not written for every problem yet.
     """
-    predictions = folder.predictions_so_far(split)
-    for stage in earlier:
-        texts = [predictions.get(problem_id, {}).get(stage.writes) for problem_id in problems["id"]]
-        if None in texts:
-            raise RunStopped(
-                f"{folder.predictions(split)} has {stage.writes!r} for {len(texts) - texts.count(None)} of "
-                f"{len(texts)} problems: the {stage.name} stage has to write it for all before a stage can be trained "
-                f"on it (of one that is cross-fitted, every fold)."
-            )
-        problems = with_column(problems, stage.writes, texts)
-    return problems
+    try:
+        return with_columns(problems, folder.predictions_so_far(split), earlier, required=True)
+    except MissingColumns as error:
+        raise RunStopped(
+            f"{folder.predictions(split)}: {error} The stage has to write it for all problems before a later stage is "
+            f"trained on it; a cross-fitted one, in every fold."
+        ) from error
 
 
 def one_row_per_rationale(problems: Dataset, stages: list[Stage]) -> Dataset:

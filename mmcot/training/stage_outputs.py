@@ -67,9 +67,11 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
 def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, Any]:
     """What made a split's predictions, when the stage has written its column."""
     arguments, weights = prepared.recipe.arguments, written_by(prepared, split)
-    sees = any("images" in stage.reads for stage in prepared.stages)
+    sees = prepared.stages.see_pictures
     # What stages after this one wrote is of other texts than it writes now.
-    weights = {earlier.name: weights[earlier.name] for earlier in prepared.before(stage) if earlier.name in weights}
+    weights = {
+        earlier.name: weights[earlier.name] for earlier in prepared.stages.before(stage) if earlier.name in weights
+    }
     weights[stage.name] = stage_weights(prepared.folder.path, stage.name)
     max_images = arguments.max_images if sees else None
     return {
@@ -88,7 +90,7 @@ def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, 
 
 def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
     """So that a call that is killed while a stage writes goes on with the batch that it was at."""
-    read = [earlier.writes for earlier in prepared.before(stage)]
+    read = [earlier.writes for earlier in prepared.stages.before(stage)]
     names = prepared.problems[split]["id"]
     given = {name: [predictions.get(name, {}).get(column) for column in read] for name in names}
     settings = {
