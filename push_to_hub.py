@@ -12,7 +12,7 @@ from mmcot.hub.publish import publish_run
 from mmcot.hub.repository import HUB_ERRORS, Repository, advice, check_repository_id
 from mmcot.hub.space import publish_space
 from mmcot.recipes.command_line import given_options, refuse_without_effect
-from mmcot.storage.run_folder import is_adapted
+from mmcot.storage.run_folder import RunFolder
 
 # Options that say how a run is published.
 OF_A_RUN = ("base_model", "license", "license_name", "license_link", "adapters", "merge", "allow_unscored")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.space is not None:
             check_repository_id(Repository(arguments.space, "space"))
         if arguments.run_dir is not None:
-            if (arguments.adapters or arguments.merge) and not is_adapted(arguments.run_dir):
+            if (arguments.adapters or arguments.merge) and not RunFolder(arguments.run_dir).is_adapted:
                 raise ValueError(f"{arguments.run_dir}: its stages are no adapters; leave --adapters and --merge out.")
             check_license(arguments.license, arguments.license_name, arguments.license_link)
             publication = Publication(
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
                 arguments.license_link,
             )
             how = (arguments.allow_unscored, arguments.overwrite, arguments.dry_run)
-            commit = publish_run(arguments.run_dir, repository, publication, *how)
+            commit = publish_run(RunFolder(arguments.run_dir), repository, publication, *how)
             if commit is not None:
                 print(f"{arguments.repo_id} at {commit}: loads, and answers as {arguments.run_dir} does.")
         if arguments.space is not None:

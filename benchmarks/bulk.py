@@ -56,14 +56,14 @@ def in_predict(run: Path, count: int) -> dict[str, Any]:
     """The same by `mmcot.predict`, its start and loading left out."""
     import datasets
 
-    from mmcot.prediction.predictor import predict
+    from mmcot.prediction.predictor import PredictOptions, predict
     from mmcot.prediction.system import load_system
     from mmcot.problems.schema import FEATURES
 
     dataset = datasets.Dataset.from_list(list(rows(count)), features=FEATURES)
     processor, models = load_system(str(run))
     start = time.perf_counter()
-    predictions = predict(processor, models, dataset, batch_size=BATCH_SIZE)
+    predictions = predict(processor, models, dataset, PredictOptions(batch_size=BATCH_SIZE))
     seconds = time.perf_counter() - start
     answers = [[predictions[name]["answer"], predictions[name]["rationale"]] for name in dataset["id"]]
     return {"answers": answers, "seconds": seconds, "memory": round(psutil.Process().memory_info().rss / 1e6)}

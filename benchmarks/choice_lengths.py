@@ -21,7 +21,7 @@ import yaml
 from datasets import Dataset
 
 from benchmarks.setting import machine
-from mmcot.prediction.predictor import predict
+from mmcot.prediction.predictor import PredictOptions, predict
 from mmcot.prediction.system import load_system
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
@@ -125,7 +125,7 @@ def compare(run: Path, dataset: str) -> dict:
         result[split] = {}
         for score in SCORES:
             processor.stages[-1].score = score
-            predictions = predict(processor, models, problems, batch_size=100)
+            predictions = predict(processor, models, problems, PredictOptions(batch_size=100))
             answers = [predictions[name]["answer"] for name in problems["id"]]
             result[split][score] = by_length(problems["answer"], answers, lengths)
     return result

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
 from benchmarks.setting import machine
-from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.feature_writer import FeatureWriter
 from mmcot.pictures.featurizer import load_image_processor
 from mmcot.problems.sources import load_all_splits
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor

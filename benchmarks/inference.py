@@ -44,7 +44,7 @@ from benchmarks.setting import (
     timed,
 )
 from mmcot.prediction.examples import StageCollator
-from mmcot.prediction.predictor import predict_stage
+from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.problems.schema import with_column, without_gold
 from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts
@@ -89,7 +89,7 @@ def ours(rows, batch_size: int) -> Callable[[], dict]:
     def run() -> dict:
         predictions: dict[str, dict] = {}
         for stage in tools.stages:
-            predict_stage(model, tools, stage, given, predictions, batch_size, pictures=RandomFeatures())
+            predict_stage(model, tools, stage, given, predictions, PredictOptions(batch_size), RandomFeatures())
         return predictions
 
     return run
@@ -279,9 +279,7 @@ def one_pass(rows: list[dict], stage: Stage) -> dict[str, float]:
     model = our_model("small", Paced).pace(tools.tokenizer, texts.sources["rationale"], list(table["gold_rationale"]))
     predictions = {row["id"]: {"rationale": row["gold_rationale"]} for row in rows}
     start = time.perf_counter()
-    predict_stage(
-        model, tools, stage, table.remove_columns("gold_rationale"), predictions, 32, pictures=RandomFeatures()
-    )
+    predict_stage(model, tools, stage, table.remove_columns("gold_rationale"), predictions, pictures=RandomFeatures())
     seconds = time.perf_counter() - start
     tokens = sum(map(len, texts.sources[stage.name])) + sum(texts.lengths[stage.name])
     return {

@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from benchmarks.setting import report
+from mmcot.storage.run_folder import RunFolder
 
 # What a run passes through, by the file that it begins with, and for how many seconds of it a kill may come.
 EPOCHS = {"rationale": 11, "answer": 3}
@@ -53,7 +54,7 @@ def has_begun(phase: Phase, run: Path, steps_per_epoch: dict[str, int], called_a
     stage = phase.begins_with.split("/")[0]
     wanted = phase.number * steps_per_epoch[stage]
     reached = [int(path.name.split("-")[1]) for path in run.glob(phase.begins_with)]
-    return (run / stage / "train_results.json").exists() or any(step >= wanted for step in reached)
+    return RunFolder(run).is_trained(stage) or any(step >= wanted for step in reached)
 
 
 def start(run: Path, log: Path) -> subprocess.Popen:

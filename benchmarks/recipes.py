@@ -33,13 +33,13 @@ from trl import ModelConfig
 from benchmarks.feature_store import detr_checkpoint
 from benchmarks.setting import DATASET, DETR, FLAN_T5, SHAPES, TOKENIZER, report
 from benchmarks.training import forward_flops
+from mmcot.prediction.columns import with_gold_columns
 from mmcot.prediction.examples import lengths_of, tokenized
 from mmcot.problems.sources import load_problems
 from mmcot.recipes.arguments import StageArguments
 from mmcot.storage.files import read_json, write_json
 from mmcot.training.adapters import adapt
 from mmcot.training.building import build_stage
-from mmcot.training.stage_inputs import with_gold_columns
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 
 NAMES = ("scienceqa_small", "scienceqa_base", "scienceqa_base_detr", "scienceqa_large", "aokvqa_base", "aokvqa_xl_lora")

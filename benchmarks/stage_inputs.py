@@ -26,7 +26,8 @@ from mmcot.problems.sources import load_problems
 from mmcot.recipes.arguments import STAGE_CHOICES
 from mmcot.recipes.recipe import claim_run_folder, parse_recipe
 from mmcot.storage.files import read_json, write_json
-from mmcot.storage.run_folder import CROSS_FITTED, predictions_file, read_predictions
+from mmcot.storage.folders import replaced_folder
+from mmcot.storage.run_folder import CROSS_FITTED, RunFolder
 
 RECIPE = "configs/demo.yaml"
 VARIANTS = list(itertools.product(STAGE_CHOICES["init_from"], STAGE_CHOICES["inputs_from"]))
@@ -46,22 +47,24 @@ def recipe(file: Path, init_from: str, inputs_from: str) -> Path:
     return file
 
 
-def share_rationale_stage(trained: Path, run: Path, config: Path, options: list[str]) -> None:
+def share_rationale_stage(trained: RunFolder, run: Path, config: Path, options: list[str]) -> None:
     """A run that begins with the trained rationale stage of another, and all that this wrote."""
     if run.exists():
         return
-    unfinished = run.with_suffix(".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with replaced_folder(run) as unfinished:
+        copy_rationale_stage(trained, RunFolder(unfinished), config, options)
+
+
+def copy_rationale_stage(trained: RunFolder, unfinished: RunFolder, config: Path, options: list[str]) -> None:
     claim_run_folder(parse_recipe(["--config", str(config), "--output_dir", str(unfinished), *options]))
-    shutil.copytree(trained / "rationale", unfinished / "rationale")
-    if (trained / "folds").exists():
-        shutil.copytree(trained / "folds", unfinished / "folds")
+    shutil.copytree(trained.stage("rationale"), unfinished.stage("rationale"))
+    if trained.folds.exists():
+        shutil.copytree(trained.folds, unfinished.folds)
     for split in ("train", "val", "test", CROSS_FITTED):
-        columns = read_predictions(trained, split)
+        columns = trained.predictions_so_far(split)
         if columns:
             rationales = {problem_id: {"rationale": column["rationale"]} for problem_id, column in columns.items()}
-            write_json(predictions_file(unfinished, split), rationales)
-    unfinished.rename(run)
+            write_json(unfinished.predictions(split), rationales)
 
 
 def study(folder: Path, seeds: list[int], difficulty: int, num_folds: int) -> dict:
@@ -75,14 +78,14 @@ def study(folder: Path, seeds: list[int], difficulty: int, num_folds: int) -> di
         kin = folder / f"{seed}-base-{inputs_from}"
         trained = kin if init_from != "base" else folder / f"{seed}-base-gold"
         if run != trained:
-            share_rationale_stage(trained, run, config, options)
+            share_rationale_stage(RunFolder(trained), run, config, options)
         train(config, run, *options)
-        scores = {split: read_json(run / "scores" / f"{split}.json")["accuracy"] for split in ("val", "test")}
+        scores = {split: read_json(RunFolder(run).scores(split))["accuracy"] for split in ("val", "test")}
         accuracy = {"test": scores["test"]["Avg"], "test IMG": scores["test"]["IMG"], "val": scores["val"]["Avg"]}
         results[f"{inputs_from}, {init_from}"].append({"seed": seed, **accuracy})
         if init_from == "base":
             split = {"gold": "test", "generated": "train", "cross_fit": CROSS_FITTED}[inputs_from]
-            right = right_rationales(read_predictions(run, split), difficulty, split)
+            right = right_rationales(RunFolder(run).predictions_so_far(split), difficulty, split)
             texts.append({"seed": seed, "problems": split, "exactly right": right})
     return {"seeds": results, "summary": {name: summary(runs) for name, runs in results.items()}, "rationales": texts}
 

@@ -19,8 +19,16 @@ import torch
 
 from benchmarks.feature_store import detr_checkpoint, every_picture
 from benchmarks.setting import DATASET, REPEATS, ratio, report, summary, timed
-from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
-from mmcot.pictures.featurizer import Featurizer, complete, described, load_featurizer
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.feature_writer import FeatureWriter
+from mmcot.pictures.featurizer import (
+    FeatureOptions,
+    Featurizer,
+    TowerOptions,
+    compute_missing,
+    described,
+    load_featurizer,
+)
 from mmcot.pictures.reading import distinct_pictures, read_picture
 from mmcot.problems.sources import load_problems
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels
@@ -39,7 +47,7 @@ def one_at_a_time(featurizer: Featurizer, pictures: list) -> None:
 def store_all(featurizer: Featurizer, rows, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with FeatureWriter(folder, described(featurizer, "float16")) as writer:
-        complete(writer, rows, featurizer, "float16", batch_size=8, num_workers=0)
+        compute_missing(writer, rows, featurizer, FeatureOptions())
 
 
 def relative_errors(exact: FeatureStore, rounded: FeatureStore, keys: list[str]) -> list[float]:
@@ -63,7 +71,7 @@ def main() -> None:
     pictures = distinct_pictures(rows)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = str(detr_checkpoint(Path(folder)))
-        single, half = (load_featurizer(checkpoint, "paper", bf16=bf16) for bf16 in (False, True))
+        single, half = (load_featurizer(TowerOptions(checkpoint, "paper", bf16=bf16)) for bf16 in (False, True))
     with tempfile.TemporaryDirectory() as folder:
         exact, rounded = Path(folder) / "float32", Path(folder) / "bfloat16"
         work = {

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mmcot.pictures.reading import read_pictures
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json
+from mmcot.storage.run_folder import RunFolder
 
 SKILL = "bar_chart"
 WIDTH, HEIGHT, PICTURE = 980, 300, 260
@@ -19,7 +20,7 @@ INK, FAINT, BAR, RIGHT = "#222222", "#777777", "#c9ced6", "#2f6fdb"
 
 
 def draw(run: Path) -> Image.Image:
-    predictions = read_json(run / "predictions" / "test.json")
+    predictions = read_json(RunFolder(run).predictions("test"))
     problem = next(row for row in load_problems("demo", "test") if row["skill"] == SKILL)
     columns = predictions[problem["id"]]
     figure = Image.new("RGB", (WIDTH, HEIGHT), "white")

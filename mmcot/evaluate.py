@@ -37,6 +37,7 @@ from mmcot.problems.subsets import add_selection, select
 from mmcot.recipes.command_line import given_options, refuse_without_effect
 from mmcot.storage.files import write_json
 from mmcot.storage.paths import check_output_file, check_output_folder, refuse_absent_path
+from mmcot.storage.run_folder import RunFolder
 
 SUBMISSION_OPTIONS = {"file", "dataset", "columns", "split_seed", "split", "submission"}
 
@@ -44,8 +45,9 @@ SUBMISSION_OPTIONS = {"file", "dataset", "columns", "split_seed", "split", "subm
 def default_scores_file(predictions_file: str | Path) -> Path:
     """RUN/scores/SPLIT.json for RUN/predictions/SPLIT.json, else NAME.scores.json beside NAME.json."""
     path = Path(predictions_file).absolute()
-    if path.parent.name == "predictions":
-        return path.parent.parent / "scores" / path.name
+    run_folder = RunFolder(path.parent.parent)
+    if path == run_folder.predictions(path.stem):
+        return run_folder.scores(path.stem)
     return path.with_suffix(".scores.json")
 
 

@@ -15,7 +15,7 @@ import sys
 
 from mmcot.pictures.authors import AUTHORS_TOWERS, import_authors_features
 from mmcot.pictures.captions import write_captions
-from mmcot.pictures.featurizer import DTYPES, PREPROCESSINGS, compute
+from mmcot.pictures.featurizer import DTYPES, PREPROCESSINGS, FeatureOptions, TowerOptions, compute_features
 from mmcot.problems.opening import SOURCES, Given
 from mmcot.problems.schema import SPLITS
 from mmcot.problems.sources import (
@@ -129,18 +129,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
         return []
     if arguments.captions is not None:
         return write_captions(problems, arguments.output, arguments.captions, arguments.prompt, arguments.batch_size)
-    return compute(
-        problems,
-        arguments.output,
-        arguments.vision,
-        arguments.preprocessing,
-        arguments.dtype,
-        arguments.batch_size,
-        arguments.revision,
-        arguments.vision_tower,
-        arguments.num_workers,
-        arguments.bf16,
+    tower = TowerOptions(
+        arguments.vision, arguments.preprocessing, arguments.revision, arguments.vision_tower, arguments.bf16
     )
+    options = FeatureOptions(arguments.dtype, arguments.batch_size, arguments.num_workers)
+    return compute_features(problems, arguments.output, tower, options)
 
 
 if __name__ == "__main__":

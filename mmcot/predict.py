@@ -17,8 +17,9 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from mmcot.evaluation.leaks import leaking
-from mmcot.prediction.predictor import predict
+from mmcot.prediction.predictor import PredictOptions, predict
 from mmcot.prediction.provenance import provenance
+from mmcot.prediction.self_consistency import Drawing
 from mmcot.prediction.system import load_inputs, load_system
 from mmcot.problems.opening import SOURCES, Given
 from mmcot.problems.schema import (
@@ -77,11 +78,12 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         problems, store = load_inputs(arguments, processor, models)
         settings = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_THE_RESULT}
         settings |= said_options(arguments)
-        options = {name: settings[name] for name in ("num_rationales", "temperature", "seed")}
-        options |= {name: settings[name] for name in ("batch_size", "max_tokens", "decode_answer")}
-        options |= {"pictures": store, "num_workers": arguments.num_workers}
+        options = PredictOptions(
+            arguments.batch_size, arguments.max_tokens, arguments.num_workers, arguments.decode_answer
+        )
+        drawing = Drawing(arguments.num_rationales, arguments.temperature, arguments.seed)
         if arguments.leak_check:
-            tell_leaks(problems, lambda rows: predict(processor, models, rows, **options))
+            report_leaks(problems, lambda rows: predict(processor, models, rows, options, store, drawing=drawing))
             return
         meta = {**provenance(arguments.model, processor, models, problems, store), **settings}
         output = Path(arguments.output)
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        predictions = predict(processor, models, problems, journal=journal, **options)
+        predictions = predict(processor, models, problems, options, store, journal, drawing)
         if PartialState().is_main_process:
             write_predictions(output, predictions, meta)
             print(f"{len(predictions)} predictions: {output}")
@@ -128,7 +130,7 @@ def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
         )
 
 
-def tell_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> None:
+def report_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> None:
     leaks = leaking(problems, predict_all)
     if not PartialState().is_main_process:
         return

@@ -16,7 +16,7 @@ from mmcot.problems.opening import Given
 from mmcot.recipes.arguments import help_text
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.checkpoints import RunStopped
-from mmcot.storage.run_folder import fold_folder, read_predictions, reported_scores
+from mmcot.storage.files import read_json
 from mmcot.training.preparation import Run, prepare
 from mmcot.training.run import run
 from modeling_mmcot.stage_mmcot import LETTERS
@@ -25,8 +25,8 @@ from modeling_mmcot.stage_mmcot import LETTERS
 def describe_result(prepared: Run) -> str:
     """What a run ends with: the score table, where everything lies, and one answered problem."""
     folder = prepared.folder
-    split, scores = reported_scores(folder)
-    problems, predictions = prepared.problems[split], read_predictions(folder, split)
+    split = folder.judged_split()
+    problems, predictions, scores = prepared.problems[split], folder.predictions_so_far(split), folder.scores(split)
     problem = next((row for row in problems if row["images"]), problems[0])
     columns = predictions[problem["id"]]
     choices = "\n".join(
@@ -35,7 +35,7 @@ def describe_result(prepared: Run) -> str:
     )
     rationale = f"  {columns['rationale']}\n" if "rationale" in columns else ""
     return (
-        f"{format_table(scores)}\n\n"
+        f"{format_table(read_json(scores))}\n\n"
         f"One {split} problem, answered ({problem['id']}, gold: {problem['choices'][problem['answer']]}):\n"
         f"  {problem['question']}\n{rationale}{choices}\n\nRun folder: {folder}"
     )
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
     fold = prepared.recipe.arguments.fold
     if PartialState().is_main_process:
-        written = f"Fold {fold} is written: {fold_folder(prepared.folder, fold)}"
+        written = f"Fold {fold} is written: {prepared.folder.fold(fold)}"
         print(describe_result(prepared) if fold is None else written)
 
 

@@ -1,16 +1,42 @@
 """How the picture enters the text: one module per fusion, and the table name -> class.
 
-A fusion takes the encoder's text states and the picture's patches and gives new text states of the same shape, with the
-attention that each text token paid to each patch. It does not see pixels (`vision_mmcot.py`) or tokens
-(`modeling_mmcot.py`).
+A fusion maps text states and picture patches to new text states of the same shape, and returns the attention that each
+text token pays to each patch and its gate. The encoder calls it at its `place`. Pixels are the subject of
+`vision_mmcot.py`, tokens of `modeling_mmcot.py`.
 """
+
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+# Where the encoder calls a fusion: on the embedded tokens, before its first layer, or on its last states.
+ENCODER_INPUT, ENCODER_OUTPUT = "encoder_input", "encoder_output"
+
+
+class FusionOutput(NamedTuple):
+    """
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The fused states.
+        attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`):
+            The attention over patches. It sums to 1 over a picture's patches and is 0 for a row without any.
+        gate (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            How much of the picture each token takes, 0 to 1; 0 for a row without any patch.
+    """
+
+    hidden_states: torch.Tensor
+    attentions: torch.Tensor
+    gate: torch.Tensor
+
 
 class Fusion(nn.Module):
-    """What all fusions share: masks, and rows without a picture. A subclass says how to `attend` and how to `gate`."""
+    """
+    The part that all fusions share: masks, and rows without a picture. A subclass defines `attend` and `gate`, and its
+    `place` if it is another one.
+    """
+
+    place: ClassVar[str] = ENCODER_OUTPUT
 
     def attend(
         self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
@@ -27,20 +53,15 @@ class Fusion(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> FusionOutput:
         """
         Args:
             hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                The text encoder's last states.
+                The text states at the fusion's place.
             vision_features (`torch.FloatTensor` of shape `(batch_size, num_patches, vision_hidden_size)`):
                 The patches.
             vision_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
                 True for a real patch. A row without any keeps its `hidden_states`, to the bit.
-
-        Returns:
-            The fused states, `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, and the
-            attention over patches, `torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, which
-            sums to 1 over a picture's patches and is 0 for a row without any.
         """
         has_picture = vision_mask.any(dim=1)[:, None, None]
         # A row without a real patch attends to all of them, and its result is dropped: no NaN, in the gradient neither.
@@ -49,7 +70,7 @@ class Fusion(nn.Module):
         attended, weights = self.attend(hidden_states, vision_features, vision_mask | ~has_picture[:, 0])
         gate = self.gate(hidden_states, attended)
         fused = (1 - gate) * hidden_states + gate * attended
-        return torch.where(has_picture, fused, hidden_states), weights * has_picture
+        return FusionOutput(torch.where(has_picture, fused, hidden_states), weights * has_picture, gate * has_picture)
 
 
 class GatedFusion(Fusion):

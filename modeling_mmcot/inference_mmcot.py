@@ -27,7 +27,7 @@ from .generation_mmcot import greedy_search, packed_linears
 from .loading_mmcot import load_stages, stage_model
 from .processing_mmcot import TOKENIZING, MMCoTProcessor
 from .settings_mmcot import decoding_config, given_settings
-from .stage_mmcot import GOLD_COLUMNS, Stage, read_answer
+from .stage_mmcot import ANSWER, CHOOSE, GENERATE, GOLD_COLUMNS, Stage, read_answer
 
 logger = logging.get_logger(__name__)
 
@@ -69,9 +69,35 @@ def write_column(
     encoded = encode(model, inputs)
     is_finite = encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
     refuse_non_finite(problems, stage, is_finite)
-    if not stage.answers:
-        generated = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
-        return [{stage.writes: text, UNFINISHED: is_cut} for text, is_cut in zip(*generated, strict=True)]
+    return KINDS[stage.kind](model, processor, stage, problems, encoded, decode_answer, streamer, generation)
+
+
+def write_text(
+    model: PreTrainedModel,
+    processor: MMCoTProcessor,
+    stage: Stage,
+    problems: list[dict],
+    encoded: dict,
+    decode_answer: bool,
+    streamer: BaseStreamer | None,
+    generation: dict[str, Any],
+) -> list[dict]:
+    """`write_column` of a stage that generates a text."""
+    generated = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
+    return [{stage.writes: text, UNFINISHED: is_cut} for text, is_cut in zip(*generated, strict=True)]
+
+
+def write_answer(
+    model: PreTrainedModel,
+    processor: MMCoTProcessor,
+    stage: Stage,
+    problems: list[dict],
+    encoded: dict,
+    decode_answer: bool,
+    streamer: BaseStreamer | None,
+    generation: dict[str, Any],
+) -> list[dict]:
+    """`write_column` of a stage that chooses an answer; it generates one for a problem without choices."""
     columns = choose_answers(model, processor, stage, problems, encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
     if decode_answer or open_ended:
@@ -79,10 +105,13 @@ def write_column(
         for index, (text, is_cut) in enumerate(zip(*generated, strict=True)):
             columns[index][UNFINISHED] = is_cut
             if index in open_ended:
-                columns[index]["answer_text"] = text
+                columns[index][ANSWER] = text
             if decode_answer:
                 columns[index]["decoded_answer"] = read_answer(text, len(problems[index]["choices"]))
     return columns
+
+
+KINDS = {GENERATE: write_text, CHOOSE: write_answer}
 
 
 def count_unfinished(columns: list[dict]) -> int:
@@ -313,7 +342,7 @@ def run_stages(
         {name: value for name, value in problem.items() if name not in ("image", "images")} for problem in problems
     ]
     pixels = {}
-    if any("images" in stage.reads for stage in processor.stages):
+    if processor.stages.see_pictures:
         pixels = processor.prepare_pictures(images, len(problems))
     patches: dict[int, dict[str, torch.Tensor]] = {}
     for stage in processor.stages:
@@ -322,7 +351,7 @@ def run_stages(
         rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
         inputs = processor(rows, stage=stage.name)
         with stage_model(models, stage.name) as model, packed_linears(model):
-            if "images" in stage.reads and pixels:
+            if stage.sees_pictures and pixels:
                 tower = model.get_encoder().vision_tower
                 # One that was trained beside adapters is another one for each stage.
                 tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
@@ -368,7 +397,7 @@ def reply(
     with LOADING:
         if model.stages is None:
             is_training = model.training
-            model.stages = load_stages(model, model.name_or_path, [stage.name for stage in processor.stages])
+            model.stages = load_stages(model, model.name_or_path, processor.stages.names)
             model.train(is_training)
     columns = run_stages(model.stages, processor, conversation.problems, conversation.images, **generation)
     replies = processor.encode_texts([reply_text(processor, written) for written in columns])

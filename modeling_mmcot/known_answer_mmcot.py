@@ -124,7 +124,7 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
     repository, path = root.name_or_path, known_answer_file(root)
     if path is None:
         return
-    known = read_known_answer(path, [stage.name for stage in processor.stages])
+    known = read_known_answer(path, processor.stages.names)
     # The files that were loaded lie beside it; the names that it holds open nothing.
     found = weights_of(os.path.dirname(path))
     for name, digest in known["weights"].items():

@@ -27,7 +27,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
 
 from .configuration_mmcot import MMCoTConfig
-from .fusion_mmcot import Fusion, build_fusion
+from .fusion_mmcot import ENCODER_INPUT, FUSIONS, Fusion, FusionOutput, build_fusion
 from .generation_mmcot import PackedChoices, pack_choices
 from .layers_mmcot import use_fast_layers
 from .loading_mmcot import FILE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
@@ -55,9 +55,12 @@ class MMCoTEncoderOutput(BaseModelOutput):
             How much each token attended to each patch; 0 for a problem without picture, unless that is fused with
             zeros (`config.zeros_for_missing_pictures`). Returned with `output_attentions=True` where the batch has a
             picture.
+        fusion_gate (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+            How much of the picture each token takes, 0 to 1. Returned as `fusion_attentions` is.
     """
 
     fusion_attentions: torch.FloatTensor | None = None
+    fusion_gate: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -107,7 +110,7 @@ setattr(InitializedAsT5, CUSTOM_CODE_METHOD, InitializedAsT5.is_custom_code)
 
 
 class MMCoTEncoder(InitializedAsT5, T5Stack):
-    """T5's encoder, then the fusion with the picture."""
+    """T5's encoder with the fusion, which the encoder calls at the fusion's place."""
 
     config_class = MMCoTConfig
 
@@ -151,10 +154,18 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
     ) -> MMCoTEncoderOutput:
         """
         The arguments of `MMCoTForConditionalGeneration.forward`; `last_hidden_state` is fused. With
-        `output_fusion_attentions` it gives the fusion's attention without T5's, which SDPA does not compute.
+        `output_fusion_attentions` it gives the fusion's attention and gate without T5's attention, which SDPA does not
+        compute.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
+        patches, mask = self.picture_patches(pixel_values, pixel_mask, vision_features, vision_mask)
+        fused = None
+        fuses_input = self.fusion is not None and self.fusion.place == ENCODER_INPUT
+        if fuses_input:
+            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            fused = self.fuse(embeds, patches, mask)
+            input_ids, inputs_embeds = None, embeds if fused is None else fused.hidden_states
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -163,22 +174,32 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             return_dict=True,
             **kwargs,
         )
-        states, weights = outputs.last_hidden_state, None
-        patches, mask = self.picture_patches(pixel_values, pixel_mask, vision_features, vision_mask)
-        if self.config.zeros_for_missing_pictures and self.fusion is not None:
-            patches, mask = self.zeros_where_missing(patches, mask, states)
-        if patches is None and self.fusion is not None and self.training:
-            # No picture in the batch: the fusion changes nothing, and still has its part in the step, as DDP wants.
-            patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
-            mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
-        if patches is not None:
-            states, weights = self.fusion(states, patches.to(states), mask)
+        states = outputs.last_hidden_state
+        if not fuses_input:
+            fused = self.fuse(states, patches, mask)
+            states = states if fused is None else fused.hidden_states
+        is_shown = fused is not None and (output_attentions or output_fusion_attentions)
         return MMCoTEncoderOutput(
             last_hidden_state=states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            fusion_attentions=weights if output_attentions or output_fusion_attentions else None,
+            fusion_attentions=fused.attentions if is_shown else None,
+            fusion_gate=fused.gate if is_shown else None,
         )
+
+    def fuse(
+        self, states: torch.FloatTensor, patches: torch.FloatTensor | None, mask: torch.BoolTensor | None
+    ) -> FusionOutput | None:
+        """The fusion's output for states of tokens; None without a fusion or without any picture."""
+        if self.fusion is None:
+            return None
+        if self.config.zeros_for_missing_pictures:
+            patches, mask = self.zeros_where_missing(patches, mask, states)
+        if patches is None and self.training:
+            # DDP requires that every parameter has its part in a step; the fusion changes nothing here.
+            patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
+            mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        return None if patches is None else self.fusion(states, patches.to(states), mask)
 
     def picture_patches(
         self,
@@ -276,7 +297,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
     config_class = MMCoTConfig
     input_modalities = ("image", "text")
-    _no_split_modules = ["T5Block", "GatedFusion", "GatedMHAFusion"]
+    _no_split_modules = ["T5Block", *(fusion.__name__ for fusion in FUSIONS.values())]
     stages: Mapping[str, PreTrainedModel] | None = None  # all of its repository, loaded when a chat is answered
     virtual_tokens: VirtualTokens | None = None  # of the adapter by which it is prompted, set beside PEFT's own model
 

@@ -105,13 +105,13 @@ class MultimodalCoTPipeline(Pipeline):
 
     def __init__(self, *args, caption_model: str | None = None, check: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
-        names = [stage.name for stage in self.processor.stages]
+        names = self.processor.stages.names
         self.models = load_stages(self.model, self.model.name_or_path, names)
         if check:
             from .known_answer_mmcot import check_known_answer  # which imports this file
 
             check_known_answer(self.model, self.models, self.processor)
-        reads_captions = any("caption" in stage.reads for stage in self.processor.stages)
+        reads_captions = self.processor.stages.read("caption")
         self.captioner = Captioner(caption_model, device=self.device) if caption_model and reads_captions else None
 
     def _sanitize_parameters(
@@ -202,7 +202,7 @@ class MultimodalCoTPipeline(Pipeline):
         row = self.preprocess(problem)
         if not row["images"] or "images" not in reading.reads:
             raise ValueError(f"The {stage} stage saw no picture of this problem: there is no map.")
-        written = {earlier.writes for earlier in self.processor.stages[: self.processor.stages.index(reading)]}
+        written = {earlier.writes for earlier in self.processor.stages.before(reading)}
         if absent := written & set(reading.reads) - given.keys():
             raise ValueError(f"The {stage} stage reads {', '.join(sorted(absent))}: give what was written.")
         self.add_captions([row])

@@ -19,7 +19,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .chat_mmcot import Conversation, is_chat, read_chat
 from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
-from .stage_mmcot import GOLD_COLUMNS, LETTERS, Stage
+from .stage_mmcot import GOLD_COLUMNS, LETTERS, Stage, Stages
 
 # A fast tokenizer keeps how the last call padded and cut: a call of another thread would change it under this one.
 TOKENIZING = threading.RLock()
@@ -143,7 +143,7 @@ class MMCoTProcessor(ProcessorMixin):
     def __init__(self, tokenizer, image_processor=None, stages=None, chat_template=None):
         super().__init__(tokenizer, chat_template=chat_template)
         self.image_processor = None if image_processor is None else in_pillow_backend(image_processor)
-        self.stages = [stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages or []]
+        self.stages = Stages(stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages or [])
 
     # ProcessorMixin insists on every part that this names, and a model without tower has no image processor.
     @classmethod
@@ -193,11 +193,7 @@ class MMCoTProcessor(ProcessorMixin):
         return sorted(({"question", "context", "caption"} | read) - written - {"choices", "images", *GOLD_COLUMNS})
 
     def stage(self, name: str) -> Stage:
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        known = ", ".join(stage.name for stage in self.stages) or "none"
-        raise ValueError(f"stage is {name!r}; this processor's stages: {known}.")
+        return self.stages.named(name)
 
     def __call__(
         self,
@@ -244,7 +240,7 @@ class MMCoTProcessor(ProcessorMixin):
         for problem in problems:
             self.check_written(problem, stage)
         batch = self.encode_texts([self.fit_source(problem, stage) for problem in problems], **kwargs)
-        if "images" in stage.reads:
+        if stage.sees_pictures:
             batch.update(self.prepare_pictures(images, len(problems)))
         if with_targets:
             targets = [stage.render_target(problem) for problem in problems]
@@ -271,7 +267,7 @@ class MMCoTProcessor(ProcessorMixin):
         Raises:
             ValueError: the problem lacks what an earlier stage writes and this one reads.
         """
-        for earlier in self.stages[: self.stages.index(stage)]:
+        for earlier in self.stages.before(stage):
             if earlier.writes in stage.reads and is_absent(problem.get(earlier.writes)):
                 raise ValueError(
                     f"The {stage.name} stage reads `{earlier.writes}`, which the {earlier.name} stage writes: give it."

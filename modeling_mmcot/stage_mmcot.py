@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+GENERATE, CHOOSE = "generate", "choose"
+# What a stage does with a batch of problems: write a text, or score the choices. Each kind is a function in
+# `inference_mmcot.KINDS`.
+KINDS = (GENERATE, CHOOSE)
+ANSWER = "answer_text"  # the column that a stage of kind "choose" writes
 GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
 # How a stage that answers compares choices: by the log-probabilities of their targets' tokens in sum, on average, or in
 # sum less what the target has without a question (`inference_mmcot.choose_answers`).
@@ -73,6 +78,8 @@ class Stage:
         source (`str`), target (`str`): Jinja templates. The target's sees every column, the gold ones too.
         max_source_length (`int`), max_target_length (`int`): in tokens.
         score (`str`): of a stage that answers, how choices are compared: a name in `SCORES`.
+        kind (`str`, *optional*): a name in `KINDS`. By default "choose" for the stage that writes `answer_text`, and
+            "generate" for every other one.
     """
 
     name: str
@@ -83,12 +90,14 @@ class Stage:
     max_source_length: int = 512
     max_target_length: int = 512
     score: str = "total"
+    kind: str = ""
 
     def __post_init__(self):
         """
         Raises:
             ValueError: a field is not of its kind. A stage comes from a file, and its name is a folder's.
         """
+        self.kind = self.kind or default_kind(self.writes)
         texts = {name: isinstance(getattr(self, name), str) for name in ("name", "writes", "source", "target")}
         is_name = texts["name"] and STAGE_NAME.fullmatch(self.name) is not None
         is_list = isinstance(self.reads, (list, tuple)) and all(isinstance(column, str) for column in self.reads)
@@ -99,6 +108,7 @@ class Stage:
             "source": (texts["source"], "a template"),
             "target": (texts["target"], "a template"),
             "score": (self.score in SCORES, f"one of {', '.join(SCORES)}"),
+            "kind": (self.kind in KINDS, f"one of {', '.join(KINDS)}"),
         }
         for name in ("max_source_length", "max_target_length"):
             checks[name] = (type(getattr(self, name)) is int and getattr(self, name) > 0, "a number of tokens")
@@ -118,7 +128,45 @@ class Stage:
     @property
     def answers(self) -> bool:
         """Whether this stage gives the answer, which is chosen by scoring the choices."""
-        return self.writes == "answer_text"
+        return self.kind == CHOOSE
+
+    @property
+    def sees_pictures(self) -> bool:
+        return "images" in self.reads
+
+
+class Stages(list[Stage]):
+    """The stages of a system, in the order in which they run."""
+
+    @property
+    def names(self) -> list[str]:
+        return [stage.name for stage in self]
+
+    @property
+    def see_pictures(self) -> bool:
+        """Whether any stage does."""
+        return self.read("images")
+
+    def read(self, column: str) -> bool:
+        """Whether any stage reads the column."""
+        return any(column in stage.reads for stage in self)
+
+    def named(self, name: str) -> Stage:
+        for stage in self:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"stage is {name!r}; this processor's stages: {', '.join(self.names) or 'none'}.")
+
+    def before(self, stage: Stage) -> "Stages":
+        return Stages(self[: self.index(stage)])
+
+    def after(self, stage: Stage) -> "Stages":
+        return Stages(self[self.index(stage) + 1 :])
+
+
+def default_kind(writes: str) -> str:
+    """The kind of a stage that names none, by the column that it writes."""
+    return CHOOSE if writes == ANSWER else GENERATE
 
 
 def render(template: str, columns: dict) -> str:

@@ -253,7 +253,7 @@ class Page:
         self.answer = answer
         stages = answer.processor.stages
         self.written = [stage.writes for stage in stages if not stage.answers]
-        self.seeing = [stage.name for stage in stages if "images" in stage.reads]
+        self.seeing = [stage.name for stage in stages if stage.sees_pictures]
         self.read = {column for stage in stages for column in stage.reads}
         with gr.Blocks(
             title="Ask about a picture", analytics_enabled=False, delete_cache=(3600, 86_400)

@@ -20,7 +20,7 @@ from PIL import Image
 from preloaded import run_python
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
-from mmcot.pictures.featurizer import compute
+from mmcot.pictures.featurizer import FeatureOptions, TowerOptions, compute_features
 from mmcot.problems.demo import generate
 from mmcot.problems.sources import load_all_splits
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
@@ -225,7 +225,10 @@ def all_problems(tiny_dataset):
 @pytest.fixture(scope="session")
 def store(detr, all_problems, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores") / "detr"
-    assert compute(all_problems, folder, str(detr), dtype="float32", batch_size=4) == []
+    assert (
+        compute_features(all_problems, folder, TowerOptions(str(detr)), FeatureOptions(dtype="float32", batch_size=4))
+        == []
+    )
     return folder
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mmcot.prediction.batching import LengthBatchSampler, cost, length_batches, shares
+from mmcot.prediction.batching import LengthBatchSampler, cost, length_batches, split_by_cost
 
 
 def draw(number, seed=0):
@@ -69,7 +69,7 @@ def test_a_step_holds_the_same_problems_however_they_are_shared_out():
 def test_processes_get_like_work_not_like_numbers():
     lengths = [(500, 0)] * 4 + [(10, 0)] * 400
     batches = length_batches(lengths, 50)
-    one, two = shares(batches, lengths, 2)
+    one, two = split_by_cost(batches, lengths, 2)
     assert sorted(sum(one + two, [])) == list(range(len(lengths)))
     assert abs(padded_tokens(one, lengths) - padded_tokens(two, lengths)) < 0.1 * padded_tokens(batches, lengths)
 

@@ -8,7 +8,7 @@ from mmcot.evaluation.metrics import score_by
 from mmcot.hub.export import export
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json, write_json
-from mmcot.storage.run_folder import scores_file
+from mmcot.storage.run_folder import RunFolder
 from mmcot.training.preparation import prepare
 
 LEVELS = ("easy", "hard", "easy", None, "easy", "hard")
@@ -89,8 +89,8 @@ def test_the_card_says_scores_by_class_and_how_rows_were_divided(text_recipe, tm
     predictions = run / "predictions" / "test.json"
     assert read_json(predictions.with_name("test.meta.json"))["split_seed"] == 7
     evaluate.main([str(predictions), *options, "--by", "level"])
-    export(run, prepare(parse_recipe(one_step(text_recipe, *options))).processor)
-    card, scores = (run / "hub" / "README.md").read_text(), read_json(scores_file(run, "test"))
+    export(RunFolder(run), prepare(parse_recipe(one_step(text_recipe, *options))).processor)
+    card, scores = (run / "hub" / "README.md").read_text(), read_json(RunFolder(run).scores("test"))
     one = scores["by"]["level"]["high"]
     assert says(card, "| level | n | accuracy |", f"| high | {one['n']} | {one['accuracy']:.2f} |")
     sizes = read_json(run / "splits.json")["n"]

@@ -14,7 +14,7 @@ from test_examples import made, own_cache, problems, processor, tokens  # noqa: 
 
 from mmcot.pictures import feature_store
 from mmcot.pictures import featurizer as features
-from mmcot.pictures.featurizer import compute, vision_source
+from mmcot.pictures.featurizer import TowerOptions, compute_features, vision_source
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.problems import demo
 from mmcot.problems.sources import load_problems
@@ -171,11 +171,11 @@ def test_a_store_that_other_code_computed_is_told_and_left_as_it_is(tmp_path, vi
         "".join(json.dumps({**row, "id": name, "images": [f"{name}.png"]}) + "\n" for name in ("red", "blue"))
     )
     rows = load_problems(str(tmp_path / "rows.jsonl"), "train")
-    compute(rows.select([0]), tmp_path / "store", str(vit))
-    compute(rows.select([0]), tmp_path / "store", str(vit))
+    compute_features(rows.select([0]), tmp_path / "store", TowerOptions(str(vit)))
+    compute_features(rows.select([0]), tmp_path / "store", TowerOptions(str(vit)))
     assert not caplog.records
     edit_code(monkeypatch, pictures_mmcot)
-    compute(rows, tmp_path / "store", str(vit))
+    compute_features(rows, tmp_path / "store", TowerOptions(str(vit)))
     assert "store holds features that other code or libraries computed (mmcot's code" in caplog.text
     store = feature_store.FeatureStore(tmp_path / "store")
     assert len(store.rows) == 2 and store.manifest["versions"]["torch"] == torch.__version__.partition("+")[0]

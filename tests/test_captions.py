@@ -33,6 +33,7 @@ from transformers import (
 from mmcot import features, train
 from mmcot.problems.schema import join_captions
 from mmcot.problems.sources import load_problems
+from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
 from mmcot.training import preparation
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
@@ -251,7 +252,7 @@ def test_a_recipe_that_reads_captions_is_given_them(tiny_dataset, blip, tmp_path
     captions = str(tmp_path / "captions/captions.json")
     train.main([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
     prepared = preparation.prepare(
-        recipe.parse_recipe([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
+        parse_recipe([*command, "--output_dir", str(tmp_path / "run"), "--captions", captions])
     )
     row = next(row for row in prepared.problems["train"] if row["images"])
     caption = read_json(captions)["captions"][row["id"]]

@@ -117,7 +117,7 @@ def test_two_picture_skills_have_many_pictures_and_three_choices_or_more():
 
 
 def test_rows_are_the_same_in_another_process():
-    code = "import hashlib; from mmcot import demo; "
+    code = "import hashlib; from mmcot.problems import demo; "
     code += "print(hashlib.sha256(repr(list(demo.generate('val'))).encode()).hexdigest())"
     done = subprocess.run(
         [sys.executable, "-c", code],

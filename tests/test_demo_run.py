@@ -9,7 +9,7 @@ from test_predict import plainly
 from test_report import drive
 
 from mmcot.evaluate import main as evaluate
-from mmcot.prediction.predictor import predict_stage
+from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.prediction.system import load_system
 from mmcot.problems.demo import PICTURE_SKILLS, seen
 from mmcot.problems.schema import without_gold
@@ -91,7 +91,14 @@ def test_the_answer_comes_from_the_rationale(demo, picture_problems):
         for problem_id, other in zip(ids, ids[1:] + ids[:1], strict=True):
             swapped[problem_id] = {"rationale": predictions[other]["rationale"]}
     processor, models = load_system(str(folder))
-    predict_stage(models["answer"], processor, processor.stage("answer"), picture_problems, swapped, batch_size=100)
+    predict_stage(
+        models["answer"],
+        processor,
+        processor.stage("answer"),
+        picture_problems,
+        swapped,
+        PredictOptions(batch_size=100),
+    )
     assert percent_right(picture_problems, swapped) <= chance(picture_problems) + 10
     for skill in PICTURE_SKILLS:
         rows = of_skill(picture_problems, skill)

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from mmcot.pictures import reading as pictures
+from mmcot.pictures import pixel_store
 from mmcot.pictures.featurizer import vision_source
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.prediction.examples import StageCollator, tokenized
@@ -104,7 +104,7 @@ def test_pixels_are_prepared_once_and_anew_for_another_picture_or_preparation(tm
     first = PixelStore(rows, tools.image_processor).batch(list(rows))
     expected = tools.prepare_pictures([Image.open(tmp_path / "red.png"), None], 2)
     assert all(torch.equal(first[name], expected[name]) for name in expected)
-    calls = made(monkeypatch, pictures, "read_picture")
+    calls = made(monkeypatch, pixel_store, "read_picture")
     again = PixelStore(rows, tools.image_processor).batch(list(rows))
     assert all(torch.equal(again[name], first[name]) for name in first)
     assert len(calls) == 1  # to see how large one is

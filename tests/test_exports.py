@@ -11,6 +11,7 @@ from mmcot.predict import main as predict
 from mmcot.prediction.provenance import all_weights, weights_of
 from mmcot.probes import main as probe
 from mmcot.storage.files import read_json, write_json
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main as push
 
@@ -81,17 +82,17 @@ def test_scores_of_predictions_that_changed_since_are_not_for_the_card(tiny_run,
     """Wherever the run was moved to; where the predictions are not at hand, there is nothing to compare."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     processor = MMCoTProcessor.from_pretrained(run / "hub", trust_remote_code=False)
-    assert scores_of_run(run, processor)["predictions_file"] == "test.json", "a path is not published"
+    assert scores_of_run(RunFolder(run), processor)["predictions_file"] == "test.json", "a path is not published"
     predictions = read_json(run / "predictions" / "test.json")
     for columns in predictions.values():
         columns["answer"] = 1 - columns["answer"]
     write_json(run / "predictions" / "test.json", predictions)
     with pytest.raises(ValueError, match=r"scores/test.json is of other predictions than .*test.json holds now"):
-        scores_of_run(run, processor)
+        scores_of_run(RunFolder(run), processor)
     (run / "predictions" / "test.json").unlink()
-    assert scores_of_run(run, processor)["n"] == 20
+    assert scores_of_run(RunFolder(run), processor)["n"] == 20
     scores = read_json(run / "scores" / "test.json")
     del scores["predictions"]
     write_json(run / "scores" / "test.json", scores)
     with pytest.raises(ValueError, match="does not say which predictions it is of: an older mmcot wrote it"):
-        scores_of_run(run, processor)
+        scores_of_run(RunFolder(run), processor)

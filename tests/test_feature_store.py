@@ -9,8 +9,9 @@ from PIL import Image
 from transformers import DetrImageProcessorPil
 
 from mmcot.features import main
-from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
-from mmcot.pictures.featurizer import compute
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.feature_writer import FeatureWriter
+from mmcot.pictures.featurizer import FeatureOptions, TowerOptions, compute_features
 from mmcot.problems.sources import load_problems
 from modeling_mmcot.vision_mmcot import load_vision_tower
 
@@ -47,7 +48,7 @@ def test_what_a_kill_leaves_behind_a_whole_batch_is_dropped(cut, detr, all_probl
         if cut < 2000:
             with pytest.raises(ValueError, match="cut off or is still being written"):
                 FeatureStore(folder)
-        compute(all_problems, folder, str(detr), dtype="float32", batch_size=4)
+        compute_features(all_problems, folder, TowerOptions(str(detr)), FeatureOptions(dtype="float32", batch_size=4))
         assert content(folder) == whole
 
 
@@ -70,7 +71,7 @@ def test_a_truncated_file_is_refused_with_both_sizes(store, tmp_path):
 def test_a_store_with_a_truncated_file_is_not_gone_on_with(store, detr, all_problems, tmp_path):
     copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
     with pytest.raises(ValueError, match="The file was cut off: remove"):
-        compute(all_problems, copy, str(detr), dtype="float32")
+        compute_features(all_problems, copy, TowerOptions(str(detr)), FeatureOptions(dtype="float32"))
 
 
 def test_an_edited_manifest_is_refused(store, tmp_path):
@@ -90,16 +91,16 @@ def test_a_folder_without_manifest_is_no_store(store, tmp_path):
 def test_other_features_are_not_added_to_a_store(store, detr, vit, all_problems, tmp_path, finished):
     copy = edit(store, tmp_path, "rows.jsonl", lambda lines: lines if finished else lines.splitlines(keepends=True)[0])
     with pytest.raises(ValueError, match="features of another kind: dtype is 'float32' there, 'float16' here"):
-        compute(all_problems, copy, str(detr), dtype="float16")
+        compute_features(all_problems, copy, TowerOptions(str(detr)), FeatureOptions(dtype="float16"))
     with pytest.raises(ValueError, match="features of another kind"):
-        compute(all_problems, copy, str(vit), dtype="float32")
+        compute_features(all_problems, copy, TowerOptions(str(vit)), FeatureOptions(dtype="float32"))
 
 
 def test_one_process_at_a_time_writes_a_store(store, detr, all_problems):
     with FeatureWriter(store, {}):
         with pytest.raises(ValueError, match="is being written by another process"):
-            compute(all_problems, store, str(detr), dtype="float32")
-    assert compute(all_problems, store, str(detr), dtype="float32") == []
+            compute_features(all_problems, store, TowerOptions(str(detr)), FeatureOptions(dtype="float32"))
+    assert compute_features(all_problems, store, TowerOptions(str(detr)), FeatureOptions(dtype="float32")) == []
 
 
 def model_of(detr, **fields):

@@ -31,8 +31,9 @@ from mmcot import predict, train
 from mmcot.evaluation.predictions import evaluate
 from mmcot.features import main
 from mmcot.pictures.authors import import_authors_features, open_authors_features
-from mmcot.pictures.feature_store import FeatureStore, FeatureWriter
-from mmcot.pictures.featurizer import commit_of, compute
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.feature_writer import FeatureWriter
+from mmcot.pictures.featurizer import FeatureOptions, TowerOptions, commit_of, compute_features
 from mmcot.problems.digests import content_key
 from mmcot.problems.sources import load_all_splits, load_problems
 from mmcot.storage.files import read_json
@@ -132,7 +133,7 @@ def run_until(command, folder, batches):
 
 def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, all_problems, tiny_dataset, tmp_path):
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    compute(all_problems, uninterrupted, str(detr), batch_size=2)
+    compute_features(all_problems, uninterrupted, TowerOptions(str(detr)), FeatureOptions(batch_size=2))
     total = content(uninterrupted)["rows.jsonl"].count(b"\n")
     command = [
         "-m",

@@ -28,7 +28,7 @@ def test_equals_the_five_equations_in_float64(states):
     w_h, w_l, w_v = (
         layer.weight.detach().numpy() for layer in (fusion.vision_projection, fusion.language_gate, fusion.vision_gate)
     )
-    expected, attentions = np.empty_like(h_lang), np.empty((3, 5, 7))
+    expected, attentions, gates = np.empty_like(h_lang), np.empty((3, 5, 7)), np.empty_like(h_lang)
     for row in range(3):
         h_vis = x_vis[row] @ w_h.T
         logits = h_lang[row] @ h_vis.T / np.sqrt(16)
@@ -36,19 +36,21 @@ def test_equals_the_five_equations_in_float64(states):
         attentions[row] = weights
         h_attn = weights @ h_vis
         gate = 1 / (1 + np.exp(-(h_lang[row] @ w_l.T + h_attn @ w_v.T)))
+        gates[row] = gate
         expected[row] = (1 - gate) * h_lang[row] + gate * h_attn
-    fused, fusion_attentions = fusion(hidden_states, features, mask)
+    fused, fusion_attentions, fusion_gate = fusion(hidden_states, features, mask)
     np.testing.assert_allclose(fused.detach().numpy(), expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose(fusion_attentions.detach().numpy(), attentions, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(fusion_gate.detach().numpy(), gates, rtol=0, atol=1e-12)
 
 
 def test_a_masked_patch_is_as_if_it_were_not_there(fusion, states):
     hidden_states, features = states
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[:, 5:] = False
-    fused, attentions = fusion(hidden_states, features, mask)
+    fused, attentions, _ = fusion(hidden_states, features, mask)
     assert torch.equal(fused, fusion(hidden_states, features * mask[..., None], mask)[0])
-    shorter, _ = fusion(hidden_states, features[:, :5], mask[:, :5])
+    shorter, *_ = fusion(hidden_states, features[:, :5], mask[:, :5])
     torch.testing.assert_close(fused, shorter, rtol=0, atol=1e-12)
     assert attentions[..., 5:].eq(0).all()
     torch.testing.assert_close(attentions.sum(dim=-1), torch.ones(3, 5, dtype=torch.float64))
@@ -59,7 +61,7 @@ def test_a_row_without_patches_keeps_its_states_and_gives_a_finite_gradient(fusi
     hidden_states.requires_grad_()
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[1] = False
-    fused, attentions = fusion(hidden_states, features, mask)
+    fused, attentions, _ = fusion(hidden_states, features, mask)
     assert torch.equal(fused[1], hidden_states[1]) and attentions[1].eq(0).all()
     assert not torch.equal(fused[0], hidden_states[0])
     fused.sum().backward()
@@ -79,9 +81,9 @@ def test_what_stands_in_a_masked_patch_has_no_part(name, value):
     fusion = build_fusion(name, 8, 6)
     states, patches = torch.randn(2, 3, 8), torch.randn(2, 4, 6)
     mask = torch.tensor([[True, True, False, False], [False] * 4])
-    expected, _ = fusion(states, patches, mask)
+    expected, *_ = fusion(states, patches, mask)
     patches[~mask] = value
-    fused, weights = fusion(states, patches.requires_grad_(), mask)
+    fused, weights, _ = fusion(states, patches.requires_grad_(), mask)
     torch.testing.assert_close(fused, expected)
     fused.sum().backward()
     assert patches.grad.isfinite().all() and weights.isfinite().all()

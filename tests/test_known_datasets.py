@@ -166,7 +166,7 @@ def test_a_changed_demo_is_not_served_from_the_cache(tmp_path):
         row |= {"rationales": [], "direct_answers": []}
         code = f"def generate(split, difficulty):\n    for n in range({rows}):\n"
         code += f"        yield {{**{row!r}, 'id': str(n)}}\n"
-        (tmp_path / "mmcot" / "demo.py").write_text(code)
+        (tmp_path / "mmcot" / "problems" / "demo.py").write_text(code)
         environment = {"HF_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
         result = subprocess.run(
             [sys.executable, "-c", show], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

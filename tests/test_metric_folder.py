@@ -118,8 +118,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 
 @pytest.mark.parametrize("name", ["metrics.py", "uncertainty.py"])
 def test_the_folder_computes_by_the_packages_own_code(name):
-    source = (REPOSITORY / "mmcot" / name).read_text()
+    source = (REPOSITORY / "mmcot" / "evaluation" / name).read_text()
     copy = (REPOSITORY / "metrics" / "mmcot_scienceqa" / name).read_text()
-    assert copy == source.replace("from mmcot.", "from ."), (
-        f"sed 's/^from mmcot[.]/from ./' mmcot/{name} gives the copy"
+    assert copy == source.replace("from mmcot.evaluation.", "from ."), (
+        f"sed 's/^from mmcot[.]evaluation[.]/from ./' mmcot/evaluation/{name} gives the copy"
     )

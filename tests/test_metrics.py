@@ -161,6 +161,7 @@ def test_a_problem_without_choices_has_no_answer():
 
 
 def test_metrics_know_nothing_of_the_model():
-    program = "import sys, mmcot.metrics; print(sorted({'torch', 'transformers', 'modeling_mmcot'} & set(sys.modules)))"
+    modules = "{'torch', 'transformers', 'modeling_mmcot'}"
+    program = f"import sys, mmcot.evaluation.metrics; print(sorted({modules} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

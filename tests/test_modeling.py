@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_TEXT, TINY_VISION, log_probability
+from conftest import TINY_TEXT, TINY_VISION, log_probability, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.fusion_mmcot import ENCODER_INPUT, FUSIONS, GatedFusion
 
 
 def row(batch, index):
@@ -46,6 +47,25 @@ def test_a_row_without_picture_is_t5_to_the_bit(build, batch, labels):
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.loss, theirs.loss)
     assert torch.equal(model.generate(**texts, num_beams=3), t5.generate(**texts, num_beams=3, max_new_tokens=12))
+
+
+class FusionAtTheInput(GatedFusion):
+    place = ENCODER_INPUT
+
+
+def test_a_fusion_acts_at_its_place(batch, monkeypatch):
+    """Before the first layer, T5 reads the fused embeddings."""
+    monkeypatch.setitem(FUSIONS, "at_the_input", FusionAtTheInput)
+    model = tiny_model(fusion="at_the_input")
+    encoder, embeds = model.encoder, model.encoder.embed_tokens(batch["input_ids"])
+    patches, mask = encoder.picture_patches(batch["pixel_values"], batch["pixel_mask"])
+    fused, _, gate = encoder.fusion(embeds, patches, mask)
+    outputs = encoder(**batch, output_fusion_attentions=True)
+    t5 = as_t5(model)
+    expected = t5.encoder(inputs_embeds=fused, attention_mask=batch["attention_mask"]).last_hidden_state
+    assert torch.equal(outputs.last_hidden_state, expected) and torch.equal(outputs.fusion_gate, gate)
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(encoder(**texts).last_hidden_state, t5.encoder(**texts).last_hidden_state)
 
 
 def test_a_zero_vision_mask_means_no_picture(build, batch):

@@ -12,9 +12,10 @@ from conftest import REPOSITORY, log_probability, run_script
 
 from mmcot.pictures.reading import read_pictures
 from mmcot.predict import main
-from mmcot.prediction.predictor import batches_of, predict_stage
+from mmcot.prediction.predictor import PredictOptions, batches_of, predict_stage
 from mmcot.prediction.predictor import predict as predict_all
 from mmcot.prediction.provenance import provenance
+from mmcot.prediction.self_consistency import Drawing
 from mmcot.prediction.system import load_system
 from mmcot.problems.schema import without_gold
 from mmcot.problems.sources import load_problems
@@ -255,9 +256,10 @@ def test_an_answer_whose_text_shows_the_rationale_can_be_agreed_on():
 def test_an_answer_that_samples_agree_on(tiny_run, tiny_dataset):
     processor, models = load_system(str(tiny_run))
     problems = load_problems(str(tiny_dataset), "test")
-    whole = predict_all(processor, models, problems, num_rationales=4, temperature=1.5, batch_size=8)
-    assert whole == predict_all(processor, models, problems, num_rationales=4, temperature=1.5, batch_size=8)
-    assert whole != predict_all(processor, models, problems, num_rationales=4, temperature=1.5, batch_size=8, seed=1)
+    options, drawing = PredictOptions(batch_size=8), Drawing(4, 1.5)
+    whole = predict_all(processor, models, problems, options, drawing=drawing)
+    assert whole == predict_all(processor, models, problems, options, drawing=drawing)
+    assert whole != predict_all(processor, models, problems, options, drawing=Drawing(4, 1.5, seed=1))
     assert any(len(set(columns["rationales"])) > 1 for columns in whole.values())
     for row in problems.remove_columns("images").select(range(4)):
         columns = whole[row["id"]]
@@ -292,10 +294,10 @@ def test_texts_that_are_cut_at_the_limit_of_new_tokens_are_counted(tiny_run, tin
 @pytest.mark.parametrize(("max_tokens", "largest"), [(1, 1), (10**6, None)])
 def test_batches_by_tokens(max_tokens, largest):
     lengths = [(length, 0) for length in range(5, 25)]
-    batches = batches_of(lengths, 32, max_tokens)
+    batches = batches_of(lengths, PredictOptions(max_tokens=max_tokens))
     assert sorted(index for batch in batches for index in batch) == list(range(20))
     assert max(map(len, batches)) == (largest or 20)
-    middle = batches_of(lengths, 32, 60)
+    middle = batches_of(lengths, PredictOptions(max_tokens=60))
     assert all(len(batch) * max(lengths[index][0] for index in batch) <= 60 for batch in middle) and len(middle) < 20
 
 
@@ -319,7 +321,9 @@ def test_a_problem_that_an_earlier_stage_left_out_is_named(tiny_run, tiny_datase
     problems = load_problems(str(tiny_dataset), "test")
     first = problems["id"][0]
     predictions = {problem_id: {"rationale": "so"} for problem_id in problems["id"] if problem_id != first}
-    with pytest.raises(ValueError, match=f"1 problems have no 'rationale' from an earlier stage: {first}"):
+    with pytest.raises(
+        ValueError, match=f"1 of {len(problems)} problems have no 'rationale' from the rationale stage: {first}"
+    ):
         predict_stage(models["answer"], processor, processor.stages[1], problems, predictions)
 
 

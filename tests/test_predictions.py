@@ -93,7 +93,7 @@ def test_a_call_that_is_killed_between_the_two_files_is_seen_and_made_good(
         write_json(path, data)
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patch.setattr("mmcot.problems.predictions.write_json", once)
+        patch.setattr("mmcot.storage.predictions.write_json", once)
         predict(command)
     scoring = [str(tmp_path / "p.json"), "--dataset", str(tiny_dataset)]
     with pytest.raises(SystemExit, match="p.meta.json does not belong to"):

@@ -40,7 +40,7 @@ def test_permuted_problems_are_the_same_problems(problems):
 def answering(choose):
     """A system whose last stage answers by `choose`, and whose rationales are right."""
 
-    def predict_stage(model, processor, stage, rows, written, **options):
+    def predict_stage(model, processor, stage, rows, written, *options):
         for row in rows:
             columns = written.setdefault(row["id"], {})
             if stage.answers:
@@ -48,7 +48,7 @@ def answering(choose):
             else:
                 columns["rationale"] = row["solution"]
 
-    def predict(processor, models, rows, **options):
+    def predict(processor, models, rows, *options):
         written = {}
         for stage in processor.stages:
             predict_stage(None, processor, stage, rows, written)

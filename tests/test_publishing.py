@@ -27,6 +27,7 @@ from mmcot.hub.checks import check_model_folder
 from mmcot.hub.export import export, merge, shipped_code
 from mmcot.predict import main as predict
 from mmcot.storage.files import read_json, write_json
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main
 
@@ -36,7 +37,7 @@ PUSHES = """
 import contextlib, functools, io, json, sys
 import push_to_hub
 from mmcot.hub import publish as publishing
-publishing.answer_of_a_stranger = functools.cache(publishing.answer_of_a_stranger)
+publishing.answer_in_fresh_process = functools.cache(publishing.answer_in_fresh_process)
 for line in sys.stdin:
     printed, status = io.StringIO(), 0
     with contextlib.redirect_stdout(printed):
@@ -214,7 +215,7 @@ def test_the_card_lists_the_code_that_it_runs(hub, published):
 @pytest.fixture
 def broken(run, tmp_path, monkeypatch):
     """A copy to break; that it loads elsewhere is seen where it is published."""
-    monkeypatch.setattr("mmcot.hub.publish.answer_of_a_stranger", lambda *_: {})
+    monkeypatch.setattr("mmcot.hub.publish.answer_in_fresh_process", lambda *_: {})
     shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run"
 
@@ -414,7 +415,7 @@ def changed(run, tmp_path):
     tensors["encoder.final_layer_norm.weight"] += torch.linspace(0, 1, 32)
     save_file(tensors, file, metadata={"format": "pt"})
     shutil.rmtree(tmp_path / "changed" / "scores")
-    export(tmp_path / "changed", MMCoTProcessor.from_pretrained(run / "hub"))
+    export(RunFolder(tmp_path / "changed"), MMCoTProcessor.from_pretrained(run / "hub"))
     return tmp_path / "changed"
 
 

@@ -87,7 +87,7 @@ def test_data_and_run_can_both_be_moved(begun, tmp_path):
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     run.rename(moved / "run")
-    assert prepared(moved / "run", dataset).run_folder == moved / "run"
+    assert prepared(moved / "run", dataset).folder.path == moved / "run"
 
 
 def test_other_captions_and_joined_texts_are_refused(tiny_dataset, tmp_path):

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mmcot.analysis.report import write_report
 from mmcot.evaluation.metrics import score
-from mmcot.pictures.feature_store import record_type
 from mmcot.pictures.featurizer import load_image_processor
+from mmcot.pictures.manifest import record_type
 from mmcot.prediction.system import load_system
 from mmcot.problems.schema import FEATURES
 from mmcot.problems.sources import load_problems

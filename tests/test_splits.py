@@ -15,7 +15,6 @@ from mmcot.problems.sources import is_divided, load_problems
 from mmcot.problems.splits import named_parts, overlaps
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
-from mmcot.storage.run_folder import SPLITS_FILE
 from mmcot.training.preparation import prepare
 
 SPLITS = ("train", "val", "test")
@@ -160,12 +159,12 @@ def test_they_are_trained_on_where_that_is_asked_for_and_told(text_recipe, tmp_p
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         run = prepare(parse_recipe([*text_recipe, "--dataset", overlapping(tmp_path), "--allow_overlap", "true"]))
     assert says(caplog.text, "3 of 5 test problems are in train too", "the card says it")
-    assert read_json(run.folder / SPLITS_FILE) == {
+    assert read_json(run.folder.splits) == {
         "divided_by": None,
         "n": {"train": 20, "val": 6, "test": 5},
         "overlap": {"train": {"val": 2, "test": 3}, "val": {"test": 1}},
     }
-    assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["allow_overlap"] is True
+    assert yaml.safe_load(run.folder.recipe.read_text())["allow_overlap"] is True
 
 
 def test_a_run_says_how_its_rows_were_divided(text_recipe, tmp_path):
@@ -173,8 +172,8 @@ def test_a_run_says_how_its_rows_were_divided(text_recipe, tmp_path):
     for _ in range(2):  # the second call goes on with the same run
         run = prepare(parse_recipe([*text_recipe, "--dataset", file]))
         run.lock.__exit__(None, None, None)
-    assert yaml.safe_load((run.folder / "recipe.yaml").read_text())["split_seed"] == 42
-    record = read_json(run.folder / SPLITS_FILE)
+    assert yaml.safe_load(run.folder.recipe.read_text())["split_seed"] == 42
+    record = read_json(run.folder.splits)
     assert record["divided_by"] == 42 and sum(record["n"].values()) == 60
     assert record["overlap"] == {"train": {"val": 0, "test": 0}, "val": {"test": 0}}
     with pytest.raises(ValueError, match="split_seed: 42 there, 7 here"):
@@ -196,7 +195,7 @@ def test_published_splits_are_counted_and_not_refused(text_recipe, tmp_path, cap
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         run = prepare(parse_recipe([*text_recipe, "--dataset", str(tmp_path / "hub")]))
     assert says(caplog.text, "4 of 4 test problems are in train too")
-    assert read_json(run.folder / SPLITS_FILE)["overlap"]["train"] == {"val": 4, "test": 4}
+    assert read_json(run.folder.splits)["overlap"]["train"] == {"val": 4, "test": 4}
 
 
 def test_pictures_tell_problems_apart(tmp_path):

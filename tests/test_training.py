@@ -17,6 +17,7 @@ from test_report import drive
 from mmcot.evaluate import main as evaluate
 from mmcot.pictures.reading import read_pictures
 from mmcot.predict import main as predict
+from mmcot.prediction.columns import with_gold_columns
 from mmcot.prediction.provenance import stage_weights
 from mmcot.problems.sources import load_problems
 from mmcot.recipes.recipe import parse_recipe
@@ -25,7 +26,6 @@ from mmcot.storage.journal import Journal
 from mmcot.train import main
 from mmcot.training.building import build_stage
 from mmcot.training.preparation import prepare
-from mmcot.training.stage_inputs import with_gold_columns
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_pictures
 
@@ -244,7 +244,7 @@ def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_
         write_json(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr("mmcot.problems.predictions.write_json", once)
+        patch.setattr("mmcot.storage.predictions.write_json", once)
         main(command)
     main(command)
     before, after = (json.loads((folder / "predictions/test.json").read_text()) for folder in (tiny_run, run))

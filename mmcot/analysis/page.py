@@ -12,6 +12,7 @@ from mmcot.evaluation.predictions import (
     Predictions,
     fitting,
 )
+from mmcot.prediction.columns import with_columns
 from mmcot.prediction.provenance import weights_of
 from mmcot.problems.schema import first_few, join_captions
 from mmcot.problems.sources import load_problems, reading_options
@@ -80,12 +81,11 @@ def token_maps_of(
 ) -> Iterator[tuple[str, Any]]:
     """Of the last stage that sees pictures, over the columns that were predicted for it."""
     from mmcot.analysis.attention import maps_of_problems
-    from mmcot.prediction.predictor import with_columns
 
-    seeing = [stage for stage in processor.stages if "images" in stage.reads]
+    seeing = [stage for stage in processor.stages if stage.sees_pictures]
     if not seeing or models[seeing[-1].name].get_encoder().vision_tower is None:
         raise ValueError("--attention: no stage of that model sees pictures, or it has no picture tower")
-    earlier = processor.stages[: processor.stages.index(seeing[-1])]
+    earlier = processor.stages.before(seeing[-1])
     for stage in earlier:
         absent = [name for name in problems["id"] if stage.writes not in predictions[name]]
         if absent:

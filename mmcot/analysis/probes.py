@@ -15,7 +15,7 @@ from mmcot.evaluation.comparison import two_places
 from mmcot.evaluation.metrics import percentage
 from mmcot.evaluation.uncertainty import mcnemar, mean_interval
 from mmcot.pictures.feature_store import FeatureStore
-from mmcot.prediction.predictor import predict, predict_stage
+from mmcot.prediction.predictor import PredictOptions, predict, predict_stage
 from mmcot.problems.progress_bars import without_dataset_bars
 from mmcot.problems.schema import FEATURES
 from modeling_mmcot import MMCoTProcessor
@@ -96,8 +96,8 @@ def probe(
         shares that `follow_content` and `follow_letter`.
     """
     last = processor.stages[-1]
-    options = {"batch_size": batch_size, "pictures": store}
-    predictions = predict(processor, models, problems, **options)
+    options = PredictOptions(batch_size=batch_size)
+    predictions = predict(processor, models, problems, options, store)
     results = {}
     if len(processor.stages) > 1:
         column = processor.stages[-2].writes
@@ -108,20 +108,20 @@ def probe(
                 problem_id: {**predictions[problem_id], column: text}
                 for problem_id, text in zip(problems["id"], changed, strict=True)
             }
-            predict_stage(models[last.name], processor, last, problems, written, **options)
+            predict_stage(models[last.name], processor, last, problems, written, options, store)
             results[name] = difference(problems, predictions, written)
     seeing = problems.select([row for row, images in enumerate(problems["images"]) if images])
-    if any("images" in stage.reads for stage in processor.stages) and len(seeing) > 1:
+    if processor.stages.see_pictures and len(seeing) > 1:
         images = seeing["images"]
         for name, changed in (
             ("picture dropped", [[] for _ in images]),
             ("another problem's picture", [images[index] for index in others(len(images), random.Random(SEED))]),
         ):
-            probed = predict(processor, models, with_images(seeing, changed), **options)
+            probed = predict(processor, models, with_images(seeing, changed), options, store)
             results[name] = difference(seeing, predictions, probed)
     permuted, orders = with_permuted_choices(problems, random.Random(SEED))
     written = {problem_id: dict(columns) for problem_id, columns in predictions.items()}
-    predict_stage(models[last.name], processor, last, permuted, written, **options)
+    predict_stage(models[last.name], processor, last, permuted, written, options, store)
     results["choices permuted"] = followed(problems, orders, predictions, written)
     return results
 

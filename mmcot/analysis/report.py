@@ -5,11 +5,8 @@ its mistake, and where the fusion looked. What the page does stands in `report_t
 """
 
 import base64
-import hashlib
 import io
 import json
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +25,8 @@ from mmcot.evaluation.metrics import CLASSES, checked_answers, percentage, right
 from mmcot.evaluation.mistakes import KINDS, sort_mistake
 from mmcot.evaluation.uncertainty import mean_interval
 from mmcot.pictures.reading import read_pictures
+from mmcot.storage.digests import sha256_of_json
+from mmcot.storage.folders import replaced_folder
 from mmcot.storage.predictions import read_meta
 from modeling_mmcot.attention_mmcot import TokenMaps
 from modeling_mmcot.pictures_mmcot import as_rgb
@@ -66,19 +65,13 @@ def write_report(
     """
     if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
         raise ValueError(f"--report {folder} exists and holds something else than a report: choose another folder.")
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        (unfinished / "pictures").mkdir(parents=True)
-        (unfinished / "attention").mkdir()
-        rows = list(problem_rows(problems, predictions, stages, without_picture, unfinished))
-        attended, numbers = set(), {problem_id: number for number, problem_id in enumerate(problems["id"])}
-        for problem_id, maps in attention:
-            number = numbers[problem_id]
-            attended.add(number)
-            write_attention(unfinished / "attention" / f"{number}.js", number, maps)
+    with replaced_folder(folder) as new_folder:
+        (new_folder / "pictures").mkdir()
+        rows = list(problem_rows(problems, predictions, stages, without_picture, new_folder))
+        attended = write_maps(new_folder / "attention", problems["id"], attention)
         for number, row in enumerate(rows):
             row["attended"] = number in attended
-        write_script(unfinished / "problems.js", "PROBLEMS", rows)
+        write_script(new_folder / "problems.js", "PROBLEMS", rows)
         page = jinja2.Environment(autoescape=True).from_string(
             resources.files("mmcot.analysis").joinpath("report_template.html").read_text(encoding="utf-8")
         )
@@ -89,14 +82,22 @@ def write_report(
             classes=[name for name in CLASSES if scores["class_n"][name]],
             kinds=KINDS,
             plots=plots(problems, predictions, scores, without_picture),
-            report=hashlib.sha256(json.dumps(predictions, sort_keys=True).encode()).hexdigest()[:16],
+            report=sha256_of_json(predictions)[:16],
         )
-        (unfinished / "index.html").write_text(html, encoding="utf-8")
-        (unfinished / MARKER).write_text(json.dumps({"of": str(predictions_file), "n": len(rows)}), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (new_folder / "index.html").write_text(html, encoding="utf-8")
+        (new_folder / MARKER).write_text(json.dumps({"of": str(predictions_file), "n": len(rows)}), encoding="utf-8")
+
+
+def write_maps(folder: Path, problem_ids: Sequence[str], attention: Iterable[tuple[str, TokenMaps]]) -> set[int]:
+    """Write each problem's maps into a file of their own. Returns the numbers of the problems that have maps."""
+    folder.mkdir()
+    numbers = {problem_id: number for number, problem_id in enumerate(problem_ids)}
+    written = set()
+    for problem_id, maps in attention:
+        number = numbers[problem_id]
+        written.add(number)
+        write_attention(folder / f"{number}.js", number, maps)
+    return written
 
 
 @dataclass

@@ -4,7 +4,6 @@ The text stands in `card_template.md`; this file gathers what it says, as huggin
 `EvalResult`, with the picture of the stages, the scores file and the Hub's own results beside it.
 """
 
-import hashlib
 import math
 import re
 import shlex
@@ -23,9 +22,9 @@ from safetensors import safe_open
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.prediction.provenance import all_weights
 from mmcot.problems.splits import named_parts
-from mmcot.storage.digests import digest_of_file
+from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
 from mmcot.storage.files import names_of, read_json, write_json
-from mmcot.storage.run_folder import FINISHED, is_adapted, judged_split, read_record, scores_file
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
 from modeling_mmcot.stage_mmcot import Stage
@@ -33,7 +32,6 @@ from modeling_mmcot.versions_mmcot import REQUIRED, needed
 from modeling_mmcot.vision_mmcot import TOWERS
 
 PICTURE = "stages.png"
-PROBES_FILE = "probes.json"  # in a run's scores/, as mmcot.probes --output writes it
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,9 @@ class Publication:
     license_link: str | None = None
 
 
-def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, publication: Publication) -> None:
+def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication) -> None:
     """README.md, the picture that it shows, and the scores where there are any, into a folder that holds all else."""
-    trainings = {stage.name: training_of(run_folder / stage.name) for stage in processor.stages}
+    trainings = {stage.name: training_of(run_folder, stage.name) for stage in processor.stages}
     dataset_name = trainings[processor.stages[-1].name]["dataset_known_as"]
     dataset = DATASETS.get(dataset_name)
     if dataset and dataset.shares_alike and publication.license not in (None, dataset.license):
@@ -95,7 +93,7 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
     tower = read_json(folder / "config.json").get("vision_config")
     text_model, tower_model = started_from(publication, recipe, tower)
     digests = code_digests(folder)
-    code = digest_of(digests)
+    code = digest_of_digests(digests)
     draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
     results = None if scores is None else publish_scores(scores, folder)
     data = ModelCardData(
@@ -121,9 +119,9 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         needs_peft=needed("peft"),
         stages=processor.stages,
         picture=PICTURE,
-        sees_pictures=any("images" in stage.reads for stage in processor.stages),
+        sees_pictures=processor.stages.see_pictures,
         has_tower=processor.image_processor is not None,
-        has_adapters=is_adapted(run_folder) and not publication.merge,
+        has_adapters=run_folder.is_adapted and not publication.merge,
         is_merged=publication.merge,
         parameters=num_parameters(folder),
         dataset=recipe["dataset"],
@@ -133,7 +131,7 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
         text_model=text_model,
         tower_model=tower_model,
         trainings=trainings,
-        splits=read_record(run_folder),
+        splits=read_json(run_folder.splits) if run_folder.splits.is_file() else None,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         scores=scores,
         predict_options=scores and command_options(scores["predict_options"]),
@@ -145,17 +143,17 @@ def write_card(folder: Path, run_folder: Path, processor: MMCoTProcessor, public
     card.save(folder / "README.md")
 
 
-def scores_of_run(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | None:
+def scores_of_run(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str, Any] | None:
     """
     The scores that a run is judged by, without paths of this machine; None where there are none.
 
     Raises:
         ValueError: they are of other weights than the run's, or of another split than their name says, or do not say.
     """
-    split = judged_split(run_folder)
+    split = run_folder.judged_split()
     if split is None:
         return None
-    file = scores_file(run_folder, split)
+    file = run_folder.scores(split)
     scores = read_json(file)
     check_weights(scores, file, run_folder, processor)
     check_predictions(scores, file)
@@ -164,15 +162,15 @@ def scores_of_run(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any]
     return without_paths(scores)
 
 
-def check_weights(measured: dict[str, Any], file: Path, run_folder: Path, processor: MMCoTProcessor) -> None:
-    weights, said = all_weights(run_folder, processor), measured.get("weights")
+def check_weights(measured: dict[str, Any], file: Path, run_folder: RunFolder, processor: MMCoTProcessor) -> None:
+    weights, said = all_weights(run_folder.path, processor), measured.get("weights")
     if said == weights:
         return
     differing = [name for name, digest in weights.items() if (said or {}).get(name) != digest]
     found = "does not say of which weights it is" if said is None else "is of other weights than the run's"
     raise ValueError(
         f"{file} {found} ({', '.join(differing)}). Predict and measure again: python -m mmcot.predict {run_folder} …, "
-        f"then python -m mmcot.evaluate FILE … --output {file}; mmcot.probes for {PROBES_FILE}."
+        f"then python -m mmcot.evaluate FILE … --output {file}; mmcot.probes for {run_folder.probes.name}."
     )
 
 
@@ -191,13 +189,12 @@ def check_predictions(scores: dict[str, Any], file: Path) -> None:
         )
 
 
-def probes_of(run_folder: Path, processor: MMCoTProcessor) -> dict[str, Any] | None:
+def probes_of(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str, Any] | None:
     """What the answers hang on, where that was measured."""
-    file = run_folder / "scores" / PROBES_FILE
-    if not file.is_file():
+    if not run_folder.probes.is_file():
         return None
-    probes = read_json(file)
-    check_weights(probes, file, run_folder, processor)
+    probes = read_json(run_folder.probes)
+    check_weights(probes, run_folder.probes, run_folder, processor)
     return without_paths(probes)
 
 
@@ -237,9 +234,9 @@ def is_repository_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
-def published_recipe(run_folder: Path) -> dict[str, Any]:
+def published_recipe(run_folder: RunFolder) -> dict[str, Any]:
     """The run's recipe, without what is of its author's machine and account."""
-    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(run_folder.recipe.read_text(encoding="utf-8"))
     return without_paths({name: value for name, value in recipe.items() if not name.startswith("hub_")})
 
 
@@ -274,14 +271,13 @@ def cited_tower(tower: dict[str, Any] | None) -> str | None:
     return "clip" if is_clip else tower["model_type"]
 
 
-def training_of(stage_folder: Path) -> dict[str, Any]:
+def training_of(run_folder: RunFolder, stage: str) -> dict[str, Any]:
     """What the Trainer said of a stage's training."""
-    training = read_json(stage_folder / FINISHED)
+    file = run_folder.train_results(stage)
+    training = read_json(file)
     for name in ("hardware", "finished", "dataset_known_as"):
         if name not in training:
-            raise ValueError(
-                f"{stage_folder / FINISHED} does not say {name!r}: an older mmcot trained it. Train it anew."
-            )
+            raise ValueError(f"{file} does not say {name!r}: an older mmcot trained it. Train it anew.")
     return training
 
 
@@ -298,15 +294,7 @@ def num_parameters(folder: Path) -> dict[str, int]:
 
 def code_digests(folder: Path) -> dict[str, str]:
     """The SHA-256, in hex digits, of each file of code at a folder's root, by name."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.py"))}
-
-
-def digest_of(digests: dict[str, str]) -> str:
-    """One digest of the names and digests of several files."""
-    digest = hashlib.sha256()
-    for name, hex_digits in digests.items():
-        digest.update(name.encode() + bytes.fromhex(hex_digits))
-    return f"sha256:{digest.hexdigest()}"
+    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.py"))}
 
 
 def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
@@ -324,7 +312,7 @@ def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
         reads = [name for name in stage.reads if name != "images"]
         texts = ", ".join(f"its {name}" if name in written else name for name in reads)
         seen = "picture → tower" if has_tower else "a picture's features"
-        sees = f"{seen} → gated fusion" if "images" in stage.reads else "no picture"
+        sees = f"{seen} → fusion" if stage.sees_pictures else "no picture"
         writes = "a probability per choice" if stage.answers else stage.writes
         axes.text(1.6, height, textwrap.fill(texts, 24), **centred, bbox={**box, "facecolor": "#eef3f8"})
         axes.text(5.2, height, f"{sees}\nT5, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})

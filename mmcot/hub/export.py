@@ -15,7 +15,8 @@ from peft import PeftConfig
 import modeling_mmcot
 from mmcot.hub.card import Publication, write_card
 from mmcot.hub.merging import check_not_adapted, shared_modules
-from mmcot.storage.run_folder import BASE, is_adapted
+from mmcot.storage.folders import replaced_folder
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.known_answer_mmcot import write_known_answer
 from modeling_mmcot.loading_mmcot import StageAdapters, load_stages
@@ -35,16 +36,16 @@ def shipped_code() -> list[Path]:
     return sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
 
 
-def export(run_folder: Path, processor: MMCoTProcessor, publication: Publication | None = None) -> Path:
+def export(run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication | None = None) -> Path:
     """Write `RUN_FOLDER/hub/` (or `hub_merged/`) from the trained stages, whole or not at all. Returns it."""
     publication = publication or Publication()
-    stages = {stage.name: run_folder / stage.name for stage in processor.stages}
-    base = run_folder / BASE if is_adapted(run_folder) else None
-    with tempfile.TemporaryDirectory(dir=run_folder, prefix=".merged-") as merged:
+    stages = {stage.name: run_folder.stage(stage.name) for stage in processor.stages}
+    base = run_folder.base if run_folder.is_adapted else None
+    with tempfile.TemporaryDirectory(dir=run_folder.path, prefix=".merged-") as merged:
         if publication.merge:
-            stages, base = merge(run_folder / BASE, processor, Path(merged)), None
+            stages, base = merge(run_folder.base, processor, Path(merged)), None
         return write_hub_folder(
-            run_folder / ("hub_merged" if publication.merge else "hub"),
+            run_folder.hub_merged if publication.merge else run_folder.hub,
             processor,
             stages,
             lambda folder: write_card(folder, run_folder, processor, publication),
@@ -60,28 +61,24 @@ def write_hub_folder(
     base: Path | None = None,
 ) -> Path:
     """
-    A folder as it stands on the Hub, whole or not at all; one that is there is replaced.
+    A folder in the Hub's layout, written whole or not at all; an existing one is replaced.
 
     Args:
         stages: each stage's name and the folder that its model was saved to, in their order. The last becomes the root.
         write_readme: writes the card, and what it shows, into the folder that holds all else.
         base: the folder of the base that they adapt, where they are adapters. It becomes the root.
     """
-    unfinished = hub_folder.with_name(f"{hub_folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    processor.save_pretrained(unfinished)
-    copy_model(base or stages[list(stages)[-1]], unfinished)
-    for name in stages if base else list(stages)[:-1]:
-        copy_model(stages[name], unfinished / name)
-    for file in shipped_code():
-        shutil.copyfile(file, unfinished / file.name)
-    root = MMCoTForConditionalGeneration.from_pretrained(unfinished, dtype="auto")
-    models = load_stages(root, str(unfinished), [stage.name for stage in processor.stages])
-    write_known_answer(unfinished, models, processor)
-    write_readme(unfinished)
-    shutil.rmtree(hub_folder, ignore_errors=True)
-    unfinished.rename(hub_folder)
+    with replaced_folder(hub_folder) as folder:
+        processor.save_pretrained(folder)
+        copy_model(base or stages[list(stages)[-1]], folder)
+        for name in stages if base else list(stages)[:-1]:
+            copy_model(stages[name], folder / name)
+        for file in shipped_code():
+            shutil.copyfile(file, folder / file.name)
+        root = MMCoTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        models = load_stages(root, str(folder), processor.stages.names)
+        write_known_answer(folder, models, processor)
+        write_readme(folder)
     return hub_folder
 
 

@@ -20,6 +20,7 @@ from mmcot.pictures.authors import AUTHORS_TOWERS
 from mmcot.pictures.featurizer import load_image_processor
 from mmcot.problems.schema import first_few
 from mmcot.storage.files import read_json
+from mmcot.storage.folders import replaced_folder
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
@@ -86,20 +87,20 @@ def convert(
     folder = original_folder(source, stage_folders)
     report: list[str] = []
     tower = load_vision_tower(attach_tower) if attach_tower is not None else None
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=existing_parent(out_dir)) as temporary:
-        if stage_folders is None:
-            unfinished = Path(temporary) / "model"
-            model = convert_model(folder, vision, tower, report)
-            processor = build_processor(folder, [], vision, attach_tower)
+    if stage_folders is None:
+        model = convert_model(folder, vision, tower, report)
+        processor = build_processor(folder, [], vision, attach_tower)
+        with replaced_folder(out_dir) as unfinished:
             model.save_pretrained(unfinished)
             if processor is not None:
                 processor.save_pretrained(unfinished)
-            unfinished.rename(out_dir)
-            return report
-        stages = paper_stages(prompt_formats or ["QCM-E", "QCMG-A"])
-        processor = build_processor(folder / stage_folders[-1], stages, vision, attach_tower)
-        if processor is None:
-            raise ValueError(f"{folder / stage_folders[-1]} has no tokenizer ({' or '.join(TOKENIZER_FILES)}).")
+        return report
+    stages = paper_stages(prompt_formats or ["QCM-E", "QCMG-A"])
+    processor = build_processor(folder / stage_folders[-1], stages, vision, attach_tower)
+    if processor is None:
+        raise ValueError(f"{folder / stage_folders[-1]} has no tokenizer ({' or '.join(TOKENIZER_FILES)}).")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as temporary:
         for stage, name in zip(stages, stage_folders, strict=True):
             report.append(f"{name}: the {stage.name} stage")
             model = convert_model(folder / name, vision, tower, report)
@@ -108,17 +109,12 @@ def convert(
         saved = {stage.name: Path(temporary) / stage.name for stage in stages}
         card = CARD.format(source=source)
         write_hub_folder(
-            Path(temporary) / "hub",
+            out_dir,
             processor,
             saved,
             lambda hub_folder: (hub_folder / "README.md").write_text(card, encoding="utf-8"),
-        ).rename(out_dir)
+        )
     return report
-
-
-def existing_parent(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent
 
 
 def original_folder(source: str, stage_folders: list[str] | None) -> Path:

@@ -3,7 +3,6 @@
 Uploading, retrying and tokens are handled by huggingface_hub. A push that fails leaves the repository at its commit.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from mmcot.hub.versions import TransportError, validate_card
+from mmcot.storage.digests import sha256_of_file
 from mmcot.storage.files import names_of
 
 GITATTRIBUTES = ".gitattributes"  # the Hub's own
@@ -263,13 +263,8 @@ def is_same(file: Path, there: RepoFile) -> bool:
     if file.stat().st_size != there.size:
         return False
     if there.lfs is not None:
-        return sha256_of(file) == there.lfs.sha256
+        return sha256_of_file(file) == there.lfs.sha256
     return git_hash(file.read_bytes()) == there.blob_id
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def prepare_repository(api: HfApi, repository: Repository, state: State) -> str:
@@ -336,7 +331,9 @@ def verify(plan: Plan, commit: str) -> None:
                 f"{repository.repo_id} is at {commit} now, which could not be read again ({type(error).__name__}): the "
                 f"same command compares it once more."
             ) from error
-        sent, got = ({name: sha256_of(place / name) for name in names_of(place)} for place in (plan.folder, downloaded))
+        sent, got = (
+            {name: sha256_of_file(place / name) for name in names_of(place)} for place in (plan.folder, downloaded)
+        )
     got.pop(GITATTRIBUTES, None)
     differing = sorted(name for name in sent.keys() | got.keys() if sent.get(name) != got.get(name))
     if differing:

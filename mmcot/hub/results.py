@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from mmcot.evaluation.metrics import CLASSES
 from mmcot.storage.files import read_json
+from mmcot.storage.run_folder import RunFolder
 
 SCORES_FILE = "scores.json"  # in a repository, at its root
 
@@ -31,7 +32,7 @@ def scores_of(name: str) -> dict[str, Any]:
     """
     path = Path(name)
     if path.is_dir():
-        files = (path / SCORES_FILE, path / "scores" / "test.json", path / "scores" / "val.json")
+        files = (path / SCORES_FILE, RunFolder(path).scores("test"), RunFolder(path).scores("val"))
         path = next((file for file in files if file.is_file()), path / SCORES_FILE)
     elif not path.is_file() and path.suffix != ".json":
         try:

@@ -1,4 +1,4 @@
-"""The Space of a published model: the app of `space/`, told which model, at which commit, it answers with."""
+"""The Space of a published model: the app of `space/` with the id and the commit of the model that answers."""
 
 import shutil
 import tempfile

@@ -1,8 +1,6 @@
-"""How a model answers to somebody who has nothing but its id, or its folder: in a process that knows nothing of ours.
+"""A model's answer in a fresh process that has only its id or folder, and imports nothing of this repository.
 
-    python mmcot/verification.py FOLDER_OR_ID [COMMIT]
-
-is that process, and imports nothing of this repository.
+python mmcot/hub/verification.py FOLDER_OR_ID [COMMIT]
 """
 
 import json
@@ -13,9 +11,9 @@ import tempfile
 from typing import Any
 
 
-def answer_of_a_stranger(model: str, commit: str | None = None) -> dict[str, Any]:
+def answer_in_fresh_process(model: str, commit: str | None = None) -> dict[str, Any]:
     """
-    What it answers to a problem of no meaning, loaded with an empty cache.
+    The answer to a fixed problem without meaning, of a model that is loaded with an empty cache.
 
     Raises:
         ValueError: it does not load or does not answer.

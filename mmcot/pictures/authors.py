@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from mmcot.pictures.feature_store import FeatureWriter
+from mmcot.pictures.feature_writer import FeatureWriter
 from mmcot.pictures.featurizer import DTYPES
 from mmcot.problems.schema import first_few
 from mmcot.storage.files import read_json
@@ -43,7 +43,7 @@ def import_authors_features(
     if absent:
         raise ValueError(f"{name_map_file} lacks {len(absent)} problems that have a picture: {first_few(absent)}.")
     sources = {id_: row_number(name_map, id_, num_rows, name_map_file) for id_ in problems["id"] if id_ in name_map}
-    said = {
+    settings = {
         "tower": None,
         "vision_tower": AUTHORS_TOWERS[vision],
         "vision_config": None,
@@ -52,7 +52,7 @@ def import_authors_features(
         "keys": "id",
         "source": Path(features_file).name,
     }
-    with FeatureWriter(Path(folder), said) as writer:
+    with FeatureWriter(Path(folder), settings) as writer:
         todo = [id_ for id_ in sources if id_ not in writer.keys]
         for start in tqdm(range(0, len(todo), 64), desc="importing", unit="batch"):
             ids = todo[start : start + 64]

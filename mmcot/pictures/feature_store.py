@@ -1,41 +1,37 @@
-"""The features of a dataset's pictures on disk: written batch by batch, read a row at a time.
+"""The features of a dataset's pictures on disk, read a row at a time; `feature_writer.py` writes them.
 
 Notable:
-- a store is `manifest.json` (what made it), `rows.bin` (one record of fixed size a picture) and `rows.jsonl` (the keys
-  of each batch, a line a batch, written after its rows). A kill loses the batch in hand, and the same command goes on;
-- a row is found by its picture's content (or, of an imported file, by problem id), mapped into memory when it is read
-  and let go at once: reading all of a store keeps none of it resident;
-- a store that does not fit a model or a dataset is refused with what differs; its tower is told by its weights.
-
-How features are computed is `features.py`'s.
+- a store is `manifest.json` (`manifest.py`), `rows.bin` (one record of fixed size for each picture) and `rows.jsonl`
+  (the keys of each batch, a line for each batch);
+- a row is found by its picture's content (or, in an imported store, by problem id), mapped into memory for one read and
+  released at once: a pass over a store keeps none of it resident;
+- a store that does not fit a model or a dataset is refused, and the error names the difference.
 """
 
-import hashlib
-import json
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mmcot.pictures.reading import PICTURE_CODE, PICTURE_LIBRARIES
+from mmcot.pictures.manifest import (
+    makers_of,
+    read_manifest,
+    record_type,
+    settings_of,
+    tower_settings,
+    warn_of_other_makers,
+    weights_digest,
+)
 from mmcot.problems.digests import ContentKeys
 from mmcot.problems.schema import first_few
-from mmcot.storage.caches import code_digest, versions_of
-from mmcot.storage.files import read_json, write_json
-from modeling_mmcot import MMCoTForConditionalGeneration, vision_mmcot
+from mmcot.storage.resumable_log import read_log
+from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.vision_mmcot import resolved_name
 
-MANIFEST, ROWS, KEYS = "manifest.json", "rows.bin", "rows.jsonl"
-MAKERS = ("code", "versions")  # in the manifest: what computed the features, beside tower and pictures
-
-logger = logging.getLogger(__name__)
+ROWS, KEYS = "rows.bin", "rows.jsonl"
 
 
 class FeatureStore:
@@ -149,201 +145,13 @@ class FeatureStore:
             raise ValueError(f"{self.folder} does not fit: {name} is {here!r} in the store, {there!r} in the model.")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"{folder} is no feature store: it has no {MANIFEST}. python -m mmcot.features writes one.")
-    manifest = read_json(file)
-    if manifest.get("digest") != manifest_digest(manifest):
-        raise ValueError(
-            f"{file} was edited: its digest does not belong to what it says. Remove {folder} and compute it again."
-        )
-    return manifest
-
-
-def makers_of(tower: PreTrainedModel) -> dict[str, Any]:
-    """The code and the libraries that make a tower's features of a picture."""
-    libraries = [*PICTURE_LIBRARIES, "torch", *(["timm"] if tower.config.model_type == "timm_wrapper" else [])]
-    return {"code": code_digest(*PICTURE_CODE, vision_mmcot), "versions": versions_of(*libraries)}
-
-
-def warn_of_other_makers(folder: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
-    """Other code or libraries may give other features; computing them again is left to the user, because it is dear."""
-    there, here = ({"mmcot's code": said.get("code"), **said.get("versions", {})} for said in (manifest, now))
-    differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    if differing and "versions" in now:
-        words = ", ".join(f"{name} {short(there.get(name))} there, {short(here.get(name))} here" for name in differing)
-        logger.warning(
-            "%s holds features that other code or libraries computed (%s): they may differ from those of now.",
-            folder,
-            words,
-        )
-
-
-def short(said: str | None) -> str:
-    """A version, or the first digits of a digest."""
-    return "unknown" if said is None else said[:12]
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    said = {name: value for name, value in manifest.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def record_type(fields: list[list]) -> np.dtype:
-    for name, dtype, _ in fields:
-        if dtype not in ("<f2", "<f4"):  # numpy would take bytes of a file for addresses of objects
-            raise ValueError(f"{MANIFEST}: record has {name} of type {dtype!r}; expected '<f2' or '<f4'.")
-    return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in fields])
-
-
 def read_key_batches(folder: Path) -> list[list[str]]:
-    """The keys of each whole batch; a last line that was cut off is one that was not written."""
-    file = folder / KEYS
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    """The keys of each whole batch."""
     try:
-        return [json.loads(line) for line in lines]
+        return read_log(folder / KEYS)
     except ValueError as error:
-        raise ValueError(
-            f"{file}: not a list of keys in each line ({error}). Remove {folder} and compute it again."
-        ) from error
+        raise ValueError(f"{error}: not a list of keys. Remove {folder} and compute it again.") from error
 
 
 def file_size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
-
-
-class FeatureWriter:
-    """
-    Adds batches to a store, after those that are in it. A batch is there with all its rows or not at all. A context
-    manager: the store is this process's until it is left.
-
-    Args:
-        folder: the store, begun by the same call or new.
-        said: what the manifest says of the features, but for `record`, which the first batch shows.
-        is_cache: nobody named the folder: where another process writes there, wait until it has finished, and where its
-            files are cut off or damaged, remove them and say so in the log.
-
-    Raises:
-        ValueError: another process writes there, or the rows that are there are damaged or of another kind.
-    """
-
-    def __init__(self, folder: Path, said: dict[str, Any], is_cache: bool = False):
-        self.folder, self.is_cache = folder, is_cache
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(folder / ".lock")
-        try:
-            self.lock.acquire(timeout=-1 if is_cache else 0)
-        except Timeout as error:
-            raise ValueError(f"{folder} is being written by another process.") from error
-        self.said = json.loads(json.dumps(said))
-        self.record: np.dtype | None = None
-        self.keys: set[str] = set()
-
-    def __enter__(self) -> "FeatureWriter":
-        try:
-            self.open()
-        except ValueError as error:
-            if not self.is_cache:
-                self.lock.release()
-                raise
-            logger.warning("%s The features are removed and computed again.", error)
-            self.begin()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.lock.release()
-
-    def open(self) -> None:
-        batches = read_key_batches(self.folder)
-        self.keys.update(key for batch in batches for key in batch)
-        if self.keys:
-            self.go_on(batches)
-        else:
-            self.begin()
-
-    def begin(self) -> None:
-        self.keys, self.record = set(), None
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        for name in (ROWS, KEYS):
-            (self.folder / name).write_bytes(b"")
-
-    def go_on(self, batches: list[list[str]]) -> None:
-        """Take away what a killed run left behind its last whole batch."""
-        if not (self.folder / MANIFEST).exists():
-            raise ValueError(f"{self.folder} has rows and no {MANIFEST}: remove it and compute it again.")
-        manifest = read_manifest(self.folder)
-        # The weights tell a tower, wherever it lies and whatever else its repository was given since.
-        for name in self.said.keys() - {"tower", "revision", *MAKERS}:
-            self.compare(name, manifest.get(name), self.said[name])
-        warn_of_other_makers(self.folder, manifest, self.said)
-        self.record = record_type(manifest["record"])
-        size = sum(map(len, batches)) * self.record.itemsize
-        found = file_size(self.folder / ROWS)
-        if found < size:
-            raise ValueError(
-                f"{self.folder / ROWS} has {found} bytes; its {len(self.keys)} rows are {size}. The file was cut off: "
-                f"remove {self.folder} and compute it again."
-            )
-        os.truncate(self.folder / ROWS, size)
-        os.truncate(self.folder / KEYS, sum(len(json.dumps(batch)) + 1 for batch in batches))
-
-    def add(self, keys: list[str], rows: np.ndarray) -> None:
-        if not np.isfinite(rows["features"]).all():
-            raise ValueError(f"The features do not fit into {rows['features'].dtype}; take --dtype float32.")
-        if self.record is None:
-            manifest = {**self.said, "record": fields_of(rows.dtype)}
-            write_json(self.folder / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
-            self.record = rows.dtype
-        self.compare("record", fields_of(self.record), fields_of(rows.dtype))
-        append(self.folder / ROWS, rows.tobytes())
-        append(self.folder / KEYS, json.dumps(keys).encode() + b"\n")
-        self.keys.update(keys)
-
-    def compare(self, name: str, there: Any, here: Any) -> None:
-        if there != here:
-            raise ValueError(
-                f"{self.folder} holds features of another kind: {name} is {there!r} there, {here!r} here. Choose "
-                f"another --output."
-            )
-
-
-def append(file: Path, content: bytes) -> None:
-    with file.open("ab") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def weights_digest(tower: PreTrainedModel) -> str:
-    """Of the weights as bfloat16, so that a model which holds them in that precision is known by it too."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
-        rounded = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        digest.update(name.encode())
-        digest.update(rounded.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tower_settings(vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """What of a tower's configuration says which numbers it gives: not where it came from or in what it was saved."""
-    said = json.loads(vision_config.to_json_string())
-    for name in (
-        "_name_or_path",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "id2label",
-        "label2id",
-    ):
-        said.pop(name, None)
-    return said
-
-
-def settings_of(image_processor: BaseImageProcessor | None) -> dict[str, Any]:
-    return {} if image_processor is None else json.loads(json.dumps(image_processor.to_dict()))
-
-
-def fields_of(record: np.dtype) -> list[list]:
-    return [[name, record[name].base.str, list(record[name].shape)] for name in record.names]

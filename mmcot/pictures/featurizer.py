@@ -20,14 +20,9 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTra
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from mmcot.pictures.feature_store import (
-    FeatureStore,
-    FeatureWriter,
-    makers_of,
-    settings_of,
-    tower_settings,
-    weights_digest,
-)
+from mmcot.pictures.feature_store import FeatureStore
+from mmcot.pictures.feature_writer import FeatureWriter
+from mmcot.pictures.manifest import makers_of, settings_of, tower_settings, weights_digest
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.pictures.reading import Picture, aspect_ratio, distinct_pictures, read_picture
 from mmcot.storage.caches import code_digest
@@ -93,30 +88,49 @@ class Featurizer:
         return find_tower(self.tower.config, self.name).repeats
 
 
-def load_featurizer(
-    vision: str,
-    preprocessing: str = "checkpoint",
-    revision: str | None = None,
-    vision_tower: str | None = None,
-    bf16: bool = False,
-) -> Featurizer:
+@dataclass(frozen=True)
+class TowerOptions:
     """
     Args:
         vision: a checkpoint of a picture tower, or a name in `TOWERS`.
-        vision_tower: how its output becomes patches, a name in `TOWERS`.
         preprocessing: `checkpoint` (its own image processor) or `paper` (as the authors' extract_features.py).
+        revision: of the checkpoint.
+        vision_tower: how its output becomes patches, a name in `TOWERS`.
         bf16: run the tower in bfloat16.
     """
-    checkpoint = checkpoint_of(vision)
-    image_processor = load_image_processor(vision, preprocessing, revision)
-    detector = load_detector(checkpoint, revision)
+
+    vision: str
+    preprocessing: str = "checkpoint"
+    revision: str | None = None
+    vision_tower: str | None = None
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """
+    Args:
+        dtype: in which the features are stored, a name in `DTYPES`.
+        batch_size: pictures in a batch.
+        num_workers: processes that read and prepare pictures ahead.
+    """
+
+    dtype: str = "float16"
+    batch_size: int = 8
+    num_workers: int = 0
+
+
+def load_featurizer(options: TowerOptions) -> Featurizer:
+    checkpoint = checkpoint_of(options.vision)
+    image_processor = load_image_processor(options.vision, options.preprocessing, options.revision)
+    detector = load_detector(checkpoint, options.revision)
     if detector is not None:
         tower = without_unread_parts(detector.model)
     else:
-        tower = load_vision_tower(checkpoint, revision=revision).eval().to(DEVICE)
-    if bf16:
+        tower = load_vision_tower(checkpoint, revision=options.revision).eval().to(DEVICE)
+    if options.bf16:
         (detector or tower).to(torch.bfloat16, memory_format=torch.channels_last)  # a tenth faster (benchmarks)
-    return Featurizer(tower, tower_name(vision, vision_tower), image_processor, detector)
+    return Featurizer(tower, tower_name(options.vision, options.vision_tower), image_processor, detector)
 
 
 def load_detector(checkpoint: str, revision: str | None) -> PreTrainedModel | None:
@@ -171,17 +185,8 @@ class Pixels(torch.utils.data.Dataset):
             return str(error)
 
 
-def compute(
-    problems: Dataset,
-    folder: str | Path,
-    vision: str,
-    preprocessing: str = "checkpoint",
-    dtype: str = "float16",
-    batch_size: int = 8,
-    revision: str | None = None,
-    vision_tower: str | None = None,
-    num_workers: int = 0,
-    bf16: bool = False,
+def compute_features(
+    problems: Dataset, folder: str | Path, tower: TowerOptions, options: FeatureOptions = FeatureOptions()
 ) -> list[str]:
     """
     Write the features of all distinct pictures of the problems, or those that the store lacks.
@@ -191,19 +196,19 @@ def compute(
     """
     if not any(problems["images"]):
         raise ValueError(f"None of the {len(problems)} problems has a picture: there is nothing to compute.")
-    featurizer = load_featurizer(vision, preprocessing, revision, vision_tower, bf16)
-    said = {
-        "tower": checkpoint_of(vision),
-        "revision": commit_of(vision, revision),
-        "preprocessing": preprocessing,
-        **described(featurizer, dtype),
+    featurizer = load_featurizer(tower)
+    settings = {
+        "tower": checkpoint_of(tower.vision),
+        "revision": commit_of(tower.vision, tower.revision),
+        "preprocessing": tower.preprocessing,
+        **described(featurizer, options.dtype),
     }
-    with FeatureWriter(Path(folder), said) as writer:
-        return complete(writer, problems, featurizer, dtype, batch_size, num_workers)
+    with FeatureWriter(Path(folder), settings) as writer:
+        return compute_missing(writer, problems, featurizer, options)
 
 
 def described(featurizer: Featurizer, dtype: str) -> dict[str, Any]:
-    """What of a featurizer decides the numbers that it gives, and in what they are kept."""
+    """Everything that decides the numbers of a featurizer, and how they are stored."""
     tower = featurizer.tower
     return {
         "weights": weights_digest(tower),
@@ -218,54 +223,67 @@ def described(featurizer: Featurizer, dtype: str) -> dict[str, Any]:
     }
 
 
-def complete(
-    writer: FeatureWriter, problems: Dataset, featurizer: Featurizer, dtype: str, batch_size: int, num_workers: int
+def compute_missing(
+    writer: FeatureWriter, problems: Dataset, featurizer: Featurizer, options: FeatureOptions
 ) -> list[str]:
-    """Add what the store lacks of the problems' pictures; what could not be decoded is returned, an error each."""
-    # Those of one shape are of one size for the tower, and pass it together where they are beside each other.
+    """Add the features that the store lacks. Returns an error message for each picture that cannot be decoded."""
+    # Pictures of one shape have one size for the tower, and pass it together where they are neighbours.
     pictures = sorted(distinct_pictures(problems), key=lambda picture: aspect_ratio(picture[1]))
+    batches = missing_batches(pictures, writer.keys, options.batch_size)
+    num_missing = sum(map(len, batches))
+    failed: list[str] = []
+    with tqdm(desc="features", unit="picture", total=len(pictures), initial=len(pictures) - num_missing) as progress:
+        for batch, results in zip(batches, load_pixels(batches, featurizer, options.num_workers), strict=True):
+            pixels = {
+                key: result
+                for (key, *_), result in zip(batch, results, strict=True)
+                if isinstance(result, torch.Tensor)
+            }
+            failed.extend(result for result in results if isinstance(result, str))
+            if pixels:
+                writer.add(list(pixels), featurizer(list(pixels.values()), options.dtype))
+            progress.update(len(batch))
+    return failed
+
+
+def missing_batches(pictures: list[Picture], present: set[str], batch_size: int) -> list[list[Picture]]:
+    """
+    The batches of all pictures without those that are present, so that a picture shares its batch with the same
+    neighbours in a call that resumes.
+    """
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
-    todo = [[picture for picture in batch if picture[0] not in writer.keys] for batch in batches]
-    todo = [batch for batch in todo if batch]
-    starts = itertools.accumulate(map(len, todo), initial=0)
-    loader = DataLoader(
-        Pixels(list(itertools.chain(*todo)), featurizer.image_processor),
-        batch_sampler=[range(start, start + len(batch)) for start, batch in zip(starts, todo, strict=False)],
+    missing = [[picture for picture in batch if picture[0] not in present] for batch in batches]
+    return [batch for batch in missing if batch]
+
+
+def load_pixels(batches: list[list[Picture]], featurizer: Featurizer, num_workers: int) -> DataLoader:
+    """For each batch the pixels of its pictures, or error messages."""
+    starts = itertools.accumulate(map(len, batches), initial=0)
+    return DataLoader(
+        Pixels(list(itertools.chain(*batches)), featurizer.image_processor),
+        batch_sampler=[range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)],
         collate_fn=list,
         num_workers=num_workers,
     )
-    failed: list[str] = []
-    progress = tqdm(desc="features", unit="picture", total=len(pictures), initial=len(pictures) - sum(map(len, todo)))
-    with progress:
-        for batch, results in zip(todo, loader, strict=True):
-            decoded = {
-                key: pixels
-                for (key, *_), pixels in zip(batch, results, strict=True)
-                if isinstance(pixels, torch.Tensor)
-            }
-            failed.extend(result for result in results if isinstance(result, str))
-            if decoded:
-                writer.add(list(decoded), featurizer(list(decoded.values()), dtype))
-            progress.update(len(batch))
-    return failed
 
 
 def vision_source(
     model: MMCoTForConditionalGeneration, image_processor: BaseImageProcessor | None, problems: Dataset
 ) -> FeatureStore | PixelStore | None:
     """
-    Where a model takes the problems' pictures from, each decoded once: of a fixed tower the features, computed once for
-    all models and runs that have it; else the pixels. None for a model that has no tower, or problems without pictures.
+    The source of the problems' pictures for a model, each decoded once: features of a fixed tower, computed once for
+    all models and runs that have it; else pixels. None for a model without a tower, or problems without pictures.
     """
     if model.encoder.vision_tower is None or image_processor is None or not any(problems["images"]):
         return None
     if not model.config.freeze_vision:
         return PixelStore(problems, image_processor)
     featurizer = Featurizer(model.encoder.vision_tower.eval(), model.config.vision_tower, image_processor)
-    said = described(featurizer, "float32")
-    folder = cache_folder() / "features" / Hasher.hash((said, code_digest(Featurizer)))
-    with FeatureWriter(folder, said, is_cache=True) as writer:
-        failed = complete(writer, problems, featurizer, "float32", batch_size=8, num_workers=0)
+    options = FeatureOptions(dtype="float32")
+    settings = described(featurizer, options.dtype)
+    folder = cache_folder() / "features" / Hasher.hash((settings, code_digest(Featurizer, Pixels)))
+    with FeatureWriter(folder, settings, is_cache=True) as writer:
+        failed = compute_missing(writer, problems, featurizer, options)
     if failed:
         raise ValueError(failed[0])
     return FeatureStore(folder)

@@ -42,7 +42,7 @@ class PixelStore:
             for picture in pictures:
                 self.prepare(picture)
             return None
-        makers = (code_digest(*PICTURE_CODE), versions_of(*PICTURE_LIBRARIES))
+        makers = (code_digest(*PICTURE_CODE, PixelStore), versions_of(*PICTURE_LIBRARIES))
         key = Hasher.hash((list(self.rows), self.image_processor.to_dict(), makers))
         folder = cache_folder() / "pixels" / key
         make = functools.partial(

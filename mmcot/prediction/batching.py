@@ -44,11 +44,11 @@ def partition(ordered: list[int], lengths: Sequence[Lengths], count: int, minimu
     low, high = 0, len(ordered) * sum(max(lengths[index][side] for index in ordered) for side in (0, 1))
     while low < high:  # the smallest budget that is enough
         middle = (low + high) // 2
-        if len(filled(ordered, lengths, middle, minimum)) <= count:
+        if len(fill_batches(ordered, lengths, middle, minimum)) <= count:
             high = middle
         else:
             low = middle + 1
-    batches = filled(ordered, lengths, low, minimum)
+    batches = fill_batches(ordered, lengths, low, minimum)
     while len(batches) < count:  # ties can leave fewer
         batches.sort(key=lambda batch: (len(batch) >= 2 * minimum, cost(batch, lengths)))
         largest = batches.pop()
@@ -56,7 +56,7 @@ def partition(ordered: list[int], lengths: Sequence[Lengths], count: int, minimu
     return batches
 
 
-def filled(ordered: list[int], lengths: Sequence[Lengths], budget: int, minimum: int) -> list[list[int]]:
+def fill_batches(ordered: list[int], lengths: Sequence[Lengths], budget: int, minimum: int) -> list[list[int]]:
     """Batches in that order, each as full as the budget allows, or of the minimum where that is over it."""
     batches: list[list[int]] = []
     longest = (0, 0)
@@ -78,8 +78,8 @@ def cost(batch: list[int], lengths: Sequence[Lengths]) -> int:
     return len(batch) * sum(max(lengths[index][side] for index in batch) for side in (0, 1))
 
 
-def shares(batches: list[list[int]], lengths: Sequence[Lengths], num_processes: int) -> list[list[list[int]]]:
-    """Each process's batches, the costliest first, so that all have about the same work."""
+def split_by_cost(batches: list[list[int]], lengths: Sequence[Lengths], num_processes: int) -> list[list[list[int]]]:
+    """The batches of each process, the costliest first, so that all processes have about the same work."""
     shared: list[list[list[int]]] = [[] for _ in range(num_processes)]
     work = [0] * num_processes
     for batch in sorted(batches, key=lambda batch: cost(batch, lengths), reverse=True):

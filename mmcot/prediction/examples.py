@@ -6,7 +6,6 @@ they are read when a batch is made, in the workers of the DataLoader if it has a
 """
 
 import functools
-import hashlib
 import json
 import tempfile
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from mmcot.pictures.pixel_store import PixelStore
 from mmcot.prediction.batching import Lengths
 from mmcot.problems.progress_bars import without_dataset_bars
 from mmcot.storage.caches import code_digest, kept, versions_of
+from mmcot.storage.digests import sha256_of_file
 from mmcot.storage.files import cache_folder
 from modeling_mmcot import MMCoTProcessor, processing_mmcot, stage_mmcot
 from modeling_mmcot.stage_mmcot import Stage
@@ -72,7 +72,7 @@ def vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The digests of the files that hold its pieces, as it saves them; a byte-level one has none."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_vocabulary(folder)
-        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(folder).iterdir())]
+        return [sha256_of_file(file) for file in sorted(Path(folder).iterdir())]
 
 
 def tokenize(columns: dict[str, list], stage: Stage, processor: MMCoTProcessor, with_targets: bool) -> dict[str, list]:
@@ -106,7 +106,7 @@ class StageCollator:
 
     def __init__(self, processor: MMCoTProcessor, stage: Stage, pictures: FeatureStore | PixelStore | None = None):
         self.tokenizer = processor.tokenizer
-        self.pictures = pictures if "images" in stage.reads else None
+        self.pictures = pictures if stage.sees_pictures else None
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = dict(self.tokenizer.pad({"input_ids": [row["input_ids"] for row in examples]}, return_tensors="pt"))

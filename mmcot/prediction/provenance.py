@@ -20,9 +20,9 @@ from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import commit_of
 from mmcot.problems.digests import ContentKeys, digest_of_problems
 from mmcot.problems.known_datasets import known_as
-from mmcot.storage.digests import digest_of_file, folders_digest
+from mmcot.storage.digests import digest_of_file, digest_of_folders
 from mmcot.storage.predictions import read_meta
-from mmcot.storage.run_folder import BASE, FINISHED, is_adapted
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 
 WEIGHTS = ("*.safetensors",)
@@ -50,7 +50,7 @@ def provenance(
     folders = [folder, *(folder / stage.name for stage in processor.stages)]
     return {
         "model": str(folder.resolve()) if folder.is_dir() else model,
-        "revision": folders_digest(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
+        "revision": digest_of_folders(folders, MODEL_FILES) if folder.is_dir() else commit_of(model, None),
         "weights": weights_of(model, processor),
         "dataset_fingerprint": problems_digest(problems),
         "problems": digest_of_problems(problems),
@@ -65,7 +65,7 @@ def provenance(
 
 def loaded_from(model: str) -> str:
     """The folder or repository that a system is loaded from: of a finished run its `hub/`."""
-    exported = Path(model) / "hub"
+    exported = RunFolder(Path(model)).hub
     return str(exported) if exported.is_dir() else model
 
 
@@ -80,23 +80,23 @@ def all_weights(folder: Path, processor: MMCoTProcessor) -> dict[str, str]:
     return {stage.name: stage_weights(folder, stage.name) for stage in processor.stages}
 
 
-def check_export(run_folder: Path, processor: MMCoTProcessor) -> None:
+def check_export(run_folder: RunFolder, processor: MMCoTProcessor) -> None:
     """
     The run's `hub/` holds the weights of its stages.
 
     Raises:
         ValueError: a stage was trained again after `hub/` was written, or is being trained.
     """
-    trained = [stage.name for stage in processor.stages if (run_folder / stage.name).is_dir()]
+    trained = [stage.name for stage in processor.stages if run_folder.stage(stage.name).is_dir()]
     differing = [
         stage
         for stage in trained
-        if not (run_folder / stage / FINISHED).is_file()
-        or stage_weights(run_folder, stage) != stage_weights(run_folder / "hub", stage)
+        if not run_folder.is_trained(stage)
+        or stage_weights(run_folder.path, stage) != stage_weights(run_folder.hub, stage)
     ]
     if differing:
         raise ValueError(
-            f"{run_folder / 'hub'} does not hold the weights of the run's stages ({', '.join(differing)}): they were "
+            f"{run_folder.hub} does not hold the weights of the run's stages ({', '.join(differing)}): they were "
             f"trained again after it was written. Run train.py to its end, which writes it anew."
         )
 
@@ -104,8 +104,9 @@ def check_export(run_folder: Path, processor: MMCoTProcessor) -> None:
 def stage_weights(folder: Path, stage: str) -> str:
     """Of a stage in a run's folder or one in the Hub's layout, with those of the base where it is an adapter."""
     own = folder / stage if (folder / stage).is_dir() else folder
-    base = folder / BASE if is_adapted(folder) else folder
-    return folders_digest([base, own] if (own / "adapter_config.json").is_file() else [own], WEIGHTS)
+    run_folder = RunFolder(folder)
+    base = run_folder.base if run_folder.is_adapted else folder
+    return digest_of_folders([base, own] if (own / "adapter_config.json").is_file() else [own], WEIGHTS)
 
 
 def origin_of_scores(
@@ -122,7 +123,7 @@ def origin_of_scores(
     Args:
         scores_file: where they will be written.
         problems: that were scored, as `dataset` gives them.
-        selection: which of the split's problems they are of, as `mmcot.evaluate` was told.
+        selection: the options of `mmcot.evaluate` that select problems of the split.
 
     Returns:
         `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (by the commands' names, as far

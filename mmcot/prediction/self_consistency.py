@@ -1,7 +1,4 @@
-"""Several texts for each problem, drawn alike in whatever process. What they agree on: `self_consistency_mmcot.py`.
-
-How a batch is written is `pipeline_mmcot.py`'s, how a split is walked over `predict.py`'s.
-"""
+"""Several texts for each problem, the same in any number of processes; `self_consistency_mmcot.py` combines them."""
 
 import hashlib
 import json
@@ -11,6 +8,7 @@ from typing import Any
 import torch
 
 from mmcot.storage.journal import Batch
+from modeling_mmcot.self_consistency_mmcot import TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -26,3 +24,25 @@ class Sample:
         drawn = hashlib.sha256(json.dumps([self.seed, self.number, ids]).encode()).digest()
         torch.manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
         return {"do_sample": True, "num_beams": 1, "temperature": self.temperature}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """
+    Args:
+        num_rationales: with more than one, each stage before the last one draws so many texts.
+        temperature, seed: of that drawing.
+    """
+
+    num_rationales: int = 1
+    temperature: float = TEMPERATURE
+    seed: int = 42
+
+    def samples(self) -> list[Sample | None]:
+        """One entry for each pass over the stages; None for a text that is not drawn."""
+        if self.num_rationales == 1:
+            return [None]
+        return [Sample(number, self.temperature, self.seed) for number in range(self.num_rationales)]
+
+
+NOT_DRAWN = Drawing()

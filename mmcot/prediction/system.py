@@ -18,6 +18,7 @@ from mmcot.problems.schema import (
 from mmcot.problems.sources import load_problems, reading_options
 from mmcot.problems.subsets import select
 from mmcot.storage.paths import refuse_absent_path
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.loading_mmcot import load_stages
 
@@ -32,8 +33,8 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
         OSError: the Hub does not give it, or a file of it is damaged.
     """
     refuse_absent_path(model, "a finished run, a model folder, or an id of the Hub (USER/NAME)")
-    folder = Path(model)
-    model, is_run = loaded_from(model), (folder / "hub").is_dir()
+    folder, run_folder = Path(model), RunFolder(Path(model))
+    model, is_run = loaded_from(model), run_folder.hub.is_dir()
     if not is_run and folder.is_dir() and not (folder / "processor_config.json").is_file():
         raise ValueError(
             f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
@@ -41,14 +42,10 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
     # Without the last argument, transformers asks at the terminal whether it may run a repository's code.
     processor = MMCoTProcessor.from_pretrained(model, trust_remote_code=False)
     if is_run:
-        check_export(folder, processor)
+        check_export(run_folder, processor)
     root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     root = root.to(PartialState().device)
-    return processor, load_stages(root, model, [stage.name for stage in processor.stages])
-
-
-def reads_images(processor: MMCoTProcessor) -> bool:
-    return any("images" in stage.reads for stage in processor.stages)
+    return processor, load_stages(root, model, processor.stages.names)
 
 
 def load_inputs(
@@ -61,7 +58,7 @@ def load_inputs(
         ValueError: they do not, or no stage reads what an option gives.
     """
     for name, column in (("features", "images"), ("captions", "caption")):
-        if getattr(arguments, name) is not None and not any(column in stage.reads for stage in processor.stages):
+        if getattr(arguments, name) is not None and not processor.stages.read(column):
             raise ValueError(f"--{name} has no effect here: no stage of {arguments.model} reads `{column}`.")
     store = FeatureStore(arguments.features) if arguments.features is not None else None
     max_images = min(model.config.max_images for model in models.values())
@@ -72,7 +69,7 @@ def load_inputs(
     if arguments.captions is not None:
         problems = join_captions(problems, arguments.captions)
     if store is None:
-        if processor.image_processor is None and reads_images(processor) and any(problems["images"]):
+        if processor.image_processor is None and processor.stages.see_pictures and any(problems["images"]):
             raise ValueError(f"{arguments.model} has no picture tower, and problems have pictures: give --features.")
         for model in models.values():  # kept on disk; here, so that a broken picture is named before any work
             vision_source(model, processor.image_processor, problems)

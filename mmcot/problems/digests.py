@@ -3,13 +3,12 @@
 What is recorded where, and what a difference means, is the affair of those who compare.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmcot.problems.schema import FEATURES, first_few
+from mmcot.storage.digests import sha256_of_bytes, sha256_of_file, sha256_of_json
 from mmcot.storage.predictions import read_meta
 
 HEX_DIGITS = 16  # of each problem: 64 bits, so that a large dataset's stay small on disk
@@ -36,7 +35,7 @@ def problem_digests(problems: Iterable[dict]) -> Digests:
 
 
 def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:HEX_DIGITS]
+    return sha256_of_json(value)[:HEX_DIGITS]
 
 
 def whole_digest(digests: Digests) -> dict[str, str | None]:
@@ -67,8 +66,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def content_key(picture: dict[str, Any]) -> str:
-    """What tells a picture from others: the SHA-256 of its file."""
-    return hashlib.sha256(picture["bytes"] or Path(picture["path"]).read_bytes()).hexdigest()
+    """The SHA-256 of a picture's file, which identifies the picture."""
+    return sha256_of_bytes(picture["bytes"]) if picture["bytes"] else sha256_of_file(Path(picture["path"]))
 
 
 class ContentKeys:

@@ -4,7 +4,6 @@ Rows of text files are in memory; all others are a `datasets.Dataset` and stay o
 here (`columns.py`, `sources.py`).
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,8 @@ from huggingface_hub import hf_hub_download
 from mmcot.problems.columns import log_once, logger
 from mmcot.problems.row_files import READERS, Rows, read_rows
 from mmcot.problems.schema import SPLIT_ALIASES, SPLITS, PicturePaths, first_few, split_named
-from mmcot.problems.splits import file_key, named_parts
+from mmcot.problems.splits import named_parts
+from mmcot.storage.digests import cached_sha256_of_file, sha256_of_text
 from mmcot.storage.files import cache_folder
 
 SOURCES = (
@@ -286,7 +286,5 @@ def folder_digest(folder: Path) -> str:
 
 
 def content_digest(files: Iterable[Path], folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(folder)} {file_key(file)}\n".encode())
-    return digest.hexdigest()[:32]
+    lines = (f"{file.relative_to(folder)} {cached_sha256_of_file(file)}\n" for file in sorted(files))
+    return sha256_of_text("".join(lines))[:32]

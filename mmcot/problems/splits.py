@@ -6,16 +6,15 @@ content. Nothing is read here but pictures' files.
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from mmcot.problems.schema import SPLIT_ALIASES, SPLITS, PicturePaths, check_file, split_named
+from mmcot.storage.digests import cached_sha256_of_file, sha256_of_bytes, sha256_of_json
 
 SPLIT_SEED = 42
 # Of ten hashes, those that go to each split: 8:1:1.
@@ -41,7 +40,7 @@ def named_parts(source: str) -> dict[str, str] | None:
 def content_key(row: Mapping[str, Any], picture_keys: list[str]) -> str:
     """What a problem has in common with all that are the same."""
     texts = [folded(row["question"]), [folded(choice) for choice in row["choices"]], folded(row["context"])]
-    return hashlib.sha256(json.dumps([texts, picture_keys]).encode()).hexdigest()
+    return sha256_of_json([texts, picture_keys])
 
 
 def folded(text: str) -> str:
@@ -59,24 +58,12 @@ def picture_keys(images: list[Any], paths: PicturePaths, where: str) -> list[str
     keys = []
     for picture in images:
         if isinstance(picture, dict) and picture.get("bytes"):
-            keys.append(hashlib.sha256(picture["bytes"]).hexdigest())
+            keys.append(sha256_of_bytes(picture["bytes"]))
             continue
         file = paths.resolve(picture if isinstance(picture, str) else picture["path"], where)
         check_file(file, where)
-        keys.append(file_key(file))
+        keys.append(cached_sha256_of_file(file))
     return keys
-
-
-def file_key(file: Path) -> str:
-    """The SHA-256 of a file, which is read once unless it changes."""
-    found = file.stat()
-    return _digest(str(file), (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
-
-
-@cache
-def _digest(file: str, state: tuple[int, ...]) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def keys_of(problems: Dataset) -> dict[str, str]:
@@ -84,9 +71,9 @@ def keys_of(problems: Dataset) -> dict[str, str]:
     keys = {}
     for row in problems.select_columns(["id", "question", "choices", "context", "images"]):
         pictures = [
-            hashlib.sha256(picture["bytes"]).hexdigest()
+            sha256_of_bytes(picture["bytes"])
             if picture["bytes"]
-            else file_key(Path(picture["path"]))
+            else cached_sha256_of_file(Path(picture["path"]))
             if Path(picture["path"]).is_file()
             else picture["path"]
             for picture in row["images"]

@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from mmcot.problems.schema import FEATURES, GOLD_COLUMNS
 from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
-from modeling_mmcot.stage_mmcot import SCORES, STAGE_NAME
+from modeling_mmcot.stage_mmcot import CHOOSE, SCORES, STAGE_NAME, default_kind
 
 # What a run's folder holds beside its stages.
 RESERVED_NAMES = ("base", "hub", "predictions", "scores")
@@ -27,7 +27,7 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
             raise ValueError(
                 f"{config}: stage {stage.name!r} has score {stage.score!r}; expected one of {', '.join(SCORES)}."
             )
-        if stage.score is not None and stage.writes != "answer_text":
+        if stage.score is not None and default_kind(stage.writes) != CHOOSE:
             raise ValueError(f"{config}: stage {stage.name!r} has a score, and no choices: it writes {stage.writes!r}.")
     names = [stage.name for stage in stages]
     for name in names:
@@ -56,7 +56,8 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
                     f"has{nearest(column, columns)}."
                 )
         columns.add(stage.writes)
-    if stages[-1].writes != "answer_text" or any(stage.writes == "answer_text" for stage in stages[:-1]):
+    kinds = [default_kind(stage.writes) for stage in stages]
+    if kinds[-1] != CHOOSE or CHOOSE in kinds[:-1]:
         raise ValueError(
             f"{config}: the last stage, and only it, writes `answer_text`; found "
             f"{', '.join(f'{stage.name} writes {stage.writes}' for stage in stages)}."

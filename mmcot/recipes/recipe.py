@@ -6,7 +6,6 @@ built here, and nothing is known of the model.
 """
 
 import logging
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ from mmcot.recipes.checks import (
     trains_tower,
 )
 from mmcot.recipes.trainer_options import check_trainer_options
-from mmcot.storage.files import resolved
+from mmcot.storage.files import resolved, write_text
 from mmcot.storage.paths import check_output_folder
+from mmcot.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -225,15 +225,15 @@ def difference(there: Any, here: Any, name: str) -> str:
     return f"{name}: {there!r:.200} there, {here!r:.200} here"
 
 
-def claim_run_folder(recipe: Recipe) -> Path:
+def claim_run_folder(recipe: Recipe) -> RunFolder:
     """
     The run's folder with its `recipe.yaml`.
 
     Raises:
         ValueError: the folder holds a run of another recipe; what differs is named, nothing in it is touched.
     """
-    folder = Path(recipe.training_arguments.output_dir)
-    file = folder / "recipe.yaml"
+    folder = RunFolder(Path(recipe.training_arguments.output_dir))
+    file = folder.recipe
     if file.exists():
         earlier = read_yaml(file)
         exempt = set() if recipe.arguments.streaming else STEP_SETTINGS  # a stream is gone through by batches
@@ -249,10 +249,8 @@ def claim_run_folder(recipe: Recipe) -> Path:
                 f"{folder} holds a run of another recipe: {'; '.join(parts.values())}. Choose another --output_dir."
             )
         return folder
-    if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+    if folder.path.exists() and any(path.suffix != ".tmp" for path in folder.path.iterdir()):
         raise ValueError(f"{folder} exists, is not empty and holds no recipe.yaml. Choose another --output_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # folds are calls of their own, which can be made at once
-    unfinished.write_text(yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
-    unfinished.replace(file)
+    # Folds are separate calls that can run at the same time.
+    write_text(file, yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     return folder

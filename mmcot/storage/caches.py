@@ -4,7 +4,6 @@ Other code or another version of a library may give other numbers, so both are p
 is removed and computed again, and the log says so. Where caches lie: `files.cache_folder`.
 """
 
-import hashlib
 import importlib.metadata
 import inspect
 import logging
@@ -17,6 +16,8 @@ import pyarrow
 from datasets import Dataset
 from filelock import FileLock
 
+from mmcot.storage.digests import sha256_of_text
+
 logger = logging.getLogger(__name__)
 
 DAMAGES = (ValueError, OSError, pyarrow.ArrowException)  # what reading a damaged file raises: pyarrow's and json's
@@ -24,7 +25,7 @@ DAMAGES = (ValueError, OSError, pyarrow.ArrowException)  # what reading a damage
 
 def code_digest(*parts: Any) -> str:
     """Of the source of modules, classes and functions."""
-    return hashlib.sha256("\0".join(map(inspect.getsource, parts)).encode()).hexdigest()
+    return sha256_of_text("\0".join(map(inspect.getsource, parts)))
 
 
 def versions_of(*libraries: str) -> dict[str, str]:

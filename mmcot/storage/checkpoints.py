@@ -1,13 +1,13 @@
-"""A training's checkpoints: each is whole or not there, and is known by the hashes of its files.
+"""A training's checkpoints: each is whole or absent, and lists the hashes of its files.
 
-What stands in one is the Trainer's affair.
+The Trainer defines a checkpoint's contents.
 """
 
-import hashlib
-import shutil
 from pathlib import Path
 
+from mmcot.storage.digests import sha256_of_file
 from mmcot.storage.files import read_json, write_json
+from mmcot.storage.folders import move_into_place
 
 FILES = "files.json"  # of each other file in a checkpoint its size and hash; written last
 UNFINISHED = "unfinished"  # what is being written beside the checkpoints
@@ -21,11 +21,8 @@ def finish_checkpoint(unfinished: Path, checkpoint: Path) -> None:
     """Give what was written its list of files, then its name."""
     files = sorted(file for file in unfinished.rglob("*") if file.is_file())
     write_json(unfinished / FILES, {file.relative_to(unfinished).as_posix(): fingerprint(file) for file in files})
-    replaced = unfinished.with_name("replaced")
-    if checkpoint.exists():  # a damaged one that was passed over, or the same step, saved before it was evaluated
-        checkpoint.rename(replaced)
-    unfinished.rename(checkpoint)
-    shutil.rmtree(replaced, ignore_errors=True)
+    # An earlier one is damaged and was passed over, or is of the same step, saved before it was evaluated.
+    move_into_place(unfinished, checkpoint, unfinished.with_name("replaced"))
 
 
 def finish_interrupted(stage_folder: Path) -> None:
@@ -36,8 +33,7 @@ def finish_interrupted(stage_folder: Path) -> None:
 
 
 def fingerprint(file: Path) -> dict[str, int | str]:
-    with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
 
 
 def checkpoint_to_resume(stage_folder: Path, pass_over_damaged: bool = False) -> str | None:

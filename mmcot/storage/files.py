@@ -1,6 +1,6 @@
-"""JSON files on disk: written whole or not at all, and read with errors that name the file and the line.
+"""Files on disk: written whole or not at all; JSON is read with errors that name the file and the line.
 
-What stands in a file (predictions, scores) is checked by the module whose format it is, not here.
+The content of a file (predictions, scores) is checked by the module that owns its format.
 """
 
 import json
@@ -26,10 +26,9 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return data
 
 
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write `data` to `path`, its folder made where missing; whoever reads `path` sees the old file or the new one."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, its folder made where missing; whoever reads `path` sees the old file or the new one."""
     path = Path(path)
-    text = json_text(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,8 +39,13 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write `data` to `path` as `write_text` does."""
+    write_text(path, json_text(data))
+
+
 def json_text(data: Mapping[str, Any]) -> str:
-    """What `write_json` writes."""
+    """The text that `write_json` writes."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -1,80 +1,69 @@
-"""What is predicted so far, a line for each batch, so that a prediction that was killed goes on where it was.
+"""The predictions so far, a line for each batch, so that a killed prediction resumes where it was.
 
-A batch is known by its problems: with other batches, results differ in last bits, and nothing of them is taken.
+A batch is identified by its problems: with other batches, results differ in their last bits, and none is reused.
 """
 
 import contextlib
 import glob
-import json
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+
+from mmcot.storage.resumable_log import OtherHeader, ResumableLog, read_log
 
 Batch = tuple[str, ...]  # its problems' ids
 
 
 class Journal:
     """
-    The files `OUTPUT.partial-PROCESS.jsonl` beside the file that is being made. A line that was being written when its
-    process was killed is not one.
+    The logs `OUTPUT.partial-PROCESS.jsonl` beside the file that is being made, one of each process.
 
     Args:
         output: the file that is being made.
-        settings: what decides the predictions.
+        settings: everything that decides the predictions.
 
     Raises:
         ValueError: the files there were begun with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
-        self.output, self.settings = output, settings
+        self.output = output
         state = PartialState()
         self.done: dict[str, dict[Batch, list[dict]]] = {}
         for file in partial_files(output):
-            self.read(file)
+            for entry in read_journal(file, settings):
+                self.done.setdefault(entry["of"], {})[tuple(entry["ids"])] = entry["columns"]
         state.wait_for_everyone()  # before any process writes: all have read the same
         own = output.with_name(f"{output.name}.partial-{state.process_index}.jsonl")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = own.open("ab")
-        self.lines.truncate(whole_length(own))
-        if own.stat().st_size == 0:
-            self.append(settings)
-
-    def read(self, file: Path) -> None:
-        lines = file.read_bytes()[: whole_length(file)].splitlines()
-        if not lines:
-            return
-        begun = json.loads(lines[0])
-        settings = json.loads(json.dumps(self.settings))
-        differing = sorted(name for name in begun | settings if begun.get(name) != settings.get(name))
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{file} holds the beginning of another prediction: {', '.join(differing)} differ ({name}: "
-                f"{begun.get(name)!r} there, {settings.get(name)!r} here). Finish that one, or remove it."
-            )
-        for line in lines[1:]:
-            entry = json.loads(line)
-            self.done.setdefault(entry["of"], {})[tuple(entry["ids"])] = entry["columns"]
-
-    def append(self, entry: dict[str, Any]) -> None:
-        self.lines.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        self.lines.flush()
+        self.log = ResumableLog(own, settings)
 
     def write(self, of: str, ids: Batch, columns: list[dict]) -> None:
-        self.append({"of": of, "ids": ids, "columns": columns})
+        self.log.append({"of": of, "ids": ids, "columns": columns})
 
     def give_up(self) -> None:
         """After a write that failed. What is left of a line is passed over when the command goes on."""
         with contextlib.suppress(OSError):
-            self.lines.close()
+            self.log.close()
 
     def remove(self) -> None:
         """When the file that is being made is there."""
-        self.lines.close()
+        self.log.close()
         PartialState().wait_for_everyone()
         remove_partial_files(self.output)
+
+
+def read_journal(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return read_log(file, settings)
+    except OtherHeader as error:
+        there, here = error.there if isinstance(error.there, dict) else {}, error.here
+        differing = sorted(name for name in there | here if there.get(name) != here.get(name))
+        name = differing[0]
+        raise ValueError(
+            f"{file} holds the beginning of another prediction: {', '.join(differing)} differ ({name}: "
+            f"{there.get(name)!r} there, {here.get(name)!r} here). Finish that one, or remove it."
+        ) from error
 
 
 def partial_files(output: Path) -> list[Path]:
@@ -85,8 +74,3 @@ def remove_partial_files(output: Path) -> None:
     if PartialState().is_main_process:
         for file in partial_files(output):
             file.unlink()
-
-
-def whole_length(file: Path) -> int:
-    """Bytes of the lines that were written to their end."""
-    return file.read_bytes().rfind(b"\n") + 1

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmcot.storage.digests import digest_of_file, sha256_of_text
+from mmcot.storage.digests import digest_of_file, digest_of_text
 from mmcot.storage.files import json_text, read_json, write_json
 
 
@@ -21,7 +21,7 @@ def meta_file(predictions_file: Path) -> Path:
 
 def write_predictions(predictions_file: Path, predictions: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Write both files of a pair. Killed in between, this leaves a pair that `read_meta` refuses."""
-    digest = sha256_of_text(json_text(predictions))
+    digest = digest_of_text(json_text(predictions))
     write_json(meta_file(predictions_file), {**meta, "predictions": digest})
     write_json(predictions_file, predictions)
 

@@ -1,81 +1,122 @@
-"""What lies where in a run's folder, as far as several modules know of it."""
+"""Every path of a run's folder, in one class."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from mmcot.storage.files import read_json
 
-from mmcot.storage.checkpoints import RunStopped
-from mmcot.storage.files import read_json, write_json
-
-BASE = "base"  # the base that the stages adapt, where they are adapters
-FINISHED = "train_results.json"  # written last in a stage's folder: the stage is trained
+CROSS_FITTED = "train_cross_fit"  # in place of a split's name: the predictions of all folds for the training problems
 
 
-def lock_run(run_folder: Path, fold: int | None = None) -> AcquireReturnProxy | None:
+@dataclass(frozen=True)
+class RunFolder:
     """
-    The lock of a run, or of a fold, which can be trained beside others; taken by the main process. A context, at whose
-    end it is given back. A killed process holds none.
+    The folder of a run:
 
-    Raises:
-        RunStopped: another command has it.
+        recipe.yaml  inputs.json  splits.json  .lock
+        STAGE/       checkpoints, weights, curves.png, reports/, and train_results.json, which is written last
+        base/        the base, where the stages are adapters
+        predictions/ SPLIT.json, SPLIT.meta.json, and SPLIT.STAGE.partial-PROCESS.jsonl while a stage writes
+        scores/      SPLIT.json, probes.json
+        hub/         the exported system; hub_merged/ with its adapters merged
+        folds/N/     stages that are trained without fold N, laid out like a run
+
+    Args:
+        path: the folder itself.
+        fold_of: of a fold, the run to which it belongs.
     """
-    if not PartialState().is_main_process:
-        return None
-    lock = FileLock(run_folder / (".lock" if fold is None else f".lock-fold-{fold}"))
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout as error:
-        what = run_folder if fold is None else f"{run_folder}, fold {fold},"
-        raise RunStopped(f"{what} is being written by another command: wait for its end, or stop it.") from error
 
+    path: Path
+    fold_of: "RunFolder | None" = None
 
-def is_adapted(run_folder: Path) -> bool:
-    """Whether its stages are adapters of one base."""
-    return (run_folder / BASE).is_dir()
+    def __str__(self) -> str:
+        return str(self.path)
 
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
 
-def judged_split(run_folder: Path) -> str | None:
-    """The split that a run is judged by: test, or val where test has no scores; None where nothing has."""
-    return next((split for split in ("test", "val") if scores_file(run_folder, split).is_file()), None)
+    @property
+    def inputs(self) -> Path:
+        return self.path / "inputs.json"
 
+    @property
+    def splits(self) -> Path:
+        return self.path / "splits.json"
 
-def scores_file(run_folder: Path, split: str) -> Path:
-    return run_folder / "scores" / f"{split}.json"
+    @property
+    def lock(self) -> Path:
+        """A fold's lock is in the folder of its run."""
+        return self.path / ".lock" if self.fold_of is None else self.fold_of.path / f".lock-fold-{self.path.name}"
 
+    @property
+    def run(self) -> "RunFolder":
+        """The run that a fold belongs to; a run's own folder otherwise."""
+        return self.fold_of or self
 
-SPLITS_FILE = "splits.json"
+    @property
+    def base(self) -> Path:
+        """The base that the stages adapt. The folds adapt their run's."""
+        return self.run.path / "base"
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the stages are adapters of one base."""
+        return self.base.is_dir()
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_json(folder / SPLITS_FILE, record)
+    def stage(self, stage: str) -> Path:
+        return self.path / stage
 
+    def train_results(self, stage: str) -> Path:
+        return self.stage(stage) / "train_results.json"
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """None of a run that was trained by an mmcot that kept none."""
-    return read_json(folder / SPLITS_FILE) if (folder / SPLITS_FILE).is_file() else None
+    def is_trained(self, stage: str) -> bool:
+        """Whether the stage's training is finished."""
+        return self.train_results(stage).is_file()
 
+    def trained_stages(self) -> list[str]:
+        return [file.parent.name for file in self.path.glob("*/train_results.json")]
 
-CROSS_FITTED = "train_cross_fit"  # beside the splits' predictions, those of the folds put together
+    def curves(self, stage: str) -> Path:
+        return self.stage(stage) / "curves.png"
 
+    def reports(self, stage: str) -> Path:
+        return self.stage(stage) / "reports"
 
-def predictions_file(run_folder: Path, split: str) -> Path:
-    return run_folder / "predictions" / f"{split}.json"
+    def predictions(self, split: str) -> Path:
+        return self.path / "predictions" / f"{split}.json"
 
+    def predictions_so_far(self, split: str) -> dict[str, dict]:
+        """The columns that the stages have written for a split, by problem id."""
+        file = self.predictions(split)
+        return read_json(file) if file.exists() else {}
 
-def read_predictions(run_folder: Path, split: str) -> dict[str, dict]:
-    """What is written for a split so far, by problem id."""
-    file = predictions_file(run_folder, split)
-    return read_json(file) if file.exists() else {}
+    def unfinished_predictions(self, split: str, stage: str) -> Path:
+        """The file beside which a stage's `Journal` lies while the stage writes."""
+        return self.path / "predictions" / f"{split}.{stage}"
 
+    def scores(self, split: str) -> Path:
+        return self.path / "scores" / f"{split}.json"
 
-def fold_folder(run_folder: Path, fold: int) -> Path:
-    """Where the stages lie that are trained without a fold, laid out as a run is."""
-    return run_folder / "folds" / str(fold)
+    def judged_split(self) -> str | None:
+        """The split whose scores are reported: test, or val where test has none; None where neither has."""
+        return next((split for split in ("test", "val") if self.scores(split).is_file()), None)
 
+    @property
+    def probes(self) -> Path:
+        return self.path / "scores" / "probes.json"
 
-def reported_scores(run_folder: Path) -> tuple[str, dict[str, Any]]:
-    """The split that a run is judged by, and its scores: test, or val where the answers of test are not known."""
-    split = judged_split(run_folder) or "val"
-    return split, read_json(scores_file(run_folder, split))
+    @property
+    def hub(self) -> Path:
+        return self.path / "hub"
+
+    @property
+    def hub_merged(self) -> Path:
+        return self.path / "hub_merged"
+
+    @property
+    def folds(self) -> Path:
+        return self.path / "folds"
+
+    def fold(self, fold: int) -> "RunFolder":
+        return RunFolder(self.folds / str(fold), fold_of=self)

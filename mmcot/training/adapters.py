@@ -5,7 +5,6 @@ Adapters are made here. Loading them beside their base, to predict, is `loading_
 
 import importlib.util
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from mmcot.hub.merging import check_not_adapted, shared_modules
+from mmcot.storage.folders import replaced_folder
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
 from modeling_mmcot.loading_mmcot import base_digest
 from modeling_mmcot.virtual_tokens_mmcot import VirtualTokens
@@ -180,7 +180,5 @@ def quantization(model_config: ModelConfig) -> BitsAndBytesConfig | None:
 def save_base(model: MMCoTForConditionalGeneration, folder: Path, stage_names: list[str]) -> None:
     """The base that the stages adapt, whole or not at all."""
     model.config.stage_adapters = stage_names
-    unfinished = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    with replaced_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)

@@ -6,6 +6,7 @@ Nothing is trained or written here, and no data is read but the problems that a 
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,10 +18,9 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
     set_seed,
 )
 from trl import ModelConfig
@@ -161,9 +161,9 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
     )
 
 
-def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
+def text_skeleton(recipe: Recipe) -> MMCoTForConditionalGeneration:
     """
-    The text model's modules by name, without their weights.
+    The text model without weights, picture tower and fusion.
 
     Raises:
         ValueError: the checkpoint is of a `model_type` that is no T5, or its generation config holds a setting that
@@ -176,14 +176,18 @@ def text_modules(recipe: Recipe) -> dict[str, nn.Module]:
             check_whole_weights(path)
     name, revision = recipe.model_config.model_name_or_path, recipe.model_config.model_revision
     if name is None:
-        config = T5Config(**(recipe.arguments.text_config or {}))
-    else:
-        config = MMCoTConfig.from_pretrained(name, revision=revision)
-        with contextlib.suppress(OSError):  # a checkpoint need not have one
-            check_own_settings(GenerationConfig.from_pretrained(name, revision=revision), name)
+        return skeleton(MMCoTConfig(**(recipe.arguments.text_config or {})))
+    config = MMCoTConfig.from_pretrained(name, revision=revision)
+    config.vision_config = config.vision_hidden_size = None
+    with contextlib.suppress(OSError):  # a checkpoint need not have one
+        check_own_settings(GenerationConfig.from_pretrained(name, revision=revision), name)
+    return skeleton(config)
+
+
+def skeleton(config: MMCoTConfig) -> MMCoTForConditionalGeneration:
+    """A model without its weights, which takes no time and no memory."""
     with torch.device("meta"):
-        model = T5ForConditionalGeneration(config)
-    return dict(model.named_modules())
+        return MMCoTForConditionalGeneration(config)
 
 
 def check_whole_weights(folder: str) -> None:
@@ -201,16 +205,48 @@ def check_whole_weights(folder: str) -> None:
             raise ValueError(f"{file} is damaged: {error}. Copy or download it again.") from error
 
 
-def check_wrapped_classes(modules: dict[str, nn.Module]) -> None:
+def check_wrapped_classes(model: nn.Module) -> None:
     """What accelerate's FSDP settings name as the layers to wrap is there: it would say so after all data was read."""
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
-    known = {type(module).__name__ for module in modules.values()}
+    known = {type(module).__name__ for module in model.modules()}
     for name in filter(None, named.split(",")):
         if name not in known:
             raise ValueError(
                 f"fsdp_transformer_layer_cls_to_wrap is {name!r}, and the text model has no such layer; there are "
                 f"{', '.join(sorted(known))}."
             )
+
+
+def settings_of_pictures(
+    recipe: Recipe, store: FeatureStore | None, tower: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """Fields of the model's configuration: how it sees and fuses pictures."""
+    arguments = recipe.arguments
+    fields = {"max_images": arguments.max_images}
+    for name in ("fusion", "freeze_vision"):
+        if getattr(arguments, name) is not None:
+            fields[name] = getattr(arguments, name)
+    own = own_config(recipe.model_config)
+    if own is not None and own.vision_hidden_size is not None:
+        return fields  # a model that has a width of its own keeps it, to be compared with the tower's or the store's
+    if tower is not None:
+        fields["vision_hidden_size"] = tower_width(tower)
+    elif store is not None:
+        fields["vision_hidden_size"] = store.hidden_size
+        fields["num_vision_tokens"] = store.num_patches
+        fields["vision_tower"] = tower_name(store.manifest["vision_tower"])
+    return fields
+
+
+def new_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> MMCoTConfig:
+    """The configuration of a model that starts from random weights."""
+    return MMCoTConfig(
+        vocab_size=len(tokenizer),
+        decoder_start_token_id=tokenizer.pad_token_id,
+        vision_config=recipe.arguments.vision_config,
+        **{"vision_tower": recipe.arguments.vision_tower, **fields},
+        **(recipe.arguments.text_config or {}),
+    )
 
 
 def build_model(
@@ -220,30 +256,11 @@ def build_model(
     arguments, model_config = recipe.arguments, recipe.model_config
     set_seed(recipe.training_arguments.seed)
     tower = None
-    fields = {"max_images": arguments.max_images}
-    for name in ("fusion", "freeze_vision"):
-        if getattr(arguments, name) is not None:
-            fields[name] = getattr(arguments, name)
     if arguments.vision_model_name_or_path is not None:
         tower = load_vision_tower(arguments.vision_model_name_or_path)
-    own = own_config(model_config)
-    if own is None or own.vision_hidden_size is None:
-        # A model that has a width of its own keeps it, to be held against the tower or the store.
-        if tower is not None:
-            fields["vision_hidden_size"] = tower_width(tower)
-        elif store is not None:
-            fields["vision_hidden_size"] = store.hidden_size
-            fields["num_vision_tokens"] = store.num_patches
-            fields["vision_tower"] = tower_name(store.manifest["vision_tower"])
+    fields = settings_of_pictures(recipe, store, tower)
     if model_config.model_name_or_path is None:
-        config = MMCoTConfig(
-            vocab_size=len(tokenizer),
-            decoder_start_token_id=tokenizer.pad_token_id,
-            vision_config=arguments.vision_config,
-            **{"vision_tower": arguments.vision_tower, **fields},
-            **(arguments.text_config or {}),
-        )
-        model = MMCoTForConditionalGeneration(config)
+        model = MMCoTForConditionalGeneration(new_config(recipe, tokenizer, fields))
         if model_config.dtype not in (None, "auto"):
             model = model.to(getattr(torch, model_config.dtype))
     else:
@@ -257,3 +274,43 @@ def build_model(
     if tower is not None:
         model.attach_tower(tower, tower_name(arguments.vision_model_name_or_path, arguments.vision_tower))
     return model
+
+
+class InitialModel:
+    """
+    The model that every stage starts from. What preparation builds to inspect is the one that the first stage takes;
+    for later stages it is built again, because training changes it.
+
+    Args:
+        recipe: describes the model.
+        tokenizer: of its texts; a model that starts from random weights has its vocabulary.
+        store: the features of the pictures, where they are computed already.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, store: FeatureStore | None):
+        self.recipe, self.tokenizer, self.store = recipe, tokenizer, store
+        self.built: MMCoTForConditionalGeneration | None = None
+
+    def inspect(self) -> MMCoTForConditionalGeneration:
+        """The model, which is kept until it is taken or discarded."""
+        if self.built is None:
+            self.built = build_model(self.recipe, self.tokenizer, self.store)
+        return self.built
+
+    def without_weights(self) -> MMCoTForConditionalGeneration:
+        """Its configuration and modules; only of a model that has no picture tower."""
+        name, revision = self.recipe.model_config.model_name_or_path, self.recipe.model_config.model_revision
+        fields = settings_of_pictures(self.recipe, self.store)
+        if name is None:
+            return skeleton(new_config(self.recipe, self.tokenizer, fields))
+        return skeleton(MMCoTConfig.from_pretrained(name, revision=revision, **fields))
+
+    def take(self) -> MMCoTForConditionalGeneration:
+        """The model, to be trained or saved."""
+        model = self.inspect()
+        self.built = None
+        return model
+
+    def discard(self) -> None:
+        """Free the memory of a model that nobody takes."""
+        self.built = None

@@ -5,11 +5,10 @@ All that can be wrong with recipe and data is said here, before anything is trai
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from filelock import AcquireReturnProxy
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import nn
 
 from mmcot.hub.merging import shared_modules
@@ -20,23 +19,26 @@ from mmcot.problems.schema import SPLITS, is_answered, join_captions, join_colum
 from mmcot.problems.sources import load_problems, reading_options
 from mmcot.recipes.arguments import StageArguments
 from mmcot.recipes.recipe import Recipe, claim_run_folder
-from mmcot.storage.run_folder import lock_run, write_record
+from mmcot.storage.checkpoints import RunStopped
+from mmcot.storage.files import write_json
+from mmcot.storage.run_folder import RunFolder
 from mmcot.training.adapters import check_adapters
 from mmcot.training.building import (
-    build_model,
+    InitialModel,
     build_processor,
     build_stage,
     check_tower_name,
     check_wrapped_classes,
     is_frozen,
-    text_modules,
+    own_config,
+    text_skeleton,
 )
 from mmcot.training.run_inputs import check_unchanged, inputs_of
 from mmcot.training.split_record import record_splits
 from mmcot.training.stage_inputs import target_columns
 from mmcot.training.streaming import stream_problems
 from modeling_mmcot import MMCoTProcessor
-from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage
+from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage, Stages
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +48,16 @@ class Run:
     """A recipe with its data found good and its folder taken: what is left to do is the work."""
 
     recipe: Recipe
-    stages: list[Stage]
+    stages: Stages
     problems: dict[str, Dataset | IterableDataset]  # by split; a stream those to train on may be
-    folder: Path  # where its stages and predictions go
-    run_folder: Path  # the same, but for a fold, whose folder lies in it
+    folder: RunFolder  # its own, or a fold's
     processor: MMCoTProcessor
-    store: FeatureStore | None  # features of the problems' pictures that the recipe names
+    initial_model: InitialModel
     pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
     lock: AcquireReturnProxy | None = None  # held, so that no other command writes into the folder
 
     def arguments_of(self, stage: Stage) -> StageArguments:
         return self.recipe.stages[self.stages.index(stage)]
-
-    def before(self, stage: Stage) -> list[Stage]:
-        return self.stages[: self.stages.index(stage)]
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -68,17 +66,8 @@ def prepare(recipe: Recipe) -> Run:
         ValueError: what is wrong with the recipe or its data.
         RunStopped: another command is writing into the run's folder.
     """
-    stages = [build_stage(arguments) for arguments in recipe.stages]
-    modules = text_modules(recipe)  # which is refused first, where it is no T5
-    check_tower_name(recipe)
-    if recipe.arguments.vision_config is None and recipe.arguments.vision_model_name_or_path is None:
-        check_wrapped_classes(modules)
-    if recipe.model_config.use_peft:
-        linear_layers = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        config = modules[""].config
-        is_tied = config.scale_decoder_outputs or getattr(config, "tied_head", None)
-        shared = [name for name in shared_modules(modules[""]) if is_tied or name != "lm_head"]
-        check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type, shared)
+    stages = Stages(build_stage(arguments) for arguments in recipe.stages)
+    check_model_options(recipe)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {
         split: stream_problems(recipe.source, recipe.arguments.columns)
@@ -94,25 +83,66 @@ def prepare(recipe: Recipe) -> Run:
         recipe.values["split_seed"] = splits["divided_by"]
     processor = build_processor(recipe, stages, problems["train"])
     warn_of_lengths(problems["val"], processor)
+    initial_model = InitialModel(recipe, processor.tokenizer, store)
     if store is not None:
-        model = build_model(recipe, processor.tokenizer, store)
-        store.check_model(model, processor.image_processor)
-    elif processor.image_processor is None and any("images" in stage.reads for stage in stages):
+        check_features(store, recipe, processor, initial_model)
+    elif processor.image_processor is None and stages.see_pictures:
         raise ValueError(
             f"A stage reads `images`, but {recipe.model_config.model_name_or_path} has no picture tower: name one "
             f"(vision_model_name_or_path), or features."
         )
-    pictures = store or prepare_pictures(recipe, stages, processor, problems)
+    pictures = store or prepare_pictures(recipe, stages, processor, problems, initial_model)
     if not recipe.arguments.streaming:
         check_folds(recipe, len(problems["train"]))
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
-    lock = lock_run(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
+    lock = lock_folder(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
     with PartialState().main_process_first():
         check_unchanged(folder, inputs_of(recipe, problems, processor, store))
     if PartialState().is_main_process:
-        write_record(folder, splits)
-    return Run(recipe, stages, problems, folder, folder, processor, store, pictures, lock)
+        write_json(folder.splits, splits)
+    return Run(recipe, stages, problems, folder, processor, initial_model, pictures, lock)
+
+
+def check_model_options(recipe: Recipe) -> None:
+    """
+    Raises:
+        ValueError: the recipe's text model is no T5, or has not the modules that an option names.
+    """
+    model = text_skeleton(recipe)
+    check_tower_name(recipe)
+    if recipe.arguments.vision_config is None and recipe.arguments.vision_model_name_or_path is None:
+        check_wrapped_classes(model)
+    if recipe.model_config.use_peft:
+        linear_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        check_adapters(recipe.model_config, linear_layers, recipe.arguments.peft_type, shared_modules(model))
+
+
+def check_features(store: FeatureStore, recipe: Recipe, processor: MMCoTProcessor, initial_model: InitialModel) -> None:
+    """
+    Raises:
+        ValueError: the store's features are not those that the model reads.
+    """
+    own = own_config(recipe.model_config)
+    has_tower = recipe.arguments.vision_model_name_or_path is not None or (own is not None and own.vision_config)
+    model = initial_model.inspect() if has_tower else initial_model.without_weights()
+    store.check_model(model, processor.image_processor)
+
+
+def lock_folder(folder: RunFolder) -> AcquireReturnProxy | None:
+    """
+    Lock a run, or one of its folds, which can be trained while others are. Only the main process takes the lock. The
+    result is a context manager that releases it; the lock of a killed process is free.
+
+    Raises:
+        RunStopped: another command has the lock.
+    """
+    if not PartialState().is_main_process:
+        return None
+    try:
+        return FileLock(folder.lock).acquire(timeout=0)
+    except Timeout as error:
+        raise RunStopped(f"{folder} is being written by another command: wait for its end, or stop it.") from error
 
 
 def warn_of_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
@@ -132,22 +162,28 @@ def warn_of_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
 
 
 def prepare_pictures(
-    recipe: Recipe, stages: list[Stage], processor: MMCoTProcessor, problems: dict[str, Dataset]
+    recipe: Recipe,
+    stages: Stages,
+    processor: MMCoTProcessor,
+    problems: dict[str, Dataset],
+    initial_model: InitialModel,
 ) -> FeatureStore | PixelStore | None:
     """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
     every = concatenate_datasets([rows for rows in problems.values() if isinstance(rows, Dataset)])
-    if processor.image_processor is None or not any("images" in stage.reads for stage in stages):
+    if processor.image_processor is None or not stages.see_pictures:
         return None
     if not is_frozen(recipe):
         return PixelStore(every, processor.image_processor)
-    model = build_model(recipe, processor.tokenizer, None).to(recipe.training_arguments.device)
-    return vision_source(model, processor.image_processor, every)
+    model = initial_model.inspect().to(recipe.training_arguments.device)
+    source = vision_source(model, processor.image_processor, every)
+    model.cpu()  # where training starts, on any device
+    return source
 
 
-def prepare_problems(recipe: Recipe, stages: list[Stage], split: str, store: FeatureStore | None) -> Dataset:
+def prepare_problems(recipe: Recipe, stages: Stages, split: str, store: FeatureStore | None) -> Dataset:
     """A split's problems, checked, so that no run dies of bad data half-way."""
     source = recipe.arguments.dataset
-    sees = any("images" in stage.reads for stage in stages)
+    sees = stages.see_pictures
     needs_files = sees and (store is None or store.needs_files)
     with PartialState().main_process_first():
         max_images = recipe.arguments.max_images if sees else None
@@ -177,7 +213,7 @@ def check_folds(recipe: Recipe, num_problems: int) -> None:
         raise ValueError(f"num_folds is {num_folds}, and there are {num_problems} training problems.")
 
 
-def join_target_column(problems: Dataset, target_column: str, stages: list[Stage]) -> Dataset:
+def join_target_column(problems: Dataset, target_column: str, stages: Stages) -> Dataset:
     column, separator, path = target_column.partition("=")
     written = [stage.writes for stage in stages]
     if not separator or column not in written:

@@ -20,9 +20,11 @@ from mmcot.evaluation.metrics import accuracy, checked_answers, rationale_scores
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.pictures.reading import read_pictures
+from mmcot.prediction.columns import with_columns
 from mmcot.prediction.examples import StageCollator, tokenized
-from mmcot.prediction.predictor import predict_stage, with_columns
+from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.problems.schema import without_gold
+from mmcot.storage.files import write_text
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_rgb
 from modeling_mmcot.stage_mmcot import LETTERS, Stage
@@ -88,9 +90,8 @@ class ValidationReport:
     def tell(self, model: MMCoTForConditionalGeneration, step: int, is_main_process: bool) -> dict[str, float]:
         """`eval_accuracy_CLASS` of a stage that answers, else `eval_bleu4` and so on; and `eval_gate`."""
         predictions = {problem_id: dict(self.predictions.get(problem_id, {})) for problem_id in self.problems["id"]}
-        predict_stage(
-            model, self.processor, self.stage, self.problems, predictions, self.batch_size, pictures=self.pictures
-        )
+        options = PredictOptions(batch_size=self.batch_size)
+        predict_stage(model, self.processor, self.stage, self.problems, predictions, options, self.pictures)
         told = {f"eval_{name}": value for name, value in self.scores(predictions).items() if value is not None}
         gate = self.gate_by_position(model, predictions)
         if gate is not None:
@@ -112,11 +113,10 @@ class ValidationReport:
         self, model: MMCoTForConditionalGeneration, predictions: dict[str, dict]
     ) -> torch.Tensor | None:
         """How much of the picture each token takes on average over hidden units and problems; None without pictures."""
-        fusion = model.get_encoder().fusion
         seeing = [index for index, images in enumerate(self.problems["images"]) if images][: self.batch_size]
-        if fusion is None or "images" not in self.stage.reads or not seeing:
+        if model.get_encoder().fusion is None or not self.stage.sees_pictures or not seeing:
             return None
-        earlier = self.processor.stages[: self.processor.stages.index(self.stage)]
+        earlier = self.processor.stages.before(self.stage)
         rows = with_columns(without_gold(self.problems.select(seeing)), predictions, earlier)
         examples = tokenized(rows, self.stage, self.processor, with_targets=False)
         batch = StageCollator(self.processor, self.stage, self.pictures)(list(examples))
@@ -124,19 +124,8 @@ class ValidationReport:
         mask = batch["attention_mask"].bool()
         if model.virtual_tokens is not None:
             batch = model.virtual_tokens.before_source(batch)
-        seen: list[torch.Tensor] = []
-
-        def look(module, inputs, outputs):
-            hidden_states, vision_features, vision_mask = inputs
-            attended, _ = module.attend(hidden_states, vision_features, vision_mask)
-            seen.append(module.gate(hidden_states, attended).float().mean(dim=-1))
-
-        handle = fusion.register_forward_hook(look)
-        try:
-            model.get_encoder()(**batch)
-        finally:
-            handle.remove()
-        shares = seen[0][:, -mask.shape[1] :]  # without those of virtual tokens
+        gate = model.get_encoder()(**batch, output_fusion_attentions=True).fusion_gate
+        shares = gate.float().mean(dim=-1)[:, -mask.shape[1] :]  # without those of virtual tokens
         return shares.masked_fill(~mask, float("nan")).nanmean(dim=0).cpu()
 
     @staticmethod
@@ -166,9 +155,7 @@ class ValidationReport:
             )
             lines += [f"{problem['question']} {choices}", "", f"- gold: {self.stage.render_target(problem)}"]
             lines += [f"- written: {predictions[problem['id']][self.stage.writes]}", ""]
-        file = self.folder / f"step-{step}.md"
-        file.with_suffix(".tmp").write_text("\n".join(lines), encoding="utf-8")
-        file.with_suffix(".tmp").rename(file)
+        write_text(self.folder / f"step-{step}.md", "\n".join(lines))
 
 
 def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:

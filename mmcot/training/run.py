@@ -6,8 +6,6 @@ its last whole checkpoint. What is checked before stands in `preparation.py`, wh
 `pipeline_mmcot.py`.
 """
 
-from pathlib import Path
-
 from accelerate import PartialState
 from filelock import FileLock
 
@@ -21,9 +19,8 @@ from mmcot.problems.sources import reading_options, said_options
 from mmcot.recipes.recipe import Recipe
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
-from mmcot.storage.run_folder import BASE, predictions_file, read_predictions, scores_file
+from mmcot.storage.run_folder import RunFolder
 from mmcot.training.adapters import save_base
-from mmcot.training.building import build_model
 from mmcot.training.folds import cross_fit, cross_fitted, write_fold
 from mmcot.training.preparation import Run
 from mmcot.training.stage import saves_adapters, train_and_write
@@ -43,6 +40,7 @@ def run(prepared: Run) -> None:
         train_and_write(prepared, stage, {"val", "test"}, prepared.stages)
         if stage in cross_fitted(prepared):
             cross_fit(prepared, stage)
+    prepared.initial_model.discard()  # where every stage was trained already
     if PartialState().is_main_process:
         try:
             for split in ("val", "test"):
@@ -54,21 +52,20 @@ def run(prepared: Run) -> None:
     PartialState().wait_for_everyone()
 
 
-def write_scores(folder: Path, recipe: Recipe, split: str) -> None:
+def write_scores(folder: RunFolder, recipe: Recipe, split: str) -> None:
     """The scores of a split's predictions, as `mmcot.evaluate` makes them: with the pictures that no stage reads."""
-    file, predictions = predictions_file(folder, split), read_predictions(folder, split)
+    file, predictions = folder.predictions(split), folder.predictions_so_far(split)
     dataset, options = recipe.arguments.dataset, said_options(recipe.arguments)
     problems = load_scored_problems(recipe.source, split, **reading_options(recipe.arguments))
     check_problems(file, predictions, problems, dataset)
     scores = score(problems, predictions)
-    scores |= origin_of_scores(file, scores_file(folder, split), problems, dataset, split, options)
-    write_json(scores_file(folder, split), scores)
+    scores |= origin_of_scores(file, folder.scores(split), problems, dataset, split, options)
+    write_json(folder.scores(split), scores)
 
 
 def prepare_base(prepared: Run) -> None:
     """The base that all stages adapt, into the run's folder."""
-    base = prepared.run_folder / BASE
+    base = prepared.folder.base
     with FileLock(base.with_suffix(".lock")):  # folds are calls of their own, which can be made at once
         if not base.exists():
-            model = build_model(prepared.recipe, prepared.processor.tokenizer, prepared.store)
-            save_base(model, base, [stage.name for stage in prepared.stages])
+            save_base(prepared.initial_model.take(), base, [stage.name for stage in prepared.stages])

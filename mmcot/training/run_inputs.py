@@ -17,14 +17,13 @@ from mmcot.pictures.featurizer import commit_of
 from mmcot.prediction.examples import tokenizer_state
 from mmcot.problems.digests import difference, digest, problem_digests
 from mmcot.recipes.recipe import Recipe
-from mmcot.storage.digests import folders_digest
+from mmcot.storage.digests import digest_of_folders
 from mmcot.storage.files import read_json, write_json
-from mmcot.storage.run_folder import FINISHED
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 
 logger = logging.getLogger(__name__)
 
-FILE = "inputs.json"
 CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*config.json")
 ABSENT = "-"
 
@@ -63,7 +62,7 @@ def inputs_of(
 def checkpoint_digest(name: str | None, revision: str | None) -> str | None:
     if name is None:
         return None
-    return folders_digest([Path(name)], CHECKPOINT_FILES) if Path(name).is_dir() else commit_of(name, revision)
+    return digest_of_folders([Path(name)], CHECKPOINT_FILES) if Path(name).is_dir() else commit_of(name, revision)
 
 
 def features_digest(store: FeatureStore, problems: Mapping[str, Dataset | IterableDataset]) -> str:
@@ -82,20 +81,19 @@ def features_digest(store: FeatureStore, problems: Mapping[str, Dataset | Iterab
     return content.hexdigest()
 
 
-def check_unchanged(folder: Path, inputs: dict[str, Any]) -> None:
+def check_unchanged(folder: RunFolder, inputs: dict[str, Any]) -> None:
     """
     Compare with what the run in the folder was begun with; where nothing is recorded, record it.
 
     Raises:
         ValueError: what is other now, with counts. Nothing in the folder is touched.
     """
-    file = folder / FILE
-    if not file.exists():
-        if any(folder.glob(f"*/{FINISHED}")):
+    if not folder.inputs.exists():
+        if folder.trained_stages():
             logger.warning("%s does not say on which data it was begun; from now on it does", folder)
-        write_json(file, inputs)
+        write_json(folder.inputs, inputs)
         return
-    before = read_json(file)
+    before = read_json(folder.inputs)
     changes = [change for split in inputs["problems"] if (change := problems_change(before, inputs, split))]
     changes += [
         f"{name} has other content" for name in inputs if name != "problems" and before.get(name) != inputs[name]

@@ -7,6 +7,7 @@ import random
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.prediction.batching import by_both_lengths
+from mmcot.prediction.columns import with_gold_columns
 from mmcot.prediction.examples import lengths_of, tokenized
 from mmcot.prediction.predictor import log_shortened
 from mmcot.problems.known_datasets import known_as
@@ -22,14 +24,13 @@ from mmcot.recipes.recipe import Recipe
 from mmcot.storage.checkpoints import RunStopped, checkpoint_to_resume
 from mmcot.storage.files import write_json
 from mmcot.storage.journal import remove_partial_files
-from mmcot.storage.run_folder import BASE, CROSS_FITTED, FINISHED, read_predictions
+from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantization
-from mmcot.training.building import build_model
 from mmcot.training.callbacks import BestCheckpoint, SameSteps, Termination
 from mmcot.training.preparation import Run
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
-from mmcot.training.stage_inputs import one_row_per_rationale, with_gold_columns, with_written_columns
-from mmcot.training.stage_outputs import being_written, is_written, predict_split
+from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
+from mmcot.training.stage_outputs import is_written, predict_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
@@ -39,22 +40,18 @@ from modeling_mmcot.stage_mmcot import Stage
 logger = logging.getLogger(__name__)
 
 
-def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[Stage]) -> None:
+def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stages) -> None:
     """
     Train a stage, and let it write its column for the splits and for what later stages are trained on.
 
     Args:
         stages: those that are trained on these problems, this one among them.
     """
-    later = {prepared.arguments_of(other).inputs_from for other in stages[stages.index(stage) + 1 :]}
-    if later - {"gold"}:
-        splits = splits | {"val"}
-    if "generated" in later:
-        splits = splits | {"train"}
-    for split in splits:
-        if is_written(prepared, stage, split):
-            remove_partial_files(being_written(prepared, stage, split))  # of a call that was killed in between
-    if (prepared.folder / stage.name / FINISHED).exists() and all(is_written(prepared, stage, name) for name in splits):
+    splits = splits | splits_read_later(prepared, stages.after(stage))
+    written = [split for split in splits if is_written(prepared, stage, split)]
+    for split in written:  # a call that was killed can have left its journal
+        remove_partial_files(prepared.folder.unfinished_predictions(split, stage.name))
+    if prepared.folder.is_trained(stage.name) and len(written) == len(splits):
         logger.info("stage %s is trained and has written already: %s", stage.name, prepared.folder)
         return
     model = train_stage(prepared, stage)
@@ -62,24 +59,70 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: list[
         predict_split(prepared, model, stage, split)
 
 
+def splits_read_later(prepared: Run, later: list[Stage]) -> set[str]:
+    """The splits for which later stages read written columns while they are trained."""
+    inputs = {prepared.arguments_of(stage).inputs_from for stage in later}
+    return ({"val"} if inputs - {"gold"} else set()) | ({"train"} if "generated" in inputs else set())
+
+
 def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
-    """The trained model of a stage: from its folder where it is finished, else trained from where it stands."""
-    recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder / stage.name
-    if (stage_folder / FINISHED).exists():
-        logger.info("stage %s is trained already: %s", stage.name, stage_folder)
+    """The trained model of a stage: loaded from its folder, or trained now where that is not finished."""
+    if prepared.folder.is_trained(stage.name):
+        logger.info("stage %s is trained already: %s", stage.name, prepared.folder.stage(stage.name))
         return load_trained(prepared, stage)
+    model = train(prepared, stage)
+    if model is None:
+        gc.collect()  # the base is in memory once
+        model = load_trained(prepared, stage)
+    return model
+
+
+def train(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | None:
+    """
+    Train a stage from its last checkpoint, and save it. Returns its model, or None where the model that was trained is
+    not the one that predicts: an adapter of the base, or sharded weights.
+    """
     with PartialState().main_process_first():
         examples = {split: stage_examples(prepared, stage, split) for split in ("train", "val")}
-        checkpoint = checkpoint_to_resume(stage_folder, recipe.arguments.pass_over_damaged_checkpoints)
-    check_resumable(recipe.training_arguments, checkpoint)
-    if isinstance(examples["train"], Dataset):
-        check_batches(recipe.training_arguments, len(examples["train"]), stage)
+        checkpoint = checkpoint_of(prepared, stage)
+    check_batches(prepared.recipe.training_arguments, examples["train"], stage)
     shortened = {split: log_shortened(stage, rows, f"{split} problems") for split, rows in examples.items()}
+    trainer = build_trainer(prepared, stage, examples, checkpoint)
+    with Termination() as termination:
+        for callback in (termination, SameSteps(), BestCheckpoint()):
+            trainer.add_callback(callback)
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if trainer.state.global_step < trainer.state.max_steps:
+        stop_in_order(trainer, stage, termination)
+    save_trained(trainer, prepared.recipe)
+    if trainer.is_world_process_zero():
+        write_results(trainer, prepared, stage, metrics, shortened)
+    PartialState().wait_for_everyone()
+    if termination.is_asked_of_any():
+        stop_in_order(trainer, stage, termination)
+    if saves_adapters(prepared.recipe) or is_sharded(trainer):
+        return None
+    # As it would be loaded: without the wrapper by which it is trained in bfloat16.
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def checkpoint_of(prepared: Run, stage: Stage) -> str | None:
+    """The stage's newest checkpoint, from which its training can resume."""
+    arguments = prepared.recipe.arguments
+    checkpoint = checkpoint_to_resume(prepared.folder.stage(stage.name), arguments.pass_over_damaged_checkpoints)
+    check_resumable(prepared.recipe.training_arguments, checkpoint)
+    return checkpoint
+
+
+def build_trainer(
+    prepared: Run, stage: Stage, examples: dict[str, Dataset | IterableDataset], checkpoint: str | None
+) -> StageTrainer:
+    recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder.stage(stage.name)
     pictures = prepared.pictures
     if recipe.arguments.streaming:
         pictures = streamed_pictures(processor, prepared.problems["val"])
     model = starting_model(prepared, stage)
-    if checkpoint is not None and not recipe.model_config.use_peft:  # an adapter is resumed by the Trainer
+    if checkpoint is not None and not recipe.model_config.use_peft:  # the Trainer itself loads an adapter's weights
         load_weights(model, checkpoint)
     trainer = StageTrainer(
         model=model,
@@ -89,36 +132,37 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
         data_collator=NamedCollator(processor, stage, pictures),
         processing_class=processor,
     )
-    is_fold = prepared.folder != prepared.run_folder
-    if recipe.arguments.report_problems and not is_fold:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if recipe.arguments.report_problems and prepared.folder.fold_of is None:
+        if is_sharded(trainer):
             raise RunStopped("report_problems lets the stage write while it is trained, which sharded weights cannot.")
         trainer.validation_report = build_report(prepared, stage)
-    with Termination() as termination:
-        trainer.add_callback(termination)
-        trainer.add_callback(SameSteps())
-        trainer.add_callback(BestCheckpoint())
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        stop_in_order(trainer, stage, termination)
-    save_trained(trainer, recipe, stage_folder)
-    if trainer.is_world_process_zero():
-        history = trainer.state.log_history[:-1]  # without the summary, which is in the metrics
-        summary = {**result.metrics, "world_size": trainer.accelerator.num_processes, "hardware": hardware()}
-        summary |= {"dataset_known_as": known_as(recipe.arguments.dataset), "shortened": shortened}
-        summary |= {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "log_history": history}
-        write_json(stage_folder / FINISHED, summary)
-        plot_curves(history, stage_folder / "curves.png")
-    PartialState().wait_for_everyone()
-    if termination.is_asked_of_any():
-        stop_in_order(trainer, stage, termination)
-    is_whole = not (saves_adapters(recipe) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    if is_whole:
-        # As it would be loaded: without the wrapper by which it is trained in bfloat16.
-        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    del model, trainer
-    gc.collect()  # a base is in memory once
-    return load_trained(prepared, stage)
+    return trainer
+
+
+def is_sharded(trainer: StageTrainer) -> bool:
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def write_results(
+    trainer: StageTrainer,
+    prepared: Run,
+    stage: Stage,
+    metrics: dict[str, float],
+    shortened: dict[str, dict[str, int] | None],
+) -> None:
+    """`train_results.json`, by which a stage counts as trained, and `curves.png`."""
+    history = trainer.state.log_history[:-1]  # the last entry repeats the metrics
+    results = {
+        **metrics,
+        "world_size": trainer.accelerator.num_processes,
+        "hardware": hardware(),
+        "dataset_known_as": known_as(prepared.recipe.arguments.dataset),
+        "shortened": shortened,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "log_history": history,
+    }
+    write_json(prepared.folder.train_results(stage.name), results)
+    plot_curves(history, prepared.folder.curves(stage.name))
 
 
 def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | IterableDataset:
@@ -126,7 +170,7 @@ def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | Iterabl
     problems, processor = prepared.problems[split], prepared.processor
     if isinstance(problems, IterableDataset):
         return stream_examples(
-            problems, stage, processor, prepared.before(stage), prepared.recipe.training_arguments.seed
+            problems, stage, processor, prepared.stages.before(stage), prepared.recipe.training_arguments.seed
         )
     return tokenized(training_problems(prepared, stage, split), stage, processor, with_targets=True)
 
@@ -139,21 +183,21 @@ def build_report(prepared: Run, stage: Stage) -> ValidationReport:
         prepared.processor,
         stage,
         problems.select(sorted(chosen)),
-        read_predictions(prepared.folder, "val"),
+        prepared.folder.predictions_so_far("val"),
         prepared.pictures,
-        prepared.folder / stage.name / "reports",
+        prepared.folder.reports(stage.name),
         prepared.recipe.training_arguments.per_device_eval_batch_size,
     )
 
 
 def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     """The problems with the columns of earlier stages that this one is trained on, or evaluated while it is trained."""
-    problems, earlier = prepared.problems[split], prepared.before(stage)
+    problems, earlier = prepared.problems[split], prepared.stages.before(stage)
     inputs_from = prepared.arguments_of(stage).inputs_from
     if inputs_from == "gold":
         return with_gold_columns(one_row_per_rationale(problems, [*earlier, stage]), earlier)
     if inputs_from == "cross_fit" and split == "train":
-        problems = with_written_columns(problems, earlier, prepared.run_folder, CROSS_FITTED)
+        problems = with_written_columns(problems, earlier, prepared.folder.run, CROSS_FITTED)
     else:
         problems = with_written_columns(problems, earlier, prepared.folder, split)
     return one_row_per_rationale(problems, [stage])
@@ -177,15 +221,17 @@ def stop_in_order(trainer: StageTrainer, stage: Stage, termination: Termination)
     sys.exit(128 + termination.asked)
 
 
-def check_batches(arguments: Seq2SeqTrainingArguments, num_examples: int, stage: Stage) -> None:
+def check_batches(arguments: Seq2SeqTrainingArguments, examples: Dataset | IterableDataset, stage: Stage) -> None:
     """
     Raises:
         RunStopped: with `dataloader_drop_last` no batch would be left.
     """
+    if isinstance(examples, IterableDataset) or not arguments.dataloader_drop_last:
+        return
     batch_size = arguments.train_batch_size * PartialState().num_processes
-    if arguments.dataloader_drop_last and num_examples < batch_size:
+    if len(examples) < batch_size:
         raise RunStopped(
-            f"The {stage.name} stage has {num_examples} training examples, and a batch of all processes holds "
+            f"The {stage.name} stage has {len(examples)} training examples, and a batch of all processes holds "
             f"{batch_size}: with dataloader_drop_last nothing would be trained."
         )
 
@@ -208,58 +254,64 @@ def saves_adapters(recipe: Recipe) -> bool:
 
 
 def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | PeftModel:
-    """What a stage's training starts from: the recipe's model or what the stage before made of it, or an adapter."""
+    """The model with which a stage's training starts: its frozen parts frozen, or with a fresh adapter."""
     recipe, arguments = prepared.recipe, prepared.arguments_of(stage)
-    model_config = recipe.model_config
     previous = None
     if arguments.init_from == "previous_stage":
-        previous = prepared.folder / prepared.before(stage)[-1].name
-    if saves_adapters(recipe):
-        model = MMCoTForConditionalGeneration.from_pretrained(
-            prepared.run_folder / BASE,
-            dtype=model_config.dtype,
-            attn_implementation=model_config.attn_implementation,
-            quantization_config=quantization(model_config),
-        )
-    elif previous is not None:
-        model = MMCoTForConditionalGeneration.from_pretrained(
-            previous, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation
-        )
-    else:
-        model = build_model(recipe, prepared.processor.tokenizer, prepared.store)
+        previous = prepared.folder.stage(prepared.stages.before(stage)[-1].name)
+    model = load_starting_weights(prepared, previous)
     model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
-    if model_config.use_peft:
-        set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
-        model = adapt(
-            model,
-            model_config,
-            recipe.arguments.freeze_fusion,
-            recipe.arguments.peft_type,
-            recipe.arguments.num_virtual_tokens,
-        )
-        if saves_adapters(recipe) and previous is not None:
-            load_adapter_weights(model, previous)
-    else:
+    if not recipe.model_config.use_peft:
         freeze(model, recipe.arguments.freeze_text, recipe.arguments.freeze_fusion)
+        return model
+    set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
+    model = adapt(
+        model,
+        recipe.model_config,
+        recipe.arguments.freeze_fusion,
+        recipe.arguments.peft_type,
+        recipe.arguments.num_virtual_tokens,
+    )
+    if saves_adapters(recipe) and previous is not None:
+        load_adapter_weights(model, previous)
     return model
 
 
-def save_trained(trainer: StageTrainer, recipe: Recipe, stage_folder: Path) -> None:
+def load_starting_weights(prepared: Run, previous: Path | None) -> MMCoTForConditionalGeneration:
+    """The base that the run's stages adapt, else the weights of the stage before, else the recipe's model."""
+    model_config = prepared.recipe.model_config
+    loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
+    if saves_adapters(prepared.recipe):
+        loading["quantization_config"] = quantization(model_config)
+        return load_saved(prepared, prepared.folder.base, **loading)
+    if previous is not None:
+        return load_saved(prepared, previous, **loading)
+    return prepared.initial_model.take()
+
+
+def load_saved(prepared: Run, folder: Path, **loading: Any) -> MMCoTForConditionalGeneration:
+    """A model of the run, from its folder, in place of the initial one: a single model is in memory."""
+    prepared.initial_model.discard()
+    return MMCoTForConditionalGeneration.from_pretrained(folder, **loading)
+
+
+def save_trained(trainer: StageTrainer, recipe: Recipe) -> None:
     """Into the stage's folder: a whole model, or its adapter and how to generate with it."""
     if recipe.arguments.merge_adapters:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         trainer.model = merged.to(merged.dtype)  # the fusion was trained in float32
     trainer.save_model()
     if saves_adapters(recipe) and trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(stage_folder)
+        generation_config = trainer.accelerator.unwrap_model(trainer.model).generation_config
+        generation_config.save_pretrained(trainer.args.output_dir)
 
 
 def load_trained(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     """A finished stage's model, from its folder."""
     folder, device = prepared.folder, prepared.recipe.training_arguments.device
-    if not (folder / stage.name / "adapter_config.json").exists():
-        return MMCoTForConditionalGeneration.from_pretrained(folder / stage.name).to(device)
-    base = MMCoTForConditionalGeneration.from_pretrained(prepared.run_folder / BASE, dtype="auto").to(device)
+    if not (folder.stage(stage.name) / "adapter_config.json").exists():
+        return load_saved(prepared, folder.stage(stage.name)).to(device)
+    base = load_saved(prepared, folder.base, dtype="auto").to(device)
     return StageAdapters(base, str(folder), [stage.name])[stage.name]
 
 

@@ -6,43 +6,31 @@ stage trains on texts of the kind that it will read. Nothing is trained or predi
 """
 
 import random
-from pathlib import Path
 
 from datasets import Dataset
 from jinja2 import meta
 
+from mmcot.prediction.columns import MissingColumns, with_columns
 from mmcot.problems.schema import with_column
 from mmcot.storage.checkpoints import RunStopped
-from mmcot.storage.run_folder import predictions_file, read_predictions
+from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot.stage_mmcot import ENVIRONMENT, Stage
 
 
-def with_gold_columns(problems: Dataset, earlier: list[Stage]) -> Dataset:
-    """The columns that earlier stages would have written, rendered from gold."""
-    for stage in earlier:
-        texts = [stage.render_target(row) for row in problems.remove_columns("images")]
-        problems = with_column(problems, stage.writes, texts)
-    return problems
-
-
-def with_written_columns(problems: Dataset, earlier: list[Stage], run_folder: Path, split: str) -> Dataset:
+def with_written_columns(problems: Dataset, earlier: list[Stage], folder: RunFolder, split: str) -> Dataset:
     """
     The columns that earlier stages wrote for the split.
 
     Raises:
         RunStopped: one of them has not written for every problem yet.
     """
-    predictions = read_predictions(run_folder, split)
-    for stage in earlier:
-        texts = [predictions.get(problem_id, {}).get(stage.writes) for problem_id in problems["id"]]
-        if None in texts:
-            raise RunStopped(
-                f"{predictions_file(run_folder, split)} has {stage.writes!r} for {len(texts) - texts.count(None)} of "
-                f"{len(texts)} problems: the {stage.name} stage has to write it for all before a stage can be trained "
-                f"on it (of one that is cross-fitted, every fold)."
-            )
-        problems = with_column(problems, stage.writes, texts)
-    return problems
+    try:
+        return with_columns(problems, folder.predictions_so_far(split), earlier, required=True)
+    except MissingColumns as error:
+        raise RunStopped(
+            f"{folder.predictions(split)}: {error} The stage has to write it for all problems before a later stage is "
+            f"trained on it; a cross-fitted one, in every fold."
+        ) from error
 
 
 def one_row_per_rationale(problems: Dataset, stages: list[Stage]) -> Dataset:

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from mmcot.pictures.pixel_store import PixelStore
+from mmcot.prediction.columns import with_gold
 from mmcot.prediction.examples import tokenize
 from mmcot.problems.schema import FEATURES, require_answer
 from mmcot.problems.sources import stream_rows
@@ -53,13 +54,6 @@ def stream_examples(
     )
     # Files read side by side would each be repeated by itself, the shorter ones more often.
     return examples.repeat(None).shuffle(seed=seed, buffer_size=SHUFFLED, max_buffer_input_shards=1)
-
-
-def with_gold(problem: dict[str, Any], earlier: list[Stage]) -> dict[str, Any]:
-    """The columns that earlier stages would have written (`stage_inputs.with_gold_columns`)."""
-    for stage in earlier:
-        problem[stage.writes] = stage.render_target(problem)
-    return problem
 
 
 def streamed_pictures(processor: MMCoTProcessor, problems: Dataset) -> PixelStore | None:

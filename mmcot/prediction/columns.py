@@ -1,0 +1,55 @@
+"""The columns of earlier stages: added to problems before a later stage reads them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from mmcot.problems.schema import first_few, with_column
+from modeling_mmcot.stage_mmcot import Stage
+
+
+class MissingColumns(ValueError):
+    """An earlier stage has not written its column for every problem."""
+
+
+def with_columns(
+    problems: Dataset, predictions: Mapping[str, Mapping[str, Any]], earlier: Sequence[Stage], required: bool = False
+) -> Dataset:
+    """
+    The problems with the columns that earlier stages wrote.
+
+    Args:
+        predictions: by problem id, the columns that were written.
+        required: whether every stage must have written its column; by default a stage that wrote none is left out.
+
+    Raises:
+        MissingColumns: a stage's column is missing for some problems.
+    """
+    for stage in earlier:
+        texts = [predictions.get(problem_id, {}).get(stage.writes) for problem_id in problems["id"]]
+        absent = [problem_id for problem_id, text in zip(problems["id"], texts, strict=True) if text is None]
+        if len(absent) == len(texts) and not required:
+            continue
+        if absent:
+            raise MissingColumns(
+                f"{len(absent)} of {len(texts)} problems have no {stage.writes!r} from the {stage.name} stage: "
+                f"{first_few(absent)}."
+            )
+        problems = with_column(problems, stage.writes, texts)
+    return problems
+
+
+def with_gold_columns(problems: Dataset, earlier: Sequence[Stage]) -> Dataset:
+    """The problems with the columns that earlier stages learn to write, rendered from gold."""
+    rows = [with_gold(row, earlier) for row in problems.remove_columns("images")] if earlier else []
+    for stage in earlier:
+        problems = with_column(problems, stage.writes, [row[stage.writes] for row in rows])
+    return problems
+
+
+def with_gold(problem: dict[str, Any], earlier: Sequence[Stage]) -> dict[str, Any]:
+    """`with_gold_columns` of one problem, which is changed in place."""
+    for stage in earlier:
+        problem[stage.writes] = stage.render_target(problem)
+    return problem

@@ -1,0 +1,63 @@
+"""The model that stages start from: built once in preparation, and not at all where its configuration is enough."""
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_RECIPE
+
+from mmcot.hub.merging import shared_modules
+from mmcot.recipes.recipe import parse_recipe
+from mmcot.training import building
+from mmcot.training.building import InitialModel, skeleton
+from mmcot.training.preparation import prepare
+from modeling_mmcot import MMCoTConfig
+
+SIZE = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The models that are built from now on."""
+    models = []
+    build_model = building.build_model
+    monkeypatch.setattr(building, "build_model", lambda *given: models.append(build_model(*given)) or models[-1])
+    return models
+
+
+def words(dataset, folder, *options, config=TINY_RECIPE):
+    return [str(word) for word in ("--config", config, "--dataset", dataset, "--output_dir", folder, *options)]
+
+
+def test_the_first_stage_takes_the_model_whose_tower_made_the_features(built, tiny_dataset, tmp_path):
+    prepared = prepare(parse_recipe(words(tiny_dataset, tmp_path / "run", "--freeze_vision", "true")))
+    first = prepared.initial_model.take()
+    assert built == [first]
+    again = prepared.initial_model.take()
+    assert built == [first, again]
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_nothing_is_built_in_preparation_for_features_or_a_tower_that_is_trained(built, store, tiny_dataset, tmp_path):
+    prepare(parse_recipe(words(tiny_dataset, tmp_path / "pixels")))
+    values = yaml.safe_load(TINY_RECIPE.read_text())
+    values = {name: value for name, value in values.items() if name not in ("vision_config", "image_processor")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    options = words(tiny_dataset, tmp_path / "features", "--features", store, config=tmp_path / "recipe.yaml")
+    prepared = prepare(parse_recipe(options))
+    assert built == []
+    found, expected = prepared.initial_model.without_weights(), prepared.initial_model.take()
+    assert found.config.to_dict() == expected.config.to_dict()
+
+
+def test_a_discarded_model_is_not_kept(built, tiny_dataset, tmp_path):
+    prepared = prepare(parse_recipe(words(tiny_dataset, tmp_path / "run", "--freeze_vision", "true")))
+    prepared.initial_model.discard()
+    assert isinstance(prepared.initial_model, InitialModel) and prepared.initial_model.built is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale_decoder_outputs": False}, {"tied_head": True}])
+def test_a_skeleton_has_no_weights_and_shares_what_the_model_shares(settings):
+    config = MMCoTConfig(**SIZE, **settings)
+    model = skeleton(config)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert ("lm_head" in shared_modules(model)) == ("scale_decoder_outputs" not in settings)

@@ -1,0 +1,107 @@
+"""`replaced_folder`: a folder is whole or absent after success, an error, and a kill at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from mmcot.storage import folders
+from mmcot.storage.folders import replaced_folder
+
+DEAD = 2**22 + 1  # more than the largest process id of Linux
+
+
+def write(folder, text):
+    with replaced_folder(folder) as new_folder:
+        (new_folder / "sub").mkdir()
+        (new_folder / "sub/file").write_text(text)
+
+
+def text_of(folder):
+    return (folder / "sub/file").read_text()
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "parent" / "target"
+
+
+def test_a_new_folder_and_one_that_replaces_it(target):
+    write(target, "old")
+    (target / "more").write_text("more")
+    write(target, "new")
+    assert text_of(target) == "new" and not (target / "more").exists()
+    assert os.listdir(target.parent) == ["target"]
+    assert target.stat().st_mode & 0o777 == target.parent.stat().st_mode & 0o777, "not a private folder of tempfile's"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_error_leaves_the_target_as_it_was_and_nothing_beside_it(target, is_there):
+    if is_there:
+        write(target, "old")
+    with pytest.raises(KeyboardInterrupt), replaced_folder(target) as new_folder:
+        (new_folder / "half").write_text("ha")
+        raise KeyboardInterrupt
+    assert os.listdir(target.parent) == (["target"] if is_there else [])
+    assert not is_there or text_of(target) == "old"
+
+
+def test_an_error_while_the_folders_are_renamed_keeps_the_old_one(target, monkeypatch):
+    write(target, "old")
+    with pytest.raises(FileNotFoundError), replaced_folder(target) as new_folder:
+        new_folder.rmdir()
+    assert text_of(target) == "old" and os.listdir(target.parent) == ["target"]
+
+
+# The folders beside the target after a kill: while it is written, before either rename, and after the second one.
+@pytest.mark.parametrize("moment", ["written", "first rename", "second rename", "old one removed"])
+def test_a_kill_leaves_a_whole_folder_and_the_next_call_removes_the_rest(target, moment):
+    write(target, "old")
+    code = f"""
+import os, pathlib, shutil, signal
+from mmcot.storage import folders
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rename, moment = pathlib.Path.rename, {moment!r}
+
+def rename_or_kill(path, other):
+    if moment == ("first rename" if path.name == "target" else "second rename"):
+        kill()
+    return rename(path, other)
+
+pathlib.Path.rename = rename_or_kill
+with folders.replaced_folder({str(target)!r}) as new_folder:
+    (new_folder / "sub").mkdir()
+    (new_folder / "sub/file").write_text("new")
+    if moment == "written":
+        kill()
+    if moment == "old one removed":
+        shutil.rmtree = kill
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY)
+    assert process.returncode == -signal.SIGKILL
+    assert len(os.listdir(target.parent)) == 2
+    expected = "new" if moment == "old one removed" else "old"
+    assert not target.exists() or text_of(target) == expected
+    with pytest.raises(KeyboardInterrupt), replaced_folder(target):
+        raise KeyboardInterrupt
+    assert text_of(target) == ("new" if moment == "old one removed" else "old"), (
+        "the next call fails, and nothing is lost"
+    )
+    write(target, "newer")
+    assert text_of(target) == "newer" and os.listdir(target.parent) == ["target"]
+
+
+def test_folders_of_running_processes_and_of_other_targets_are_not_touched(target):
+    target.parent.mkdir()
+    kept = [f".target.{os.getppid()}.tmp", f".other.{DEAD}.tmp", ".target.old.tmp", f".target.{DEAD}.txt", "target.tmp"]
+    for name in [*kept, f".target.{DEAD}.tmp", f".target.{os.getpid()}.tmp"]:
+        (target.parent / name).mkdir()
+    write(target, "new")
+    assert sorted(os.listdir(target.parent)) == sorted([*kept, "target"])
+    assert [path.name for path, _ in folders.leftovers(target)] == []
