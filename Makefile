@@ -9,7 +9,7 @@ IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 .PHONY: demo test test-slow test-versions test-lowest lint format
 
 demo: $(ENVIRONMENT)
-	$(PY) train.py --config configs/demo.yaml
+	$(PY) train.py --config configs/demo/two_stages.yaml
 
 test: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(IN_PARALLEL)

@@ -1,7 +1,7 @@
 """Train, predict, score and export what a recipe describes. The same command again goes on with an interrupted run.
 
-python train.py --config configs/demo.yaml
-accelerate launch train.py --config configs/scienceqa_base.yaml --dataset ../shared/scienceqa
+python train.py --config configs/demo/two_stages.yaml
+accelerate launch train.py --config configs/scienceqa/base.yaml --dataset ../shared/scienceqa
 """
 
 from mmcot.train import main

@@ -58,7 +58,7 @@ SHARED_SETTINGS = {
 
 
 def demonstration(folder: Path, num_train_epochs: int = 8) -> dict:
-    values = yaml.safe_load(Path("configs/demo_one_stage.yaml").read_text())
+    values = yaml.safe_load(Path("configs/demo/one_stage.yaml").read_text())
     stage = {**SHARED_SETTINGS["stages"][0], "reads": ["question", "context", "choices", "images"]}
     return {
         **values,

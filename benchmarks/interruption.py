@@ -2,9 +2,9 @@
 
     python -m benchmarks.interruption --kills 20 --seed 0 [--work DIR] [--output FILE]
 
-`train.py --config configs/demo.yaml` is run once to its end. Then it is killed (SIGKILL) at random moments over both
-stages and the export, each time called again with the same command, and run to its end. Weights, predictions, scores
-and the exported folder of both runs are compared, byte for byte. Prints a JSON object.
+`train.py --config configs/demo/two_stages.yaml` is run once to its end. Then it is killed (SIGKILL) at random moments
+over both stages and the export, each time called again with the same command, and run to its end. Weights, predictions,
+scores and the exported folder of both runs are compared, byte for byte. Prints a JSON object.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def has_begun(phase: Phase, run: Path, steps_per_epoch: dict[str, int], called_a
 
 
 def start(run: Path, log: Path) -> subprocess.Popen:
-    command = [sys.executable, "train.py", "--config", "configs/demo.yaml", "--output_dir", str(run)]
+    command = [sys.executable, "train.py", "--config", "configs/demo/two_stages.yaml", "--output_dir", str(run)]
     with log.open("a") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
 

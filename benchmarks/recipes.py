@@ -6,7 +6,7 @@
 
 Weights are random, of the shapes of the checkpoints that a recipe names (for UnifiedQA's of FLAN-T5-base). Of a recipe
 `steps` changes only the length: a few real problems, one step a stage, texts of 32 tokens at most. A-OKVQA's recipes
-get ScienceQA's problems in A-OKVQA's layout. `scienceqa_xl_lora` is `benchmarks.xl`. Prints a JSON object.
+get ScienceQA's problems in A-OKVQA's layout. `scienceqa/xl_lora` is `benchmarks.xl`. Prints a JSON object.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from mmcot.training.adapters import adapt
 from mmcot.training.building import build_stage
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 
-NAMES = ("scienceqa_small", "scienceqa_base", "scienceqa_base_detr", "scienceqa_large", "aokvqa_base", "aokvqa_xl_lora")
+NAMES = ("scienceqa/small", "scienceqa/base", "scienceqa/base_detr", "scienceqa/large", "aokvqa/base", "aokvqa/xl_lora")
 PROBLEMS = {"train": 16, "val": 2, "test": 2}
 TEXT_LENGTH = 32
 # Of ScienceQA's training split, and of A-OKVQA's 17,056 questions each with three rationales.
@@ -294,7 +294,7 @@ def measure_cost() -> dict:
     reckoned from them. A-OKVQA's lengths are taken to be ScienceQA's.
     """
     results = {}
-    for name in ("scienceqa_xl_lora", *NAMES):
+    for name in ("scienceqa/xl_lora", *NAMES):
         recipe = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
         flops = 0.0
         stages = [build_stage(StageArguments(**entry)) for entry in recipe["stages"]]
@@ -307,7 +307,7 @@ def measure_cost() -> dict:
             # With adapters no gradient of the base's weights is taken; with checkpointing one more pass is.
             passes = 3 - bool(recipe.get("use_peft")) + bool(recipe.get("gradient_checkpointing"))
             flops += one / len(lengths) * passes
-        total = flops * TRAINING_ROWS[name.split("_")[0]] * recipe["num_train_epochs"]
+        total = flops * TRAINING_ROWS[name.split("/")[0]] * recipe["num_train_epochs"]
         hours = {"A100": total / A100_FLOPS / 3600, "these two cores": total / CPU_FLOPS / 3600}
         results[name] = {"petaflop": round(total / 1e15), **{where: round(value, 1) for where, value in hours.items()}}
     return results

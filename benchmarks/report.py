@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
     arguments = parser.parse_args()
-    assert COUNT <= SPLIT_SIZES["train"]
+    assert SPLIT_SIZES["train"] >= COUNT
     problems = load_problems("demo", "train").select(range(COUNT))
     predictions = some_predictions(problems)
     with tempfile.TemporaryDirectory() as folder:

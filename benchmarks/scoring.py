@@ -14,7 +14,7 @@ from benchmarks.setting import our_model, ratio, report, timed
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, modeling_mmcot
 from modeling_mmcot.generation_mmcot import pack_choices, packed_linears
 
-# configs/demo.yaml
+# configs/demo/two_stages.yaml
 DEMO = {
     "vocab_size": 1000,
     "decoder_start_token_id": 0,

@@ -46,7 +46,8 @@ DETR = (100, 256)
 
 
 def machine() -> dict:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "unknown")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
     return {
         "date": date.today().isoformat(),
         "cpu": f"{psutil.cpu_count()} cores, {model}",

@@ -3,9 +3,9 @@
     python -m benchmarks.stage_inputs --seeds 0 1 2 --difficulty 3 --num_folds 3 [--work DIR] [--output FILE]
     python -m benchmarks.stage_inputs --difficulties 2 3 5     # the plain recipe's validation accuracy, to choose one
 
-`configs/demo.yaml` on the demonstration made harder (`mmcot/demo.py`), its answer stage trained on gold, generated and
-cross-fitted rationales, each from the base and from the rationale stage's weights. Of one seed all have the same
-rationale stage, which is trained once. Called again with the same DIR it goes on. Prints a JSON object.
+`configs/demo/two_stages.yaml` on the demonstration made harder (`mmcot/problems/demo.py`), its answer stage trained on
+gold, generated and cross-fitted rationales, each from the base and from the rationale stage's weights. Of one seed all
+have the same rationale stage, which is trained once. Called again with the same DIR it goes on. Prints a JSON object.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from mmcot.storage.files import read_json, write_json
 from mmcot.storage.folders import replaced_folder
 from mmcot.storage.run_folder import CROSS_FITTED, RunFolder
 
-RECIPE = "configs/demo.yaml"
+RECIPE = "configs/demo/two_stages.yaml"
 VARIANTS = list(itertools.product(STAGE_CHOICES["init_from"], STAGE_CHOICES["inputs_from"]))
 
 

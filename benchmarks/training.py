@@ -202,7 +202,7 @@ train.main(sys.argv[1:])
 
 def measure_start() -> dict:
     """From the command to the first step of a run on the real problems, what can be kept being kept already."""
-    recipe = yaml.safe_load(Path("configs/scienceqa_smoke.yaml").read_text())
+    recipe = yaml.safe_load(Path("configs/scienceqa/smoke.yaml").read_text())
     recipe.update(dataset=str(Path(DATASET).resolve()), tokenizer_name_or_path=str(Path(TOKENIZER).resolve()))
     seconds = []
     with tempfile.TemporaryDirectory() as folder:

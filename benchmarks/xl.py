@@ -2,7 +2,7 @@
 
     python -m benchmarks.xl [--work DIR] [--output FILE]
 
-Weights are random, made layer by layer in bfloat16; the recipe is configs/scienceqa_xl_lora.yaml but for its length: a
+Weights are random, made layer by layer in bfloat16; the recipe is configs/scienceqa/xl_lora.yaml but for its length: a
 few real problems, two steps a stage of which the first is saved, and texts of 16 tokens. `train.py` is killed (SIGKILL)
 when the answer stage has saved its first step, and then called again. DIR (a temporary one by default)
 holds the base three times, 6 GB each.
@@ -22,7 +22,7 @@ TEXT_LENGTH = 16
 
 
 def measure(folder: Path) -> dict:
-    recipe, run = short_recipe("scienceqa_xl_lora", folder, max_steps=2, text_length=TEXT_LENGTH), folder / "run"
+    recipe, run = short_recipe("scienceqa/xl_lora", folder, max_steps=2, text_length=TEXT_LENGTH), folder / "run"
     saving = ("--save_strategy", "steps", "--save_steps", "1")
     saved = run / "answer" / "checkpoint-1" / "trainer_state.json"
     result = {"until killed": train(recipe, run, *saving, kill_after=saved)}

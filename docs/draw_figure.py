@@ -1,6 +1,6 @@
 """Draw the README's figure from a finished run of the demonstration: a problem, its picture, what the model made of it.
 
-python docs/draw_figure.py runs/demo docs/demo.png
+python -m docs.draw_figure runs/demo docs/demo.png
 """
 
 import sys

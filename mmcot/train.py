@@ -1,6 +1,6 @@
 """Trains, predicts, scores and exports what a recipe describes. The same command resumes an interrupted run.
 
-python -m mmcot.train --config configs/demo.yaml
+python -m mmcot.train --config configs/demo/two_stages.yaml
 """
 
 import contextlib

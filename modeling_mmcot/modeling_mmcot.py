@@ -322,10 +322,10 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         # An unscaled T5 whose head is tied is saved without a head: in the file it is tied, so it stays tied.
-        if missing_keys is not None and "lm_head.weight" in missing_keys and "shared.weight" not in missing_keys:
-            if self.config.tied_head is None and not self.config.scale_decoder_outputs:
-                self.config.tied_head = True
-                self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        lacks_head = missing_keys and "lm_head.weight" in missing_keys and "shared.weight" not in missing_keys
+        if lacks_head and self.config.tied_head is None and not self.config.scale_decoder_outputs:
+            self.config.tied_head = True
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
     @classmethod

@@ -78,7 +78,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     known = GenerationConfig().to_dict().keys() - NOT_DECODING
     for name, value in settings.items():
-        is_off = value is None or value is False or value == OFF.get(name, None)
+        is_off = value is None or value is False or value == OFF.get(name)
         if name in known - SETTINGS and not is_off:
             reason = REASONS.get(name, "a batch of problems is decoded by one model, without it.")
             raise ValueError(f"{name} is {value!r:.80}, which a stage does not take: {reason}")

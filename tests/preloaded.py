@@ -62,7 +62,7 @@ def become(cwd: str, env: dict[str, str], outputs: list[str]):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin = open(0)
+    sys.stdin = os.fdopen(0)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

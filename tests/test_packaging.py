@@ -4,13 +4,14 @@ import shutil
 
 from conftest import REPOSITORY, run_script
 
-CONTENT = ("configuration_mmcot", "modeling_mmcot", "mmcot", "configs", "pyproject.toml", "requirements.txt", "LICENSE")
+CONTENT = ("configuration_mmcot", "modeling_mmcot", "mmcot", "configs")
+CONTENT += ("setup.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md")
 
 
 def test_installed_it_works_from_any_folder(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in (*CONTENT, "README.md"):
+    for name in CONTENT:
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, source / name)
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
@@ -19,9 +20,11 @@ def test_installed_it_works_from_any_folder(tmp_path):
     use = (
         "import mmcot.hub.export, sys; from importlib import resources; from mmcot.recipes.recipe import parse_recipe; "
         "assert mmcot.__file__.startswith(sys.argv[1]); "
-        "assert resources.files('mmcot').joinpath('card_template.md').is_file(); "
-        "print(parse_recipe(['--config', 'configs/demo.yaml']).arguments.dataset)"
+        "assert resources.files('mmcot.hub').joinpath('card_template.md').is_file(); "
+        "assert all(resources.files(name).joinpath('py.typed').is_file() for name in ('mmcot', 'modeling_mmcot')); "
+        "print(parse_recipe(['--config', 'configs/demo/two_stages.yaml']).arguments.dataset)"
     )
     result = run_script("-c", use, site, cwd=elsewhere, PYTHONPATH=str(site))
     assert result.stdout.strip() == "demo"
     assert not (site / "train.py").exists()
+    assert "mmcot COMMAND" in run_script(site / "bin" / "mmcot", "--help", cwd=elsewhere, PYTHONPATH=str(site)).stdout

@@ -287,7 +287,7 @@ def num_parameters(folder: Path) -> dict[str, int]:
     for file in sorted(folder.rglob("*.safetensors")):
         place = file.parent.relative_to(folder).as_posix().replace(".", "")
         with safe_open(file, "pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (not a dict)
         counts[place] = counts.get(place, 0) + sum(map(math.prod, shapes))
     return counts
 

@@ -136,7 +136,7 @@ def is_near(name: str, known: str) -> bool:
     first, second = (text.lower().replace("_", "").replace(" ", "") for text in (name, known))
     if name == known or first == second:
         return name != known
-    common = len(os.path.commonprefix([first, second]))
+    common = len(os.path.commonprefix([first, second]))  # noqa: RUF071 (by letters, as meant)
     first, second = first[common:], second[common:]
     is_one_letter = first[1:] == second[1:] or first[1:] == second or first == second[1:]
     is_swapped = first[:2] == second[1::-1] and first[2:] == second[2:]

@@ -132,19 +132,25 @@ def help_text() -> str:
     """What `python train.py --help` shows without a recipe: the options that are ours, and where all others stand."""
     parser = argparse.ArgumentParser(
         prog="python train.py",
-        usage="python train.py --config configs/NAME.yaml [--dataset PATH_OR_ID] [--output_dir DIR] [--OPTION VALUE …]",
+        usage="python train.py --config FILE [--dataset PATH_OR_ID] [--output_dir DIR] [--OPTION VALUE …]",
         description="Train, predict, score and export what a recipe describes. The same command again goes on with an "
         "interrupted run. Each option can stand in the recipe too; the command line goes before it.",
         epilog="Options of training (learning_rate, num_train_epochs, bf16, …) are those of "
         "transformers.Seq2SeqTrainingArguments, options of the text model and of adapters (model_name_or_path, dtype, "
-        "use_peft, lora_r, …) those of trl.ModelConfig: `python train.py --config configs/demo.yaml --help` shows them "
-        "all.",
+        "use_peft, lora_r, …) those of trl.ModelConfig: `python train.py --config configs/demo/two_stages.yaml --help` "
+        "shows them all.",
         add_help=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="The recipe.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="The recipe: configs/DATASET/VARIANT.yaml, or one of your own."
+    )
     for option in fields(RecipeArguments):
         parser.add_argument(
             f"--{option.name}", metavar=option.name.upper(), help=option.metadata["help"].replace("%", "%%")
         )
-    parser.add_argument("--output_dir", metavar="DIR", help="The run's folder; by default runs/ and the recipe's name.")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="The run's folder; by default runs/DATASET_VARIANT, or runs/NAME for a NAME.yaml of your own.",
+    )
     return parser.format_help()

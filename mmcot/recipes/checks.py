@@ -150,12 +150,12 @@ def check_parts(
         )
     if arguments.freeze_text and arguments.freeze_fusion:
         raise ValueError(f"{config}: freeze_text and freeze_fusion leave nothing to train on problems without picture.")
-    if arguments.vision_preprocessing != "checkpoint":
-        if arguments.vision_model_name_or_path is None or arguments.image_processor is not None:
-            raise ValueError(
-                f"{config}: vision_preprocessing is {arguments.vision_preprocessing!r}, which goes with "
-                f"vision_model_name_or_path and without image_processor."
-            )
+    has_checkpoint = arguments.vision_model_name_or_path is not None and arguments.image_processor is None
+    if arguments.vision_preprocessing != "checkpoint" and not has_checkpoint:
+        raise ValueError(
+            f"{config}: vision_preprocessing is {arguments.vision_preprocessing!r}, which goes with "
+            f"vision_model_name_or_path and without image_processor."
+        )
     if arguments.max_images < 1:
         raise ValueError(f"{config}: max_images is {arguments.max_images}; expected 0 or more.")
 

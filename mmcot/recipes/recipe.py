@@ -1,4 +1,4 @@
-"""A recipe (one YAML in `configs/`) -> the stages and the arguments of a run.
+"""A recipe (`configs/DATASET/VARIANT.yaml`) -> the stages and the arguments of a run.
 
 `TrlParser` reads the YAML and the command line into three dataclasses: our `RecipeArguments`,
 `Seq2SeqTrainingArguments` and `trl.ModelConfig`. What a recipe can get wrong stands in `recipe_checks.py`. Nothing is
@@ -54,6 +54,9 @@ STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 # Compared by what they hold (`run_inputs.py`), where they are paths: data can be moved, as a run's folder can.
 NAMES_OF_DATA = {"dataset", "features", "captions", "target_column"}
 NAMES_OF_DATA |= {"model_name_or_path", "tokenizer_name_or_path", "vision_model_name_or_path"}
+
+# Recipes of `configs/` whose earlier name was not DATASET_VARIANT; their default run folder still has that name.
+EARLIER_NAMES = {"demo/two_stages": "demo"}
 
 PICTURE_SETTINGS = ("vision_model_name_or_path", "vision_tower", "vision_preprocessing", "freeze_vision", "max_images")
 PICTURE_SETTINGS += ("features", "vision_config", "image_processor")
@@ -134,7 +137,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
             "Use bf16 where there is hardware for it, else float32 with smaller batches and accumulation."
         )
     if "--output_dir" not in " ".join(command_line) and "output_dir" not in said:
-        training_arguments.output_dir = str(Path("runs") / Path(config).stem)
+        training_arguments.output_dir = str(Path("runs") / run_name(Path(config)))
     check_output_folder(training_arguments.output_dir, "--output_dir")
     return Recipe(arguments, stages, training_arguments, model_config, values)
 
@@ -161,15 +164,35 @@ def check_sizes(arguments: Seq2SeqTrainingArguments, config: str) -> None:
 
 
 def config_path(command_line: list[str]) -> str:
-    """The recipe's file: as given, or of that name among the recipes that were installed with the package."""
+    """The recipe's file: as given, or among the recipes that were installed with the package; earlier names too."""
     if "--config" not in command_line[:-1]:
-        raise ValueError("Name a recipe: --config configs/NAME.yaml")
-    given = command_line[command_line.index("--config") + 1]
-    installed = Path(mmcot.__file__).parent / given
-    for path in (Path(given), installed):
-        if path.is_file():
-            return str(path)
+        raise ValueError("Name a recipe: --config configs/DATASET/VARIANT.yaml")
+    given = Path(command_line[command_line.index("--config") + 1])
+    renamed = given.parent / f"{current_name(given.stem)}.yaml"
+    for name in (given, renamed):
+        for path in (name, Path(mmcot.__file__).parent / name):
+            if path.is_file():
+                if name != given:
+                    logger.warning("%s is now %s.", given, renamed)
+                return str(path)
     raise ValueError(f"--config {given}: there is no such file.")
+
+
+def current_name(earlier_name: str) -> str:
+    """DATASET/VARIANT of a recipe of `configs/` that was named DATASET_VARIANT."""
+    return next((new for new, old in EARLIER_NAMES.items() if old == earlier_name), earlier_name.replace("_", "/", 1))
+
+
+def run_name(recipe: Path) -> str:
+    """
+    The default name of a recipe's run folder: DATASET_VARIANT for `configs/DATASET/VARIANT.yaml`, else the file's stem.
+
+    It is the recipe's earlier name, so that earlier run folders are still found.
+    """
+    dataset = recipe.absolute().parent
+    if dataset.parent.name != "configs":
+        return recipe.stem
+    return EARLIER_NAMES.get(f"{dataset.name}/{recipe.stem}", f"{dataset.name}_{recipe.stem}")
 
 
 def read_stage(entry: Any, config: str) -> StageArguments:

@@ -233,6 +233,6 @@ def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
         raise ValueError(
             f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "
             f"for all {len(problems)} problems. Ways out: a recipe with one stage "
-            f"(configs/demo_one_stage.yaml), or texts of your own joined by problem id "
+            f"(configs/demo/one_stage.yaml), or texts of your own joined by problem id "
             f"(--target_column {stage.writes}=FILE.json)."
         )

@@ -35,7 +35,7 @@ from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.loading_mmcot import StageAdapters
-from modeling_mmcot.stage_mmcot import Stage
+from modeling_mmcot.stage_mmcot import Stage, Stages
 
 logger = logging.getLogger(__name__)
 

@@ -69,9 +69,8 @@ def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, 
     arguments, weights = prepared.recipe.arguments, written_by(prepared, split)
     sees = prepared.stages.see_pictures
     # What stages after this one wrote is of other texts than it writes now.
-    weights = {
-        earlier.name: weights[earlier.name] for earlier in prepared.stages.before(stage) if earlier.name in weights
-    }
+    earlier = prepared.stages.before(stage).names
+    weights = {name: weights[name] for name in earlier if name in weights}
     weights[stage.name] = stage_weights(prepared.folder.path, stage.name)
     max_images = arguments.max_images if sees else None
     return {

@@ -179,7 +179,7 @@ def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tm
 
 
 def test_answers_without_the_rationales_that_a_stage_reads_have_no_maps(tiny_run, tiny_dataset, tmp_path):
-    answers = {name: 0 for name in load_problems(str(tiny_dataset), "test")["id"]}
+    answers = dict.fromkeys(load_problems(str(tiny_dataset), "test")["id"], 0)
     write_json(tmp_path / "answers.json", answers)
     options = ["--dataset", str(tiny_dataset), "--report", str(tmp_path / "report"), "--attention", str(tiny_run)]
     with pytest.raises(SystemExit, match="20 predictions have no 'rationale', which the answer stage reads"):

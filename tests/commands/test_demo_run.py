@@ -39,7 +39,7 @@ def train(recipe, folder):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    return folder, *train("demo", folder)
+    return folder, *train("demo/two_stages", folder)
 
 
 def percent_right(problems, predictions):
@@ -117,5 +117,5 @@ def test_nothing_leaks_and_its_report_can_be_used(demo, problems, tmp_path):
 
 
 def test_without_pictures_the_picture_skills_are_at_chance(picture_problems, tmp_path):
-    predictions, _ = train("demo_no_vision", tmp_path / "demo_no_vision")
+    predictions, _ = train("demo/no_vision", tmp_path / "demo_no_vision")
     assert percent_right(picture_problems, predictions) == pytest.approx(chance(picture_problems), abs=5)

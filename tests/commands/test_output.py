@@ -42,4 +42,4 @@ def test_help_without_a_recipe_shows_our_options_first():
     places = [shown.index(f"--{name}") for name in ("config", "dataset", "fusion", "max_images", "decode_answer")]
     assert places == sorted(places) and "COLUMN=FILE.json" in shown
     assert "transformers.Seq2SeqTrainingArguments" in shown and "trl.ModelConfig" in shown
-    assert "train.py --config configs/demo.yaml --help" in shown and "--warmup_steps" not in shown
+    assert "train.py --config configs/demo/two_stages.yaml --help" in shown and "--warmup_steps" not in shown

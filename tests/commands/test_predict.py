@@ -321,9 +321,8 @@ def test_a_problem_that_an_earlier_stage_left_out_is_named(tiny_run, tiny_datase
     problems = load_problems(str(tiny_dataset), "test")
     first = problems["id"][0]
     predictions = {problem_id: {"rationale": "so"} for problem_id in problems["id"] if problem_id != first}
-    with pytest.raises(
-        ValueError, match=f"1 of {len(problems)} problems have no 'rationale' from the rationale stage: {first}"
-    ):
+    found = f"1 of {len(problems)} problems have no 'rationale' from the rationale stage: {first}"
+    with pytest.raises(ValueError, match=found):
         predict_stage(models["answer"], processor, processor.stages[1], problems, predictions)
 
 

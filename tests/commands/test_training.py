@@ -309,7 +309,7 @@ def test_a_dataset_without_rationales_names_the_ways_out(tiny_dataset, tmp_path)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "solution": ""}) + "\n" for row in rows))
     command = ["--config", str(TINY_RECIPE), "--dataset", str(file), "--output_dir", str(tmp_path / "run")]
-    words = ("'rationale'", "solution", "demo_one_stage.yaml", "--target_column rationale=FILE.json")
+    words = ("'rationale'", "solution", "configs/demo/one_stage.yaml", "--target_column rationale=FILE.json")
     refused_at_once(lambda: main(command), str(file), *words)
     texts = tmp_path / "rationales.json"
     texts.write_text(json.dumps({row["id"]: f"Because of {row['id']}." for row in rows}))
@@ -323,7 +323,7 @@ def test_scienceqa_smoke(tmp_path):
     dataset = shared("scienceqa")
     shared("t5_tokenizer")
     run = tmp_path / "smoke"
-    run_script("train.py", "--config", "configs/scienceqa_smoke.yaml", "--output_dir", run, "--dataset", dataset)
+    run_script("train.py", "--config", "configs/scienceqa/smoke.yaml", "--output_dir", run, "--dataset", dataset)
     predictions = json.loads((run / "predictions/test.json").read_text())
     assert len(predictions) == 361
     for stage in STAGES:

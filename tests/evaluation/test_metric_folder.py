@@ -74,7 +74,7 @@ import json, sys
 sys.modules |= dict.fromkeys({absent!r})
 import evaluate
 metric = evaluate.load({str(path)!r})
-print(json.dumps(metric.compute(predictions={predictions + [{"id": "1", "answer": 1}]!r}, references={references!r})))
+print(json.dumps(metric.compute(predictions={[*predictions, {"id": "1", "answer": 1}]!r}, references={references!r})))
 """
     return run_python("-I", "-c", code, cwd=cwd, env=environment)
 

@@ -97,9 +97,8 @@ def test_other_features_are_not_added_to_a_store(store, detr, vit, all_problems,
 
 
 def test_one_process_at_a_time_writes_a_store(store, detr, all_problems):
-    with FeatureWriter(store, {}):
-        with pytest.raises(ValueError, match="is being written by another process"):
-            compute_features(all_problems, store, TowerOptions(str(detr)), FeatureOptions(dtype="float32"))
+    with FeatureWriter(store, {}), pytest.raises(ValueError, match="is being written by another process"):
+        compute_features(all_problems, store, TowerOptions(str(detr)), FeatureOptions(dtype="float32"))
     assert compute_features(all_problems, store, TowerOptions(str(detr)), FeatureOptions(dtype="float32")) == []
 
 

@@ -1,6 +1,7 @@
 """Batches by length: every problem once, little padding, an even pace, the same steps however they are shared out."""
 
 import random
+from itertools import chain
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_an_epoch_has_every_problem_once_in_as_many_batches_as_it_says(number, s
     lengths = draw(max(number, batches_per_step))
     sampler = LengthBatchSampler(lengths, step_size, batches_per_step, seed=0)
     batches = list(sampler)
-    assert sorted(sum(batches, [])) == list(range(len(lengths))) and all(batches)
+    assert sorted(chain.from_iterable(batches)) == list(range(len(lengths))) and all(batches)
     assert len(sampler) == len(batches) == max(1, len(lengths) // step_size) * batches_per_step
 
 
@@ -61,7 +62,7 @@ def test_a_step_holds_the_same_problems_however_they_are_shared_out():
     def steps(batches_per_step):
         batches = list(LengthBatchSampler(lengths, 32, batches_per_step, seed=0))
         whole = [batches[start : start + batches_per_step] for start in range(0, len(batches), batches_per_step)]
-        return [sorted(sum(step, [])) for step in whole]
+        return [sorted(chain.from_iterable(step)) for step in whole]
 
     assert steps(1) == steps(2) == steps(8)
 
@@ -70,7 +71,7 @@ def test_processes_get_like_work_not_like_numbers():
     lengths = [(500, 0)] * 4 + [(10, 0)] * 400
     batches = length_batches(lengths, 50)
     one, two = split_by_cost(batches, lengths, 2)
-    assert sorted(sum(one + two, [])) == list(range(len(lengths)))
+    assert sorted(chain(*one, *two)) == list(range(len(lengths)))
     assert abs(padded_tokens(one, lengths) - padded_tokens(two, lengths)) < 0.1 * padded_tokens(batches, lengths)
 
 

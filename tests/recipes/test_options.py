@@ -18,7 +18,7 @@ from mmcot.storage.journal import Journal
 from mmcot.storage.paths import check_output_file, check_output_folder, refuse_absent_path
 
 sys.path.insert(0, str(REPOSITORY))
-import push_to_hub  # noqa: E402
+import push_to_hub
 
 ON = {
     "predict": (predict.main, "RUN --dataset demo --output OUT"),

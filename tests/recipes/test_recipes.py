@@ -7,10 +7,24 @@ import yaml
 from conftest import REPOSITORY, TINY_RECIPE
 
 from mmcot.problems import schema as problems
-from mmcot.recipes.recipe import claim_run_folder, parse_recipe
+from mmcot.recipes.recipe import claim_run_folder, config_path, parse_recipe, run_name
 from modeling_mmcot import processing_mmcot
 
-SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+SHIPPED = sorted(file for file in (REPOSITORY / "configs").glob("*/*.yaml") if file.parent.name != "accelerate")
+# The earlier names of the recipes of `configs/`, which their default run folders keep.
+EARLIER_NAMES = {
+    "demo/two_stages": "demo",
+    "demo/one_stage": "demo_one_stage",
+    "demo/no_vision": "demo_no_vision",
+    "scienceqa/small": "scienceqa_small",
+    "scienceqa/base": "scienceqa_base",
+    "scienceqa/base_detr": "scienceqa_base_detr",
+    "scienceqa/large": "scienceqa_large",
+    "scienceqa/smoke": "scienceqa_smoke",
+    "scienceqa/xl_lora": "scienceqa_xl_lora",
+    "aokvqa/base": "aokvqa_base",
+    "aokvqa/xl_lora": "aokvqa_xl_lora",
+}
 
 
 def parse(tmp_path, change=None, *options):
@@ -22,11 +36,27 @@ def parse(tmp_path, change=None, *options):
     return parse_recipe(["--config", str(file), *options])
 
 
-@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_recipe_parses(recipe):
     parsed = parse_recipe(["--config", str(recipe), "--use_cpu", "true"])  # bfloat16 is refused where there is no GPU
     assert parsed.stages[-1].writes == "answer_text"
-    assert Path(parsed.training_arguments.output_dir) == Path("runs") / recipe.stem
+    name = f"{recipe.parent.name}/{recipe.stem}"
+    assert parsed.training_arguments.output_dir == f"runs/{EARLIER_NAMES.get(name, name.replace('/', '_'))}"
+
+
+@pytest.mark.parametrize(("name", "earlier_name"), EARLIER_NAMES.items())
+def test_an_earlier_name_still_finds_the_recipe(name, earlier_name, caplog, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert config_path(["--config", f"configs/{name}.yaml"]) == f"configs/{name}.yaml" and not caplog.messages
+    assert config_path(["--config", f"configs/{earlier_name}.yaml"]) == f"configs/{name}.yaml"
+    assert caplog.messages == [f"configs/{earlier_name}.yaml is now configs/{name}.yaml."]
+    monkeypatch.chdir("configs")
+    assert config_path(["--config", f"{earlier_name}.yaml"]) == f"{name}.yaml"
+    assert run_name(Path(f"{name}.yaml")) == earlier_name
+
+
+def test_a_recipe_of_ones_own_names_its_run_by_its_file(tmp_path):
+    assert parse(tmp_path).training_arguments.output_dir == "runs/recipe"
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
@@ -126,8 +156,8 @@ def test_where_and_how_a_run_is_run_may_change(tmp_path):
 
 def test_a_recipe_without_pictures_is_one_override_away():
     """And is what the recipe without pictures says."""
-    withheld = parse_recipe(["--config", str(REPOSITORY / "configs/demo.yaml"), "--max_images", "0"])
-    expected = parse_recipe(["--config", str(REPOSITORY / "configs/demo_no_vision.yaml")])
+    withheld = parse_recipe(["--config", str(REPOSITORY / "configs/demo/two_stages.yaml"), "--max_images", "0"])
+    expected = parse_recipe(["--config", str(REPOSITORY / "configs/demo/no_vision.yaml")])
     assert withheld.stages == expected.stages
     assert {**vars(withheld.arguments), "stages": None, "fusion": None} == {**vars(expected.arguments), "stages": None}
     assert withheld.values["max_images"] == 0 and withheld.values["vision_config"] is not None

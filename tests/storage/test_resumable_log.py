@@ -25,7 +25,8 @@ def test_a_second_call_has_the_entries_of_the_first(file):
     assert write(file, [1], {"a": "ü"}) == []
     assert write(file, [3]) == [[1], {"a": "ü"}]
     assert read_log(file, HEADER) == [[1], {"a": "ü"}, [3]]
-    assert [json.loads(line) for line in file.read_text().splitlines()][0] == {"model": "Größe", "sizes": [1, 2]}
+    header, *_ = file.read_text().splitlines()
+    assert json.loads(header) == {"model": "Größe", "sizes": [1, 2]}
 
 
 def test_a_kill_at_any_byte_loses_the_line_in_hand_alone(file):

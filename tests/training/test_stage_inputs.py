@@ -56,7 +56,7 @@ def test_folds_are_each_problem_once_and_of_one_size():
 
 def test_cross_fitted_texts_are_written_by_stages_that_never_saw_the_problem(cross_fit, tiny_dataset, tmp_path):
     """A fold's stage is, weight for weight, the one that is trained where the fold's problems are not in the data."""
-    run, options = cross_fit
+    run, _ = cross_fit
     written = read_json(run / "predictions/train_cross_fit.json")
     parts = [read_json(run / f"folds/{fold}/predictions/held_out.json") for fold in (0, 1)]
     assert parts[0].keys() & parts[1].keys() == set() and {**parts[0], **parts[1]} == written
