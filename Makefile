@@ -20,7 +20,7 @@ test-slow: $(ENVIRONMENT)
 # What ships gives the same texts and scores under each minor version of transformers, or under VERSIONS="…".
 test-versions: $(ENVIRONMENT)
 	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
-	MMCOT_VERSIONS=.versions $(PY) -m pytest tests/test_versions.py -s
+	MMCOT_VERSIONS=.versions $(PY) -m pytest tests/modeling/test_versions.py -s
 
 # All tests, with the lowest version of everything that requirements.txt admits.
 test-lowest: .venv-lowest/.installed

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-# Each was compared with transformers' own decoding (tests/test_generation_settings.py). A setting that a later version
-# of transformers adds is refused until it is compared too.
+# Each was compared with transformers' own decoding (tests/modeling/test_generation_settings.py). A setting that a later
+# version of transformers adds is refused until it is compared too.
 SETTINGS = {
     *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "early_stopping"),
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),

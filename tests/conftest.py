@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,9 @@ import datasets
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
+from preloaded import run_python
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
 from mmcot.pictures.featurizer import FeatureOptions, TowerOptions, compute_features
@@ -102,15 +105,14 @@ def log_probability(model, inputs, target):
     return log_probs.gather(1, target[:, None]).sum()
 
 
-def run_script(*command: str, check: bool = True, cwd: Path = REPOSITORY, **environment: str):
-    """A command as a user runs it, in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+def run_script(*command, check: bool = True, cwd: Path = REPOSITORY, is_fresh: bool = False, **environment: str):
+    """A command in a process of its own; with `is_fresh`, in one that imports everything itself, as a user's does."""
+    words, environment = list(map(str, command)), {**os.environ, **environment}
+    if is_fresh:
+        words = [sys.executable, *words]
+        result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+    else:
+        result = run_python(*words, cwd=cwd, env=environment)
     if check and result.returncode != 0:
         raise AssertionError(
             f"{command} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
@@ -143,21 +145,33 @@ def as_a_stranger(code, cwd, *arguments, needs=""):
         "PATH": "/usr/bin:/bin",
         "OMP_NUM_THREADS": "2",
     }
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER + textwrap.dedent(code), *map(str, arguments), needs],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    words = ("-I", "-c", STRANGER + textwrap.dedent(code), *arguments, needs)
+    result = run_python(*words, cwd=cwd, env=environment)
     assert result.returncode == 0, result.stderr[-5000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory) -> Path:
-    """A JSONL of 72 demonstration problems in three splits, with their pictures on disk beside it."""
-    folder = tmp_path_factory.mktemp("dataset")
+def make_once(tmp_path_factory):
+    """Makes a folder by a function of its path, once for all processes of pytest-xdist."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent / "made_once"
+        place.mkdir(exist_ok=True)
+
+    def make_once(name, make):
+        folder, is_made = place / name, place / f"{name}.made"
+        with FileLock(place / f"{name}.lock"):
+            if not is_made.exists():
+                make(folder)
+                is_made.touch()
+        return folder
+
+    return make_once
+
+
+def write_tiny_dataset(folder: Path):
+    folder.mkdir()
     rows = list(itertools.islice(generate("val"), 72))
     with (folder / "problems.jsonl").open("w") as file:
         for number, row in enumerate(rows):
@@ -167,7 +181,12 @@ def tiny_dataset(tmp_path_factory) -> Path:
                 (folder / names[-1]).write_bytes(picture["bytes"])
             split = "train" if number < 40 else "val" if number < 52 else "test"
             file.write(json.dumps({**row, "images": names, "split": split}) + "\n")
-    return folder / "problems.jsonl"
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(make_once) -> Path:
+    """A JSONL of 72 demonstration problems in three splits, with their pictures on disk beside it."""
+    return make_once("dataset", write_tiny_dataset) / "problems.jsonl"
 
 
 DETR = {
@@ -219,11 +238,11 @@ def content(folder):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_dataset, tmp_path_factory) -> Path:
+def tiny_run(tiny_dataset, make_once, tmp_path_factory) -> Path:
     """The finished run of `tests/tiny.yaml`, made as a user makes one."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    run_script("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder)
-    return folder
+    command = ("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir")
+    finished = make_once("tiny", lambda folder: run_script(*command, folder))
+    return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "tiny")
 
 
 LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q", "v", "wi_0", "--learning_rate", "0.02")
@@ -241,11 +260,11 @@ def adapter_recipe(tiny_dataset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def adapter_run(adapter_recipe, tmp_path_factory) -> Path:
+def adapter_run(adapter_recipe, make_once, tmp_path_factory) -> Path:
     """A finished run whose stages adapt one base."""
-    folder = tmp_path_factory.mktemp("runs") / "adapters"
-    run_script("train.py", "--config", adapter_recipe, "--output_dir", folder, *LORA)
-    return folder
+    command = ("train.py", "--config", adapter_recipe, *LORA, "--output_dir")
+    finished = make_once("adapters", lambda folder: run_script(*command, folder))
+    return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "adapters")
 
 
 HUB_FEATURES = datasets.Features(  # https://huggingface.co/datasets/derek-thomas/ScienceQA

@@ -1,7 +1,7 @@
 """Options of the Trainer and of `trl.ModelConfig` that a run does not take, each with the reason, and those that are
 found wrong only when they are used: all are said before data is read.
 
-`tests/test_trainer_options.py` walks over every option of both classes.
+`tests/recipes/test_trainer_options.py` walks over every option of both classes.
 """
 
 import copy

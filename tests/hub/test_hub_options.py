@@ -6,13 +6,12 @@ came without the token, or from another commit than the root, fails or answers o
 
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 from types import SimpleNamespace
 
 import pytest
 from loopback_hub import LoopbackHub, client_environment
+from preloaded import run_python
 from safetensors.torch import load_file, save_file
 
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -89,9 +88,9 @@ def repository(request, hub, tmp_path_factory):
     third = with_other_code(second, folder / "third")
     token = hub.add_user(request.param)
     name = f"{request.param}/secret"
-    command = [sys.executable, "-c", UPLOAD, name, first, second, third]
-    uploaded = subprocess.run(command, env=client_environment(hub, folder / "home", token), capture_output=True)
-    assert uploaded.returncode == 0, uploaded.stderr.decode()
+    command = ("-c", UPLOAD, name, first, second, third)
+    uploaded = run_python(*command, cwd=folder, env=client_environment(hub, folder / "home", token))
+    assert uploaded.returncode == 0, uploaded.stderr
     commits = hub.commits("model", name)[-2::-1]  # without the one that made the repository
     return SimpleNamespace(name=name, commits=commits, token=token, first=first, second=second)
 
@@ -103,13 +102,8 @@ def ask(hub, repository, tmp_path, tiny_dataset):
     def run(code):
         picture = next(tiny_dataset.parent.glob("*.png"))
         arguments = [repository.name, " ".join(repository.commits), repository.token, str(picture)]
-        result = subprocess.run(
-            [sys.executable, "-I", "-c", ASK + textwrap.dedent(code), *arguments],
-            cwd=tmp_path,
-            env=client_environment(hub, tmp_path / "home"),
-            capture_output=True,
-            text=True,
-        )
+        command = ("-I", "-c", ASK + textwrap.dedent(code), *arguments)
+        result = run_python(*command, cwd=tmp_path, env=client_environment(hub, tmp_path / "home"))
         assert result.returncode == 0, result.stderr[-4000:]
         return json.loads(result.stdout.strip().splitlines()[-1])
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TINY_RECIPE, run_script
+from preloaded import run_python
 
 from mmcot.hub.export import shipped_code
 from mmcot.problems.demo import generate
@@ -171,7 +172,7 @@ true_version = importlib.metadata.version
 importlib.metadata.version = lambda name: "6.0.0" if name == "transformers" else true_version(name)
 {opened}{open_it}"model", trust_remote_code=True)
 """
-    assert refusal(sys.executable, code, tmp_path) == (
+    assert refusal(code, tmp_path) == (
         "ImportError: mmcot needs transformers>=5.12,<6, and transformers 6.0.0 is installed: "
         "pip install 'transformers>=5.12,<6'"
     )
@@ -187,15 +188,14 @@ sys.path.insert(0, {str(environment)!r})
 from transformers import {opened}
 {opened}.from_pretrained("model", trust_remote_code=True)
 """
-    found = refusal(sys.executable, code, tmp_path)
+    found = refusal(code, tmp_path)
     assert found.startswith(f"ImportError: mmcot needs transformers>=5.12,<6, and transformers {environment.name} is")
 
 
-def refusal(python: str, code: str, folder: Path) -> str:
+def refusal(code: str, folder: Path) -> str:
     """The last line that a process which loads `model` says."""
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PATH": os.environ["PATH"]}
-    command = [python, "-I", "-c", code]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    result = run_python("-I", "-c", code, cwd=folder, env=environment)
     assert result.returncode == 1
     return result.stderr.strip().splitlines()[-1]
 

@@ -5,15 +5,15 @@ import hashlib
 import http.client
 import json
 import socket
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import REPOSITORY
 from loopback_hub import LoopbackHub, client_environment
+from preloaded import run_python
 
 PREAMBLE = """
 import json, os, pathlib
@@ -43,13 +43,8 @@ def hub() -> Iterator[LoopbackHub]:
 
 def as_client(hub: LoopbackHub, home: Path, code: str, token: str | None = None, **environment: str):
     """What a snippet with `api`, `add` and `error` at hand prints as JSON."""
-    finished = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)],
-        env={**client_environment(hub, home, token), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    environment = {**client_environment(hub, home, token), **environment}
+    finished = run_python("-c", PREAMBLE + textwrap.dedent(code), cwd=REPOSITORY, env=environment)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 

@@ -11,7 +11,7 @@ import pytest
 from mmcot.evaluation.metrics import CLASSES, accuracy, class_sizes, rationale_scores, score
 from mmcot.problems.sources import load_problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 GPT3_SCORES = SHARED / "fixtures" / "reference_text" / "gpt3_test361.json"
 SCIENCEQA = SHARED / "scienceqa"

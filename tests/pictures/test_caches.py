@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
-from test_examples import made, own_cache, problems, processor, tokens  # noqa: F401
+from prediction.test_examples import made, own_cache, problems, processor, tokens  # noqa: F401
 
 from mmcot.pictures import feature_store
 from mmcot.pictures import featurizer as features

@@ -25,7 +25,7 @@ def printed(tiny_run, tiny_dataset, tmp_path_factory):
         "push": ("push_to_hub.py", tiny_run, "--repo_id", "ada/tiny", "--license", "mit", "--dry_run"),
     }
     cache = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}  # what is kept shows no bar
-    results = {name: run_script(*command, **cache) for name, command in commands.items()}
+    results = {name: run_script(*command, is_fresh=True, **cache) for name, command in commands.items()}
     return {name: result.stdout + result.stderr for name, result in results.items()}
 
 

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from loopback_hub import LoopbackHub, client_environment
 from peft import PromptTuningConfig
 from PIL import Image
+from preloaded import run_python
 from safetensors.torch import load_file, save_file
 
 from mmcot.evaluate import main as evaluate
@@ -118,9 +119,7 @@ def on_the_hub(hub, repo_id, repo_type="model", revision="main"):
 
 def as_a_user(code, environment, cwd, **changes):
     """Code in a fresh process that knows only what is on the Hub, or in its cache; what it prints last."""
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=cwd, env={**environment, **changes}, capture_output=True, text=True
-    )
+    result = run_python("-I", "-c", code, cwd=cwd, env={**environment, **changes})
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout.strip().splitlines()[-1]
 

@@ -1,13 +1,12 @@
 """The metric as users of `evaluate` know it: loaded from its folder or a Hub, with the figures of `mmcot.evaluate`."""
 
 import json
-import subprocess
-import sys
 
 import evaluate
 import pytest
 from conftest import REPOSITORY, run_script, shared
 from loopback_hub import LoopbackHub, client_environment
+from preloaded import run_python
 
 from mmcot.evaluate import main
 from mmcot.problems.sources import load_problems
@@ -77,8 +76,7 @@ import evaluate
 metric = evaluate.load({str(path)!r})
 print(json.dumps(metric.compute(predictions={[*predictions, {"id": "1", "answer": 1}]!r}, references={references!r})))
 """
-    command = [sys.executable, "-I", "-c", code]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return run_python("-I", "-c", code, cwd=cwd, env=environment)
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -21,6 +19,7 @@ import yaml
 from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, content, hub_rows, run_script
 from loopback_hub import LoopbackHub, client_environment
 from PIL import Image
+from preloaded import run_python
 from problem_files import ROW, error_of, png, says
 
 from mmcot import evaluate, features, predict, train
@@ -455,13 +454,7 @@ def test_addresses_of_the_hub(rows, tmp_path):
     )
     with LoopbackHub() as hub:
         environment = client_environment(hub, tmp_path / "home", hub.add_user("someone"))
-        result = subprocess.run(
-            [sys.executable, "-c", LOAD, tmp_path / "repository"],
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        result = run_python("-c", LOAD, tmp_path / "repository", cwd=REPOSITORY, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert says(found.pop("paths"), "image is the path 'private.png'; expected its bytes")

@@ -4,9 +4,9 @@ import json
 import random
 
 import pytest
+from analysis.test_report import drive
 from conftest import run_script
 from test_predict import plainly
-from test_report import drive
 
 from mmcot.evaluate import main as evaluate
 from mmcot.prediction.predictor import PredictOptions, predict_stage

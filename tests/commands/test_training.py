@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 import yaml
+from analysis.test_report import drive
 from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from safetensors.torch import load_file, save_file
-from test_report import drive
 
 from mmcot.evaluate import main as evaluate
 from mmcot.pictures.reading import read_pictures

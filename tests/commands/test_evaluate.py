@@ -1,12 +1,11 @@
 """The command `python -m mmcot.evaluate`: scores file, table, and errors that leave an earlier scores file alone."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 from statsmodels.stats.contingency_tables import mcnemar
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -16,8 +15,6 @@ from mmcot.evaluation.metrics import score
 from mmcot.evaluation.predictions import evaluate
 from mmcot.evaluation.tables import format_table
 from mmcot.storage.files import read_json, write_json
-
-ROOT = Path(__file__).parents[1]
 
 
 def a_problem(id_, **columns):
@@ -54,8 +51,7 @@ def predictions_file(tmp_path, predictions):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "mmcot.evaluate", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_script("-m", "mmcot.evaluate", *arguments, check=False)
 
 
 def test_the_command_prints_the_table_and_writes_the_scores_file(dataset, predictions_file, tmp_path):
