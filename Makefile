@@ -15,7 +15,7 @@ test: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(IN_PARALLEL)
 
 test-slow: $(ENVIRONMENT)
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(IN_PARALLEL)
 
 # What ships gives the same texts and scores under each minor version of transformers, or under VERSIONS="…".
 test-versions: $(ENVIRONMENT)

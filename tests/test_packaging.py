@@ -2,12 +2,14 @@
 
 import shutil
 
+import pytest
 from conftest import REPOSITORY, run_script
 
 CONTENT = ("configuration_mmcot", "modeling_mmcot", "mmcot", "configs")
 CONTENT += ("setup.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md")
 
 
+@pytest.mark.slow
 def test_installed_it_works_from_any_folder(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -100,6 +100,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_dataset, tmp_path):
         torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_three_processes_predict_seven_problems_as_one_does(tiny_run, tiny_dataset, tmp_path):
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
     rows = [{**row, "images": [str(tiny_dataset.parent / name) for name in row["images"]]} for row in rows[:7]]

@@ -131,6 +131,7 @@ def run_until(command, folder, batches):
     return process.returncode
 
 
+@pytest.mark.slow
 def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, all_problems, tiny_dataset, tmp_path):
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     compute_features(all_problems, uninterrupted, TowerOptions(str(detr)), FeatureOptions(batch_size=2))

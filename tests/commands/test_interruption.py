@@ -59,6 +59,7 @@ def unfinished_run(tiny_run, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_sigterm_saves_ends_with_143_and_says_how_to_go_on(tiny_run, tiny_dataset, tmp_path):
     folder = tmp_path / "run"
     process = start(tiny_dataset, folder)

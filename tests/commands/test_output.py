@@ -29,6 +29,7 @@ def printed(tiny_run, tiny_dataset, tmp_path_factory):
     return {name: result.stdout + result.stderr for name, result in results.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "predict", "evaluate", "probes", "push"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_ordinary_run_prints_nothing_that_looks_like_a_fault(command, fault, printed):

@@ -23,6 +23,7 @@ FIRST_IS_BEST = (
 FIRST_IS_BEST += ("--eval_steps", "4", "--save_steps", "4", "--save_total_limit", "1", "--max_steps", "12")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_ends_with_130_and_says_how_to_go_on(tiny_run, tiny_dataset, tmp_path):
     folder = tmp_path / "run"
     process = start(tiny_dataset, folder)
@@ -35,6 +36,7 @@ def test_ctrl_c_saves_ends_with_130_and_says_how_to_go_on(tiny_run, tiny_dataset
     assert is_as_if_uninterrupted(folder, tiny_run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_training_ends_without_a_traceback(tiny_dataset, tmp_path):
     """Right after the folder is taken, while problems are tokenized."""
     # A shell starts what runs in the background with SIGINT ignored, and the tests may run there.
@@ -46,6 +48,7 @@ def test_ctrl_c_before_the_training_ends_without_a_traceback(tiny_dataset, tmp_p
     assert process.returncode == 130 and "Traceback" not in errors and "The same command goes on" in errors
 
 
+@pytest.mark.slow
 def test_a_moved_run_keeps_its_best_checkpoint(tiny_dataset, tmp_path):
     options = FIRST_IS_BEST
     process = start(tiny_dataset, tmp_path / "run", *options)
@@ -63,6 +66,7 @@ def test_a_moved_run_keeps_its_best_checkpoint(tiny_dataset, tmp_path):
     assert all((final[name] == weight).all() for name, weight in best.items())
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_is_missing_is_an_error(tiny_dataset, tmp_path):
     options = FIRST_IS_BEST
     process = start(tiny_dataset, tmp_path / "run", *options)
@@ -81,6 +85,7 @@ def test_more_problems_than_fill_a_batch_are_needed_to_drop_the_last_one(tiny_da
     assert "training examples, and a batch of all processes holds 1000" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_kept_no_optimizer_does_not_go_on(tiny_dataset, tmp_path):
     options = ("--save_only_model", "true", "--save_steps", "4")
     process = start(tiny_dataset, tmp_path / "run", *options)
@@ -121,6 +126,7 @@ def test_a_step_that_is_saved_again_is_there_whenever_the_saving_is_killed(tmp_p
     assert (checkpoint / "weights").read_text() == ("first" if killed_after == 1 else "again")
 
 
+@pytest.mark.slow
 def test_two_commands_do_not_write_one_run(tiny_run, tiny_dataset, tmp_path):
     folder = tmp_path / "run"
     process = start(tiny_dataset, folder)
@@ -134,6 +140,7 @@ def test_two_commands_do_not_write_one_run(tiny_run, tiny_dataset, tmp_path):
     assert is_as_if_uninterrupted(folder, tiny_run)
 
 
+@pytest.mark.slow
 def test_what_is_shortened_is_counted(tiny_dataset, tmp_path):
     """One of the training problems has a context of 20,000 words, another one a long solution."""
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
