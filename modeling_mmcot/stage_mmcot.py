@@ -108,7 +108,10 @@ class Stage:
             "source": (texts["source"], "a template"),
             "target": (texts["target"], "a template"),
             "score": (self.score in SCORES, f"one of {', '.join(SCORES)}"),
-            "kind": (self.kind in KINDS, f"one of {', '.join(KINDS)}"),
+            "kind": (
+                self.kind in KINDS and (self.kind == CHOOSE) == (self.writes == ANSWER),
+                f'one of {", ".join(KINDS)}; "{CHOOSE}" for the stage that writes `{ANSWER}`, and for no other one',
+            ),
         }
         for name in ("max_source_length", "max_target_length"):
             checks[name] = (type(getattr(self, name)) is int and getattr(self, name) > 0, "a number of tokens")

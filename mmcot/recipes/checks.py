@@ -13,7 +13,7 @@ from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, 
 from modeling_mmcot.stage_mmcot import CHOOSE, SCORES, STAGE_NAME, default_kind
 
 # What a run's folder holds beside its stages.
-RESERVED_NAMES = ("base", "hub", "predictions", "scores")
+RESERVED_NAMES = ("base", "hub", "hub_merged", "folds", "predictions", "scores")
 # Settings of adapters, and those of them that only LoRA has.
 PEFT_SETTINGS = ("load_in_4bit", "load_in_8bit", "peft_type", "num_virtual_tokens")
 LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")

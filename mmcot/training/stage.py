@@ -161,8 +161,8 @@ def write_results(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "log_history": history,
     }
-    write_json(prepared.folder.train_results(stage.name), results)
     plot_curves(history, prepared.folder.curves(stage.name))
+    write_json(prepared.folder.train_results(stage.name), results)
 
 
 def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | IterableDataset:
