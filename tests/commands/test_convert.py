@@ -193,7 +193,7 @@ def test_in_a_batch_only_the_row_without_picture_gets_zeros():
 
 def test_the_command_reports_what_was_mapped_and_the_folder_loads_by_auto_classes(tmp_path):
     folder = original("detr_t5v1_0", "pytorch_model.bin", tmp_path / "original")
-    output = run_script("-m", "mmcot.convert", folder, tmp_path / "ours", "--vision", "detr").stdout
+    output = run_script("-m", "mmcot.convert", folder, tmp_path / "ours", "--vision", "detr", is_fresh=True).stdout
     assert "encoder.image_dense.* -> encoder.fusion.vision_projection.* (2 tensors)" in output
     assert "encoder.mha_layer.* -> encoder.fusion.attention.* (4 tensors)" in output
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours")

@@ -161,7 +161,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_the_rest_is_computed(vit,
         "\n".join(json.dumps({"question": "?", "images": [f"{n}.png"]}) for n in range(5))
     )
     command = ("-m", "mmcot.features", f"test={tmp_path / 'p.jsonl'}", "--vision", vit, "--output", tmp_path / "store")
-    result = run_script(*command, "--batch_size", "2", check=False)
+    result = run_script(*command, "--batch_size", "2", check=False, is_fresh=True)
     assert result.returncode == 1 and "2.png" in result.stderr and "1 pictures were left out" in result.stderr
     assert "Traceback" not in result.stderr
     assert len(FeatureStore(tmp_path / "store").rows) == 4
