@@ -33,7 +33,7 @@ from mmcot.training.building import (
     own_config,
     text_skeleton,
 )
-from mmcot.training.run_inputs import check_unchanged, inputs_of
+from mmcot.training.run_inputs import check_unchanged, input_digests
 from mmcot.training.split_record import record_splits
 from mmcot.training.stage_inputs import target_columns
 from mmcot.training.streaming import stream_problems
@@ -98,7 +98,7 @@ def prepare(recipe: Recipe) -> Run:
         folder = claim_run_folder(recipe)
     lock = lock_folder(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
     with PartialState().main_process_first():
-        check_unchanged(folder, inputs_of(recipe, problems, processor, store))
+        check_unchanged(folder, input_digests(recipe, problems, processor, store))
     if PartialState().is_main_process:
         write_json(folder.splits, splits)
     return Run(recipe, stages, problems, folder, processor, initial_model, pictures, lock)

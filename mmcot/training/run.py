@@ -21,7 +21,7 @@ from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
 from mmcot.storage.run_folder import RunFolder
 from mmcot.training.adapters import save_base
-from mmcot.training.folds import cross_fit, cross_fitted, write_fold
+from mmcot.training.folds import cross_fit, cross_fitted_stages, write_fold
 from mmcot.training.preparation import Run
 from mmcot.training.stage import saves_adapters, train_and_write
 
@@ -33,12 +33,12 @@ def run(prepared: Run) -> None:
         with PartialState().main_process_first():
             prepare_base(prepared)
     if recipe.arguments.fold is not None:
-        for stage in cross_fitted(prepared):
+        for stage in cross_fitted_stages(prepared):
             write_fold(prepared, stage, recipe.arguments.fold)
         return
     for stage in prepared.stages:
         train_and_write(prepared, stage, {"val", "test"}, prepared.stages)
-        if stage in cross_fitted(prepared):
+        if stage in cross_fitted_stages(prepared):
             cross_fit(prepared, stage)
     prepared.initial_model.discard()  # where every stage was trained already
     if PartialState().is_main_process:

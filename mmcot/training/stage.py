@@ -30,7 +30,7 @@ from mmcot.training.callbacks import BestCheckpoint, SameSteps, Termination
 from mmcot.training.preparation import Run
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
-from mmcot.training.stage_outputs import is_written, predict_split
+from mmcot.training.stage_outputs import has_written, predict_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
@@ -48,7 +48,7 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stage
         stages: those that are trained on these problems, this one among them.
     """
     splits = splits | splits_read_later(prepared, stages.after(stage))
-    written = [split for split in splits if is_written(prepared, stage, split)]
+    written = [split for split in splits if has_written(prepared, stage, split)]
     for split in written:  # a call that was killed can have left its journal
         remove_partial_files(prepared.folder.unfinished_predictions(split, stage.name))
     if prepared.folder.is_trained(stage.name) and len(written) == len(splits):
