@@ -241,18 +241,18 @@ def test_what_is_trained_of_a_bfloat16_base_is_float32():
 def test_names_that_match_nothing_are_refused_with_those_that_there_are():
     layers = ["encoder.block.0.layer.0.SelfAttention.q", "lm_head"]
     for asked in (["q", "query"], ["query"], r".*decoder.*"):
-        with pytest.raises(ValueError, match="matches no linear layer of the text model; there are lm_head, q"):
+        with pytest.raises(ValueError, match="matches no linear layer of the text model; expected one of lm_head, q"):
             check_adapters(ModelConfig(use_peft=True, lora_target_modules=asked), layers)
     check_adapters(ModelConfig(use_peft=True, lora_target_modules=["SelfAttention.q"]), layers)
 
 
 def test_quantization_without_the_means_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="load_in_4bit is set, which needs bitsandbytes"):
+    with pytest.raises(ValueError, match="load_in_4bit is set, but needs bitsandbytes"):
         quantization(ModelConfig(use_peft=True, load_in_4bit=True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="load_in_8bit is set, which needs a GPU"):
+    with pytest.raises(ValueError, match="load_in_8bit is set, but needs a GPU"):
         quantization(ModelConfig(use_peft=True, load_in_8bit=True))
 
 

@@ -129,7 +129,11 @@ def test_a_stage_can_start_from_the_one_before_it(tiny_dataset, tmp_path, more):
     [
         ({"inputs_from": "golden"}, [], "stage 'answer' has inputs_from 'golden'; expected one of gold, generated"),
         ({"init_from": "rationale"}, [], "stage 'answer' has init_from 'rationale'; expected one of base, previous"),
-        ({"inputs_from": "cross_fit"}, ["--num_folds", "41"], "num_folds is 41, and there are 40 training problems"),
+        (
+            {"inputs_from": "cross_fit"},
+            ["--num_folds", "41"],
+            "num_folds is 41, but there are only 40 training problems",
+        ),
         ({"inputs_from": "cross_fit"}, ["--num_folds", "1"], "num_folds is 1; expected 2 or more"),
         ({"inputs_from": "cross_fit"}, ["--fold", "5"], "fold is 5; expected 0 to num_folds - 1"),
         ({}, ["--fold", "0"], "and a stage with inputs_from: cross_fit"),

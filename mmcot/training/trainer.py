@@ -108,7 +108,7 @@ class StageTrainer(Seq2SeqTrainer):
                 )
             self.log(told)
             metrics.update(told)
-        self.speed.start_anew()  # what an evaluation takes is no training
+        self.speed.reset()  # what an evaluation takes is no training
         return metrics
 
     def evaluation_weight(self, inputs: dict[str, torch.Tensor]) -> float:
