@@ -244,7 +244,7 @@ def test_a_malformed_id_is_refused(broken, repo_id):
 
 def test_an_unfinished_run_is_refused(broken, tmp_path):
     (broken / "answer" / "train_results.json").unlink()
-    with pytest.raises(SystemExit, match="not a finished run: its answer stage is not trained to its end"):
+    with pytest.raises(SystemExit, match="not a finished run: the training of its answer stage is not finished"):
         dry_run(broken)
     with pytest.raises(SystemExit, match="not a finished run: it has no hub/"):
         dry_run(tmp_path)
@@ -314,7 +314,7 @@ def test_a_run_without_scores_says_so_in_its_card(broken):
 
 
 def test_a_licence_is_said_by_the_dataset_or_by_the_user(broken):
-    with pytest.raises(SystemExit, match="no licence, and that of the dataset is not known: give --license"):
+    with pytest.raises(SystemExit, match="no licence, and the licence of the dataset is not known: set --license"):
         dry_run(broken)
     rewrite(broken / "answer" / "train_results.json", dataset_known_as="ScienceQA")
     rewrite(broken / "scores" / "test.json", dataset_known_as="ScienceQA")
@@ -358,7 +358,7 @@ def test_adapters_are_asked_for_of_adapters_only(broken):
 def test_what_cannot_be_merged_is_named(run, tmp_path):
     for stage in ("rationale", "answer"):
         PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2).save_pretrained(tmp_path / stage)
-    with pytest.raises(ValueError, match="--merge: rationale adapts its base by PROMPT_TUNING"):
+    with pytest.raises(ValueError, match="--merge: the rationale stage's adapter is PROMPT_TUNING"):
         merge(tmp_path / "base", MMCoTProcessor.from_pretrained(run / "hub"), tmp_path)
 
 
@@ -368,19 +368,23 @@ TOKEN = "hf_" + "a1" * 20
 @pytest.mark.parametrize(
     ("name", "written", "said"),
     [
-        ("pytorch_model.bin", b"x", "pytorch_model.bin: is no file of a model's repository"),
-        ("rationale/optimizer.pt", b"x", "rationale/optimizer.pt: is no file"),
-        ("train.jsonl", b"{}", "train.jsonl: is no file"),
-        ("model.safetensors", b"x" * 100, "model.safetensors: not whole"),
-        ("layers_mmcot.py", b"import torch\n", "layers_mmcot.py: differs from this mmcot's own"),
+        ("pytorch_model.bin", b"x", "pytorch_model.bin: not a file of a model's repository"),
+        ("rationale/optimizer.pt", b"x", "rationale/optimizer.pt: not a file"),
+        ("train.jsonl", b"{}", "train.jsonl: not a file"),
+        ("model.safetensors", b"x" * 100, "model.safetensors: damaged"),
+        ("layers_mmcot.py", b"import torch\n", "layers_mmcot.py: differs from the file of this version"),
         ("more_mmcot.py", b"def f():\n    import datasets\n", "more_mmcot.py, line 2: imports datasets"),
         ("more_mmcot.py", b"import peft\n", "more_mmcot.py, line 1: imports peft"),
-        ("config.json", f'{{"token": "{TOKEN}"}}'.encode(), "config.json, line 1: holds a token of the Hub"),
-        ("config.json", b'{"x": "see file:///srv/x"}', "config.json, line 1: holds a path of this machine, file:///"),
+        ("config.json", f'{{"token": "{TOKEN}"}}'.encode(), "config.json, line 1: contains a token of the Hub"),
+        (
+            "config.json",
+            b'{"x": "see file:///srv/x"}',
+            "config.json, line 1: contains a path of this machine, file:///",
+        ),
         (
             "config.json",
             b'{"a": 1,\n"from": "/home/ada/base"}',
-            "config.json, line 2: holds a path of this machine, /home/",
+            "config.json, line 2: contains a path of this machine, /home/",
         ),
     ],
 )
@@ -609,7 +613,7 @@ def test_adapters_are_published_over_their_base_or_merged_into_it(hub, client, a
 @pytest.mark.slow
 def test_a_space_answers_with_the_model_at_its_commit(hub, client, run, published):
     unborn = client.push("--repo_id", "ada/nothing", "--space", "ada/ask")
-    assert "a Space wants a model: ada/nothing has no main on the Hub" in unborn.error
+    assert "a Space requires a model: ada/nothing has no main on the Hub" in unborn.error
     result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--space", "ada/ask")
     assert not result.error, result.error
     files = on_the_hub(hub, "ada/ask", "space")

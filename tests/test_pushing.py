@@ -19,7 +19,7 @@ CODE = """
 import contextlib, json, sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
-from mmcot.hub.repository import Repository, compare, upload
+from mmcot.hub.repository import Repository, plan_push, upload
 plans = []
 for line in sys.stdin:
     result, error = None, None
@@ -54,7 +54,7 @@ class Client:
 
     def push(self, folder, repo_id, meanwhile="pass", overwrite=False, **repository):
         """What `push_to_hub` does with a folder, and what others do after it compared."""
-        code = "plan = compare(Path(folder), Repository(repo_id, **repository), overwrite, False)\n"
+        code = "plan = plan_push(Path(folder), Repository(repo_id, **repository), overwrite, False)\n"
         code += f"{meanwhile}\nresult = upload(plan)"
         return self.run(code, folder=str(folder), repo_id=repo_id, repository=repository, overwrite=overwrite)
 
@@ -184,7 +184,7 @@ def test_a_new_branch_starts_at_what_was_compared_with(hub, client, folder):
 
 def test_a_private_repository_that_is_made_public_meanwhile_is_not_committed_to(hub, client, folder):
     assert not client.push(folder("config.json"), "ada/opened", private=True).error
-    code = "plans.append(compare(Path(folder), Repository('ada/opened', private=True), False, False))"
+    code = "plans.append(plan_push(Path(folder), Repository('ada/opened', private=True), False, False))"
     client.run(code, folder=str(folder("config.json", "more.json")))
     assert hub.is_private("model", "ada/opened")
     hub.make_public("model", "ada/opened")
