@@ -469,7 +469,7 @@ def test_private_and_branches(hub, client, run, changed, published):
     assert not client.push(run, "--repo_id", "ada/secret", "--license", "mit", "--private").error
     assert hub.is_private("model", "ada/secret")
     refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--private")
-    assert "ada/tiny is there and is public" in refused.error
+    assert "ada/tiny exists and is public" in refused.error
     refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--revision", "refs/pr/1")
     assert "expected the name of a branch" in refused.error
     main_before = hub.commits("model", "ada/secret")
@@ -490,14 +490,17 @@ print(1)
     as_a_user(code, client.environment, tmp_path)
     before = hub.commits("model", "ada/other")
     refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
-    assert "holds what this tool did not make" in refused.error and hub.commits("model", "ada/other") == before
+    assert (
+        "contains content that this tool did not create" in refused.error
+        and hub.commits("model", "ada/other") == before
+    )
     assert not client.push(run, "--repo_id", "ada/other", "--license", "mit", "--overwrite").error
     assert on_the_hub(hub, "ada/other") == content(run / "hub")
     code = "from huggingface_hub import upload_file\nprint(upload_file(path_or_fileobj=b'x', "
     code += "path_in_repo='onnx/model.onnx', repo_id='ada/other'))"
     as_a_user(code, client.environment, tmp_path)
     refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
-    assert "holds files (onnx/model.onnx) that this tool did not make" in refused.error
+    assert "contains files (onnx/model.onnx) that this tool did not create" in refused.error
     assert "onnx/model.onnx" in on_the_hub(hub, "ada/other")
     assert "ada/rows is a dataset" in client.push(run, "--repo_id", "ada/rows", "--license", "mit").error
 
@@ -505,13 +508,13 @@ print(1)
 FAILURES = {  # the first one first: what is uploaded once is not sent again
     "cut in a large file": (("cut", "PUT", ""), {"after_bytes": 1000, "times": None}, "push again"),
     "refused at the end": (("fail", "POST", "/commit/"), {"status": 500}, "push again later"),
-    "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "has to have write access to ada"),
+    "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "needs write access to ada"),
     "not as it likes it": (
         ("fail", "POST", "/commit/"),
         {"status": 400},
-        "what was sent. (The Hub: 400, A fault",
+        "the Hub rejects the request. (The Hub: 400, A fault",
     ),
-    "token expired": (("fail", "POST", "/commit/"), {"status": 401}, "the Hub does not know your token"),
+    "token expired": (("fail", "POST", "/commit/"), {"status": 401}, "the Hub rejects your token"),
     "another was faster": (("fail", "POST", "/commit/"), {"status": 412}, "somebody else committed"),
     "cut in the commit": (("cut", "POST", "/commit/"), {"after_bytes": 50, "times": None}, "the connection failed"),
     "always too busy": (("fail", "POST", "/commit/"), {"status": 429}, "wait some minutes"),
@@ -533,7 +536,7 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
         for name, ((how, method, path), options, said) in FAILURES.items():
             getattr(failing, how)(method, path, **options)
             result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
-            assert said in str(result.error) and "stays as it was" in str(result.error), (name, result)
+            assert said in str(result.error) and "is unchanged" in str(result.error), (name, result)
             assert failing.commits("model", "ada/again") == before, name
             failing.heal()
         assert on_the_hub(failing, "ada/again") == old
@@ -541,7 +544,7 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
         assert as_a_user(code, user.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
         failing.lose("POST", "/commit/")
         lost = user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost")
-        assert "now, but the answer to the commit was lost: the same command compares" in lost.error
+        assert "now, but the Hub's response was lost: the same command compares" in lost.error
         assert not user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost").error
         assert len(failing.commits("model", "ada/again", "lost")) == len(before) + 1
         for (how, method, path), options in PASSING.values():
@@ -556,9 +559,9 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
 def test_without_token_rights_or_network_it_says_what_to_do(hub, run, published, tmp_path):
     stranger = hub.add_user("bob")
     for token, changes, said in (
-        (None, {}, "there is none: log in with `hf auth login`"),
-        ("hf_unknown", {}, "the Hub does not know your token"),
-        (stranger, {}, "your token has to have write access to ada"),
+        (None, {}, "no token is set: log in with `hf auth login`"),
+        ("hf_unknown", {}, "the Hub rejects your token"),
+        (stranger, {}, "your token needs write access to ada"),
         (stranger, {"HF_HUB_OFFLINE": "1"}, "offline .* was not reached"),
         (stranger, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection failed"),
     ):
