@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcot.hub.checks import is_model_file, find_leaks
+from mmcot.hub.checks import find_leaks, is_model_file
 
 
 @pytest.fixture

@@ -253,16 +253,16 @@ def test_an_unfinished_run_is_refused(broken, tmp_path):
 def test_scores_of_other_weights_are_refused(broken):
     for file in (broken / "answer" / "model.safetensors", broken / "hub" / "model.safetensors"):
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match=r"test.json is of other weights than the run's \(answer\)"):
+    with pytest.raises(SystemExit, match=r"test.json was measured with other weights than the run's \(answer\)"):
         dry_run(broken, "--license", "mit")
     rewrite(broken / "scores" / "test.json", weights=None)
-    with pytest.raises(SystemExit, match="does not say of which weights it is"):
+    with pytest.raises(SystemExit, match="does not record its weights"):
         dry_run(broken, "--license", "mit")
 
 
 def test_scores_of_another_split_than_their_name_says_are_refused(broken):
     rewrite(broken / "scores" / "test.json", split="val")
-    with pytest.raises(SystemExit, match="test.json is of the split 'val'; expected 'test'"):
+    with pytest.raises(SystemExit, match="test.json has scores of the split 'val'; expected 'test'"):
         dry_run(broken, "--license", "mit")
 
 
@@ -299,7 +299,7 @@ def test_a_run_of_an_older_version_is_refused(broken):
     results = read_json(broken / "rationale" / "train_results.json")
     del results["hardware"]
     write_json(broken / "rationale" / "train_results.json", results)
-    with pytest.raises(SystemExit, match="train_results.json does not say 'hardware': an older mmcot trained it"):
+    with pytest.raises(SystemExit, match="train_results.json has no 'hardware': an older mmcot trained the stage"):
         dry_run(broken, "--license", "mit")
 
 
@@ -338,7 +338,7 @@ def test_probes_stand_in_the_card(broken):
     dry_run(broken, "--license", "mit")
     assert "| picture dropped | 14 | 50.00 | 21.43 | 42.86 |" in (broken / "hub" / "README.md").read_text()
     write_json(broken / "scores" / "probes.json", {**probes, "weights": {**weights, "rationale": "sha256:0"}})
-    with pytest.raises(SystemExit, match=r"probes.json is of other weights than the run's \(rationale\)"):
+    with pytest.raises(SystemExit, match=r"probes.json was measured with other weights than the run's \(rationale\)"):
         dry_run(broken, "--license", "mit")
 
 
