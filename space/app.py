@@ -1,9 +1,10 @@
-"""The Space: a page on which to ask a trained system about a picture.
+"""The Space: a web page to ask a trained system about a picture.
 
-It shows the rationale as it is written, the answer with and without the picture, and where the model looked; the
-rationale can be edited and answered from. `python app.py MODEL` runs it, or, as on the Hub, `model.json` beside this
-file names the model. One problem at a time: scores over a dataset are `mmcot.predict`'s and `mmcot.evaluate`'s. Nothing
-is imported from this repository: the pipeline comes with the weights, as anyone loads it.
+It streams the rationale, and shows the answer with and without the picture, and the patches that the model attended to;
+users can edit the rationale and get the answer to their version. `python app.py MODEL` runs it; without MODEL, as on
+the Hub, `model.json` beside this file names the model. The page answers one problem at a time: `mmcot.predict` and
+`mmcot.evaluate` score a dataset. Nothing is imported from this repository: the pipeline is loaded with the weights, as
+by any other user.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
-from string import ascii_uppercase as LETTERS  # the prompts letter the choices by them
+from string import ascii_uppercase as LETTERS  # the labels of choices in prompts
 from typing import Any
 
 import gradio as gr
@@ -25,29 +26,29 @@ from transformers import Pipeline, TextStreamer, pipeline
 FOLDER = Path(__file__).parent
 MODEL_FILE = FOLDER / "model.json"
 
-MAX_LENGTH = 4_000  # of a text, characters
+MAX_LENGTH = 4_000  # characters of a text
 MAX_PIXELS = 50_000_000
 MAX_FILE_SIZE = "10mb"
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of an upload; Pillow would hand PostScript to Ghostscript
-FULL = 4  # times an even share of the attention, which the overlay shows in full colour
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of an upload; Pillow would pass PostScript to Ghostscript
+FULL_ATTENTION = 4  # multiple of uniform attention that the overlay shows in full colour
 OVERLAY = (245, 60, 0)
 OPACITY = 0.75
-SHOWN_SIDE = 480  # of the longer side of a picture with its overlay, px
+SHOWN_SIDE = 480  # the longer side of a picture with its overlay, px
 
 INTRODUCTION = """# Ask about a picture
 
 A demonstration of `{model}`. **Its answers can be wrong.**
 """
-LOOKED = """### Where the model looked
+MAPS_TEXT = """### Where the model looked
 
-Choose a token to see which patches of the picture it attended to. That is not a proof of why the model answers as it
-does.
+Choose a token to see which patches of the picture it attended to. Attention does not prove why the model gives an
+answer.
 """
-CROPPED = "The model saw the middle of the picture only, cut to a square: the map is of that."
-NO_PICTURE = "This file is not a whole picture that can be read here. Give a PNG, JPEG, WebP or GIF."
-TOO_LARGE = f"This picture has more than {MAX_PIXELS // 1_000_000} million pixels. Give a smaller one."
+CROPPED = "The model saw only the central square of the picture: the map covers that part."
+NO_PICTURE = "This file is damaged, or its format is not supported. Upload a PNG, JPEG, WebP or GIF."
+TOO_LARGE = f"This picture has more than {MAX_PIXELS // 1_000_000} million pixels. Upload a smaller one."
 
-# Fonts of the reader's system: a page that asks a server for fonts does not open without network.
+# Fonts of the user's system: a page that loads fonts from a server does not open without a network.
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container .html-container { padding: 0; }
@@ -78,16 +79,16 @@ element.addEventListener("click", (event) => {
 
 
 def refusal(message: str) -> gr.Error:
-    """What the user sees of bad input; the log needs no traceback of it."""
+    """Return the error that a user sees for invalid input, without a traceback in the log."""
     return gr.Error(message, title="Please check", print_exception=False)
 
 
 def read_problem(answer: Pipeline, file: dict | None, question: str, choices: str, context: str, caption: str) -> dict:
     """
-    The form as a problem of the pipeline.
+    Convert the form to a problem of the pipeline.
 
     Raises:
-        gr.Error: it is not one that can be answered, in words for the user.
+        gr.Error: the problem cannot be answered; the message is for the user.
     """
     for name, text in {"question": question, "choices": choices, "context": context, "caption": caption}.items():
         check_length(name, text)
@@ -95,7 +96,7 @@ def read_problem(answer: Pipeline, file: dict | None, question: str, choices: st
         raise refusal("Write a question first.")
     lines = [line.strip() for line in choices.splitlines() if line.strip()]
     if len(lines) > len(LETTERS):
-        raise refusal(f"There are {len(lines)} choices; at most {len(LETTERS)} are taken.")
+        raise refusal(f"There are {len(lines)} choices; at most {len(LETTERS)} are supported.")
     path = None if file is None else uploaded(file)
     if path is not None:
         read_picture(answer, path)
@@ -109,7 +110,7 @@ def read_problem(answer: Pipeline, file: dict | None, question: str, choices: st
 
 
 def uploaded(file: dict) -> str:
-    """The path of a picture that was uploaded to this page: a client could name any file of the machine."""
+    """Return the path of an uploaded picture. A client could send the path of any file on the server: it is refused."""
     path = file.get("path") if isinstance(file, dict) else None
     if not isinstance(path, str) or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise refusal(NO_PICTURE)
@@ -117,7 +118,7 @@ def uploaded(file: dict) -> str:
 
 
 def read_picture(answer: Pipeline, path: str) -> Image.Image:
-    """As the pipeline reads it: upright and RGB."""
+    """Read a picture as the pipeline does: upright and RGB."""
     try:
         with Image.open(path, formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -131,29 +132,29 @@ def read_picture(answer: Pipeline, path: str) -> Image.Image:
 
 def check_length(name: str, text: str) -> None:
     if len(text) > MAX_LENGTH:
-        raise refusal(f"The {name} field has {len(text):,} characters; at most {MAX_LENGTH:,} are taken.")
+        raise refusal(f"The {name} field has {len(text):,} characters; at most {MAX_LENGTH:,} are allowed.")
 
 
 def is_cropped(image_processor: Any) -> bool:
-    """Whether the model sees the middle of a picture only. (Of one that does not crop, `do_center_crop` is None.)"""
+    """Whether the model sees only the centre of a picture. (Without cropping, `do_center_crop` can be None.)"""
     return bool(getattr(image_processor, "do_center_crop", None))
 
 
-class NobodyListens(Exception):
-    """Ends a generation whose reader has left."""
+class ReaderLeft(Exception):
+    """Ends a generation after its reader has left."""
 
 
-class Pieces(TextStreamer):
-    """Puts into a queue what is written, piece by piece: the text, and whether a stage's text ends with it."""
+class QueueStreamer(TextStreamer):
+    """Puts each piece of generated text into a queue, and whether it ends the text of a stage."""
 
     def __init__(self, tokenizer, pieces: queue.SimpleQueue):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.pieces = pieces
-        self.is_heard = True
+        self.has_reader = True
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.is_heard:
-            raise NobodyListens
+        if not self.has_reader:
+            raise ReaderLeft
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -162,15 +163,15 @@ class Pieces(TextStreamer):
 
 def stream(answer: Pipeline, problem: dict, given: dict[str, str]) -> Iterator[dict]:
     """
-    The result as far as it is written, growing; the last one is the pipeline's.
+    Yield the partial result after each piece of text, and the pipeline's result at the end.
 
     Args:
-        given: texts that stand in place of what a stage would write.
+        given: texts that replace the output of stages, by column.
     """
     stages = [stage for stage in answer.processor.stages if not (stage.answers and problem["choices"])]
     unwritten = ["answer" if stage.answers else stage.writes for stage in stages if stage.writes not in given]
     pieces: queue.SimpleQueue = queue.SimpleQueue()
-    streamer = Pieces(answer.processor.tokenizer, pieces)
+    streamer = QueueStreamer(answer.processor.tokenizer, pieces)
     result = dict(given)
     with ThreadPoolExecutor(max_workers=1) as thread:
         future = thread.submit(answer, problem, given=given, streamer=streamer)
@@ -182,16 +183,16 @@ def stream(answer: Pipeline, problem: dict, given: dict[str, str]) -> Iterator[d
                     del unwritten[0]
                 yield dict(result)
         finally:
-            streamer.is_heard = False  # a visitor who leaves is not waited for longer than a token
+            streamer.has_reader = False  # if the visitor left, generation ends at the next token
         yield future.result()
 
 
-# What users and models write reaches the page as HTML that is escaped here: in a template of `gr.HTML` ("{{value}}") a
-# "${…}" in it would be run as JavaScript.
+# The texts of users and models are escaped here and passed to the page as HTML: a template of `gr.HTML` ("{{value}}")
+# would run "${…}" in them as JavaScript.
 
 
 def answer_html(result: dict, choices: list[str]) -> str:
-    """The answer, and a bar for each choice's probability."""
+    """Format the answer, and a bar for each choice's probability."""
     if "answer" not in result:
         return ""
     html = f'<p class="answer">Answer: <strong>{escape(result["answer"])}</strong></p>'
@@ -209,12 +210,12 @@ def text_html(name: str, text: str) -> str:
 
 
 def shown_token(token: str) -> str:
-    """A word's first with a blank before it; a blank alone as it is written, to be seen."""
+    """Replace the mark at the start of a word by a space; keep a single mark, which would be invisible as a space."""
     return token if token == "▁" else token.replace("▁", " ")
 
 
 def tokens_html(tokens: list[str]) -> str:
-    """A button for each token."""
+    """Format a button for each token."""
     buttons = [
         f'<button type="button" data-token="{number}" aria-pressed="false">{escape(shown_token(token))}</button>'
         for number, token in enumerate(tokens)
@@ -223,16 +224,16 @@ def tokens_html(tokens: list[str]) -> str:
 
 
 def overlay(picture: Image.Image, token_map: torch.Tensor) -> Image.Image:
-    """The picture with a token's map on it; where it looked no more than everywhere, nothing is on it."""
-    shares = token_map * token_map.numel()
-    strength = ((shares - 1) / (FULL - 1)).clamp(0, 1) * OPACITY * 255
-    shown = enlarged(picture)
+    """Draw a token's map over the picture; patches with uniform attention or less stay unchanged."""
+    multiples = token_map * token_map.numel()  # of uniform attention
+    strength = ((multiples - 1) / (FULL_ATTENTION - 1)).clamp(0, 1) * OPACITY * 255
+    shown = resized(picture)
     mask = Image.fromarray(strength.byte().cpu().numpy()).resize(shown.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", shown.size, OVERLAY), shown, mask)
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """As large as it is shown, or as small."""
+def resized(picture: Image.Image) -> Image.Image:
+    """Resize a picture to the size at which the page shows it."""
     scale = SHOWN_SIDE / max(picture.size)
     return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
 
@@ -243,25 +244,25 @@ def title(column: str) -> str:
 
 class Page:
     """
-    The page for a pipeline: a text box for each stage that writes a text, maps for each that sees pictures.
+    The page for a pipeline: a text box for each stage that writes a text, maps for each stage that sees pictures.
 
     Args:
-        name: of the model, for the reader.
+        name: the name of the model, shown on the page.
     """
 
     def __init__(self, answer: Pipeline, name: str):
         self.answer = answer
         stages = answer.processor.stages
         self.written = [stage.writes for stage in stages if not stage.answers]
-        self.seeing = [stage.name for stage in stages if stage.sees_pictures]
-        self.read = {column for stage in stages for column in stage.reads}
+        self.picture_stages = [stage.name for stage in stages if stage.sees_pictures]
+        self.columns_read = {column for stage in stages for column in stage.reads}
         with gr.Blocks(
             title="Ask about a picture", analytics_enabled=False, delete_cache=(3600, 86_400)
         ) as self.blocks:
             gr.Markdown(INTRODUCTION.format(model=name))
             self.lay_out_form()
             self.lay_out_results()
-            self.listen()
+            self.connect_events()
 
     def lay_out_form(self) -> None:
         with gr.Row():
@@ -269,14 +270,14 @@ class Page:
                 label="Picture (or none)",
                 sources=["upload", "clipboard"],
                 height=345,
-                visible=bool(self.seeing),
+                visible=bool(self.picture_stages),
                 elem_id="picture",
             )
             with gr.Column():
                 question = gr.Textbox("", label="Question", lines=2, elem_id="question")
                 choices = gr.Textbox("", label="Choices, one per line (or none)", lines=4, elem_id="choices")
-                context = gr.Textbox("", label="Context", visible="context" in self.read)
-                caption = gr.Textbox("", label="Caption of the picture", visible="caption" in self.read)
+                context = gr.Textbox("", label="Context", visible="context" in self.columns_read)
+                caption = gr.Textbox("", label="Caption of the picture", visible="caption" in self.columns_read)
                 self.ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
         self.form = [picture, question, choices, context, caption]
         folder = FOLDER / "examples"
@@ -290,9 +291,9 @@ class Page:
         )
 
     def lay_out_results(self) -> None:
-        """What is filled when a question is asked; hidden until then."""
-        self.asked = gr.State()  # the problem, and the texts that its answer is from
-        self.found = gr.State()  # the token maps that are shown
+        """Lay out the results, which are hidden until a question is asked."""
+        self.state = gr.State()  # the problem, and the texts from which the answer follows
+        self.token_maps = gr.State()  # the token maps of the shown stage
         with gr.Column(visible=False) as self.results:
             self.heading = gr.HTML()
             with gr.Row():
@@ -308,14 +309,14 @@ class Page:
                 with gr.Column() as self.unseen_part:
                     gr.Markdown("### Answer without the picture")
                     self.unseen = gr.HTML(elem_id="unseen-answered")
-            with gr.Column() as self.looked_part:
-                gr.Markdown(LOOKED)
+            with gr.Column() as self.maps_part:
+                gr.Markdown(MAPS_TEXT)
                 self.cropped = gr.Markdown(CROPPED, visible=is_cropped(self.answer.processor.image_processor))
                 self.stage = gr.Radio(
-                    self.seeing,
-                    value=next(iter(self.seeing), None),
+                    self.picture_stages,
+                    value=next(iter(self.picture_stages), None),
                     label="Stage",
-                    visible=len(self.seeing) > 1,
+                    visible=len(self.picture_stages) > 1,
                     elem_id="stage",
                 )
                 with gr.Row():
@@ -324,26 +325,28 @@ class Page:
                     with gr.Column(min_width=320):
                         self.overlay = gr.Image(show_label=False, interactive=False, buttons=[], elem_id="overlay")
 
-    def listen(self) -> None:
-        private = {"api_visibility": "private"}  # of the page, and nobody's API
+    def connect_events(self) -> None:
+        private = {"api_visibility": "private"}  # not part of the public API
         ask = {**private, "concurrency_id": "model", "show_progress_on": self.boxes or self.answered}
-        maps = [self.looked_part, self.found, self.tokens, self.overlay]
-        look = {
-            "fn": self.look,
-            "inputs": [self.asked, self.stage],
+        maps = [self.maps_part, self.token_maps, self.tokens, self.overlay]
+        show_maps = {
+            "fn": self.show_maps,
+            "inputs": [self.state, self.stage],
             "outputs": maps,
             **private,
             "concurrency_id": "model",
         }
-        results = [self.results, self.heading, self.asked, *self.boxes, self.answered, self.unseen_part, self.unseen]
-        # Without preprocessing: gr.Image's own would show the user Pillow's exception of a file that is no picture.
-        asking = self.ask_button.click(self.ask, self.form, [*results, self.looked_part], preprocess=False, **ask)
-        asking = asking.success(self.answer_unseen, self.asked, self.unseen, **private, concurrency_id="model")
-        asking.success(**look)
-        texts = [self.asked, *self.boxes]
-        self.again_button.click(self.ask_again, texts, [*texts, self.answered], **ask).success(**look)
-        self.stage.input(**look)
-        self.tokens.select(self.show_token, [self.asked, self.found], self.overlay, **private, show_progress="hidden")
+        results = [self.results, self.heading, self.state, *self.boxes, self.answered, self.unseen_part, self.unseen]
+        # Without preprocessing: gr.Image would show Pillow's exception to the user if a file is not a picture.
+        asking = self.ask_button.click(self.ask, self.form, [*results, self.maps_part], preprocess=False, **ask)
+        asking = asking.success(self.answer_without_picture, self.state, self.unseen, **private, concurrency_id="model")
+        asking.success(**show_maps)
+        texts = [self.state, *self.boxes]
+        self.again_button.click(self.ask_again, texts, [*texts, self.answered], **ask).success(**show_maps)
+        self.stage.input(**show_maps)
+        self.tokens.select(
+            self.show_token, [self.state, self.token_maps], self.overlay, **private, show_progress="hidden"
+        )
 
     def ask(self, *form) -> Iterator[dict]:
         problem = read_problem(self.answer, *form)
@@ -352,66 +355,66 @@ class Page:
             self.heading: f'<h2 class="written">{escape(problem["question"])}</h2>',
             **dict.fromkeys([*self.boxes, self.answered, self.unseen], ""),
             self.unseen_part: gr.Column(visible=problem["image"] is not None),
-            self.looked_part: gr.Column(visible=False),
+            self.maps_part: gr.Column(visible=False),
         }
         yield from self.respond(problem, {})
 
-    def ask_again(self, asked: dict, *texts: str) -> Iterator[dict]:
-        """From the texts as the user has edited them."""
-        if asked is None:
+    def ask_again(self, state: dict, *texts: str) -> Iterator[dict]:
+        """Answer again from the texts that the user edited."""
+        if state is None:
             raise refusal("Ask a question first.")
         given = dict(zip(self.written, texts, strict=True))
         for column, text in given.items():
             check_length(column, text)
-        yield from self.respond(asked["problem"], given)
+        yield from self.respond(state["problem"], given)
 
     def respond(self, problem: dict, given: dict[str, str]) -> Iterator[dict]:
         for result in stream(self.answer, problem, given):
             texts = [result.get(column, "") for column in self.written]
             yield {
-                self.asked: {"problem": problem, "given": dict(zip(self.written, texts, strict=True))},
+                self.state: {"problem": problem, "given": dict(zip(self.written, texts, strict=True))},
                 self.answered: answer_html(result, problem["choices"]),
                 **dict(zip(self.boxes, texts, strict=True)),
             }
 
-    def answer_unseen(self, asked: dict) -> str:
-        if asked["problem"]["image"] is None:
+    def answer_without_picture(self, state: dict) -> str:
+        if state["problem"]["image"] is None:
             return ""
-        result = self.answer({**asked["problem"], "image": None})
+        result = self.answer({**state["problem"], "image": None})
         texts = "".join(text_html(title(column), result[column]) for column in self.written)
-        return texts + answer_html(result, asked["problem"]["choices"])
+        return texts + answer_html(result, state["problem"]["choices"])
 
-    def look(self, asked: dict, stage: str | None) -> dict:
-        """The maps, the tokens to choose from, and the picture with nothing chosen."""
-        if asked["problem"]["image"] is None:
-            return {self.looked_part: gr.Column(visible=False)}
+    def show_maps(self, state: dict, stage: str | None) -> dict:
+        """Show the maps, the tokens to choose from, and the picture without an overlay."""
+        if state["problem"]["image"] is None:
+            return {self.maps_part: gr.Column(visible=False)}
         try:
-            found = self.answer.token_maps(asked["problem"], stage, given=asked["given"])
-            tokens = tokens_html(found.tokens)
-        except ValueError as error:  # of a tower whose patches have no places
-            found, tokens = None, f"<p>There are no maps for this model: {escape(str(error))}</p>"
+            token_maps = self.answer.token_maps(state["problem"], stage, given=state["given"])
+            tokens = tokens_html(token_maps.tokens)
+        except ValueError as error:  # the tower's patches have no positions
+            token_maps, tokens = None, f"<p>This model has no maps: {escape(str(error))}</p>"
         return {
-            self.looked_part: gr.Column(visible=True),
-            self.found: found,
+            self.maps_part: gr.Column(visible=True),
+            self.token_maps: token_maps,
             self.tokens: tokens,
-            self.overlay: gr.Image(enlarged(self.picture_of(asked)), alt_text="The picture"),
+            self.overlay: gr.Image(resized(self.picture_of(state)), alt_text="The picture"),
         }
 
-    def show_token(self, asked: dict, found, event: gr.EventData) -> gr.Image:
-        token = shown_token(found.tokens[event.token]).strip()
-        shown = overlay(self.picture_of(asked), found.maps[0][event.token])
-        return gr.Image(shown, alt_text=f"The picture, and on it what “{token}” attended to")
+    def show_token(self, state: dict, token_maps, event: gr.EventData) -> gr.Image:
+        token = shown_token(token_maps.tokens[event.token]).strip()
+        shown = overlay(self.picture_of(state), token_maps.maps[0][event.token])
+        return gr.Image(shown, alt_text=f"The picture with the patches that “{token}” attended to")
 
-    def picture_of(self, asked: dict) -> Image.Image:
-        return read_picture(self.answer, asked["problem"]["image"])
+    def picture_of(self, state: dict) -> Image.Image:
+        return read_picture(self.answer, state["problem"]["image"])
 
 
 def published_model() -> dict[str, str]:
-    """What our publishing command wrote, as arguments of `pipeline`."""
+    """Read the published model from `model.json`, as arguments of `pipeline`."""
     if not MODEL_FILE.is_file():
         raise SystemExit(
-            "Which model? Name a folder or an id of the Hub: python app.py MODEL\n"
-            f"or, as a Space does, write {MODEL_FILE}: "
+            "No model is given. Name a folder or an id on the Hub: python app.py MODEL\n"
+            f"or write {MODEL_FILE}, as a Space has it: "
             '{"repo_id": "user/name", "revision": "the commit, 40 hexadecimal digits"}'
         )
     published = json.loads(MODEL_FILE.read_text(encoding="utf-8"))
@@ -419,9 +422,9 @@ def published_model() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A page on which to ask a trained system about a picture.")
-    parser.add_argument("model", nargs="?", help="a folder or an id of the Hub; without it, what model.json names")
-    parser.add_argument("--port", type=int, help="of 127.0.0.1; without it, the first free one from 7860")
+    parser = argparse.ArgumentParser(description="A web page to ask a trained system about a picture.")
+    parser.add_argument("model", nargs="?", help="a folder or an id on the Hub; default: the model in model.json")
+    parser.add_argument("--port", type=int, help="the port on 127.0.0.1; default: the first free port from 7860")
     options = parser.parse_args()
     source = {"model": options.model} if options.model else published_model()
     answer = pipeline("multimodal-cot", **source, trust_remote_code=True)

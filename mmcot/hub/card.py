@@ -1,7 +1,7 @@
-"""The model card of a run: rendered from its recipe, its scores and its files; nothing in it that was not measured.
+"""Writes the model card of a run from its recipe, its scores and its files; it contains measured values only.
 
-The text stands in `card_template.md`; this file gathers what it says, as huggingface_hub's `ModelCard` and
-`EvalResult`, with the picture of the stages, the scores file and the Hub's own results beside it.
+`card_template.md` contains the text. This file collects its values as huggingface_hub's `ModelCard` and `EvalResult`,
+and writes the picture of the stages, the scores file and the Hub's result files beside the card.
 """
 
 import math
@@ -37,11 +37,13 @@ PICTURE = "stages.png"
 @dataclass(frozen=True)
 class KnownDataset:
     """
+    A dataset with a known licence.
+
     Args:
-        id: on the Hub.
-        license: by the Hub's name for it. What is trained on the dataset is published under it, if not said otherwise.
-        shares_alike: whether it may not be said otherwise.
-        url: where its licence and its makers' words about it stand.
+        id: its id on the Hub.
+        license: the Hub's identifier of its licence, which is the default licence of weights trained on the dataset.
+        shares_alike: whether such weights must have the same licence.
+        url: a page with its licence and description.
     """
 
     license: str
@@ -50,7 +52,7 @@ class KnownDataset:
     shares_alike: bool = False
 
 
-# By the names of `problems.known_as`. Of any other dataset its user says the licence.
+# By the names of `mmcot.problems.known_datasets`. For any other dataset the user specifies the licence.
 DATASETS = {
     "demonstration": KnownDataset("apache-2.0"),
     "ScienceQA": KnownDataset("cc-by-nc-sa-4.0", "derek-thomas/ScienceQA", "https://scienceqa.github.io", True),
@@ -60,14 +62,14 @@ DATASETS = {
 @dataclass(frozen=True)
 class Publication:
     """
-    What a run's folder does not say of its own publication.
+    The settings of a publication that are not in the run folder.
 
     Args:
-        repo_id: where it will stand.
-        base_model: the text model's id on the Hub, where the recipe names it otherwise.
-        license: of the weights, where their dataset's is not known.
-        merge: publish the stages that adapt a base as whole models.
-        license_name, license_link: of the licence `other`, as the Hub shows it.
+        repo_id: the repository on the Hub.
+        base_model: the text model's id on the Hub, if the recipe names a local path.
+        license: the licence of the weights, if the licence of their dataset is not known.
+        merge: publish adapters merged into their base, as full models.
+        license_name, license_link: name and link of the licence `other`, which the Hub shows.
     """
 
     repo_id: str = "USER/NAME"
@@ -79,19 +81,19 @@ class Publication:
 
 
 def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication) -> None:
-    """README.md, the picture that it shows, and the scores where there are any, into a folder that holds all else."""
-    trainings = {stage.name: training_of(run_folder, stage.name) for stage in processor.stages}
+    """Write README.md, its picture and the scores, if any, into a folder that contains all other files."""
+    trainings = {stage.name: read_training_results(run_folder, stage.name) for stage in processor.stages}
     dataset_name = trainings[processor.stages[-1].name]["dataset_known_as"]
     dataset = DATASETS.get(dataset_name)
     if dataset and dataset.shares_alike and publication.license not in (None, dataset.license):
         raise ValueError(
-            f"{dataset_name}, on which this run was trained, is {dataset.license}; --license {publication.license} is "
-            f"another, and what is made of it has to be shared alike."
+            f"--license is {publication.license}; expected {dataset.license}, the licence of {dataset_name}, on which "
+            f"this run was trained: it requires derived work to be shared alike."
         )
     scores = scores_of_run(run_folder, processor)
     recipe = published_recipe(run_folder)
     tower = read_json(folder / "config.json").get("vision_config")
-    text_model, tower_model = started_from(publication, recipe, tower)
+    text_model, tower_model = initial_checkpoints(publication, recipe, tower)
     digests = code_digests(folder)
     code = digest_of_digests(digests)
     draw_stages(processor.stages, processor.image_processor is not None, folder / PICTURE)
@@ -107,7 +109,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         tags=["multimodal-cot", "custom_code"],
         model_name=publication.repo_id.split("/")[-1],
         eval_results=results,
-        # By its list of files, a later push knows which of them are its own to delete.
+        # From this list, a later push determines which files it may replace or delete.
         mmcot={"version": __version__, "code": code, "files": sorted({*names_of(folder), "README.md"})},
     )
     card = ModelCard.from_template(
@@ -136,7 +138,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         scores=scores,
         predict_options=scores and command_options(scores["predict_options"]),
         evaluate_options=scores and command_options(scores["evaluate_options"]),
-        probes=probes_of(run_folder, processor),
+        probes=read_probes(run_folder, processor),
         code=code,
         code_digests=digests,
     )
@@ -145,10 +147,11 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
 
 def scores_of_run(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str, Any] | None:
     """
-    The scores that a run is judged by, without paths of this machine; None where there are none.
+    Return the scores of a run without paths of this machine; None if there are no scores.
 
     Raises:
-        ValueError: they are of other weights than the run's, or of another split than their name says, or do not say.
+        ValueError: the scores belong to other weights than the run's, to other predictions than those in the
+            predictions file, or to another split than their name specifies; or they do not record this.
     """
     split = run_folder.judged_split()
     if split is None:
@@ -158,16 +161,17 @@ def scores_of_run(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str,
     check_weights(scores, file, run_folder, processor)
     check_predictions(scores, file)
     if scores["split"] != split:
-        raise ValueError(f"{file} is of the split {scores['split']!r}; expected {split!r}, by its name.")
+        raise ValueError(f"{file} has scores of the split {scores['split']!r}; expected {split!r}, by its name.")
     return without_paths(scores)
 
 
 def check_weights(measured: dict[str, Any], file: Path, run_folder: RunFolder, processor: MMCoTProcessor) -> None:
-    weights, said = all_weights(run_folder.path, processor), measured.get("weights")
-    if said == weights:
+    """Raise an error if a measurement was made with other weights than the run's, or does not record its weights."""
+    weights, recorded = all_weights(run_folder.path, processor), measured.get("weights")
+    if recorded == weights:
         return
-    differing = [name for name, digest in weights.items() if (said or {}).get(name) != digest]
-    found = "does not say of which weights it is" if said is None else "is of other weights than the run's"
+    differing = [name for name, digest in weights.items() if (recorded or {}).get(name) != digest]
+    found = "does not record its weights" if recorded is None else "was measured with other weights than the run's"
     raise ValueError(
         f"{file} {found} ({', '.join(differing)}). Predict and measure again: python -m mmcot.predict {run_folder} …, "
         f"then python -m mmcot.evaluate FILE … --output {file}; mmcot.probes for {run_folder.probes.name}."
@@ -175,22 +179,22 @@ def check_weights(measured: dict[str, Any], file: Path, run_folder: RunFolder, p
 
 
 def check_predictions(scores: dict[str, Any], file: Path) -> None:
-    """The predictions that were scored are still those in their file, where that is at hand."""
+    """Raise an error if the predictions file exists and changed since the scores were computed."""
     if "predictions" not in scores:
         raise ValueError(
-            f"{file} does not say which predictions it is of: an older mmcot wrote it. Measure again: python -m "
+            f"{file} does not record its predictions: an older mmcot wrote it. Measure again: python -m "
             f"mmcot.evaluate FILE … --output {file}."
         )
     predictions_file = file.parent / scores["predictions_file"]
     if predictions_file.is_file() and digest_of_file(predictions_file) != scores["predictions"]:
         raise ValueError(
-            f"{file} is of other predictions than {predictions_file} holds now. Measure again: python -m "
+            f"{file} has scores of other predictions than {predictions_file} contains now. Measure again: python -m "
             f"mmcot.evaluate {predictions_file} … --output {file}."
         )
 
 
-def probes_of(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str, Any] | None:
-    """What the answers hang on, where that was measured."""
+def read_probes(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str, Any] | None:
+    """Read the results of probes, if there are any: how the answers depend on pictures and rationales."""
     if not run_folder.probes.is_file():
         return None
     probes = read_json(run_folder.probes)
@@ -199,7 +203,7 @@ def probes_of(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str, Any
 
 
 def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
-    """The scores file, and the Hub's own results where it knows the dataset. Returns those of the card's metadata."""
+    """Write the scores file and, for a dataset on the Hub, its result file. Return results for the card's metadata."""
     write_json(folder / SCORES_FILE, scores)
     dataset = DATASETS.get(scores["dataset_known_as"])
     if dataset is None or dataset.id is None:
@@ -213,21 +217,21 @@ def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
 
 
 def command_options(options: dict[str, Any]) -> str:
-    """As they are written on a command line."""
-    words = []
+    """Format options as on a command line."""
+    parts = []
     for name, value in without_paths(options).items():
         values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(shlex.quote(str(one)) for one in values)]
-    return " ".join(words)
+        parts += [f"--{name}", *(shlex.quote(str(item)) for item in values)]
+    return " ".join(parts)
 
 
-def started_from(
+def initial_checkpoints(
     publication: Publication, recipe: dict[str, Any], tower: dict[str, Any] | None
 ) -> tuple[str | None, str | None]:
-    """The checkpoints of the text model and of the tower; None of what began with random weights, or is not there."""
-    named = recipe.get("vision_model_name_or_path")
-    named = TOWERS[named].checkpoint if named in TOWERS else named
-    return publication.base_model or recipe.get("model_name_or_path"), named if tower else None
+    """Return the initial checkpoints of text model and tower; None for random weights, or without a tower."""
+    tower_model = recipe.get("vision_model_name_or_path")
+    tower_model = TOWERS[tower_model].checkpoint if tower_model in TOWERS else tower_model
+    return publication.base_model or recipe.get("model_name_or_path"), tower_model if tower else None
 
 
 def is_repository_id(name: str) -> bool:
@@ -235,17 +239,17 @@ def is_repository_id(name: str) -> bool:
 
 
 def published_recipe(run_folder: RunFolder) -> dict[str, Any]:
-    """The run's recipe, without what is of its author's machine and account."""
+    """Read the run's recipe without paths of the machine and settings of the author's Hub account."""
     recipe = yaml.safe_load(run_folder.recipe.read_text(encoding="utf-8"))
     return without_paths({name: value for name, value in recipe.items() if not name.startswith("hub_")})
 
 
 def without_paths(value: Any) -> Any:
-    """A value in which each path outside of the working folder is cut to its name, `COLUMN=PATH` to `COLUMN=NAME`."""
+    """Replace each path outside of the working folder by its file name, also in `COLUMN=PATH`."""
     if isinstance(value, dict):
-        return {name: without_paths(one) for name, one in value.items()}
+        return {name: without_paths(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_paths(one) for one in value]
+        return [without_paths(item) for item in value]
     if not isinstance(value, str):
         return value
     parts = named_parts(value)
@@ -258,47 +262,47 @@ def without_paths(value: Any) -> Any:
 
 
 def is_outside(text: str) -> bool:
-    """Whether a text is a path that is absolute, in a home, or climbs out of the working folder."""
+    """Whether a text is an absolute path, a path in a home folder, or a path that leaves the working folder."""
     is_absolute = Path(text).is_absolute() or PureWindowsPath(text).is_absolute()
     return is_absolute or text.startswith(("~", "file://")) or ".." in Path(text).parts
 
 
 def cited_tower(tower: dict[str, Any] | None) -> str | None:
-    """By which name the card cites it."""
+    """Return the name by which the template selects the tower's citation."""
     if tower is None:
         return None
     is_clip = "clip" in str(tower.get("architecture", tower["model_type"])) and "siglip" not in tower["model_type"]
     return "clip" if is_clip else tower["model_type"]
 
 
-def training_of(run_folder: RunFolder, stage: str) -> dict[str, Any]:
-    """What the Trainer said of a stage's training."""
+def read_training_results(run_folder: RunFolder, stage: str) -> dict[str, Any]:
+    """Read the results of a stage's training."""
     file = run_folder.train_results(stage)
     training = read_json(file)
     for name in ("hardware", "finished", "dataset_known_as"):
         if name not in training:
-            raise ValueError(f"{file} does not say {name!r}: an older mmcot trained it. Train it anew.")
+            raise ValueError(f"{file} has no {name!r}: an older mmcot trained the stage. Train it again.")
     return training
 
 
 def num_parameters(folder: Path) -> dict[str, int]:
-    """Of each model of the repository, by its folder ("" is the root), as its weights' files say it."""
+    """Count the parameters in the weight files of each folder of the repository; "" is the root."""
     counts: dict[str, int] = {}
     for file in sorted(folder.rglob("*.safetensors")):
-        place = file.parent.relative_to(folder).as_posix().replace(".", "")
+        name = file.parent.relative_to(folder).as_posix().replace(".", "")
         with safe_open(file, "pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (not a dict)
-        counts[place] = counts.get(place, 0) + sum(map(math.prod, shapes))
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118 (not a dict)
+        counts[name] = counts.get(name, 0) + sum(map(math.prod, shapes))
     return counts
 
 
 def code_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256, in hex digits, of each file of code at a folder's root, by name."""
+    """Return the SHA-256, in hex digits, of each Python file at a folder's root, by name."""
     return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.py"))}
 
 
 def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
-    """Each pass as a row: what it reads, the model, what it writes, and where the next pass reads it."""
+    """Draw each stage as a row: the columns that it reads, the model, its output, and an arrow to the next stage."""
     figure = Figure(figsize=(8, 1.5 * len(stages)), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(0, 10), ylim=(-0.1, 1.5 * len(stages)))

@@ -1,4 +1,4 @@
-"""What may go to the Hub: a model's files, whole, its own code, and nothing of the machine that it was made on."""
+"""Checks a folder before its upload: only a model's files, complete weights, unchanged code, no secrets or paths."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ from mmcot.hub.export import shipped_code
 from mmcot.hub.results import SCORES_FILE
 from mmcot.storage.files import names_of
 
-# What a model's repository may hold; anything else (pickles, optimizer states, data) does not go up.
+# Files that a model's repository may contain; anything else (pickles, optimizer states, data) is not uploaded.
 MODEL_PATTERNS = (
     r"([\w.-]+/)?(config|generation_config|adapter_config)\.json",
     r"([\w.-]+/)?(model|adapter_model)(-\d+-of-\d+)?\.safetensors",
@@ -28,9 +28,9 @@ MODEL_PATTERNS = (
     re.escape(PICTURE),
     re.escape(SCORES_FILE),
 )
-# What a card names, and what transformers itself needs.
+# The packages that a card lists, and those that transformers needs.
 ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "transformers", "safetensors", "PIL", "jinja2"}
-GUARDED_IMPORTS = {"peft"}  # where stages are adapters, in a `try`
+GUARDED_IMPORTS = {"peft"}  # needed for adapters only; allowed inside `try`
 SECRETS = {
     "a token of the Hub": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "a token of GitHub": rb"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{30,}",
@@ -57,29 +57,31 @@ PATH = rb"[\w./\\-]"
 PATHS = (
     rb"file://[\w./-]+",
     rb"(?<![\w./:-])(?:/(?:" + ROOTS + rb")\d*/|[A-Z]:\\+\w)" + PATH + rb"+",
-    rb"(?<![\w./-])/?(?:[\w-][\w.-]*/)*\.\./(?:\.\./)*\w" + PATH + rb"*",  # climbs out of its folder
-    rb"(?<![\w./~-])~(?:[A-Za-z_][\w-]*)?/\w" + PATH + rb"*",  # in a home
+    rb"(?<![\w./-])/?(?:[\w-][\w.-]*/)*\.\./(?:\.\./)*\w" + PATH + rb"*",  # leaves its folder
+    rb"(?<![\w./~-])~(?:[A-Za-z_][\w-]*)?/\w" + PATH + rb"*",  # in a home folder
 )
 TEXT_FILES = {".json", ".md", ".py", ".yaml", ".jinja", ".txt"}
 
 
 def check_model_folder(folder: Path) -> None:
     """
+    Check a model's folder.
+
     Raises:
-        ValueError: all that must not, or cannot, be published, by file.
+        ValueError: lists all problems, by file.
     """
-    found = [*surplus_files(folder), *broken_weights(folder), *code_faults(folder), *leaks(folder)]
+    problems = [*surplus_files(folder), *broken_weights(folder), *code_faults(folder), *find_leaks(folder)]
     metadata = metadata_load(folder / "README.md") or {}
     if not metadata.get("license"):
-        found.append("README.md: no licence, and that of the dataset is not known: give --license")
-    if found:
-        raise ValueError(f"{folder} is not published:\n  " + "\n  ".join(found))
+        problems.append("README.md: no licence, and the licence of the dataset is not known: set --license")
+    if problems:
+        raise ValueError(f"{folder} is not published:\n  " + "\n  ".join(problems))
 
 
 def surplus_files(folder: Path) -> Iterator[str]:
     for name in names_of(folder):
         if not is_model_file(name):
-            yield f"{name}: is no file of a model's repository"
+            yield f"{name}: not a file of a model's repository"
 
 
 def broken_weights(folder: Path) -> Iterator[str]:
@@ -88,17 +90,17 @@ def broken_weights(folder: Path) -> Iterator[str]:
             with safe_open(file, "pt") as tensors:
                 tensors.keys()
         except SafetensorError as error:
-            yield f"{file.relative_to(folder)}: not whole ({error})"
+            yield f"{file.relative_to(folder)}: damaged ({error})"
 
 
 def code_faults(folder: Path) -> Iterator[str]:
-    """Code that is not the library's, and imports of what a user of the model need not have."""
-    ours = {file.name: file.read_bytes() for file in shipped_code()}
-    theirs = {file.name: file.read_bytes() for file in folder.glob("*.py")}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            yield f"{name}: differs from this mmcot's own"
-    for name, content in theirs.items():
+    """Find code that differs from this version of mmcot, and imports of packages that users of a model may lack."""
+    own_files = {file.name: file.read_bytes() for file in shipped_code()}
+    files = {file.name: file.read_bytes() for file in folder.glob("*.py")}
+    for name in sorted(own_files.keys() | files.keys()):
+        if own_files.get(name) != files.get(name):
+            yield f"{name}: differs from the file of this version of mmcot"
+    for name, content in files.items():
         tree = ast.parse(content)
         guarded = {id(node) for tried in ast.walk(tree) if isinstance(tried, ast.Try) for node in ast.walk(tried)}
         for node in ast.walk(tree):
@@ -109,14 +111,14 @@ def code_faults(folder: Path) -> Iterator[str]:
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The modules of other packages that a statement imports."""
+    """Return the modules of other packages that a statement imports."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
 
 
-def leaks(folder: Path) -> Iterator[str]:
-    """Paths of this machine, and what looks like a secret; which is not repeated."""
+def find_leaks(folder: Path) -> Iterator[str]:
+    """Find paths of this machine, and texts that look like secrets; the secrets themselves are not reported."""
     token = get_token()
     secrets = SECRETS | ({"your token of the Hub": re.escape(token).encode()} if token else {})
     paths = b"|".join((*PATHS, *own_folders()))
@@ -124,15 +126,15 @@ def leaks(folder: Path) -> Iterator[str]:
         if Path(name).suffix not in TEXT_FILES:
             continue
         for number, line in enumerate((folder / name).read_bytes().splitlines(), start=1):
-            for what, pattern in secrets.items():
+            for kind, pattern in secrets.items():
                 if re.search(pattern, line):
-                    yield f"{name}, line {number}: holds {what}"
+                    yield f"{name}, line {number}: contains {kind}"
             if path := re.search(paths, line):
-                yield f"{name}, line {number}: holds a path of this machine, {path[0].decode(errors='replace')}"
+                yield f"{name}, line {number}: contains a path of this machine, {path[0].decode(errors='replace')}"
 
 
 def own_folders() -> list[bytes]:
-    """Patterns of paths in the user's home and the working folder, whatever their names; a bare root is none."""
+    """Return patterns of paths in the home and the working folder, whatever their names; a bare root is left out."""
     folders = {Path.home(), Path.home().resolve(), Path.cwd()}
     return [
         rb"(?<![\w.-])" + re.escape(os.fsencode(folder)) + rb"(?!\w)" + PATH + b"*"
@@ -142,5 +144,5 @@ def own_folders() -> list[bytes]:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a model's repository may hold a file of that name."""
+    """Whether a model's repository may contain a file of this name."""
     return any(re.fullmatch(pattern, name) for pattern in MODEL_PATTERNS)

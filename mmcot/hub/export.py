@@ -1,8 +1,8 @@
-"""Run folder -> Hub folder: one repository that holds the whole system, loadable with `trust_remote_code`.
+"""Run folder -> Hub folder: one repository with the whole system, loadable with `trust_remote_code`.
 
-At the root the last stage with the processor, the code and the card, in a subfolder each earlier stage; or at the root
-the base that all stages adapt, in a subfolder each stage's adapter. What the card says stands in `card.py`; checks and
-the upload in `publishing.py`.
+The root contains the last stage with the processor, the code and the card; each earlier stage has a subfolder. If the
+stages are adapters, the root contains their base, and each stage's adapter has a subfolder. `card.py` writes the card,
+`checks.py` checks the folder, `repository.py` uploads it.
 """
 
 import shutil
@@ -31,13 +31,13 @@ MODEL_FILES = (
 
 
 def shipped_code() -> list[Path]:
-    """The flat code that goes to the Hub, every file of the folder but its `__init__.py`."""
+    """Return the code files that ship to the Hub: all files of `modeling_mmcot` except `__init__.py`."""
     folder = Path(modeling_mmcot.__file__).parent
     return sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
 
 
 def export(run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication | None = None) -> Path:
-    """Write `RUN_FOLDER/hub/` (or `hub_merged/`) from the trained stages, whole or not at all. Returns it."""
+    """Write `RUN_FOLDER/hub/` (or `hub_merged/`) atomically from the trained stages. Return the folder."""
     publication = publication or Publication()
     stages = {stage.name: run_folder.stage(stage.name) for stage in processor.stages}
     base = run_folder.base if run_folder.is_adapted else None
@@ -61,12 +61,12 @@ def write_hub_folder(
     base: Path | None = None,
 ) -> Path:
     """
-    A folder in the Hub's layout, written whole or not at all; an existing one is replaced.
+    Write a folder in the Hub's layout atomically; an existing folder is replaced. Return it.
 
     Args:
-        stages: each stage's name and the folder that its model was saved to, in their order. The last becomes the root.
-        write_readme: writes the card, and what it shows, into the folder that holds all else.
-        base: the folder of the base that they adapt, where they are adapters. It becomes the root.
+        stages: the folder of each stage's saved model by name, in the order of the stages. The last becomes the root.
+        write_readme: writes the card and its files into the folder; called when all other files are written.
+        base: the folder of the base, if the stages are adapters. It becomes the root.
     """
     with replaced_folder(hub_folder) as folder:
         processor.save_pretrained(folder)
@@ -83,6 +83,7 @@ def write_hub_folder(
 
 
 def copy_model(stage_folder: Path, target: Path) -> None:
+    """Copy the files of a saved model or adapter."""
     target.mkdir(exist_ok=True)
     for pattern in MODEL_FILES:
         for file in stage_folder.glob(pattern):
@@ -90,15 +91,15 @@ def copy_model(stage_folder: Path, target: Path) -> None:
 
 
 def merge(base: Path, processor: MMCoTProcessor, folder: Path) -> dict[str, Path]:
-    """Whole models of the stages that adapt a base, into the folder: each stage's name and where it is."""
-    saved = {}
+    """Merge each stage's adapter into the base, and save it into the folder. Return the stages' folders by name."""
+    merged_folders = {}
     for stage in processor.stages:
-        kind = PeftConfig.from_pretrained(base.parent / stage.name)
-        if kind.is_prompt_learning:
+        peft_config = PeftConfig.from_pretrained(base.parent / stage.name)
+        if peft_config.is_prompt_learning:
             raise ValueError(
-                f"--merge: {stage.name} adapts its base by {kind.peft_type.value}, which cannot be merged into it."
+                f"--merge: the {stage.name} stage's adapter is {peft_config.peft_type.value}, which cannot be merged."
             )
-        # The base anew for each, because merging changes it.
+        # Loaded again for each stage, because merging changes the base.
         root = MMCoTForConditionalGeneration.from_pretrained(base, dtype="auto")
         shared = shared_modules(root)
         adapters = StageAdapters(root, str(base.parent), [stage.name])
@@ -108,5 +109,5 @@ def merge(base: Path, processor: MMCoTProcessor, folder: Path) -> dict[str, Path
         merged.config.stage_adapters = None
         merged.generation_config = generation_config
         merged.to(merged.dtype).save_pretrained(folder / stage.name)
-        saved[stage.name] = folder / stage.name
-    return saved
+        merged_folders[stage.name] = folder / stage.name
+    return merged_folders

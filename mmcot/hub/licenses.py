@@ -1,6 +1,6 @@
-"""The licences that the Hub knows by name, and what it asks of any other.
+"""The licences that the Hub supports by name, and the check of licence options.
 
-From https://huggingface.co/docs/hub/repositories-licenses; huggingface_hub has no list of them.
+From https://huggingface.co/docs/hub/repositories-licenses; huggingface_hub contains no list of licences.
 """
 
 import difflib
@@ -22,21 +22,24 @@ OTHER = "other"
 
 def check_license(name: str | None, other_name: str | None = None, other_link: str | None = None) -> None:
     """
+    Check the options for a licence.
+
     Args:
-        name: the licence that is given, if one is.
-        other_name, other_link: what it is called and where it stands, of one that the Hub does not know.
+        name: the identifier of the licence, if given.
+        other_name, other_link: name and link of a licence that is not on the Hub's list.
 
     Raises:
-        ValueError: the Hub does not know it, or a name and a link of it are missing, or given without need.
+        ValueError: the licence is not on the Hub's list; its name and link are missing; or they are given although the
+            licence is on the list.
     """
     if name not in (None, OTHER) and name not in LICENSES:
         close = difflib.get_close_matches(name.lower(), LICENSES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see https://huggingface.co/docs/hub/repositories-licenses."
         raise ValueError(
-            f"--license is {name!r}, which is no licence that the Hub knows: {hint} Of any other one give --license "
-            f"{OTHER} with --license_name and --license_link."
+            f"--license is {name!r}, which is not a licence on the Hub's list: {hint} For any other licence, set "
+            f"--license {OTHER} with --license_name and --license_link."
         )
     if name == OTHER and (not other_name or not other_link):
-        raise ValueError(f"--license {OTHER} wants --license_name and --license_link, by which the Hub shows it.")
+        raise ValueError(f"--license {OTHER} requires --license_name and --license_link, which the Hub shows.")
     if name != OTHER and (other_name or other_link):
-        raise ValueError(f"--license_name and --license_link go with --license {OTHER}; --license is {name!r}.")
+        raise ValueError(f"--license_name and --license_link require --license {OTHER}; --license is {name!r}.")

@@ -1,4 +1,4 @@
-"""Whether adapters can be merged into their base: a module whose weight is shared cannot."""
+"""Checks whether an adapter can be merged into its base: not if it adapts a module that shares its weight."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def shared_modules(model: nn.Module) -> list[str]:
-    """Names of the modules whose weight is another module's too."""
+    """Return the names of the modules that share their weight with another module."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -20,18 +20,21 @@ def shared_modules(model: nn.Module) -> list[str]:
 
 
 def adapted_modules(model: PeftModel) -> list[str]:
-    """By their names in the base, those that the adapter changes or replaces."""
+    """Return the names, in the base, of the modules that the adapter changes or replaces."""
     kinds = (BaseTunerLayer, ModulesToSaveWrapper)
     return [name for name, module in model.get_base_model().named_modules() if isinstance(module, kinds)]
 
 
 def check_not_adapted(model: PeftModel, shared: Sequence[str]) -> None:
     """
+    Check that an adapter can be merged.
+
     Raises:
-        ValueError: the adapter changes a module whose weight others share.
+        ValueError: the adapter changes a module that shares its weight with other modules.
     """
     for name in adapted_modules(model):
         if name in shared:
             raise ValueError(
-                f"An adapter of {name}: its weight is other modules' too, which merging would change: leave it out."
+                f"An adapter changes {name}, which shares its weight with other modules: merging would change them "
+                f"too. Remove {name} from the adapter's modules."
             )

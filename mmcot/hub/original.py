@@ -1,7 +1,7 @@
-"""The authors' checkpoints (amazon-science/mm-cot, `T5ForMultimodalGeneration`) -> folders of this package.
+"""Converts the authors' checkpoints (amazon-science/mm-cot, `T5ForMultimodalGeneration`) to folders of this package.
 
-T5's tensors keep their names and the fusion's are renamed. A checkpoint that is not exactly the model that its
-config.json describes is refused, and nothing is written.
+T5's tensors keep their names; the fusion's tensors are renamed. A checkpoint that differs from the model in its
+config.json is refused, and nothing is written.
 """
 
 import pickle
@@ -46,8 +46,8 @@ tags:
 # Multimodal chain-of-thought, converted
 
 The weights of the authors of Multimodal Chain-of-Thought (Zhang et al. 2023, arXiv 2302.00923), from `{source}`, in
-the format of mmcot. The root holds the answer stage, `rationale/` the rationale stage. They were trained on ScienceQA,
-whose licence is CC BY-NC-SA 4.0. mmcot did not train them and has not scored them.
+the format of mmcot. The root contains the answer stage, `rationale/` the rationale stage. The weights were trained on
+ScienceQA, whose licence is CC BY-NC-SA 4.0. mmcot did not train them and has not scored them.
 
 ```python
 from transformers import pipeline
@@ -67,23 +67,26 @@ def convert(
     attach_tower: str | None = None,
 ) -> list[str]:
     """
+    Convert a checkpoint, or the checkpoints of both stages.
+
     Args:
-        source: a folder as the authors published them, or a Hub id, `USER/NAME` or `USER/NAME/FOLDER`.
+        source: a folder in the authors' layout, or a Hub id, `USER/NAME` or `USER/NAME/FOLDER`.
         out_dir: the folder to write; it must not exist.
         vision: the kind of features that the checkpoint was trained on, a name in `AUTHORS_TOWERS`.
-        stage_folders: the rationale's and the answer's folder within `source`, for one folder in the Hub's layout.
-        prompt_formats: the authors' names of the formats that they were trained on, with `stage_folders`.
-        attach_tower: a checkpoint of the picture tower, to go from pixels to answer.
+        stage_folders: the folders of the rationale and the answer stage within `source`, to write one folder in the
+            Hub's layout.
+        prompt_formats: with `stage_folders`, the authors' names of the prompt formats that the stages were trained on.
+        attach_tower: a checkpoint of the picture tower, so that the model reads pixels.
 
     Returns:
-        What was mapped, a line each.
+        The lines of a report on the mapped tensors.
 
     Raises:
-        ValueError: what does not fit, by file and tensor.
+        ValueError: the checkpoint does not fit; the message names files and tensors.
     """
     out_dir = Path(out_dir)
     if out_dir.exists():
-        raise ValueError(f"{out_dir} exists already; name a folder that does not.")
+        raise ValueError(f"{out_dir} exists already; name a new folder.")
     folder = original_folder(source, stage_folders)
     report: list[str] = []
     tower = load_vision_tower(attach_tower) if attach_tower is not None else None
@@ -118,6 +121,7 @@ def convert(
 
 
 def original_folder(source: str, stage_folders: list[str] | None) -> Path:
+    """Return the local folder of a source, after downloading it from the Hub if necessary."""
     if Path(source).is_dir():
         return Path(source)
     repo_id, within = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
@@ -126,10 +130,13 @@ def original_folder(source: str, stage_folders: list[str] | None) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns)) / within
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{source} is neither a folder nor a Hub repository that can be had: {error}") from error
+        raise ValueError(
+            f"{source} is neither a folder nor a Hub repository that can be downloaded: {error}"
+        ) from error
 
 
 def convert_model(folder: Path, vision: str, tower, report: list[str]) -> MMCoTForConditionalGeneration:
+    """Load a checkpoint of the authors as a model of this package, with a frozen tower if one is given."""
     config = read_config(folder, vision)
     tensors = read_tensors(folder)
     with torch.device("meta"):
@@ -140,7 +147,7 @@ def convert_model(folder: Path, vision: str, tower, report: list[str]) -> MMCoTF
     if tower is not None:
         model.config.freeze_vision = model.encoder.config.freeze_vision = True
         name = AUTHORS_TOWERS[vision]
-        # Another build of the same tower, timm's ViT for one, goes by its own kind.
+        # Another implementation of the same tower, e.g. timm's ViT, is registered under its own kind.
         model.attach_tower(tower, name if TOWERS[name].model_type == tower.config.model_type else None)
     return model.eval()
 
@@ -148,15 +155,15 @@ def convert_model(folder: Path, vision: str, tower, report: list[str]) -> MMCoTF
 def read_config(folder: Path, vision: str) -> MMCoTConfig:
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} has no config.json; expected a checkpoint as the authors published them.")
+        raise ValueError(f"{folder} has no config.json; expected a checkpoint in the authors' layout.")
     original = read_json(file)
     if original.get("model_type") != "t5":
         raise ValueError(f"{file}: model_type is {original.get('model_type')!r}; expected 't5'.")
     tower = TOWERS[AUTHORS_TOWERS[vision]]
-    kept = {name: value for name, value in original.items() if name not in ("architectures", "model_type")}
+    fields = {name: value for name, value in original.items() if name not in ("architectures", "model_type")}
     return MMCoTConfig.from_dict(
         {
-            **kept,
+            **fields,
             "fusion": "gated_mha",
             "vision_tower": AUTHORS_TOWERS[vision],
             "vision_hidden_size": tower.hidden_size,
@@ -167,7 +174,7 @@ def read_config(folder: Path, vision: str) -> MMCoTConfig:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint: safetensors or a pickle of tensors only, in one file or in shards with an index."""
+    """Read all tensors of a checkpoint: safetensors or a pickle of tensors only, one file or shards with an index."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return read_tensor_file(folder / name)
@@ -175,13 +182,13 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
-                raise ValueError(f"{index}: weight_map is {weight_map!r}; expected tensor names and their files.")
+                raise ValueError(f"{index}: weight_map is {weight_map!r}; expected a mapping of tensor names to files.")
             tensors: dict[str, torch.Tensor] = {}
             for shard in sorted(set(weight_map.values())):
                 tensors.update(read_tensor_file(folder / shard))
             absent = sorted(weight_map.keys() - tensors.keys())
             if absent:
-                raise ValueError(f"{index}: the shards do not hold {first_few(absent)}.")
+                raise ValueError(f"{index}: the shards do not contain {first_few(absent)}.")
             return tensors
     raise ValueError(f"{folder} has no weights; expected {' or '.join(WEIGHT_FILES)}, or shards with an index file.")
 
@@ -192,7 +199,7 @@ def read_tensor_file(file: Path) -> dict[str, torch.Tensor]:
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is not a whole file of tensors and nothing else: {error}") from error
+        raise ValueError(f"{file} is damaged, or contains objects other than tensors: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError(f"{file}: expected a mapping of names to tensors.")
     return tensors
@@ -201,15 +208,15 @@ def read_tensor_file(file: Path) -> dict[str, torch.Tensor]:
 def map_tensors(
     tensors: dict[str, torch.Tensor], expected: MMCoTForConditionalGeneration, folder: Path, report: list[str]
 ) -> dict[str, torch.Tensor]:
-    """The tensors under our names, each of the expected model's in its shape; what was mapped goes to `report`."""
+    """Rename the tensors, check names and shapes against the expected model, and add the mapping to `report`."""
     mapped = {renamed(name): tensor for name, tensor in tensors.items()}
     tied = expected._tied_weights_keys
     for copy, original in tied.items():
-        if original not in mapped and copy in mapped:  # safetensors keeps one name of those that share a tensor
+        if original not in mapped and copy in mapped:  # safetensors stores a shared tensor under one name
             mapped[original] = mapped[copy]
     for copy, original in tied.items():
         if copy in mapped and original in mapped and not torch.equal(mapped[copy], mapped[original]):
-            raise ValueError(f"{folder}: {copy} differs from {original}, which it shares by its config.json.")
+            raise ValueError(f"{folder}: {copy} differs from {original}, but config.json ties them.")
         if copy not in mapped and original in mapped:
             mapped[copy] = mapped[original]
     ignored = set(expected._keys_to_ignore_on_load_unexpected or [])
@@ -218,17 +225,17 @@ def map_tensors(
     faults = {
         "missing": sorted(shapes.keys() - mapped.keys()),
         "surplus": sorted(mapped.keys() - shapes.keys()),
-        "of another shape than its config.json says": [
+        "of another shape than in config.json": [
             f"{name} {tuple(mapped[name].shape)} instead of {tuple(shapes[name])}"
             for name in sorted(shapes.keys() & mapped.keys())
             if mapped[name].shape != shapes[name]
         ],
     }
     if any(faults.values()):
-        found = "\n".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise ValueError(f"{folder} is not the model that its config.json describes. Tensors that are\n{found}")
-    own = [name for name in tensors if renamed(name) == name]
-    report.append(f"{len(own)} tensors of T5 under their own names")
+        descriptions = "\n".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise ValueError(f"{folder} is not the model that its config.json describes. Tensors that are\n{descriptions}")
+    unchanged = [name for name in tensors if renamed(name) == name]
+    report.append(f"{len(unchanged)} tensors of T5 under their own names")
     for old, new in RENAMED.items():
         count = sum(name.startswith(old) for name in tensors)
         report.append(f"{old}* -> {new}* ({count} tensors)")
@@ -243,7 +250,7 @@ def renamed(name: str) -> str:
 
 
 def paper_stages(prompt_formats: list[str]) -> list[Stage]:
-    """The rationale and the answer stage as the authors run them, by the names of their prompt formats."""
+    """Build the rationale and the answer stage as the authors run them, from the names of their prompt formats."""
     columns = ["question", "context", "choices", "caption", "images"]
     rationale, answer = prompt_formats
     return [
@@ -253,7 +260,7 @@ def paper_stages(prompt_formats: list[str]) -> list[Stage]:
 
 
 def build_processor(folder: Path, stages: list[Stage], vision: str, attach_tower: str | None) -> MMCoTProcessor | None:
-    """None where the folder has no tokenizer. With a tower, pictures are prepared as the authors prepared them."""
+    """Build the processor, with the authors' preprocessing if there is a tower; None if the folder has no tokenizer."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     image_processor = None

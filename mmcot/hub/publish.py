@@ -1,9 +1,9 @@
-"""Publishes a finished run: exported, checked, uploaded, and loaded again in a fresh process."""
+"""Publishes a finished run: exports it, checks it, uploads it, and loads it again in a fresh process."""
 
 from mmcot.hub.card import Publication
 from mmcot.hub.checks import check_model_folder
 from mmcot.hub.export import export
-from mmcot.hub.repository import Repository, compare, upload, verify
+from mmcot.hub.repository import Repository, plan_push, upload, verify_upload
 from mmcot.hub.verification import answer_in_fresh_process
 from mmcot.prediction.provenance import check_export
 from mmcot.storage.run_folder import RunFolder
@@ -19,40 +19,44 @@ def publish_run(
     dry_run: bool = False,
 ) -> str | None:
     """
-    A finished run to its repository. Returns the commit, or None of a dry run.
+    Publish a finished run. Return the commit, or None in a dry run.
 
     Raises:
-        ValueError: what is wrong with the run, its scores, the repository or what came back from it.
+        ValueError: the run, its scores or the repository are invalid, or the model downloaded from the repository
+            answers differently.
     """
     processor = finished_processor(run_folder)
     if run_folder.judged_split() is None and not allow_unscored:
         raise ValueError(
-            f"{run_folder} has no scores: python -m mmcot.evaluate makes them. --allow_unscored publishes it without, "
-            f'and its card says "not evaluated".'
+            f"{run_folder} has no scores: create them with python -m mmcot.evaluate. --allow_unscored publishes the "
+            f'run without scores, and its card reports "not evaluated".'
         )
     folder = export(run_folder, processor, publication)
     check_model_folder(folder)
-    plan = compare(folder, repository, overwrite, dry_run)
+    plan = plan_push(folder, repository, overwrite, dry_run)
     expected = answer_in_fresh_process(str(folder.resolve()))
     if dry_run:
         print(f"Dry run: nothing was uploaded to {repository.repo_id}.")
         return None
     commit = upload(plan)
-    verify(plan, commit)
+    verify_upload(plan, commit)
     found = answer_in_fresh_process(repository.repo_id, commit)
     if found != expected:
-        raise ValueError(f"{repository.repo_id} at {commit} answers {found}, and {folder} answers {expected}")
+        raise ValueError(f"{repository.repo_id} at {commit} answers {found}; expected {expected}, as {folder} answers.")
     return commit
 
 
 def finished_processor(run_folder: RunFolder) -> MMCoTProcessor:
+    """Load the processor of a run; raise a ValueError if the run is not finished."""
     if not run_folder.hub.is_dir():
         raise ValueError(
-            f"{run_folder} is not a finished run: it has no hub/, which train.py writes last. Run it to its end."
+            f"{run_folder} is not a finished run: it has no hub/, which train.py writes last. Finish the run first."
         )
     processor = MMCoTProcessor.from_pretrained(run_folder.hub, trust_remote_code=False)
     for stage in processor.stages:
         if not run_folder.is_trained(stage.name):
-            raise ValueError(f"{run_folder} is not a finished run: its {stage.name} stage is not trained to its end.")
+            raise ValueError(
+                f"{run_folder} is not a finished run: the training of its {stage.name} stage is not finished."
+            )
     check_export(run_folder, processor)
     return processor

@@ -1,6 +1,6 @@
-"""A folder -> a repository of the Hub, in one commit: compared first, and verified after.
+"""A folder -> a repository on the Hub, in one commit: compares the contents before, and verifies the upload after.
 
-Uploading, retrying and tokens are handled by huggingface_hub. A push that fails leaves the repository at its commit.
+huggingface_hub handles the upload, retries and tokens. A failed push leaves the repository at its commit.
 """
 
 import tempfile
@@ -38,15 +38,15 @@ from mmcot.hub.versions import TransportError, validate_card
 from mmcot.storage.digests import sha256_of_file
 from mmcot.storage.files import names_of
 
-GITATTRIBUTES = ".gitattributes"  # the Hub's own
+GITATTRIBUTES = ".gitattributes"  # created by the Hub
 HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, TransportError, ConnectionError)
-PUSH_AGAIN = "Nothing was committed: push again, and look at the difference that is shown."
-MAKER = "mmcot"  # the key in a card's metadata by which a repository of ours is known
+PUSH_AGAIN = "Nothing was committed: push again, and check the listed changes."
+MAKER = "mmcot"  # the key in a card's metadata that identifies a repository of this tool
 
 
 @dataclass(frozen=True)
 class Repository:
-    """Where a folder goes: an id of the Hub, a model's or a Space's, and the branch."""
+    """The target of an upload: the id of a model or a Space on the Hub, and the branch."""
 
     repo_id: str
     repo_type: str = "model"
@@ -57,14 +57,14 @@ class Repository:
 @dataclass(frozen=True)
 class State:
     """
-    What stands in a repository.
+    The content of a repository.
 
     Args:
-        commit: its head; None where the repository is not there.
-        has_branch: whether the branch is there; where it is not, the state is that of the main one.
-        files: by their names, without the Hub's own.
-        is_ours: whether what is there was made by this tool, or nothing is.
-        pushed: the files that the card lists as those of the last push; None where it lists none.
+        commit: its head; None if the repository does not exist.
+        has_branch: whether the branch exists; if not, the state describes the main branch.
+        files: by name, without `.gitattributes`, which the Hub creates.
+        is_ours: whether this tool created the content, or the repository is empty.
+        pushed: the files of the last push, as listed in the card; None if the card lists none.
     """
 
     commit: str | None = None
@@ -76,18 +76,20 @@ class State:
 
 def check_repository_id(repository: Repository) -> None:
     """
+    Check the id and the branch of a repository.
+
     Raises:
-        ValueError: the id is not one of the Hub's, or names a dataset.
+        ValueError: the id is not a valid Hub id, or includes a kind of repository; the branch is a full ref.
     """
     name = repository.repo_id
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is no repository id: expected USER/NAME ({error})") from error
+        raise ValueError(f"{name!r} is not a repository id: expected USER/NAME ({error})") from error
     if name.count("/") != 1:
-        raise ValueError(f"{name!r} is no repository id: expected USER/NAME")
+        raise ValueError(f"{name!r} is not a repository id: expected USER/NAME")
     if name.split("/")[0] in ("datasets", "spaces", "models"):
-        raise ValueError(f"{name!r} names a kind of repository: expected USER/NAME of a {repository.repo_type}")
+        raise ValueError(f"{name!r} starts with a kind of repository: expected USER/NAME of a {repository.repo_type}")
     if repository.revision.startswith("refs/"):
         raise ValueError(f"--revision {repository.revision}: expected the name of a branch")
 
@@ -95,10 +97,10 @@ def check_repository_id(repository: Repository) -> None:
 @dataclass(frozen=True)
 class Plan:
     """
-    What a push would do.
+    The changes of a push.
 
     Args:
-        changes: what becomes of each file: `new`, `changed`, `same` or `deleted`.
+        changes: the change of each file: `new`, `changed`, `same` or `deleted`.
     """
 
     folder: Path
@@ -111,22 +113,23 @@ class Plan:
         return self.state.has_branch and set(self.changes.values()) <= {"same"}
 
 
-def compare(folder: Path, repository: Repository, overwrite: bool, dry_run: bool) -> Plan:
+def plan_push(folder: Path, repository: Repository, overwrite: bool, dry_run: bool) -> Plan:
     """
-    The folder's content in place of the repository's, file by file, and shown; nothing is changed.
+    Compare a folder with a repository, and print the change of each file. Nothing is changed.
 
     Raises:
-        ValueError: the repository holds what this tool did not make, or the Hub does not take the folder's card.
+        ValueError: the push would replace or delete content that this tool did not create, or the Hub rejects the
+            folder's card.
     """
     try:
-        state = state_of(HfApi(), repository)
+        state = read_state(HfApi(), repository)
         validate_card(RepoCard.load(folder / "README.md"), repository.repo_type)
     except OfflineModeIsEnabled:
         if not dry_run:
             raise
-        print("Offline: not compared with what stands on the Hub.")
+        print("Offline: not compared with the content on the Hub.")
         state = State()
-    changes = changes_of(folder, state)
+    changes = compare_files(folder, state)
     if not overwrite:
         check_owner(repository, state, changes)
     for name, change in changes.items():
@@ -137,25 +140,27 @@ def compare(folder: Path, repository: Repository, overwrite: bool, dry_run: bool
 
 def check_owner(repository: Repository, state: State, changes: dict[str, str]) -> None:
     """
-    What would be deleted or replaced was pushed by this tool, by the list of files in the repository's card.
+    Check that this tool pushed all files that would be deleted or replaced, by the file list in the repository's card.
 
     Raises:
-        ValueError: the repository, or a file in it, is somebody else's.
+        ValueError: the repository, or a file in it, comes from somebody else.
     """
-    holds = "what this tool did not make"
+    content = "content that this tool did not create"
     foreign = [name for name, change in changes.items() if change in ("changed", "deleted")]
     if state.is_ours and state.pushed is not None:
         foreign = [name for name in foreign if name not in state.pushed]
-        holds = f"files ({', '.join(foreign)}) that this tool did not make"
+        content = f"files ({', '.join(foreign)}) that this tool did not create"
     elif state.is_ours:
         foreign = [name for name in foreign if changes[name] == "deleted"]
-        holds = f"files ({', '.join(foreign)}) that are not in this run, and its card, by an older mmcot, lists none"
+        content = f"files ({', '.join(foreign)}) that are not in this run, and its card, by an older mmcot, lists none"
     if foreign or not state.is_ours:
-        raise ValueError(f"{repository.repo_id} holds {holds}; nothing was changed. --overwrite replaces its content.")
+        raise ValueError(
+            f"{repository.repo_id} contains {content}; nothing was changed. --overwrite replaces its content."
+        )
 
 
 def upload(plan: Plan) -> str:
-    """In one commit; none where nothing changes. Returns the one that now holds the folder's content."""
+    """Upload a folder in one commit, or in none if nothing changes. Return the commit that contains the folder."""
     api, repository = HfApi(), plan.repository
     if plan.changes_nothing:
         print(f"Nothing changes: {repository.repo_id} stays at {plan.state.commit}.")
@@ -168,48 +173,49 @@ def upload(plan: Plan) -> str:
     ]
     if not operations:
         return head
-    what = {"model": "a multimodal chain-of-thought model", "space": "the Space"}[repository.repo_type]
+    content = {"model": "a multimodal chain-of-thought model", "space": "the Space"}[repository.repo_type]
     try:
         commit = api.create_commit(
             repository.repo_id,
             operations,
-            commit_message=f"Upload {what}",
+            commit_message=f"Upload {content}",
             repo_type=repository.repo_type,
             revision=repository.revision,
             parent_commit=head,
         )
     except (RuntimeError, *HUB_ERRORS) as error:
-        raise after_failure(api, repository, head, error) from error
+        raise explain_failure(api, repository, head, error) from error
     return commit.oid
 
 
-def after_failure(api: HfApi, repository: Repository, head: str, error: Exception) -> Exception:
-    """What to raise for a commit that ended in an error: the answer to one that was made can be lost."""
-    # The client makes a RuntimeError of a large file that could not be sent, its Xet part of other failures too.
+def explain_failure(api: HfApi, repository: Repository, head: str, error: Exception) -> Exception:
+    """Return the exception to raise after a failed commit. The commit may exist, if only its response was lost."""
+    # huggingface_hub raises a RuntimeError if a large file cannot be sent; its Xet client also for other failures.
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     failure = cause if isinstance(cause, HUB_ERRORS) else ConnectionError(str(error))
     try:
         info = api.repo_info(repository.repo_id, repo_type=repository.repo_type, revision=repository.revision)
     except HUB_ERRORS:
         return ValueError(
-            f"{repository.repo_id} could not be asked whether it took the commit ({type(failure).__name__}): the same "
-            f"command compares, and goes on."
+            f"The Hub did not confirm whether {repository.repo_id} has the commit ({type(failure).__name__}): the same "
+            f"command compares, and continues."
         )
     if info.sha == head:
         return failure
     return ValueError(
-        f"{repository.repo_id} is at {info.sha} now, but the answer to the commit was lost: the same command compares."
+        f"{repository.repo_id} is at {info.sha} now, but the Hub's response was lost: the same command compares."
     )
 
 
-def state_of(api: HfApi, repository: Repository) -> State:
-    where = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
+def read_state(api: HfApi, repository: Repository) -> State:
+    """Read the content of a repository's branch; if the branch does not exist, of the main branch."""
+    address = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
     try:
-        info = api.repo_info(**where, revision=repository.revision)
+        info = api.repo_info(**address, revision=repository.revision)
     except RevisionNotFoundError:
         if repository.revision == "main":
             raise
-        state = state_of(api, replace(repository, revision="main"))
+        state = read_state(api, replace(repository, revision="main"))
         return replace(state, has_branch=False)
     except RepositoryNotFoundError:
         if repository.repo_type == "model" and api.repo_exists(repository.repo_id, repo_type="dataset"):
@@ -218,151 +224,155 @@ def state_of(api: HfApi, repository: Repository) -> State:
     check_private(repository, info)
     files = {
         entry.path: entry
-        for entry in api.list_repo_tree(**where, revision=info.sha, recursive=True)
+        for entry in api.list_repo_tree(**address, revision=info.sha, recursive=True)
         if isinstance(entry, RepoFile) and entry.path != GITATTRIBUTES
     }
-    if is_newborn(repository, files) or "README.md" not in files:
-        return State(info.sha, True, files, is_newborn(repository, files))
-    readme = hf_hub_download(**where, filename="README.md", revision=info.sha)
-    metadata = metadata_of(Path(readme))
+    if is_empty(repository, files) or "README.md" not in files:
+        return State(info.sha, True, files, is_empty(repository, files))
+    readme = hf_hub_download(**address, filename="README.md", revision=info.sha)
+    metadata = read_metadata(Path(readme))
     maker = metadata.get(MAKER)
     pushed = maker.get("files") if isinstance(maker, dict) else None
     pushed = frozenset(map(str, pushed)) if isinstance(pushed, list) else None
     return State(info.sha, True, files, MAKER in metadata, pushed)
 
 
-def is_newborn(repository: Repository, files: Collection[str]) -> bool:
-    """Whether a repository holds nothing yet; a Space is born with a README of the Hub's."""
+def is_empty(repository: Repository, files: Collection[str]) -> bool:
+    """Whether a repository has no content yet; the Hub creates a Space with a README."""
     return not files or (repository.repo_type == "space" and set(files) == {"README.md"})
 
 
 def check_private(repository: Repository, info: ModelInfo | SpaceInfo) -> None:
+    """Raise an error if the repository should be private, but exists and is public."""
     if repository.private and not info.private:
         raise ValueError(
-            f"{repository.repo_id} is there and is public: --private is for one that is made. Nothing was committed."
+            f"{repository.repo_id} exists and is public: --private is for new repositories only. Nothing was committed."
         )
 
 
-def metadata_of(readme: Path) -> dict[str, Any]:
+def read_metadata(readme: Path) -> dict[str, Any]:
     try:
         return metadata_load(readme) or {}
-    except (yaml.YAMLError, ValueError):  # somebody else's, and broken
+    except (yaml.YAMLError, ValueError):  # an invalid card, not from this tool
         return {}
 
 
-def changes_of(folder: Path, state: State) -> dict[str, str]:
-    """Of each file that is in the folder or in the repository."""
+def compare_files(folder: Path, state: State) -> dict[str, str]:
+    """Return the change of each file in the folder or in the repository."""
     changes = {}
     for name in names_of(folder):
-        there = state.files.get(name)
-        changes[name] = "new" if there is None else "same" if is_same(folder / name, there) else "changed"
+        remote = state.files.get(name)
+        changes[name] = "new" if remote is None else "same" if is_same(folder / name, remote) else "changed"
     return changes | dict.fromkeys(sorted(state.files.keys() - changes.keys()), "deleted")
 
 
-def is_same(file: Path, there: RepoFile) -> bool:
-    if file.stat().st_size != there.size:
+def is_same(file: Path, remote: RepoFile) -> bool:
+    if file.stat().st_size != remote.size:
         return False
-    if there.lfs is not None:
-        return sha256_of_file(file) == there.lfs.sha256
-    return git_hash(file.read_bytes()) == there.blob_id
+    if remote.lfs is not None:
+        return sha256_of_file(file) == remote.lfs.sha256
+    return git_hash(file.read_bytes()) == remote.blob_id
 
 
 def prepare_repository(api: HfApi, repository: Repository, state: State) -> str:
     """
-    The repository and the branch, made where they are not there. Returns the branch's head: the commit that was
-    compared with, because one that came since is not built upon, or the first one of a repository that is made here.
+    Create the repository and the branch if they do not exist. Return the parent of the next commit: the commit that was
+    compared, so that a later commit by somebody else is a conflict; or the first commit of a new repository.
 
     Raises:
-        ValueError: somebody else made the repository or the branch since it was compared, or made it public.
+        ValueError: since the comparison, somebody else created the repository or the branch, or made it public.
     """
-    where = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
+    address = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
     if state.commit is None:
-        head = make_repository(api, repository)
+        head = create_repository(api, repository)
     else:
         head = state.commit
-        check_private(repository, api.repo_info(**where))
+        check_private(repository, api.repo_info(**address))
     if not state.has_branch and repository.revision != "main":
-        with made_by_nobody_else(f"the branch {repository.revision} of {repository.repo_id}"):
-            api.create_branch(**where, branch=repository.revision, revision=head, exist_ok=False)
+        with refuse_existing(f"the branch {repository.revision} of {repository.repo_id}"):
+            api.create_branch(**address, branch=repository.revision, revision=head, exist_ok=False)
     return head
 
 
-def make_repository(api: HfApi, repository: Repository) -> str:
-    """Returns its first commit, which holds nothing of anybody's."""
+def create_repository(api: HfApi, repository: Repository) -> str:
+    """Create a repository. Return its first commit, which has no content."""
     sdk = {"space_sdk": "gradio"} if repository.repo_type == "space" else {}
-    where = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
-    with made_by_nobody_else(repository.repo_id):
-        api.create_repo(**where, private=repository.private or None, exist_ok=False, **sdk)
-    born = state_of(api, replace(repository, revision="main"))
-    if not is_newborn(repository, born.files):
+    address = {"repo_id": repository.repo_id, "repo_type": repository.repo_type}
+    with refuse_existing(repository.repo_id):
+        api.create_repo(**address, private=repository.private or None, exist_ok=False, **sdk)
+    created = read_state(api, replace(repository, revision="main"))
+    if not is_empty(repository, created.files):
         raise ValueError(
-            f"{since_compared(repository.repo_id)}: it holds {', '.join(sorted(born.files))}. {PUSH_AGAIN}"
+            f"{created_meanwhile(repository.repo_id)}: it contains {', '.join(sorted(created.files))}. {PUSH_AGAIN}"
         )
-    return born.commit
+    return created.commit
 
 
 @contextmanager
-def made_by_nobody_else(name: str) -> Iterator[None]:
-    """What is made in this block was not there; the Hub's conflict is an error that says so."""
+def refuse_existing(name: str) -> Iterator[None]:
+    """Turn the Hub's conflict error for something that exists already into a ValueError that names it."""
     try:
         yield
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code != 409:
             raise
-        raise ValueError(f"{since_compared(name)}. {PUSH_AGAIN}") from error
+        raise ValueError(f"{created_meanwhile(name)}. {PUSH_AGAIN}") from error
 
 
-def since_compared(name: str) -> str:
-    return f"{name} was not there when it was compared, and somebody else made it since"
+def created_meanwhile(name: str) -> str:
+    return f"{name} did not exist at the comparison, and somebody else created it since"
 
 
-def verify(plan: Plan, commit: str) -> None:
+def verify_upload(plan: Plan, commit: str) -> None:
     """
+    Download the commit into an empty cache, and compare it with the folder.
+
     Raises:
-        ValueError: what the Hub gives back, into an empty cache, is not what was sent.
+        ValueError: the download fails, or differs from the folder.
     """
     repository = plan.repository
     with tempfile.TemporaryDirectory() as cache:
-        where = {"repo_type": repository.repo_type, "revision": commit, "cache_dir": cache}
+        options = {"repo_type": repository.repo_type, "revision": commit, "cache_dir": cache}
         try:
-            downloaded = Path(snapshot_download(repository.repo_id, **where))
+            downloaded = Path(snapshot_download(repository.repo_id, **options))
         except HUB_ERRORS as error:
             raise ValueError(
-                f"{repository.repo_id} is at {commit} now, which could not be read again ({type(error).__name__}): the "
-                f"same command compares it once more."
+                f"{repository.repo_id} is at {commit} now, but the download failed ({type(error).__name__}): the same "
+                f"command compares it again."
             ) from error
-        sent, got = (
-            {name: sha256_of_file(place / name) for name in names_of(place)} for place in (plan.folder, downloaded)
+        sent, received = (
+            {name: sha256_of_file(folder / name) for name in names_of(folder)} for folder in (plan.folder, downloaded)
         )
-    got.pop(GITATTRIBUTES, None)
-    differing = sorted(name for name in sent.keys() | got.keys() if sent.get(name) != got.get(name))
+    received.pop(GITATTRIBUTES, None)
+    differing = sorted(name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name))
     if differing:
         raise ValueError(
-            f"{repository.repo_id} at {commit} is not what was sent: {', '.join(differing)} differ. Push again, or "
-            f"take the commit back: what stood there before is untouched under its own commit."
+            f"{repository.repo_id} at {commit} differs from the uploaded folder: {', '.join(differing)}. Push again, "
+            f"or revert the commit: the earlier content is unchanged under its own commit."
         )
 
 
 def advice(error: Exception, repository: Repository) -> str:
-    """What to do about an error of the Hub, in words; none of them holds a token."""
+    """Return the message for an error of the Hub: the cause and what to do. It never contains a token."""
     name = repository.repo_id
-    untouched = f"{name} stays as it was."
+    untouched = f"{name} is unchanged."
     if isinstance(error, OfflineModeIsEnabled):
-        return f"offline (HF_HUB_OFFLINE is set): {name} was not reached. Unset it to publish; --dry_run works without."
+        return f"offline (HF_HUB_OFFLINE is set): {name} was not reached. Unset it to publish; --dry_run works offline."
     if isinstance(error, LocalTokenNotFoundError):
         return f"no token: log in with `hf auth login`, or set HF_TOKEN. {untouched}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None:
         failure = type(error).__name__
-        return f"the connection failed ({failure}): push again; what is uploaded is not sent twice. {untouched}"
-    words = {
-        401: "the Hub does not know your token, or there is none: log in with `hf auth login`, or set HF_TOKEN.",
-        403: f"the Hub refuses: your token has to have write access to {name.split('/')[0]}.",
-        404: f"{name} is not there, or your token may not see it.",
-        409: "somebody else is committing to it: push again.",
-        412: "somebody else committed to it meanwhile: push again, and look at the difference that is shown.",
-        429: "the Hub is asked too often: wait some minutes and push again; what is uploaded is not sent twice.",
+        return f"the connection failed ({failure}): push again; uploaded files are not sent twice. {untouched}"
+    messages = {
+        401: "the Hub rejects your token, or no token is set: log in with `hf auth login`, or set HF_TOKEN.",
+        403: f"the Hub denies access: your token needs write access to {name.split('/')[0]}.",
+        404: f"{name} does not exist, or your token has no access to it.",
+        409: "somebody else is committing to the repository: push again.",
+        412: "somebody else committed to the repository meanwhile: push again, and check the listed changes.",
+        429: "too many requests to the Hub: wait some minutes and push again; uploaded files are not sent twice.",
     }
-    other = "push again later; what is uploaded is not sent twice." if status >= 500 else "it refuses what was sent."
-    said = getattr(error, "server_message", None)
-    return f"{words.get(status, other)} (The Hub: {status}{f', {said}' if said else ''}.) {untouched}"
+    other = "push again later; uploaded files are not sent twice." if status >= 500 else "the Hub rejects the request."
+    server_message = getattr(error, "server_message", None)
+    details = f"{status}, {server_message}" if server_message else status
+    return f"{messages.get(status, other)} (The Hub: {details}.) {untouched}"

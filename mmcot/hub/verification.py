@@ -1,4 +1,4 @@
-"""A model's answer in a fresh process that has only its id or folder, and imports nothing of this repository.
+"""Loads a model in a fresh process, which imports nothing from this repository, and returns its answer.
 
 python mmcot/hub/verification.py FOLDER_OR_ID [COMMIT]
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 def answer_in_fresh_process(model: str, commit: str | None = None) -> dict[str, Any]:
     """
-    The answer to a fixed problem without meaning, of a model that is loaded with an empty cache.
+    Return the model's answer to a fixed, meaningless problem; the process starts with an empty cache.
 
     Raises:
-        ValueError: it does not load or does not answer.
+        ValueError: the model does not load or does not answer.
     """
     from huggingface_hub import constants
 

@@ -1,7 +1,7 @@
-"""What differs between the versions of libraries that preparing, training and publishing run with.
+"""Differences between the supported versions of libraries, in preparation, training and publication.
 
-Each difference names the version that brought it: delete it when the lower bound of requirements.txt rises. Those of
-the shipped code are in `modeling_mmcot/versions_mmcot.py`.
+Each difference names the version that introduced it: delete it when the lower bound in requirements.txt rises.
+`modeling_mmcot/versions_mmcot.py` contains those of the shipped code.
 """
 
 from importlib.metadata import version
@@ -9,7 +9,7 @@ from importlib.metadata import version
 from huggingface_hub import RepoCard, constants
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-try:  # huggingface-hub 2.0 lets through the errors of httpx2, its client; before, those of httpx
+try:  # since huggingface-hub 2.0 its client, whose errors it does not wrap, is httpx2; before, httpx
     from httpx2 import TransportError
 except ImportError:
     from httpx import TransportError
@@ -19,12 +19,12 @@ __all__ = ["TransportError", "validate_card"]
 
 def validate_card(card: RepoCard, repo_type: str) -> None:
     """
-    Has the Hub check a card's metadata.
+    Let the Hub validate a card's metadata.
 
     Raises:
-        ValueError: the Hub does not take it.
+        ValueError: the Hub rejects the metadata.
     """
-    # huggingface-hub 2.2 asks the Hub of HF_ENDPOINT; before, huggingface.co for every Hub.
+    # Since huggingface-hub 2.2, `validate` uses the Hub of HF_ENDPOINT; before, always huggingface.co.
     if tuple(map(int, version("huggingface-hub").split(".")[:2])) >= (2, 2):
         return card.validate(repo_type)
     response = get_session().post(

@@ -48,7 +48,7 @@ MACHINE_SETTINGS = {
     "fold",
     "report_problems",
 }
-# How a step's problems are shared out; how many they are is checked when a run goes on (`trainer.SameSteps`).
+# How a step's problems are shared out; how many they are is checked when a run goes on (`callbacks.StepSizeCheck`).
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 # Compared by what they hold (`run_inputs.py`), where they are paths: data can be moved, as a run's folder can.

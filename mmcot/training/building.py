@@ -1,6 +1,6 @@
 """A recipe -> its parts: the stages, the processor, the model that every stage starts from.
 
-Nothing is trained or written here, and no data is read but the problems that a tokenizer is trained on.
+No model is trained and nothing is written here. The only data read are the problems that a tokenizer is trained on.
 """
 
 import contextlib
@@ -59,29 +59,32 @@ def build_stage(arguments: StageArguments) -> Stage:
 
 def check_source(stage: Stage) -> None:
     """
+    Check a stage's source template.
+
     Raises:
-        ValueError: its source template cannot be rendered of the columns that it reads.
+        ValueError: the source template cannot be rendered from the columns that the stage reads.
     """
     row = {name: ["a", "b"] if name == "choices" else "a" for name in stage.reads if name != "images"}
     try:
         stage.render_source(row)
     except TemplateError as error:
         raise ValueError(
-            f"stage {stage.name!r}: its source cannot be made of what it reads ({', '.join(stage.reads)}): {error}."
+            f"stage {stage.name!r}: its source cannot be rendered from the columns that it reads "
+            f"({', '.join(stage.reads)}): {error}."
         ) from error
 
 
 def default_score(target: str) -> str:
-    """A text's total log-probability falls with its length; letters have one length."""
+    """Return "mean" for targets with choices' texts, as a text's total log-probability falls with its length."""
     try:
         columns = meta.find_undeclared_variables(ENVIRONMENT.parse(target))
     except TemplateError as error:
-        raise ValueError(f"the target {target!r:.100} is no template: {error}.") from error
+        raise ValueError(f"the target {target!r:.100} is not a valid template: {error}.") from error
     return "mean" if "choices" in columns else "total"
 
 
 def check_tower_name(recipe: Recipe) -> None:
-    """`vision_tower` is a name that there is, and goes with the tower that the recipe describes."""
+    """Raise an error if `vision_tower` is not a known name, or does not fit the tower that the recipe describes."""
     arguments = recipe.arguments
     if arguments.vision_tower is None:
         return
@@ -95,7 +98,7 @@ def check_tower_name(recipe: Recipe) -> None:
 
 
 def is_frozen(recipe: Recipe) -> bool:
-    """Whether the picture tower is left as it is."""
+    """Whether the picture tower is frozen."""
     if recipe.arguments.freeze_vision is not None:
         return recipe.arguments.freeze_vision
     own = own_config(recipe.model_config)
@@ -103,6 +106,7 @@ def is_frozen(recipe: Recipe) -> bool:
 
 
 def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset) -> MMCoTProcessor:
+    """Build the processor: the recipe's tokenizer, or one trained on the problems, and the tower's image processor."""
     arguments, model_config = recipe.arguments, recipe.model_config
     if arguments.tokenizer_vocab_size is not None:
         tokenizer = train_tokenizer(train_problems, stages, arguments.tokenizer_vocab_size)
@@ -122,7 +126,7 @@ def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset
 
 
 def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
-    """The configuration of the checkpoint to start from, where it is a model of this package and not a plain T5."""
+    """Return the configuration of the initial checkpoint if it is an MMCoT model; None for a plain T5."""
     if model_config.model_name_or_path is None:
         return None
     name, revision = model_config.model_name_or_path, model_config.model_revision
@@ -131,7 +135,7 @@ def own_config(model_config: ModelConfig) -> MMCoTConfig | None:
 
 
 def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A small tokenizer with T5's special tokens, trained on the sources and targets of the training problems."""
+    """Train a small tokenizer with T5's special tokens on the sources and targets of the training problems."""
     rows = problems.remove_columns("images").to_list()
 
     def texts():
@@ -141,7 +145,7 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
                 yield stage.render_source(row)
                 yield row[stage.writes]
 
-    # Byte pairs within words, so that in a small vocabulary most words are one piece.
+    # Byte pairs within words: most words are a single token even with a small vocabulary.
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("[.,?!:]"), "isolated")]
@@ -163,39 +167,39 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
 
 def text_skeleton(recipe: Recipe) -> MMCoTForConditionalGeneration:
     """
-    The text model without weights, picture tower and fusion.
+    Build the text model without weights, picture tower and fusion.
 
     Raises:
-        ValueError: the checkpoint is of a `model_type` that is no T5, or its generation config holds a setting that
-            stages do not take.
+        ValueError: the checkpoint's `model_type` is not a T5, or its generation config contains a setting that stages
+            do not support.
     """
     tower = recipe.arguments.vision_model_name_or_path
     for path in (recipe.model_config.model_name_or_path, tower, recipe.arguments.tokenizer_name_or_path):
         if path is not None:
             refuse_absent_path(path, "a checkpoint's folder, or an id of the Hub (USER/NAME)")
-            check_whole_weights(path)
+            check_weight_files(path)
     name, revision = recipe.model_config.model_name_or_path, recipe.model_config.model_revision
     if name is None:
         return skeleton(MMCoTConfig(**(recipe.arguments.text_config or {})))
     config = MMCoTConfig.from_pretrained(name, revision=revision)
     config.vision_config = config.vision_hidden_size = None
-    with contextlib.suppress(OSError):  # a checkpoint need not have one
+    with contextlib.suppress(OSError):  # a generation config is optional
         check_own_settings(GenerationConfig.from_pretrained(name, revision=revision), name)
     return skeleton(config)
 
 
 def skeleton(config: MMCoTConfig) -> MMCoTForConditionalGeneration:
-    """A model without its weights, which takes no time and no memory."""
+    """Build a model without weights, which takes no time and no memory."""
     with torch.device("meta"):
         return MMCoTForConditionalGeneration(config)
 
 
-def check_whole_weights(folder: str) -> None:
+def check_weight_files(folder: str) -> None:
     """
-    Of a checkpoint on this machine, without reading its tensors.
+    Check the weight files of a local checkpoint without reading its tensors.
 
     Raises:
-        ValueError: a file of its weights is cut or damaged.
+        ValueError: a file is truncated or damaged.
     """
     for file in sorted(Path(folder).glob("*.safetensors")):
         try:
@@ -206,21 +210,19 @@ def check_whole_weights(folder: str) -> None:
 
 
 def check_wrapped_classes(model: nn.Module) -> None:
-    """What accelerate's FSDP settings name as the layers to wrap is there: it would say so after all data was read."""
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    """Raise an error if the model lacks a layer that accelerate's FSDP settings wrap: accelerate checks only later."""
+    class_names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     known = {type(module).__name__ for module in model.modules()}
-    for name in filter(None, named.split(",")):
+    for name in filter(None, class_names.split(",")):
         if name not in known:
             raise ValueError(
-                f"fsdp_transformer_layer_cls_to_wrap is {name!r}, and the text model has no such layer; there are "
-                f"{', '.join(sorted(known))}."
+                f"fsdp_transformer_layer_cls_to_wrap is {name!r}, but the text model has no such layer; expected one "
+                f"of {', '.join(sorted(known))}."
             )
 
 
-def settings_of_pictures(
-    recipe: Recipe, store: FeatureStore | None, tower: PreTrainedModel | None = None
-) -> dict[str, Any]:
-    """Fields of the model's configuration: how it sees and fuses pictures."""
+def picture_fields(recipe: Recipe, store: FeatureStore | None, tower: PreTrainedModel | None = None) -> dict[str, Any]:
+    """Return the fields of the model's configuration that describe its pictures and fusion."""
     arguments = recipe.arguments
     fields = {"max_images": arguments.max_images}
     for name in ("fusion", "freeze_vision"):
@@ -228,7 +230,7 @@ def settings_of_pictures(
             fields[name] = getattr(arguments, name)
     own = own_config(recipe.model_config)
     if own is not None and own.vision_hidden_size is not None:
-        return fields  # a model that has a width of its own keeps it, to be compared with the tower's or the store's
+        return fields  # the model keeps its own width, which is compared with the tower's or the store's later
     if tower is not None:
         fields["vision_hidden_size"] = tower_width(tower)
     elif store is not None:
@@ -239,7 +241,7 @@ def settings_of_pictures(
 
 
 def new_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> MMCoTConfig:
-    """The configuration of a model that starts from random weights."""
+    """Build the configuration of a model that starts from random weights."""
     return MMCoTConfig(
         vocab_size=len(tokenizer),
         decoder_start_token_id=tokenizer.pad_token_id,
@@ -252,13 +254,13 @@ def new_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, fields: dict[
 def build_model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, store: FeatureStore | None
 ) -> MMCoTForConditionalGeneration:
-    """The model that every stage starts from, the same for each."""
+    """Build the model that every stage starts from; it is the same for each stage."""
     arguments, model_config = recipe.arguments, recipe.model_config
     set_seed(recipe.training_arguments.seed)
     tower = None
     if arguments.vision_model_name_or_path is not None:
         tower = load_vision_tower(arguments.vision_model_name_or_path)
-    fields = settings_of_pictures(recipe, store, tower)
+    fields = picture_fields(recipe, store, tower)
     if model_config.model_name_or_path is None:
         model = MMCoTForConditionalGeneration(new_config(recipe, tokenizer, fields))
         if model_config.dtype not in (None, "auto"):
@@ -278,13 +280,13 @@ def build_model(
 
 class InitialModel:
     """
-    The model that every stage starts from. What preparation builds to inspect is the one that the first stage takes;
-    for later stages it is built again, because training changes it.
+    The model that every stage starts from. The first stage takes the model that preparation built for its checks; later
+    stages build it again, because training changes it.
 
     Args:
         recipe: describes the model.
-        tokenizer: of its texts; a model that starts from random weights has its vocabulary.
-        store: the features of the pictures, where they are computed already.
+        tokenizer: sets the vocabulary size of a model that starts from random weights.
+        store: precomputed features of the pictures, if any.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, store: FeatureStore | None):
@@ -292,25 +294,25 @@ class InitialModel:
         self.built: MMCoTForConditionalGeneration | None = None
 
     def inspect(self) -> MMCoTForConditionalGeneration:
-        """The model, which is kept until it is taken or discarded."""
+        """Return the model, and keep it until it is taken or discarded."""
         if self.built is None:
             self.built = build_model(self.recipe, self.tokenizer, self.store)
         return self.built
 
     def without_weights(self) -> MMCoTForConditionalGeneration:
-        """Its configuration and modules; only of a model that has no picture tower."""
+        """Return the model's configuration and modules; only for a model without a picture tower."""
         name, revision = self.recipe.model_config.model_name_or_path, self.recipe.model_config.model_revision
-        fields = settings_of_pictures(self.recipe, self.store)
+        fields = picture_fields(self.recipe, self.store)
         if name is None:
             return skeleton(new_config(self.recipe, self.tokenizer, fields))
         return skeleton(MMCoTConfig.from_pretrained(name, revision=revision, **fields))
 
     def take(self) -> MMCoTForConditionalGeneration:
-        """The model, to be trained or saved."""
+        """Return the model to train or save it, and keep no reference."""
         model = self.inspect()
         self.built = None
         return model
 
     def discard(self) -> None:
-        """Free the memory of a model that nobody takes."""
+        """Free the memory of a model that is not used."""
         self.built = None

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: the data's epoch, equal steps in all processes, best checkpoint, shutdown on a signal."""
+"""Trainer callbacks: epoch of the batch sampler, check of the step size, best checkpoint, graceful shutdown."""
 
 import math
 import os
@@ -13,11 +13,11 @@ from transformers.trainer_utils import has_length
 from mmcot.prediction.batching import LengthBatchSampler
 from mmcot.storage.checkpoints import RunStopped
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # sent by schedulers, and by Ctrl-C
 
 
-class EpochOf(TrainerCallback):
-    """Tells a batch sampler the epoch, in a resumed run too, where accelerate's wrappers hide the sampler."""
+class SamplerEpoch(TrainerCallback):
+    """Sets the epoch of a batch sampler. In a resumed run accelerate's wrappers hide the sampler from the Trainer."""
 
     def __init__(self, sampler: LengthBatchSampler):
         self.sampler = sampler
@@ -26,8 +26,8 @@ class EpochOf(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
-class SameSteps(TrainerCallback):
-    """A run goes on with other processes, batches and accumulation, as long as a step holds as many problems."""
+class StepSizeCheck(TrainerCallback):
+    """Lets a run resume with other processes, batches and accumulation if a step has as many problems as before."""
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         if state.global_step == 0 or not has_length(train_dataloader):
@@ -35,18 +35,18 @@ class SameSteps(TrainerCallback):
         batches, accumulated = len(train_dataloader), args.gradient_accumulation_steps
         steps = math.ceil(batches / accumulated)
         epochs, rest = divmod(state.global_step, steps)
-        is_as_before = abs(epochs + min(rest * accumulated, batches) / batches - state.epoch) < 1e-6
-        # Otherwise shared out, the last batches of an epoch can be fuller or emptier.
-        if not is_as_before and not 0.8 < state.epoch / state.global_step * steps < 1.25:
+        is_unchanged = abs(epochs + min(rest * accumulated, batches) / batches - state.epoch) < 1e-6
+        # Tolerance: with another batch size, the last batches of an epoch can be fuller or emptier.
+        if not is_unchanged and not 0.8 < state.epoch / state.global_step * steps < 1.25:
             raise RunStopped(
-                f"The checkpoint comes from {state.global_step / state.epoch:.1f} steps an epoch, and here an epoch "
-                f"has {steps}: choose per_device_train_batch_size and gradient_accumulation_steps such that, times "
-                f"{args.world_size} processes, a step holds as many problems as before."
+                f"The checkpoint was written with {state.global_step / state.epoch:.1f} steps per epoch, and an epoch "
+                f"now has {steps}: set per_device_train_batch_size and gradient_accumulation_steps so that, times "
+                f"{args.world_size} processes, a step contains as many problems as before."
             )
 
 
 class BestCheckpoint(TrainerCallback):
-    """The best checkpoint so far is known by its step, so that a run goes on wherever its folder is moved to."""
+    """Finds the best checkpoint so far by its step, so that a run can resume after its folder was moved."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.best_global_step:
@@ -54,51 +54,53 @@ class BestCheckpoint(TrainerCallback):
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if args.load_best_model_at_end and not best.is_dir():
             raise RunStopped(
-                f"{best} is missing, the best checkpoint so far, which load_best_model_at_end would take: restore it, "
-                f"or remove {args.output_dir} to train the stage anew."
+                f"{best} is missing, the best checkpoint so far, which load_best_model_at_end needs: restore it, or "
+                f"remove {args.output_dir} to train the stage again."
             )
         state.best_model_checkpoint = str(best)
 
 
 class Termination(TrainerCallback):
     """
-    SIGTERM, which schedulers send, or Ctrl-C: the step is ended, a checkpoint saved, the training ended. A context,
-    within which the signals are waited for; launchers pass them on, so that one can come twice.
+    Graceful shutdown on SIGTERM, which schedulers send, or Ctrl-C: finishes the step, saves a checkpoint and ends the
+    training. Handles the signals while used as a context manager. Launchers forward signals, so one can arrive twice.
 
     Attributes:
-        asked: the signal that came, None without one.
+        received: the signal that arrived, None without one.
     """
 
     def __init__(self):
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
 
     def __enter__(self) -> "Termination":
-        self.earlier = {one: signal.signal(one, self.ask) for one in STOPPING}
+        self.previous_handlers = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception) -> None:
-        for one, handler in self.earlier.items():
-            signal.signal(one, handler)
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
 
-    def ask(self, signal_number, frame) -> None:
-        if self.asked is None and PartialState().is_main_process:
-            # `print` must not be interrupted by itself.
-            os.write(2, b"Stopping: this step is ended and saved first (Ctrl-\\ stops at once, without).\n")
-        self.asked = signal.Signals(signal_number)
+    def receive(self, signal_number, frame) -> None:
+        if self.received is None and PartialState().is_main_process:
+            # Not `print`, which is not reentrant: the signal can interrupt it.
+            os.write(2, b"Stopping: this step is finished and saved first (Ctrl-\\ stops at once, without saving).\n")
+        self.received = signal.Signals(signal_number)
 
-    def is_asked_of_any(self) -> bool:
-        """So that all processes end at the same step."""
+    def received_by_any(self) -> bool:
+        """Whether any process received a signal: all processes have to end at the same step."""
         if PartialState().num_processes > 1:
-            self.asked = next((one for one in gather_object([self.asked]) if one is not None), None)
-        return self.asked is not None
+            self.received = next(
+                (received for received in gather_object([self.received]) if received is not None), None
+            )
+        return self.received is not None
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.is_asked_of_any():
-            args.save_total_limit = None  # by which the Trainer can remove the newest checkpoint at its end
+        if self.received_by_any():
+            args.save_total_limit = None  # with it, the Trainer can remove the newest checkpoint at its end
             control.should_training_stop = True
-            control.should_save = not state.epoch.is_integer()  # else at the end of the epoch
+            control.should_save = not state.epoch.is_integer()  # otherwise `on_epoch_end` saves
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        if self.asked is not None:
+        if self.received is not None:
             control.should_save = state.epoch.is_integer()
             control.should_evaluate = control.should_evaluate and state.epoch.is_integer()

@@ -1,6 +1,6 @@
-"""A recipe -> a run that is ready to be trained: its data read and found good, its folder taken.
+"""A recipe -> a run that is ready to be trained: its data loaded and checked, its run folder locked.
 
-All that can be wrong with recipe and data is said here, before anything is trained or written.
+All errors in recipe and data are raised here, before anything is trained or written.
 """
 
 import logging
@@ -33,7 +33,7 @@ from mmcot.training.building import (
     own_config,
     text_skeleton,
 )
-from mmcot.training.run_inputs import check_unchanged, inputs_of
+from mmcot.training.run_inputs import check_unchanged, input_digests
 from mmcot.training.split_record import record_splits
 from mmcot.training.stage_inputs import target_columns
 from mmcot.training.streaming import stream_problems
@@ -45,15 +45,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A recipe with its data found good and its folder taken: what is left to do is the work."""
+    """A recipe with its data checked and its run folder locked, ready for training."""
 
     recipe: Recipe
     stages: Stages
-    problems: dict[str, Dataset | IterableDataset]  # by split; a stream those to train on may be
-    folder: RunFolder  # its own, or a fold's
+    problems: dict[str, Dataset | IterableDataset]  # by split; training problems can be a stream
+    folder: RunFolder  # of the run, or of a fold
     processor: MMCoTProcessor
     initial_model: InitialModel
-    pictures: FeatureStore | PixelStore | None  # where batches take their pictures from
+    pictures: FeatureStore | PixelStore | None  # the source of the batches' pictures
     lock: AcquireReturnProxy | None = None  # held, so that no other command writes into the folder
 
     def arguments_of(self, stage: Stage) -> StageArguments:
@@ -62,9 +62,11 @@ class Run:
 
 def prepare(recipe: Recipe) -> Run:
     """
+    Load and check everything that a run needs, and lock its run folder.
+
     Raises:
-        ValueError: what is wrong with the recipe or its data.
-        RunStopped: another command is writing into the run's folder.
+        ValueError: the recipe or its data are invalid.
+        RunStopped: another command is writing into the run folder.
     """
     stages = Stages(build_stage(arguments) for arguments in recipe.stages)
     check_model_options(recipe)
@@ -75,14 +77,14 @@ def prepare(recipe: Recipe) -> Run:
         else prepare_problems(recipe, stages, split, store)
         for split in SPLITS
     }
-    if recipe.arguments.streaming:  # of which only this much is known
+    if recipe.arguments.streaming:  # a stream cannot be checked as a whole
         for stage in stages:
             check_targets(problems["val"], stage, recipe.arguments.dataset)
     splits = record_splits(recipe, problems)
     if splits["divided_by"] is not None:
         recipe.values["split_seed"] = splits["divided_by"]
     processor = build_processor(recipe, stages, problems["train"])
-    warn_of_lengths(problems["val"], processor)
+    warn_of_choice_lengths(problems["val"], processor)
     initial_model = InitialModel(recipe, processor.tokenizer, store)
     if store is not None:
         check_features(store, recipe, processor, initial_model)
@@ -98,7 +100,7 @@ def prepare(recipe: Recipe) -> Run:
         folder = claim_run_folder(recipe)
     lock = lock_folder(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
     with PartialState().main_process_first():
-        check_unchanged(folder, inputs_of(recipe, problems, processor, store))
+        check_unchanged(folder, input_digests(recipe, problems, processor, store))
     if PartialState().is_main_process:
         write_json(folder.splits, splits)
     return Run(recipe, stages, problems, folder, processor, initial_model, pictures, lock)
@@ -106,8 +108,10 @@ def prepare(recipe: Recipe) -> Run:
 
 def check_model_options(recipe: Recipe) -> None:
     """
+    Check the options that refer to the text model.
+
     Raises:
-        ValueError: the recipe's text model is no T5, or has not the modules that an option names.
+        ValueError: the recipe's text model is not a T5, or lacks the modules that an option names.
     """
     model = text_skeleton(recipe)
     check_tower_name(recipe)
@@ -120,6 +124,8 @@ def check_model_options(recipe: Recipe) -> None:
 
 def check_features(store: FeatureStore, recipe: Recipe, processor: MMCoTProcessor, initial_model: InitialModel) -> None:
     """
+    Check that stored features fit the model.
+
     Raises:
         ValueError: the store's features are not those that the model reads.
     """
@@ -131,33 +137,33 @@ def check_features(store: FeatureStore, recipe: Recipe, processor: MMCoTProcesso
 
 def lock_folder(folder: RunFolder) -> AcquireReturnProxy | None:
     """
-    Lock a run, or one of its folds, which can be trained while others are. Only the main process takes the lock. The
-    result is a context manager that releases it; the lock of a killed process is free.
+    Lock a run, or one of its folds: different folds can be trained at the same time. Only the main process acquires
+    the lock. The result is a context manager that releases it; a killed process releases its lock.
 
     Raises:
-        RunStopped: another command has the lock.
+        RunStopped: another command holds the lock.
     """
     if not PartialState().is_main_process:
         return None
     try:
         return FileLock(folder.lock).acquire(timeout=0)
     except Timeout as error:
-        raise RunStopped(f"{folder} is being written by another command: wait for its end, or stop it.") from error
+        raise RunStopped(f"{folder} is being written by another command: wait until it ends, or stop it.") from error
 
 
-def warn_of_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
-    """Of choices of unlike length the total log-probability hardly ever takes a long one (docs/choice_lengths.md)."""
+def warn_of_choice_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
+    """Warn if choices differ in length: a total log-probability rarely selects long ones (docs/choice_lengths.md)."""
     stage = processor.stages[-1]
     if stage.score != "total" or not PartialState().is_main_process:
         return
     rows = problems.remove_columns("images").to_list()
     targets = [[stage.render_target({**row, "answer": index}) for index in range(len(row["choices"]))] for row in rows]
     lengths = [[len(tokens) for tokens in processor.tokenizer(texts, verbose=False)["input_ids"]] for texts in targets]
-    unlike = sum(len(set(of_one)) > 1 for of_one in lengths)
-    if unlike:
+    differing = sum(len(set(choice_lengths)) > 1 for choice_lengths in lengths)
+    if differing:
         logger.warning(
-            f"{stage.name} stage: score is total, and in {unlike} of {len(rows)} validation problems the choices' "
-            f"targets differ in length, of which the shorter ones are favored: consider score: mean"
+            f"{stage.name} stage: score is total, and in {differing} of {len(rows)} validation problems the choices' "
+            f"targets differ in length; total favors the shorter ones: consider score: mean"
         )
 
 
@@ -168,36 +174,37 @@ def prepare_pictures(
     problems: dict[str, Dataset],
     initial_model: InitialModel,
 ) -> FeatureStore | PixelStore | None:
-    """Every picture decoded once, before anything is trained; of a tower that is not trained its features."""
-    every = concatenate_datasets([rows for rows in problems.values() if isinstance(rows, Dataset)])
+    """Decode every picture once before training; if the tower is frozen, compute its features instead."""
+    all_problems = concatenate_datasets([rows for rows in problems.values() if isinstance(rows, Dataset)])
     if processor.image_processor is None or not stages.see_pictures:
         return None
     if not is_frozen(recipe):
-        return PixelStore(every, processor.image_processor)
+        return PixelStore(all_problems, processor.image_processor)
     model = initial_model.inspect().to(recipe.training_arguments.device)
-    source = vision_source(model, processor.image_processor, every)
-    model.cpu()  # where training starts, on any device
+    source = vision_source(model, processor.image_processor, all_problems)
+    model.cpu()  # the Trainer moves it to its device
     return source
 
 
 def prepare_problems(recipe: Recipe, stages: Stages, split: str, store: FeatureStore | None) -> Dataset:
-    """A split's problems, checked, so that no run dies of bad data half-way."""
+    """Load and check the problems of a split, so that no run fails halfway on invalid data."""
     source = recipe.arguments.dataset
-    sees = stages.see_pictures
-    needs_files = sees and (store is None or store.needs_files)
+    see_pictures = stages.see_pictures
+    needs_files = see_pictures and (store is None or store.needs_files)
     with PartialState().main_process_first():
-        max_images = recipe.arguments.max_images if sees else None
+        max_images = recipe.arguments.max_images if see_pictures else None
         problems = load_problems(recipe.source, split, max_images, needs_files, **reading_options(recipe.arguments))
     if len(problems) == 0:
         raise ValueError(
-            f"{source}: split {split!r} has no problems. (Of rows without a split it gets one in ten, or eight of "
-            f"train, by chance: give few rows a split, or name a file for each: train=FILE,val=FILE,test=FILE.)"
+            f"{source}: split {split!r} has no problems. (Rows without a split are divided at random: eight in ten "
+            f"to train, one in ten each to val and test. With few rows, give each a split, or name a file for each "
+            f"split: train=FILE,val=FILE,test=FILE.)"
         )
     if split != "test" or is_answered(problems):
         require_answers(problems)
     if recipe.arguments.captions is not None:
         problems = join_captions(problems, recipe.arguments.captions)
-    if store is not None and sees:
+    if store is not None and see_pictures:
         store.check_problems(problems)
     if split == "train":
         if recipe.arguments.target_column is not None:
@@ -208,12 +215,14 @@ def prepare_problems(recipe: Recipe, stages: Stages, split: str, store: FeatureS
 
 
 def check_folds(recipe: Recipe, num_problems: int) -> None:
+    """Raise an error if cross-fitting has more folds than training problems."""
     num_folds = recipe.arguments.num_folds
     if num_folds > num_problems and any(stage.inputs_from == "cross_fit" for stage in recipe.stages):
-        raise ValueError(f"num_folds is {num_folds}, and there are {num_problems} training problems.")
+        raise ValueError(f"num_folds is {num_folds}, but there are only {num_problems} training problems.")
 
 
 def join_target_column(problems: Dataset, target_column: str, stages: Stages) -> Dataset:
+    """Join the column of `COLUMN=FILE.json` to the problems, as the target of the stage that writes it."""
     column, separator, path = target_column.partition("=")
     written = [stage.writes for stage in stages]
     if not separator or column not in written:
@@ -225,14 +234,14 @@ def join_target_column(problems: Dataset, target_column: str, stages: Stages) ->
 
 
 def check_targets(problems: Dataset, stage: Stage, source: str) -> None:
-    """A stage whose gold is empty for every problem would learn to write nothing."""
+    """Raise an error if a stage's gold is empty for every problem: the stage would learn to write nothing."""
     if stage.writes in problems.column_names:
         return
     gold = sorted(target_columns(stage) & set(GOLD_COLUMNS))
     if gold and "answer" not in gold and not any(any(problems[name]) for name in gold):
         raise ValueError(
             f"{source}: stage {stage.name!r} learns to write {stage.writes!r} from {', '.join(gold)}, which is empty "
-            f"for all {len(problems)} problems. Ways out: a recipe with one stage "
-            f"(configs/demo/one_stage.yaml), or texts of your own joined by problem id "
+            f"for all {len(problems)} problems. Use a recipe with one stage "
+            f"(configs/demo/one_stage.yaml), or join your own texts by problem id "
             f"(--target_column {stage.writes}=FILE.json)."
         )

@@ -1,8 +1,8 @@
-"""What a training tells while it runs, beside its loss: speed and memory, how well the stage writes by now, how much of
-the picture it takes, examples to read, and at its end its curves.
+"""Reports the progress of a training beside its loss: speed and memory, validation scores of generated texts, the
+fusion's gate, examples to read, and plots of the curves at the end.
 
-Figures go through the Trainer's own log, and so to TensorBoard or whatever `report_to` names. Nothing here changes what
-is trained.
+Metrics go through the Trainer's log, and so to TensorBoard or any other service in `report_to`. Nothing here changes
+the trained weights.
 """
 
 import os
@@ -33,14 +33,14 @@ NUM_EXAMPLES = 8
 
 
 class Speed:
-    """Real tokens and problems a second of the steps since it was last asked, of all processes together."""
+    """Tokens (without padding) and problems per second since the last report, over all processes."""
 
     def __init__(self, num_processes: int):
         self.num_processes = num_processes
-        self.start_anew()
+        self.reset()
 
-    def start_anew(self) -> None:
-        self.tokens: list[torch.Tensor] = []  # counted when they are asked for: a device is not waited for at each step
+    def reset(self) -> None:
+        self.tokens: list[torch.Tensor] = []  # summed in `report` only, to avoid a device synchronization at each step
         self.problems = 0
         self.begin = time.perf_counter()
 
@@ -48,16 +48,20 @@ class Speed:
         self.tokens.append(inputs["attention_mask"].sum() + (inputs["labels"] != -100).sum())
         self.problems += len(inputs["labels"])
 
-    def tell(self) -> dict[str, float]:
+    def report(self) -> dict[str, float]:
+        """Return the metrics since the last report, and start the next interval."""
         seconds = (time.perf_counter() - self.begin) / self.num_processes
         tokens = sum(count.item() for count in self.tokens)
-        told = {"tokens_per_second": round(tokens / seconds), "problems_per_second": round(self.problems / seconds, 2)}
-        self.start_anew()
-        return {**told, "memory_gb": round(memory() / 1e9, 2)}
+        metrics = {
+            "tokens_per_second": round(tokens / seconds),
+            "problems_per_second": round(self.problems / seconds, 2),
+        }
+        self.reset()
+        return {**metrics, "memory_gb": round(used_memory() / 1e9, 2)}
 
 
-def memory() -> int:
-    """The most bytes that were taken on the GPU, or those that are resident without one."""
+def used_memory() -> int:
+    """Return the peak memory allocated on the GPU or, without a GPU, the resident memory of the process, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
@@ -65,12 +69,12 @@ def memory() -> int:
 
 class ValidationReport:
     """
-    At each evaluation the stage writes, free-running, for some validation problems.
+    At each evaluation, scores the stage's free-running generation for some validation problems.
 
     Args:
-        problems: validation problems with their gold columns, which are taken away before anything is written.
-        predictions: what the earlier stages wrote for them, by problem id.
-        folder: each evaluation leaves `step-N.md` there: examples with their pictures, and the gate by token position.
+        problems: validation problems with their gold columns, which are removed before generation.
+        predictions: the columns that earlier stages wrote for these problems, by problem id.
+        folder: each evaluation writes `step-N.md` to it: examples with their pictures, and the gate by token position.
     """
 
     def __init__(
@@ -87,18 +91,18 @@ class ValidationReport:
         self.predictions, self.pictures = predictions, pictures
         self.folder, self.batch_size = folder, batch_size
 
-    def tell(self, model: MMCoTForConditionalGeneration, step: int, is_main_process: bool) -> dict[str, float]:
-        """`eval_accuracy_CLASS` of a stage that answers, else `eval_bleu4` and so on; and `eval_gate`."""
+    def report(self, model: MMCoTForConditionalGeneration, step: int, is_main_process: bool) -> dict[str, float]:
+        """Return `eval_accuracy_CLASS` for a stage that answers, otherwise `eval_bleu4` etc.; and `eval_gate`."""
         predictions = {problem_id: dict(self.predictions.get(problem_id, {})) for problem_id in self.problems["id"]}
         options = PredictOptions(batch_size=self.batch_size)
         predict_stage(model, self.processor, self.stage, self.problems, predictions, options, self.pictures)
-        told = {f"eval_{name}": value for name, value in self.scores(predictions).items() if value is not None}
+        metrics = {f"eval_{name}": value for name, value in self.scores(predictions).items() if value is not None}
         gate = self.gate_by_position(model, predictions)
         if gate is not None:
-            told["eval_gate"] = gate.nanmean().item()
+            metrics["eval_gate"] = gate.nanmean().item()
         if is_main_process:
-            self.write_examples(predictions, told, gate, step)
-        return told
+            self.write_examples(predictions, metrics, gate, step)
+        return metrics
 
     def scores(self, predictions: dict[str, dict]) -> dict[str, float | None]:
         if self.stage.answers:
@@ -112,12 +116,12 @@ class ValidationReport:
     def gate_by_position(
         self, model: MMCoTForConditionalGeneration, predictions: dict[str, dict]
     ) -> torch.Tensor | None:
-        """How much of the picture each token takes on average over hidden units and problems; None without pictures."""
-        seeing = [index for index, images in enumerate(self.problems["images"]) if images][: self.batch_size]
-        if model.get_encoder().fusion is None or not self.stage.sees_pictures or not seeing:
+        """Return the gate of each token, averaged over hidden units and problems; None if there are no pictures."""
+        with_pictures = [index for index, images in enumerate(self.problems["images"]) if images][: self.batch_size]
+        if model.get_encoder().fusion is None or not self.stage.sees_pictures or not with_pictures:
             return None
         earlier = self.processor.stages.before(self.stage)
-        rows = with_columns(without_gold(self.problems.select(seeing)), predictions, earlier)
+        rows = with_columns(without_gold(self.problems.select(with_pictures)), predictions, earlier)
         examples = tokenized(rows, self.stage, self.processor, with_targets=False)
         batch = StageCollator(self.processor, self.stage, self.pictures)(list(examples))
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -125,28 +129,33 @@ class ValidationReport:
         if model.virtual_tokens is not None:
             batch = model.virtual_tokens.before_source(batch)
         gate = model.get_encoder()(**batch, output_fusion_attentions=True).fusion_gate
-        shares = gate.float().mean(dim=-1)[:, -mask.shape[1] :]  # without those of virtual tokens
-        return shares.masked_fill(~mask, float("nan")).nanmean(dim=0).cpu()
+        gates = gate.float().mean(dim=-1)[:, -mask.shape[1] :]  # virtual tokens are left out
+        return gates.masked_fill(~mask, float("nan")).nanmean(dim=0).cpu()
 
     @staticmethod
-    def shown(problem: dict) -> list[Image.Image]:
-        """Its pictures; none where features stand in for files that are not at hand."""
+    def load_pictures(problem: dict) -> list[Image.Image]:
+        """Load a problem's pictures; none if files are missing, as they can be when features are stored."""
         paths = [picture["path"] for picture in problem["images"] if not picture["bytes"]]
         if not all(Path(path).is_file() for path in paths):
             return []
         return [as_rgb(picture) for picture in read_pictures(problem)]
 
     def write_examples(
-        self, predictions: dict[str, dict], told: dict[str, float], gate: torch.Tensor | None, step: int
+        self, predictions: dict[str, dict], metrics: dict[str, float], gate: torch.Tensor | None, step: int
     ) -> None:
-        """`step-N.md`, with the pictures beside it."""
-        lines = [f"# {self.stage.name} stage, step {step}", "", *(f"- {name}: {told[name]:.4g}" for name in told), ""]
+        """Write `step-N.md`, and its pictures into a subfolder."""
+        lines = [
+            f"# {self.stage.name} stage, step {step}",
+            "",
+            *(f"- {name}: {metrics[name]:.4g}" for name in metrics),
+            "",
+        ]
         if gate is not None:
             lines += ["Share of the picture by token position:", " ".join(f"{share:.3f}" for share in gate), ""]
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         for number, problem in enumerate(self.problems.select(range(min(NUM_EXAMPLES, len(self.problems))))):
             lines += [f"## {problem['id']}", ""]
-            for picture_number, picture in enumerate(self.shown(problem)):
+            for picture_number, picture in enumerate(self.load_pictures(problem)):
                 name = f"pictures/{number}-{picture_number}.png"
                 picture.save(self.folder / name)
                 lines += [f"![{problem['id']}]({name})", ""]
@@ -159,18 +168,18 @@ class ValidationReport:
 
 
 def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:
-    """Losses, and accuracy and gate where they were told, by step."""
+    """Plot the losses by step, and scores and gate if they were logged."""
     panels = {"loss": ("loss", "eval_loss"), "accuracy, %": ("eval_accuracy_Avg", "eval_accuracy_IMG")}
     panels |= {"BLEU-4, ROUGE-L, %": ("eval_bleu4", "eval_rougeL"), "share of the picture": ("eval_gate",)}
-    told = {
+    logged = {
         title: [name for name in names if any(name in entry for entry in log_history)]
         for title, names in panels.items()
     }
-    told = {title: names for title, names in told.items() if names}
-    if not told:
+    logged = {title: names for title, names in logged.items() if names}
+    if not logged:
         return
-    figure = Figure(figsize=(5 * len(told), 4), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, len(told), squeeze=False)[0], told.items(), strict=True):
+    figure = Figure(figsize=(5 * len(logged), 4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(logged), squeeze=False)[0], logged.items(), strict=True):
         for name in names:
             entries = [entry for entry in log_history if name in entry]
             axes.plot([entry["step"] for entry in entries], [entry[name] for entry in entries], label=name, marker=".")
@@ -180,7 +189,7 @@ def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:
 
 
 def hardware() -> str:
-    """What a process trains on, in words."""
+    """Describe the device that this process trains on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"

@@ -1,9 +1,8 @@
-"""A run that is prepared -> a trained, scored and exported system, with the HF Trainer.
+"""A prepared run -> a trained, scored and exported system, with the Trainer of transformers.
 
-For each stage in order: train it, then let it write its column for val and test, free-running. Then score and export.
-The same call again goes on where an interrupted one stopped: finished stages are kept, an unfinished one resumes from
-its last whole checkpoint. What is checked before stands in `preparation.py`, what a stage does with a batch in
-`pipeline_mmcot.py`.
+For each stage in order: train it, then write its column for val and test, free-running. Then score and export. Calling
+the same command again resumes an interrupted run: finished stages are kept, an unfinished stage resumes from its last
+complete checkpoint. `preparation.py` checks recipe and data before.
 """
 
 from accelerate import PartialState
@@ -21,39 +20,39 @@ from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
 from mmcot.storage.run_folder import RunFolder
 from mmcot.training.adapters import save_base
-from mmcot.training.folds import cross_fit, cross_fitted, write_fold
+from mmcot.training.folds import cross_fit, cross_fitted_stages, write_fold
 from mmcot.training.preparation import Run
 from mmcot.training.stage import saves_adapters, train_and_write
 
 
 def run(prepared: Run) -> None:
-    """Train, predict, score and export, into the run's folder; or, asked for one fold, only what is wanted of that."""
+    """Train, predict, score and export into the run folder; with `fold`, train and predict that fold only."""
     recipe, folder = prepared.recipe, prepared.folder
     if saves_adapters(recipe):
         with PartialState().main_process_first():
             prepare_base(prepared)
     if recipe.arguments.fold is not None:
-        for stage in cross_fitted(prepared):
+        for stage in cross_fitted_stages(prepared):
             write_fold(prepared, stage, recipe.arguments.fold)
         return
     for stage in prepared.stages:
         train_and_write(prepared, stage, {"val", "test"}, prepared.stages)
-        if stage in cross_fitted(prepared):
+        if stage in cross_fitted_stages(prepared):
             cross_fit(prepared, stage)
-    prepared.initial_model.discard()  # where every stage was trained already
+    prepared.initial_model.discard()  # it is left over if every stage was trained before
     if PartialState().is_main_process:
         try:
             for split in ("val", "test"):
                 if is_answered(prepared.problems[split]):
                     write_scores(folder, recipe, split)
             export(folder, prepared.processor)
-        except ValueError as error:  # scores of an earlier training
+        except ValueError as error:  # e.g. scores from an earlier training
             raise RunStopped(str(error)) from error
     PartialState().wait_for_everyone()
 
 
 def write_scores(folder: RunFolder, recipe: Recipe, split: str) -> None:
-    """The scores of a split's predictions, as `mmcot.evaluate` makes them: with the pictures that no stage reads."""
+    """Write the scores of a split's predictions as `mmcot.evaluate` does, with pictures even if no stage reads them."""
     file, predictions = folder.predictions(split), folder.predictions_so_far(split)
     dataset, options = recipe.arguments.dataset, said_options(recipe.arguments)
     problems = load_scored_problems(recipe.source, split, **reading_options(recipe.arguments))
@@ -64,8 +63,8 @@ def write_scores(folder: RunFolder, recipe: Recipe, split: str) -> None:
 
 
 def prepare_base(prepared: Run) -> None:
-    """The base that all stages adapt, into the run's folder."""
+    """Save the base that all stages adapt into the run folder."""
     base = prepared.folder.base
-    with FileLock(base.with_suffix(".lock")):  # folds are calls of their own, which can be made at once
+    with FileLock(base.with_suffix(".lock")):  # folds are separate commands, which can run at the same time
         if not base.exists():
             save_base(prepared.initial_model.take(), base, [stage.name for stage in prepared.stages])

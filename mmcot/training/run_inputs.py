@@ -1,7 +1,7 @@
-"""What decides a run beside its recipe: its problems, and what the files hold that the recipe names.
+"""Digests of the inputs of a run apart from its settings: its problems, and the files that the recipe names.
 
-It is recorded when a run begins, and compared whenever the same command is called again: what was trained and predicted
-on other data than there are now is not gone on with. The settings themselves are `recipes.claim_run_folder`'s affair.
+They are recorded when a run starts, and compared whenever the same command is called again: a run does not resume with
+data that changed since. `recipes.recipe.claim_run_folder` compares the settings.
 """
 
 import hashlib
@@ -28,26 +28,28 @@ CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*conf
 ABSENT = "-"
 
 
-def inputs_of(
+def input_digests(
     recipe: Recipe,
     problems: Mapping[str, Dataset | IterableDataset],
     processor: MMCoTProcessor,
     store: FeatureStore | None,
 ) -> dict[str, Any]:
     """
+    Compute the digests of a run's inputs.
+
     Returns:
-        `problems`: by split and id the digests of texts (what is joined to them among these) and pictures, None of a
-        stream; and the digest, or the Hub's commit, of each part that is made from files: `tokenizer`,
+        `problems`: by split and id, the digests of a problem's texts (joined columns included) and of its pictures;
+        None for a stream. For each part that is loaded from files its digest, or its commit on the Hub: `tokenizer`,
         `image_processor`, `features`, `model_name_or_path`, `vision_model_name_or_path`.
     """
-    known = {
+    digests_by_split = {
         split: None if isinstance(rows, IterableDataset) else problem_digests(rows) for split, rows in problems.items()
     }
     image_processor = processor.image_processor
     return {
         "problems": {
-            split: digests and {name: " ".join(one or ABSENT for one in pair) for name, pair in digests.items()}
-            for split, digests in known.items()
+            split: digests and {name: " ".join(part or ABSENT for part in pair) for name, pair in digests.items()}
+            for split, digests in digests_by_split.items()
         },
         "tokenizer": digest(tokenizer_state(processor.tokenizer)),
         "image_processor": image_processor and digest(image_processor.to_json_string()),
@@ -60,13 +62,14 @@ def inputs_of(
 
 
 def checkpoint_digest(name: str | None, revision: str | None) -> str | None:
+    """Return the digest of a checkpoint's local folder, or its commit on the Hub."""
     if name is None:
         return None
     return digest_of_folders([Path(name)], CHECKPOINT_FILES) if Path(name).is_dir() else commit_of(name, revision)
 
 
 def features_digest(store: FeatureStore, problems: Mapping[str, Dataset | IterableDataset]) -> str:
-    """Of the rows of these problems: others can be added to a store."""
+    """Return the digest of these problems' features only: features of other problems can be added to a store."""
     keys = {
         key
         for rows in problems.values()
@@ -83,35 +86,40 @@ def features_digest(store: FeatureStore, problems: Mapping[str, Dataset | Iterab
 
 def check_unchanged(folder: RunFolder, inputs: dict[str, Any]) -> None:
     """
-    Compare with what the run in the folder was begun with; where nothing is recorded, record it.
+    Compare the inputs with those recorded in the run folder; record them if there is no record.
 
     Raises:
-        ValueError: what is other now, with counts. Nothing in the folder is touched.
+        ValueError: inputs changed; the message names them, with counts. The run folder is left unchanged.
     """
     if not folder.inputs.exists():
         if folder.trained_stages():
-            logger.warning("%s does not say on which data it was begun; from now on it does", folder)
+            logger.warning(
+                "%s has no record of the data that its run started with; the current data are recorded now", folder
+            )
         write_json(folder.inputs, inputs)
         return
-    before = read_json(folder.inputs)
-    changes = [change for split in inputs["problems"] if (change := problems_change(before, inputs, split))]
+    recorded = read_json(folder.inputs)
+    changes = [change for split in inputs["problems"] if (change := describe_changes(recorded, inputs, split))]
     changes += [
-        f"{name} has other content" for name in inputs if name != "problems" and before.get(name) != inputs[name]
+        f"{name} has different content" for name in inputs if name != "problems" and recorded.get(name) != inputs[name]
     ]
     if changes:
         raise ValueError(
-            f"{folder} holds a run that was begun with other data: {'. '.join(changes)}. Nothing in it was changed. "
-            f"Choose another --output_dir, or bring back what was there."
+            f"{folder} contains a run that started with different data: {'. '.join(changes)}. Nothing in it was "
+            f"changed. Choose another --output_dir, or restore the earlier data."
         )
 
 
-def problems_change(before: dict[str, Any], now: dict[str, Any], split: str) -> str | None:
-    pairs = [inputs["problems"].get(split) for inputs in (before, now)]
-    if None in pairs:
-        return None if pairs[0] == pairs[1] else f"Of the {split} problems, digests are known only before or only now"
+def describe_changes(recorded: dict[str, Any], current: dict[str, Any], split: str) -> str | None:
+    """Describe how the problems of a split changed; None if they are the same."""
+    versions = [inputs["problems"].get(split) for inputs in (recorded, current)]
+    if None in versions:
+        if versions[0] == versions[1]:
+            return None
+        return f"Of the {split} problems, only one of the recorded and the current data has digests"
     digests = [
-        {name: [None if part == ABSENT else part for part in pair.split()] for name, pair in one.items()}
-        for one in pairs
+        {name: [None if part == ABSENT else part for part in pair.split()] for name, pair in pairs.items()}
+        for pairs in versions
     ]
     change = difference(*digests)
-    return change and f"Of {len(pairs[0])} {split} problems {change}"
+    return change and f"Of {len(versions[0])} {split} problems {change}"

@@ -1,6 +1,7 @@
-"""Of a run's problems: how they came into splits, and which of them stand in two; kept as `splits.json` in its folder.
+"""Records how a run's problems were split, and how many problems two splits share: `splits.json` in the run folder.
 
-A score of problems that were trained on is no score: they are counted, and refused unless asked for. The card says it.
+A score on problems that were trained on is not valid. Shared problems are counted, and refused unless `allow_overlap`
+is set; the card then reports their number.
 """
 
 import logging
@@ -16,28 +17,28 @@ from mmcot.problems.splits import overlaps
 from mmcot.recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-# Their splits are what published figures are of, whatever they share.
+# Published figures refer to the splits of these datasets, whatever problems the splits share.
 PUBLISHED = ("ScienceQA", "A-OKVQA")
 
 
 def record_splits(recipe: Recipe, problems: Mapping[str, Dataset | IterableDataset]) -> dict[str, Any]:
     """
+    Describe the splits of a run, and check that they share no problems.
+
     Returns:
-        `divided_by` (the `split_seed`, None where the dataset has splits of its own), `n` problems by split (None of a
-        stream), and `overlap`, by two splits the number of problems of the second one that the first one has; None
-        where training problems are streamed.
+        `divided_by`: the `split_seed`, None if the dataset has its own splits. `n`: the number of problems by split,
+        None for a stream. `overlap`: for each pair of splits, the number of problems of the second split that the
+        first split also contains; None if training problems are streamed.
 
     Raises:
-        ValueError: they share problems, and `allow_overlap` is not set.
+        ValueError: two splits share problems, and `allow_overlap` is not set.
     """
     arguments = recipe.arguments
     sizes = {split: len(rows) if isinstance(rows, Dataset) else None for split, rows in problems.items()}
     divided = None if arguments.streaming or not is_divided(recipe.source, arguments.columns) else arguments.split_seed
     record: dict[str, Any] = {"divided_by": divided, "n": sizes, "overlap": None}
     if arguments.streaming:
-        logger.warning(
-            "training problems are streamed: whether validation and test problems are among them is not checked"
-        )
+        logger.warning("training problems are streamed: they are not checked for validation and test problems")
         return record
     found = overlaps(problems)
     record["overlap"] = {first: {name: len(ids) for name, ids in second.items()} for first, second in found.items()}
@@ -49,11 +50,11 @@ def record_splits(recipe: Recipe, problems: Mapping[str, Dataset | IterableDatas
     ]
     if not shared:
         return record
-    words = f"{arguments.dataset}: {'; '.join(shared)}: the same texts and pictures"
+    message = f"{arguments.dataset}: {'; '.join(shared)}: the same texts and pictures"
     if not arguments.allow_overlap and known_as(arguments.dataset) not in PUBLISHED:
         raise ValueError(
-            f"{words}. Scores would be of problems that were trained or chosen on: take them out of one split, or say "
-            f"--allow_overlap true; the card then says it."
+            f"{message}. Scores would include problems that were used for training or model selection: remove them "
+            f"from one split, or set --allow_overlap true; the card then reports the overlap."
         )
-    logger.warning("%s; the card says it", words)
+    logger.warning("%s; the card reports the overlap", message)
     return record

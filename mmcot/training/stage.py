@@ -1,4 +1,4 @@
-"""Trains one stage, resumed from its last whole checkpoint, and lets it write its column for the splits."""
+"""Trains one stage, resuming from its last complete checkpoint, and writes its column for the splits."""
 
 import copy
 import gc
@@ -26,11 +26,11 @@ from mmcot.storage.files import write_json
 from mmcot.storage.journal import remove_partial_files
 from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantization
-from mmcot.training.callbacks import BestCheckpoint, SameSteps, Termination
+from mmcot.training.callbacks import BestCheckpoint, StepSizeCheck, Termination
 from mmcot.training.preparation import Run
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
-from mmcot.training.stage_outputs import is_written, predict_split
+from mmcot.training.stage_outputs import has_written, predict_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
@@ -42,17 +42,17 @@ logger = logging.getLogger(__name__)
 
 def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stages) -> None:
     """
-    Train a stage, and let it write its column for the splits and for what later stages are trained on.
+    Train a stage, and write its column for the splits and for the problems that later stages are trained on.
 
     Args:
-        stages: those that are trained on these problems, this one among them.
+        stages: all stages that are trained on these problems, this one included.
     """
     splits = splits | splits_read_later(prepared, stages.after(stage))
-    written = [split for split in splits if is_written(prepared, stage, split)]
-    for split in written:  # a call that was killed can have left its journal
+    written = [split for split in splits if has_written(prepared, stage, split)]
+    for split in written:  # a killed call can have left its journal
         remove_partial_files(prepared.folder.unfinished_predictions(split, stage.name))
     if prepared.folder.is_trained(stage.name) and len(written) == len(splits):
-        logger.info("stage %s is trained and has written already: %s", stage.name, prepared.folder)
+        logger.info("stage %s is trained and its columns are written already: %s", stage.name, prepared.folder)
         return
     model = train_stage(prepared, stage)
     for split in sorted(splits):
@@ -60,27 +60,27 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stage
 
 
 def splits_read_later(prepared: Run, later: list[Stage]) -> set[str]:
-    """The splits for which later stages read written columns while they are trained."""
+    """Return the splits for which later stages read written columns during training."""
     inputs = {prepared.arguments_of(stage).inputs_from for stage in later}
     return ({"val"} if inputs - {"gold"} else set()) | ({"train"} if "generated" in inputs else set())
 
 
 def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
-    """The trained model of a stage: loaded from its folder, or trained now where that is not finished."""
+    """Return the trained model of a stage: loaded from its folder if it is finished, otherwise trained now."""
     if prepared.folder.is_trained(stage.name):
         logger.info("stage %s is trained already: %s", stage.name, prepared.folder.stage(stage.name))
         return load_trained(prepared, stage)
     model = train(prepared, stage)
     if model is None:
-        gc.collect()  # the base is in memory once
+        gc.collect()  # so that the base is in memory only once
         model = load_trained(prepared, stage)
     return model
 
 
 def train(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | None:
     """
-    Train a stage from its last checkpoint, and save it. Returns its model, or None where the model that was trained is
-    not the one that predicts: an adapter of the base, or sharded weights.
+    Train a stage from its last checkpoint, and save it. Return its model, or None if prediction needs to load it from
+    the folder: an adapter of the base, or sharded weights.
     """
     with PartialState().main_process_first():
         examples = {split: stage_examples(prepared, stage, split) for split in ("train", "val")}
@@ -89,25 +89,25 @@ def train(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | None:
     shortened = {split: log_shortened(stage, rows, f"{split} problems") for split, rows in examples.items()}
     trainer = build_trainer(prepared, stage, examples, checkpoint)
     with Termination() as termination:
-        for callback in (termination, SameSteps(), BestCheckpoint()):
+        for callback in (termination, StepSizeCheck(), BestCheckpoint()):
             trainer.add_callback(callback)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.state.global_step < trainer.state.max_steps:
-        stop_in_order(trainer, stage, termination)
+        exit_after_signal(trainer, stage, termination)
     save_trained(trainer, prepared.recipe)
     if trainer.is_world_process_zero():
         write_results(trainer, prepared, stage, metrics, shortened)
     PartialState().wait_for_everyone()
-    if termination.is_asked_of_any():
-        stop_in_order(trainer, stage, termination)
+    if termination.received_by_any():
+        exit_after_signal(trainer, stage, termination)
     if saves_adapters(prepared.recipe) or is_sharded(trainer):
         return None
-    # As it would be loaded: without the wrapper by which it is trained in bfloat16.
+    # The same as a loaded model: without the wrapper for training in bfloat16.
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def checkpoint_of(prepared: Run, stage: Stage) -> str | None:
-    """The stage's newest checkpoint, from which its training can resume."""
+    """Return the stage's newest checkpoint, from which its training resumes; None if there is none."""
     arguments = prepared.recipe.arguments
     checkpoint = checkpoint_to_resume(prepared.folder.stage(stage.name), arguments.pass_over_damaged_checkpoints)
     check_resumable(prepared.recipe.training_arguments, checkpoint)
@@ -122,20 +122,20 @@ def build_trainer(
     if recipe.arguments.streaming:
         pictures = streamed_pictures(processor, prepared.problems["val"])
     model = starting_model(prepared, stage)
-    if checkpoint is not None and not recipe.model_config.use_peft:  # the Trainer itself loads an adapter's weights
+    if checkpoint is not None and not recipe.model_config.use_peft:  # the Trainer loads an adapter's weights itself
         load_weights(model, checkpoint)
     trainer = StageTrainer(
         model=model,
         args=training_arguments(recipe.training_arguments, prepared.arguments_of(stage), stage_folder),
         train_dataset=examples["train"],
-        eval_dataset=by_length(examples["val"]),
+        eval_dataset=sort_by_length(examples["val"]),
         data_collator=NamedCollator(processor, stage, pictures),
         processing_class=processor,
     )
     if recipe.arguments.report_problems and prepared.folder.fold_of is None:
         if is_sharded(trainer):
-            raise RunStopped("report_problems lets the stage write while it is trained, which sharded weights cannot.")
-        trainer.validation_report = build_report(prepared, stage)
+            raise RunStopped("report_problems generates texts during training, which sharded weights do not support.")
+        trainer.validation_report = build_validation_report(prepared, stage)
     return trainer
 
 
@@ -150,7 +150,7 @@ def write_results(
     metrics: dict[str, float],
     shortened: dict[str, dict[str, int] | None],
 ) -> None:
-    """`train_results.json`, by which a stage counts as trained, and `curves.png`."""
+    """Write `train_results.json`, which marks a stage as trained, and `curves.png`."""
     history = trainer.state.log_history[:-1]  # the last entry repeats the metrics
     results = {
         **metrics,
@@ -166,7 +166,7 @@ def write_results(
 
 
 def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | IterableDataset:
-    """The tokens of a split's problems, to train on or to evaluate while training."""
+    """Return the tokenized problems of a split, for training or for evaluation during training."""
     problems, processor = prepared.problems[split], prepared.processor
     if isinstance(problems, IterableDataset):
         return stream_examples(
@@ -175,7 +175,8 @@ def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | Iterabl
     return tokenized(training_problems(prepared, stage, split), stage, processor, with_targets=True)
 
 
-def build_report(prepared: Run, stage: Stage) -> ValidationReport:
+def build_validation_report(prepared: Run, stage: Stage) -> ValidationReport:
+    """Build the report on a random sample of validation problems, the same in each run."""
     problems = prepared.problems["val"]
     count = min(prepared.recipe.arguments.report_problems, len(problems))
     chosen = random.Random(0).sample(range(len(problems)), count)
@@ -191,7 +192,7 @@ def build_report(prepared: Run, stage: Stage) -> ValidationReport:
 
 
 def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
-    """The problems with the columns of earlier stages that this one is trained on, or evaluated while it is trained."""
+    """Return the problems with the columns of earlier stages that this stage reads during training and evaluation."""
     problems, earlier = prepared.problems[split], prepared.stages.before(stage)
     inputs_from = prepared.arguments_of(stage).inputs_from
     if inputs_from == "gold":
@@ -203,48 +204,55 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     return one_row_per_rationale(problems, [stage])
 
 
-def stop_in_order(trainer: StageTrainer, stage: Stage, termination: Termination) -> None:
+def exit_after_signal(trainer: StageTrainer, stage: Stage, termination: Termination) -> None:
     """
+    Exit after a signal, with its status, 128 plus its number.
+
     Raises:
-        RunStopped: no signal asked for it: a scheduler that is told so would start the run again for ever.
+        RunStopped: the training ended early without a signal. With a signal's status, a scheduler would restart the
+            run forever.
     """
     step, last = trainer.state.global_step, trainer.state.max_steps
-    if not termination.is_asked_of_any():
-        raise RunStopped(f"The {stage.name} stage ended at step {step} of {last}, though no signal asked for that.")
+    if not termination.received_by_any():
+        raise RunStopped(f"The {stage.name} stage ended at step {step} of {last}, though no signal was received.")
     if trainer.is_world_process_zero():
         saved = trainer.args.output_dir if step == last else checkpoint_to_resume(Path(trainer.args.output_dir))
-        on = "The same command goes on from there."
+        how_to_resume = "The same command resumes from it."
         if trainer.args.save_only_model and step < last:
-            on = "It cannot go on from there, because save_only_model keeps no optimizer."
-        where = f"the {stage.name} stage stopped at step {step} of {last}, saved in {saved}"
-        print(f"{termination.asked.name}: {where}. {on}", file=sys.stderr)
-    sys.exit(128 + termination.asked)
+            how_to_resume = "It cannot be resumed, because save_only_model saves no optimizer."
+        state = f"the {stage.name} stage stopped at step {step} of {last}, saved in {saved}"
+        print(f"{termination.received.name}: {state}. {how_to_resume}", file=sys.stderr)
+    sys.exit(128 + termination.received)
 
 
 def check_batches(arguments: Seq2SeqTrainingArguments, examples: Dataset | IterableDataset, stage: Stage) -> None:
     """
+    Check that a stage has a full batch.
+
     Raises:
-        RunStopped: with `dataloader_drop_last` no batch would be left.
+        RunStopped: `dataloader_drop_last` would drop the only batch.
     """
     if isinstance(examples, IterableDataset) or not arguments.dataloader_drop_last:
         return
     batch_size = arguments.train_batch_size * PartialState().num_processes
     if len(examples) < batch_size:
         raise RunStopped(
-            f"The {stage.name} stage has {len(examples)} training examples, and a batch of all processes holds "
+            f"The {stage.name} stage has {len(examples)} training examples, but a batch over all processes has "
             f"{batch_size}: with dataloader_drop_last nothing would be trained."
         )
 
 
 def check_resumable(arguments: Seq2SeqTrainingArguments, checkpoint: str | None) -> None:
     """
+    Check that training can resume from a checkpoint.
+
     Raises:
-        RunStopped: the checkpoint holds no optimizer and no schedule, and a fresh one would train other weights.
+        RunStopped: the checkpoint has no optimizer and no schedule; new ones would lead to other weights.
     """
     if checkpoint is not None and arguments.save_only_model:
         raise RunStopped(
-            f"{checkpoint} was saved with save_only_model, without optimizer and schedule: the training cannot go on "
-            f"from it to the same weights. Remove {Path(checkpoint).parent} to train the stage anew."
+            f"{checkpoint} was saved with save_only_model, without optimizer and schedule: a training resumed from "
+            f"it would reach other weights. Remove {Path(checkpoint).parent} to train the stage again."
         )
 
 
@@ -254,7 +262,7 @@ def saves_adapters(recipe: Recipe) -> bool:
 
 
 def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | PeftModel:
-    """The model with which a stage's training starts: its frozen parts frozen, or with a fresh adapter."""
+    """Return the model that a stage's training starts from, with frozen parts or with a new adapter."""
     recipe, arguments = prepared.recipe, prepared.arguments_of(stage)
     previous = None
     if arguments.init_from == "previous_stage":
@@ -264,7 +272,7 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     if not recipe.model_config.use_peft:
         freeze(model, recipe.arguments.freeze_text, recipe.arguments.freeze_fusion)
         return model
-    set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was made
+    set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was built
     model = adapt(
         model,
         recipe.model_config,
@@ -278,25 +286,25 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
 
 
 def load_starting_weights(prepared: Run, previous: Path | None) -> MMCoTForConditionalGeneration:
-    """The base that the run's stages adapt, else the weights of the stage before, else the recipe's model."""
+    """Load the base that the run's stages adapt, or the previous stage's model, or the recipe's model."""
     model_config = prepared.recipe.model_config
-    loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
+    load_options = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
     if saves_adapters(prepared.recipe):
-        loading["quantization_config"] = quantization(model_config)
-        return load_saved(prepared, prepared.folder.base, **loading)
+        load_options["quantization_config"] = quantization(model_config)
+        return load_saved(prepared, prepared.folder.base, **load_options)
     if previous is not None:
-        return load_saved(prepared, previous, **loading)
+        return load_saved(prepared, previous, **load_options)
     return prepared.initial_model.take()
 
 
-def load_saved(prepared: Run, folder: Path, **loading: Any) -> MMCoTForConditionalGeneration:
-    """A model of the run, from its folder, in place of the initial one: a single model is in memory."""
+def load_saved(prepared: Run, folder: Path, **load_options: Any) -> MMCoTForConditionalGeneration:
+    """Load a model of the run, after discarding the initial model: only one model is in memory."""
     prepared.initial_model.discard()
-    return MMCoTForConditionalGeneration.from_pretrained(folder, **loading)
+    return MMCoTForConditionalGeneration.from_pretrained(folder, **load_options)
 
 
 def save_trained(trainer: StageTrainer, recipe: Recipe) -> None:
-    """Into the stage's folder: a whole model, or its adapter and how to generate with it."""
+    """Save a full model, or its adapter and generation config, into the stage's folder."""
     if recipe.arguments.merge_adapters:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         trainer.model = merged.to(merged.dtype)  # the fusion was trained in float32
@@ -307,7 +315,7 @@ def save_trained(trainer: StageTrainer, recipe: Recipe) -> None:
 
 
 def load_trained(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
-    """A finished stage's model, from its folder."""
+    """Load a finished stage's model from its folder."""
     folder, device = prepared.folder, prepared.recipe.training_arguments.device
     if not (folder.stage(stage.name) / "adapter_config.json").exists():
         return load_saved(prepared, folder.stage(stage.name)).to(device)
@@ -321,16 +329,16 @@ def training_arguments(
     arguments = copy.deepcopy(common)
     arguments.output_dir = str(stage_folder)
     run = Path(common.output_dir)
-    # Wherever it is told (`report_to`), a run's stages and folds stand under its name.
+    # In trackers (`report_to`), stages and folds are grouped under the run's name.
     arguments.run_name = str(Path(common.run_name or run.name) / stage_folder.relative_to(run))
-    arguments.remove_unused_columns = False  # the collator makes tensors from all columns
-    arguments.accelerator_config.dispatch_batches = False  # of a stream, which one process would read for all
+    arguments.remove_unused_columns = False  # the collator uses all columns
+    arguments.accelerator_config.dispatch_batches = False  # else one process would read a stream for all
     for name in ("num_train_epochs", "learning_rate"):
         if getattr(stage, name) is not None:
             setattr(arguments, name, getattr(stage, name))
     return arguments
 
 
-def by_length(examples: Dataset) -> Dataset:
-    """The same examples, neighbours of like lengths, so that batches of a fixed size hold little padding."""
+def sort_by_length(examples: Dataset) -> Dataset:
+    """Sort the examples by length, so that batches of a fixed size contain little padding."""
     return examples.select(by_both_lengths(lengths_of(examples)))

@@ -1,8 +1,8 @@
-"""What a stage is trained on: of the columns that earlier stages write, the texts that its training problems hold.
+"""Selects the texts that a stage is trained on in the columns that earlier stages write.
 
-`gold` renders them from the dataset's own columns, as the paper does. `generated` takes what the earlier stages write
-for their own training problems. `cross_fit` takes, for each problem, what stages trained without it write, so that a
-stage trains on texts of the kind that it will read. Nothing is trained or predicted here.
+`gold` renders them from the dataset's own columns, as the paper does. `generated` takes the texts that the earlier
+stages write for their own training problems. `cross_fit` takes, for each problem, texts of stages that were trained
+without it, so that a stage trains on the kind of texts that it reads later. Nothing is trained or predicted here.
 """
 
 import random
@@ -19,44 +19,44 @@ from modeling_mmcot.stage_mmcot import ENVIRONMENT, Stage
 
 def with_written_columns(problems: Dataset, earlier: list[Stage], folder: RunFolder, split: str) -> Dataset:
     """
-    The columns that earlier stages wrote for the split.
+    Return the problems with the columns that earlier stages wrote for the split.
 
     Raises:
-        RunStopped: one of them has not written for every problem yet.
+        RunStopped: an earlier stage has not written its column for every problem.
     """
     try:
         return with_columns(problems, folder.predictions_so_far(split), earlier, required=True)
     except MissingColumns as error:
         raise RunStopped(
             f"{folder.predictions(split)}: {error} The stage has to write it for all problems before a later stage is "
-            f"trained on it; a cross-fitted one, in every fold."
+            f"trained on it; a cross-fitted stage, in every fold."
         ) from error
 
 
 def one_row_per_rationale(problems: Dataset, stages: list[Stage]) -> Dataset:
     """
-    Each problem as often as it has gold rationales, its solution another one of them each time.
+    Return one row for each gold rationale of a problem, with that rationale as its solution.
 
     Args:
-        stages: those whose targets are rendered of these problems; where none is made from the solution, the problems
-            are as they were.
+        stages: stages whose targets are rendered from these problems. If no target uses the solution, the problems are
+            returned unchanged.
     """
     rendered = [stage for stage in stages if stage.writes not in problems.column_names]
     if not any("solution" in target_columns(stage) for stage in rendered):
         return problems
     columns = zip(problems["rationales"], problems["solution"], strict=True)
-    every = [rationales or [solution] for rationales, solution in columns]
-    repeated = problems.select([index for index, texts in enumerate(every) for _ in texts])
-    return with_column(repeated, "solution", [text for texts in every for text in texts])
+    texts_by_problem = [rationales or [solution] for rationales, solution in columns]
+    repeated = problems.select([index for index, texts in enumerate(texts_by_problem) for _ in texts])
+    return with_column(repeated, "solution", [text for texts in texts_by_problem for text in texts])
 
 
 def target_columns(stage: Stage) -> set[str]:
-    """The columns that a stage's target is made from."""
+    """Return the names of the columns that a stage's target template uses."""
     return meta.find_undeclared_variables(ENVIRONMENT.parse(stage.target))
 
 
-def fold_of_each(num_problems: int, num_folds: int, seed: int) -> list[int]:
-    """The fold of each problem, drawn by chance; folds differ in size by one at most."""
+def assign_folds(num_problems: int, num_folds: int, seed: int) -> list[int]:
+    """Draw the fold of each problem at random; the sizes of folds differ by at most one."""
     folds = [number % num_folds for number in range(num_problems)]
     random.Random(seed).shuffle(folds)
     return folds

@@ -1,6 +1,7 @@
-"""What a trained stage writes for a split of a run's problems: its column in the predictions file, and what wrote it.
+"""Writes a trained stage's column for a split of a run's problems into the predictions file, with the weights' digests.
 
-How a stage predicts stands in `predict.py`, what later stages are trained on in `stage_inputs.py`.
+Prediction itself is in `mmcot/prediction/predictor.py`; `stage_inputs.py` selects the columns that later stages are
+trained on.
 """
 
 import logging
@@ -24,33 +25,36 @@ from modeling_mmcot.stage_mmcot import Stage
 logger = logging.getLogger(__name__)
 
 
-def is_written(prepared: Run, stage: Stage, split: str) -> bool:
-    """Whether its column is there for every problem, as the stage's weights write it for the problems of now."""
+def has_written(prepared: Run, stage: Stage, split: str) -> bool:
+    """Whether the predictions file has the stage's column for every current problem, written by its current weights."""
     predictions = prepared.folder.predictions_so_far(split)
-    is_whole = all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
-    return is_whole and written_by(prepared, split).get(stage.name) == stage_weights(prepared.folder.path, stage.name)
+    is_complete = all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
+    return is_complete and recorded_weights(prepared, split).get(stage.name) == stage_weights(
+        prepared.folder.path, stage.name
+    )
 
 
-def written_by(prepared: Run, split: str) -> dict[str, str]:
+def recorded_weights(prepared: Run, split: str) -> dict[str, str]:
     """
-    The weights of each stage that wrote for a split, as far as what later ones read has not changed since. Predictions
-    that do not belong to their meta file are as if nobody had written them.
+    Return the digest of the weights of each stage that wrote for a split, from the meta file of its predictions. A
+    stage is absent if an earlier stage has written other texts since. Predictions that do not match their meta file
+    count as not written.
     """
     try:
         meta = read_meta(prepared.folder.predictions(split)) or {}
     except ValueError as error:
-        logger.warning("%s The stages write again.", error)
+        logger.warning("%s The stages write their columns again.", error)
         return {}
     return meta.get("weights") or {}
 
 
 def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
-    """The stage's column for a split, into its predictions file, unless it is there."""
-    if is_written(prepared, stage, split):
+    """Write the stage's column for a split into its predictions file, unless it is complete."""
+    if has_written(prepared, stage, split):
         return
     recipe, problems = prepared.recipe, prepared.problems[split]
     predictions = prepared.folder.predictions_so_far(split)
-    journal = journal_of(prepared, stage, split, predictions)
+    journal = open_journal(prepared, stage, split, predictions)
     options = PredictOptions(
         batch_size=recipe.training_arguments.per_device_eval_batch_size,
         num_workers=recipe.training_arguments.dataloader_num_workers,
@@ -58,21 +62,20 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
     )
     predict_stage(model, prepared.processor, stage, problems, predictions, options, prepared.pictures, journal=journal)
     if PartialState().is_main_process:
-        origin = origin_of_predictions(prepared, stage, split)
-        write_predictions(prepared.folder.predictions(split), predictions, origin)
+        metadata = predictions_metadata(prepared, stage, split)
+        write_predictions(prepared.folder.predictions(split), predictions, metadata)
     journal.remove()
     PartialState().wait_for_everyone()
 
 
-def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, Any]:
-    """What made a split's predictions, when the stage has written its column."""
-    arguments, weights = prepared.recipe.arguments, written_by(prepared, split)
-    sees = prepared.stages.see_pictures
-    # What stages after this one wrote is of other texts than it writes now.
+def predictions_metadata(prepared: Run, stage: Stage, split: str) -> dict[str, Any]:
+    """Return the metadata of a split's predictions after the stage has written its column."""
+    arguments, weights = prepared.recipe.arguments, recorded_weights(prepared, split)
+    # The weights of later stages are dropped: they read texts that this stage has just replaced.
     earlier = prepared.stages.before(stage).names
     weights = {name: weights[name] for name in earlier if name in weights}
     weights[stage.name] = stage_weights(prepared.folder.path, stage.name)
-    max_images = arguments.max_images if sees else None
+    max_images = arguments.max_images if prepared.stages.see_pictures else None
     return {
         "dataset": arguments.dataset,
         "split": split,
@@ -87,11 +90,11 @@ def origin_of_predictions(prepared: Run, stage: Stage, split: str) -> dict[str, 
     }
 
 
-def journal_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
-    """So that a call that is killed while a stage writes goes on with the batch that it was at."""
-    read = [earlier.writes for earlier in prepared.stages.before(stage)]
+def open_journal(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> Journal:
+    """Open the journal by which a killed call resumes at the batch that it was writing."""
+    columns = [earlier.writes for earlier in prepared.stages.before(stage)]
     names = prepared.problems[split]["id"]
-    given = {name: [predictions.get(name, {}).get(column) for column in read] for name in names}
+    given = {name: [predictions.get(name, {}).get(column) for column in columns] for name in names}
     settings = {
         "weights": stage_weights(prepared.folder.path, stage.name),
         "problems": problems_digest(prepared.problems[split]),

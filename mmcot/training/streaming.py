@@ -1,7 +1,7 @@
-"""Training problems that are read while they are trained on: for a dataset that does not fit on a disk (`--streaming`).
+"""Streams training problems during training, for datasets that do not fit on a disk (`--streaming`).
 
-What is known of all problems at once is not known here: their number, lengths, columns written by other stages. Nothing
-is kept; validation and test are loaded as ever.
+Properties of the whole training split are unknown: the number of problems, their lengths, columns written by other
+stages. Nothing is stored; validation and test problems are loaded as usual.
 """
 
 from collections.abc import Mapping
@@ -17,24 +17,26 @@ from mmcot.problems.sources import stream_rows
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.stage_mmcot import Stage
 
-# Examples among which the next one is drawn by chance, and so many are tokenized together. They hold their pictures.
-SHUFFLED = 1000
-TOKENIZED = 16
+# In examples. The next example is drawn at random from the buffer, which keeps the examples' pictures in memory.
+SHUFFLE_BUFFER_SIZE = 1000
+TOKENIZE_BATCH_SIZE = 16
 
 
 def stream_problems(source: str, columns: str | Mapping[str, str] | None = None) -> IterableDataset:
     """
-    The training problems of a dataset of the Hub, each row checked when it comes.
+    Stream the training problems of a dataset; each row is checked when it is read.
 
     Raises:
-        ValueError: the source is none, or its first problem is not good.
+        ValueError: the source is neither a dataset on the Hub nor a folder of Parquet files, or its first problem is
+            invalid.
     """
-    problems = stream_rows(source, columns).map(answered, features=FEATURES)
+    problems = stream_rows(source, columns).map(check_answer, features=FEATURES)
     next(iter(problems))
     return problems
 
 
-def answered(problem: dict[str, Any]) -> dict[str, Any]:
+def check_answer(problem: dict[str, Any]) -> dict[str, Any]:
+    """Return the problem unchanged if it has an answer, as `map` requires; raise a ValueError otherwise."""
     require_answer(problem)
     return problem
 
@@ -42,22 +44,22 @@ def answered(problem: dict[str, Any]) -> dict[str, Any]:
 def stream_examples(
     problems: IterableDataset, stage: Stage, processor: MMCoTProcessor, earlier: list[Stage], seed: int
 ) -> IterableDataset:
-    """The examples of a stage (`examples.tokenized`), without end and in another order each time through."""
-    settings = {"stage": stage, "processor": processor, "with_targets": True}
+    """Stream the examples of a stage (`examples.tokenized`) endlessly, in a different order in each epoch."""
+    options = {"stage": stage, "processor": processor, "with_targets": True}
     written = [other.writes for other in earlier]
     examples = problems.map(with_gold, fn_kwargs={"earlier": earlier}).map(
         tokenize,
         batched=True,
-        batch_size=TOKENIZED,
-        fn_kwargs=settings,
+        batch_size=TOKENIZE_BATCH_SIZE,
+        fn_kwargs=options,
         remove_columns=[name for name in (*FEATURES, *written) if name not in ("id", "images")],
     )
-    # Files read side by side would each be repeated by itself, the shorter ones more often.
-    return examples.repeat(None).shuffle(seed=seed, buffer_size=SHUFFLED, max_buffer_input_shards=1)
+    # One shard at a time: files that are read in parallel repeat independently, shorter files more often.
+    return examples.repeat(None).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE, max_buffer_input_shards=1)
 
 
 def streamed_pictures(processor: MMCoTProcessor, problems: Dataset) -> PixelStore | None:
-    """Pictures that are decoded when a batch is made, of any problems."""
+    """Return an empty store, which decodes the pictures of any problem when a batch is built."""
     if processor.image_processor is None:
         return None
     return PixelStore(problems.select([]), processor.image_processor)

@@ -1,7 +1,7 @@
-"""transformers' Seq2SeqTrainer with what is ours: batches by length, the loss without logits of padding, checkpoints
-that are whole or not there, and an end in good order when it is told to stop.
+"""A Seq2SeqTrainer with batches by length, a loss without logits of padding, atomic checkpoints, and graceful shutdown
+on SIGTERM.
 
-What is trained, on what and when, is `training.py`'s.
+`stage.py` selects the model, its training examples and the order of stages.
 """
 
 import functools
@@ -21,14 +21,14 @@ from transformers.trainer_utils import rotate_checkpoints
 from mmcot.prediction.batching import LengthBatchSampler
 from mmcot.prediction.examples import StageCollator, lengths_of
 from mmcot.storage.checkpoints import UNFINISHED, RunStopped, finish_checkpoint
-from mmcot.training.callbacks import STOPPING, EpochOf
+from mmcot.training.callbacks import STOP_SIGNALS, SamplerEpoch
 from mmcot.training.progress import Speed, ValidationReport
 from modeling_mmcot import MMCoTForConditionalGeneration
 
 
 class StageTrainer(Seq2SeqTrainer):
     """
-    The Trainer of a stage. The loss is the mean over all target tokens.
+    Trains a stage. The loss is the mean over all target tokens.
 
     Raises:
         RunStopped: a loss is not finite, or a checkpoint cannot be written.
@@ -39,13 +39,13 @@ class StageTrainer(Seq2SeqTrainer):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.label_smoother = None  # the model's own loss smooths, which needs no logits of padding
+        self.label_smoother = None  # the model's loss applies label smoothing, without logits of padding
 
     def get_train_dataloader(self) -> DataLoader:
-        """With `train_sampling_strategy: group_by_length` ours (`batching.py`), else the Trainer's own."""
+        """Use the batches of `batching.py` with `train_sampling_strategy: group_by_length`, else the Trainer's own."""
         loader = super().get_train_dataloader() if not self.groups_by_length() else self.length_dataloader()
-        workers = getattr(loader, "base_dataloader", loader)
-        workers.worker_init_fn = functools.partial(start_worker, then=workers.worker_init_fn)
+        base_loader = getattr(loader, "base_dataloader", loader)
+        base_loader.worker_init_fn = functools.partial(start_worker, initialize=base_loader.worker_init_fn)
         return loader
 
     def groups_by_length(self) -> bool:
@@ -56,7 +56,7 @@ class StageTrainer(Seq2SeqTrainer):
         batches_per_step = self.accelerator.num_processes * arguments.gradient_accumulation_steps
         step_size = arguments.train_batch_size * batches_per_step
         sampler = LengthBatchSampler(lengths_of(self.train_dataset), step_size, batches_per_step, arguments.seed)
-        self.add_callback(EpochOf(sampler))
+        self.add_callback(SamplerEpoch(sampler))
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
@@ -78,10 +78,10 @@ class StageTrainer(Seq2SeqTrainer):
             num_items_in_batch = self.evaluation_weight(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
-        if model.training and not torch.isfinite(loss).all():  # of several GPUs of one process, a loss each
+        if model.training and not torch.isfinite(loss).all():  # one loss per GPU if a process uses several
             raise RunStopped(
                 f"The loss is {loss.mean().item()} at step {self.state.global_step + 1}, for the problems "
-                f"{', '.join(ids)}. Checkpoints in {self.args.output_dir} are those of earlier steps."
+                f"{', '.join(ids)}. Checkpoints in {self.args.output_dir} are from earlier steps."
             )
         return result
 
@@ -91,7 +91,7 @@ class StageTrainer(Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *arguments, **options) -> None:
         if "loss" in logs:
-            logs = {**logs, **self.speed.tell()}
+            logs = {**logs, **self.speed.report()}
         super().log(logs, *arguments, **options)
 
     def evaluate(self, *arguments, **options) -> dict[str, float]:
@@ -99,25 +99,25 @@ class StageTrainer(Seq2SeqTrainer):
         if self.validation_report is not None:
             model = self.accelerator.unwrap_model(self.model)
             devices = [self.args.device] if self.args.device.type == "cuda" else []
-            # A data loader draws a seed, by which the dropout of the steps to come would be another one.
+            # A data loader draws a seed, which would change the dropout of later steps.
             with self.accelerator.autocast(), torch.random.fork_rng(devices):
-                told = self.validation_report.tell(
+                report = self.validation_report.report(
                     model.get_base_model() if isinstance(model, PeftModel) else model,
                     self.state.global_step,
                     self.is_world_process_zero(),
                 )
-            self.log(told)
-            metrics.update(told)
-        self.speed.start_anew()  # what an evaluation takes is no training
+            self.log(report)
+            metrics.update(report)
+        self.speed.reset()  # the time of an evaluation does not count as training
         return metrics
 
     def evaluation_weight(self, inputs: dict[str, torch.Tensor]) -> float:
         """
-        The Trainer averages batches by their number of problems: with this, to the mean over all target tokens. (On
-        several processes it fills the last batches with problems a second time, and those count twice.)
+        Return the weight that turns the Trainer's average of batches, by number of problems, into the mean over all
+        target tokens. (With several processes it repeats problems to fill the last batches; these count twice.)
         """
         weight = self.mean_target_length * len(inputs["labels"])
-        # It multiplies the loss by the number of processes then, to undo an average that evaluation does not take.
+        # The Trainer then multiplies the loss by the number of processes, to undo an average that evaluation skips.
         return weight * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
 
     @functools.cached_property
@@ -129,7 +129,7 @@ class StageTrainer(Seq2SeqTrainer):
         return os.path.join(folder, UNFINISHED) if self.is_saving else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        """The Trainer's own, written beside the others under another name; whole, with its list of files, it moves."""
+        """Let the Trainer write to a temporary name; the complete checkpoint, with its list of files, is renamed."""
         folder = Path(self.args.output_dir)
         unfinished = folder / UNFINISHED
         written = unfinished / f"checkpoint-{self.state.global_step}"
@@ -138,7 +138,7 @@ class StageTrainer(Seq2SeqTrainer):
         try:
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()  # not its parents: a folder that is lost is not made anew
+                unfinished.mkdir()  # fails if the run folder was lost
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -146,16 +146,18 @@ class StageTrainer(Seq2SeqTrainer):
                 self.state.best_model_checkpoint = str(checkpoint)
             if self.args.should_save:
                 best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
-                self.state.save_to_json(str(written / "trainer_state.json"))  # without a path: a run can be moved
+                self.state.save_to_json(
+                    str(written / "trainer_state.json")
+                )  # without a path, so that a run can be moved
                 self.state.best_model_checkpoint = best
                 finish_checkpoint(written, checkpoint)
                 unfinished.rmdir()
                 rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, True)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of them
             shutil.rmtree(unfinished, ignore_errors=True)
             raise RunStopped(
                 f"The checkpoint of step {self.state.global_step} could not be written to {folder}: {error}. Earlier "
-                f"ones are whole; the same command goes on from the last of them."
+                f"checkpoints are complete; the same command resumes from the last one."
             ) from error
         finally:
             self.is_saving = False
@@ -170,23 +172,23 @@ class StageTrainer(Seq2SeqTrainer):
 
 def load_weights(model: MMCoTForConditionalGeneration, checkpoint: str) -> None:
     """
-    Those of a checkpoint, into the model. The Trainer loads by parameter names, and a ViT is saved under older names
-    than it has in memory: its weights would silently stay as they are. `from_pretrained` knows both.
+    Load the weights of a checkpoint into the model. The Trainer loads by parameter names, but a ViT is saved under
+    older names than it has in memory: its weights would silently stay unchanged. `from_pretrained` maps the names.
     """
-    # Copied: a run that went on with its tensors themselves differed from the uninterrupted one in last bits.
+    # Copied: a run that resumed with the loaded tensors themselves differed from an uninterrupted one in the last bits.
     model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
 
-def start_worker(number: int, then: Callable[[int], None] | None) -> None:
-    """Of a data loader: a signal that is sent to all processes of a job is for the one that trains to answer."""
-    for one in STOPPING:
-        signal.signal(one, signal.SIG_IGN)
-    if then is not None:
-        then(number)
+def start_worker(number: int, initialize: Callable[[int], None] | None) -> None:
+    """Start a data loader's worker, which ignores stop signals to all processes of a job: the Trainer handles them."""
+    for signal_number in STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(number)
 
 
 class NamedCollator(StageCollator):
-    """Batches with their problems' ids, to name them where something is wrong."""
+    """Adds problem ids to batches, for error messages."""
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | list[str]]:
         return {**super().__call__(examples), "ids": [row["id"] for row in examples]}

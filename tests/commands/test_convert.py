@@ -366,7 +366,7 @@ def change_config(folder, **fields):
         (lambda f: change_config(f, model_type="bart"), "model_type is 'bart'; expected 't5'"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights; expected"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"half"), "model.safetensors is not a whole file of tensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"half"), "model.safetensors is damaged, or contains objects"),
     ],
 )
 def test_a_folder_that_is_not_its_config_is_refused_and_nothing_is_written(break_it, message, tmp_path):
@@ -392,7 +392,7 @@ class Planted:
 
 def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys):
     torch.save({"shared.weight": Planted()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin is not a whole file of tensors and nothing else"):
+    with pytest.raises(ValueError, match="pytorch_model.bin is damaged, or contains objects other than tensors"):
         read_tensors(tmp_path)
     assert "planted" not in capsys.readouterr().out
 
@@ -400,7 +400,7 @@ def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys):
 def test_shards_that_lack_a_tensor_of_their_index(tmp_path):
     folder = original("detr_t5v1_0", "shards of pytorch_model.bin", tmp_path / "original")
     torch.save({}, folder / "pytorch_model-00002-of-00002.bin")
-    with pytest.raises(ValueError, match="index.json: the shards do not hold .* more"):
+    with pytest.raises(ValueError, match="index.json: the shards do not contain .* more"):
         convert(str(folder), tmp_path / "ours", "detr")
 
 

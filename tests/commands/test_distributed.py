@@ -89,7 +89,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_dataset, tmp_path):
         (answer / name).unlink()
     shutil.rmtree(answer / "checkpoint-4")
     refused = run_script(*script, *two, "--output_dir", tmp_path / "changed", check=False)
-    assert refused.returncode == 1 and "5.0 steps an epoch, and here an epoch has 10" in refused.stderr
+    assert refused.returncode == 1 and "5.0 steps per epoch, and an epoch now has 10" in refused.stderr
     run_script(*script, *one, "--output_dir", tmp_path / "changed")
     results = [json.loads((tmp_path / name / "answer/train_results.json").read_text()) for name in ("whole", "changed")]
     assert [result["world_size"] for result in results] == [2, 1]

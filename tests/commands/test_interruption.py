@@ -68,7 +68,7 @@ def test_sigterm_saves_ends_with_143_and_says_how_to_go_on(tiny_run, tiny_datase
     _, errors = process.communicate()
     assert process.returncode == 143 and "Traceback" not in errors
     saved = max((folder / "rationale").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    assert f"saved in {saved}. The same command goes on from there" in errors
+    assert f"saved in {saved}. The same command resumes from it" in errors
     assert not (folder / "rationale" / "train_results.json").exists()
     go_on(tiny_dataset, folder)
     assert is_as_if_uninterrupted(folder, tiny_run)

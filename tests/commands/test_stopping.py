@@ -31,7 +31,7 @@ def test_ctrl_c_saves_ends_with_130_and_says_how_to_go_on(tiny_run, tiny_dataset
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "SIGINT: the rationale stage stopped at step" in errors and "The same command goes on from there" in errors
+    assert "SIGINT: the rationale stage stopped at step" in errors and "The same command resumes from it" in errors
     go_on(tiny_dataset, folder)
     assert is_as_if_uninterrupted(folder, tiny_run)
 
@@ -82,7 +82,7 @@ def test_more_problems_than_fill_a_batch_are_needed_to_drop_the_last_one(tiny_da
     options = ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "1000")
     result = go_on(tiny_dataset, tmp_path / "run", *options, check=False)
     assert result.returncode == 1 and "SIGTERM" not in result.stderr
-    assert "training examples, and a batch of all processes holds 1000" in result.stderr
+    assert "training examples, but a batch over all processes has 1000" in result.stderr
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_run_that_kept_no_optimizer_does_not_go_on(tiny_dataset, tmp_path):
     wait_for(tmp_path / "run" / "rationale" / "checkpoint-4", process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
-    assert process.returncode == 143 and "save_only_model keeps no optimizer" in errors
+    assert process.returncode == 143 and "save_only_model saves no optimizer" in errors
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*.safetensors")}
     result = go_on(tiny_dataset, tmp_path / "run", *options, check=False)
     assert result.returncode == 1 and "was saved with save_only_model, without optimizer and schedule" in result.stderr

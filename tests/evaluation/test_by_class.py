@@ -121,7 +121,7 @@ def test_the_card_says_that_test_problems_were_trained_on(text_recipe, tmp_path)
     assert says(
         card,
         "On the test split of `problems.jsonl` (4 problems)",
-        "**3 of them were trained on** (same texts and pictures), so these figures are not of unseen problems.",
+        "**3 of them were trained on** (same texts and pictures), so these are not scores on unseen problems.",
         "0 validation and 3 test problems are training problems too",
     )
     assert "split_seed" not in card

@@ -54,7 +54,7 @@ def test_a_run_that_was_not_exported_since_it_was_trained_is_not_loaded(stale, t
 
 def test_a_run_that_was_not_exported_since_it_was_trained_is_not_pushed(stale):
     shutil.rmtree(stale / "scores")
-    with pytest.raises(SystemExit, match=f"{SAID}|is not trained to its end"):
+    with pytest.raises(SystemExit, match=f"{SAID}|training of its .* stage is not finished"):
         push([str(stale), "--repo_id", "ada/tiny", "--license", "mit", "--allow_unscored", "--dry_run"])
 
 
@@ -87,12 +87,14 @@ def test_scores_of_predictions_that_changed_since_are_not_for_the_card(tiny_run,
     for columns in predictions.values():
         columns["answer"] = 1 - columns["answer"]
     write_json(run / "predictions" / "test.json", predictions)
-    with pytest.raises(ValueError, match=r"scores/test.json is of other predictions than .*test.json holds now"):
+    with pytest.raises(
+        ValueError, match=r"scores/test.json has scores of other predictions than .*test.json contains now"
+    ):
         scores_of_run(RunFolder(run), processor)
     (run / "predictions" / "test.json").unlink()
     assert scores_of_run(RunFolder(run), processor)["n"] == 20
     scores = read_json(run / "scores" / "test.json")
     del scores["predictions"]
     write_json(run / "scores" / "test.json", scores)
-    with pytest.raises(ValueError, match="does not say which predictions it is of: an older mmcot wrote it"):
+    with pytest.raises(ValueError, match="does not record its predictions: an older mmcot wrote it"):
         scores_of_run(RunFolder(run), processor)

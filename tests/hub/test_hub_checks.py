@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcot.hub.checks import is_model_file, leaks
+from mmcot.hub.checks import find_leaks, is_model_file
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def leaks_of(tmp_path, monkeypatch):
     def search(text):
         (tmp_path / "hub").mkdir(exist_ok=True)
         (tmp_path / "hub" / "README.md").write_text(text)
-        return [fault.removeprefix("README.md, line 1: holds ") for fault in leaks(tmp_path / "hub")]
+        return [fault.removeprefix("README.md, line 1: contains ") for fault in find_leaks(tmp_path / "hub")]
 
     return search
 

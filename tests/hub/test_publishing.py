@@ -198,7 +198,7 @@ def test_the_card_says_what_the_scores_file_says(hub, published, run):
     low, high = scores["intervals"]["accuracy"]["Avg"]
     assert f"| Avg | 20 | {scores['accuracy']['Avg']:.2f} | {low:.2f} – {high:.2f} |" in card.text
     assert "max_steps: 24" in card.text and "dataset: problems.jsonl" in card.text and "/tmp" not in card.text
-    assert "Not measured: how it answers without the picture" in card.text
+    assert "Not measured: how the model answers without the picture" in card.text
 
 
 def test_the_card_lists_the_code_that_it_runs(hub, published):
@@ -243,7 +243,7 @@ def test_a_malformed_id_is_refused(broken, repo_id):
 
 def test_an_unfinished_run_is_refused(broken, tmp_path):
     (broken / "answer" / "train_results.json").unlink()
-    with pytest.raises(SystemExit, match="not a finished run: its answer stage is not trained to its end"):
+    with pytest.raises(SystemExit, match="not a finished run: the training of its answer stage is not finished"):
         dry_run(broken)
     with pytest.raises(SystemExit, match="not a finished run: it has no hub/"):
         dry_run(tmp_path)
@@ -252,16 +252,16 @@ def test_an_unfinished_run_is_refused(broken, tmp_path):
 def test_scores_of_other_weights_are_refused(broken):
     for file in (broken / "answer" / "model.safetensors", broken / "hub" / "model.safetensors"):
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match=r"test.json is of other weights than the run's \(answer\)"):
+    with pytest.raises(SystemExit, match=r"test.json was measured with other weights than the run's \(answer\)"):
         dry_run(broken, "--license", "mit")
     rewrite(broken / "scores" / "test.json", weights=None)
-    with pytest.raises(SystemExit, match="does not say of which weights it is"):
+    with pytest.raises(SystemExit, match="does not record its weights"):
         dry_run(broken, "--license", "mit")
 
 
 def test_scores_of_another_split_than_their_name_says_are_refused(broken):
     rewrite(broken / "scores" / "test.json", split="val")
-    with pytest.raises(SystemExit, match="test.json is of the split 'val'; expected 'test'"):
+    with pytest.raises(SystemExit, match="test.json has scores of the split 'val'; expected 'test'"):
         dry_run(broken, "--license", "mit")
 
 
@@ -298,7 +298,7 @@ def test_a_run_of_an_older_version_is_refused(broken):
     results = read_json(broken / "rationale" / "train_results.json")
     del results["hardware"]
     write_json(broken / "rationale" / "train_results.json", results)
-    with pytest.raises(SystemExit, match="train_results.json does not say 'hardware': an older mmcot trained it"):
+    with pytest.raises(SystemExit, match="train_results.json has no 'hardware': an older mmcot trained the stage"):
         dry_run(broken, "--license", "mit")
 
 
@@ -313,7 +313,7 @@ def test_a_run_without_scores_says_so_in_its_card(broken):
 
 
 def test_a_licence_is_said_by_the_dataset_or_by_the_user(broken):
-    with pytest.raises(SystemExit, match="no licence, and that of the dataset is not known: give --license"):
+    with pytest.raises(SystemExit, match="no licence, and the licence of the dataset is not known: set --license"):
         dry_run(broken)
     rewrite(broken / "answer" / "train_results.json", dataset_known_as="ScienceQA")
     rewrite(broken / "scores" / "test.json", dataset_known_as="ScienceQA")
@@ -325,7 +325,7 @@ def test_a_licence_is_said_by_the_dataset_or_by_the_user(broken):
     scores = read_json(broken / "scores" / "test.json")
     results = parse_eval_result_entries(yaml.safe_load(entry.read_text()))
     assert results[0].value == round(scores["accuracy"]["Avg"], 2)
-    with pytest.raises(SystemExit, match="ScienceQA.* is cc-by-nc-sa-4.0; --license mit is another"):
+    with pytest.raises(SystemExit, match="--license is mit; expected cc-by-nc-sa-4.0, the licence of ScienceQA"):
         dry_run(broken, "--license", "mit")
 
 
@@ -337,7 +337,7 @@ def test_probes_stand_in_the_card(broken):
     dry_run(broken, "--license", "mit")
     assert "| picture dropped | 14 | 50.00 | 21.43 | 42.86 |" in (broken / "hub" / "README.md").read_text()
     write_json(broken / "scores" / "probes.json", {**probes, "weights": {**weights, "rationale": "sha256:0"}})
-    with pytest.raises(SystemExit, match=r"probes.json is of other weights than the run's \(rationale\)"):
+    with pytest.raises(SystemExit, match=r"probes.json was measured with other weights than the run's \(rationale\)"):
         dry_run(broken, "--license", "mit")
 
 
@@ -357,7 +357,7 @@ def test_adapters_are_asked_for_of_adapters_only(broken):
 def test_what_cannot_be_merged_is_named(run, tmp_path):
     for stage in ("rationale", "answer"):
         PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2).save_pretrained(tmp_path / stage)
-    with pytest.raises(ValueError, match="--merge: rationale adapts its base by PROMPT_TUNING"):
+    with pytest.raises(ValueError, match="--merge: the rationale stage's adapter is PROMPT_TUNING"):
         merge(tmp_path / "base", MMCoTProcessor.from_pretrained(run / "hub"), tmp_path)
 
 
@@ -367,19 +367,23 @@ TOKEN = "hf_" + "a1" * 20
 @pytest.mark.parametrize(
     ("name", "written", "said"),
     [
-        ("pytorch_model.bin", b"x", "pytorch_model.bin: is no file of a model's repository"),
-        ("rationale/optimizer.pt", b"x", "rationale/optimizer.pt: is no file"),
-        ("train.jsonl", b"{}", "train.jsonl: is no file"),
-        ("model.safetensors", b"x" * 100, "model.safetensors: not whole"),
-        ("layers_mmcot.py", b"import torch\n", "layers_mmcot.py: differs from this mmcot's own"),
+        ("pytorch_model.bin", b"x", "pytorch_model.bin: not a file of a model's repository"),
+        ("rationale/optimizer.pt", b"x", "rationale/optimizer.pt: not a file"),
+        ("train.jsonl", b"{}", "train.jsonl: not a file"),
+        ("model.safetensors", b"x" * 100, "model.safetensors: damaged"),
+        ("layers_mmcot.py", b"import torch\n", "layers_mmcot.py: differs from the file of this version"),
         ("more_mmcot.py", b"def f():\n    import datasets\n", "more_mmcot.py, line 2: imports datasets"),
         ("more_mmcot.py", b"import peft\n", "more_mmcot.py, line 1: imports peft"),
-        ("config.json", f'{{"token": "{TOKEN}"}}'.encode(), "config.json, line 1: holds a token of the Hub"),
-        ("config.json", b'{"x": "see file:///srv/x"}', "config.json, line 1: holds a path of this machine, file:///"),
+        ("config.json", f'{{"token": "{TOKEN}"}}'.encode(), "config.json, line 1: contains a token of the Hub"),
+        (
+            "config.json",
+            b'{"x": "see file:///srv/x"}',
+            "config.json, line 1: contains a path of this machine, file:///",
+        ),
         (
             "config.json",
             b'{"a": 1,\n"from": "/home/ada/base"}',
-            "config.json, line 2: holds a path of this machine, /home/",
+            "config.json, line 2: contains a path of this machine, /home/",
         ),
     ],
 )
@@ -464,7 +468,7 @@ def test_private_and_branches(hub, client, run, changed, published):
     assert not client.push(run, "--repo_id", "ada/secret", "--license", "mit", "--private").error
     assert hub.is_private("model", "ada/secret")
     refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--private")
-    assert "ada/tiny is there and is public" in refused.error
+    assert "ada/tiny exists and is public" in refused.error
     refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--revision", "refs/pr/1")
     assert "expected the name of a branch" in refused.error
     main_before = hub.commits("model", "ada/secret")
@@ -485,14 +489,17 @@ print(1)
     as_a_user(code, client.environment, tmp_path)
     before = hub.commits("model", "ada/other")
     refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
-    assert "holds what this tool did not make" in refused.error and hub.commits("model", "ada/other") == before
+    assert (
+        "contains content that this tool did not create" in refused.error
+        and hub.commits("model", "ada/other") == before
+    )
     assert not client.push(run, "--repo_id", "ada/other", "--license", "mit", "--overwrite").error
     assert on_the_hub(hub, "ada/other") == content(run / "hub")
     code = "from huggingface_hub import upload_file\nprint(upload_file(path_or_fileobj=b'x', "
     code += "path_in_repo='onnx/model.onnx', repo_id='ada/other'))"
     as_a_user(code, client.environment, tmp_path)
     refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
-    assert "holds files (onnx/model.onnx) that this tool did not make" in refused.error
+    assert "contains files (onnx/model.onnx) that this tool did not create" in refused.error
     assert "onnx/model.onnx" in on_the_hub(hub, "ada/other")
     assert "ada/rows is a dataset" in client.push(run, "--repo_id", "ada/rows", "--license", "mit").error
 
@@ -500,13 +507,13 @@ print(1)
 FAILURES = {  # the first one first: what is uploaded once is not sent again
     "cut in a large file": (("cut", "PUT", ""), {"after_bytes": 1000, "times": None}, "push again"),
     "refused at the end": (("fail", "POST", "/commit/"), {"status": 500}, "push again later"),
-    "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "has to have write access to ada"),
+    "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "needs write access to ada"),
     "not as it likes it": (
         ("fail", "POST", "/commit/"),
         {"status": 400},
-        "what was sent. (The Hub: 400, A fault",
+        "the Hub rejects the request. (The Hub: 400, A fault",
     ),
-    "token expired": (("fail", "POST", "/commit/"), {"status": 401}, "the Hub does not know your token"),
+    "token expired": (("fail", "POST", "/commit/"), {"status": 401}, "the Hub rejects your token"),
     "another was faster": (("fail", "POST", "/commit/"), {"status": 412}, "somebody else committed"),
     "cut in the commit": (("cut", "POST", "/commit/"), {"after_bytes": 50, "times": None}, "the connection failed"),
     "always too busy": (("fail", "POST", "/commit/"), {"status": 429}, "wait some minutes"),
@@ -528,7 +535,7 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
         for name, ((how, method, path), options, said) in FAILURES.items():
             getattr(failing, how)(method, path, **options)
             result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
-            assert said in str(result.error) and "stays as it was" in str(result.error), (name, result)
+            assert said in str(result.error) and "is unchanged" in str(result.error), (name, result)
             assert failing.commits("model", "ada/again") == before, name
             failing.heal()
         assert on_the_hub(failing, "ada/again") == old
@@ -536,7 +543,7 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
         assert as_a_user(code, user.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
         failing.lose("POST", "/commit/")
         lost = user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost")
-        assert "now, but the answer to the commit was lost: the same command compares" in lost.error
+        assert "now, but the Hub's response was lost: the same command compares" in lost.error
         assert not user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost").error
         assert len(failing.commits("model", "ada/again", "lost")) == len(before) + 1
         for (how, method, path), options in PASSING.values():
@@ -551,9 +558,9 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
 def test_without_token_rights_or_network_it_says_what_to_do(hub, run, published, tmp_path):
     stranger = hub.add_user("bob")
     for token, changes, said in (
-        (None, {}, "there is none: log in with `hf auth login`"),
-        ("hf_unknown", {}, "the Hub does not know your token"),
-        (stranger, {}, "your token has to have write access to ada"),
+        (None, {}, "no token is set: log in with `hf auth login`"),
+        ("hf_unknown", {}, "the Hub rejects your token"),
+        (stranger, {}, "your token needs write access to ada"),
         (stranger, {"HF_HUB_OFFLINE": "1"}, "offline .* was not reached"),
         (stranger, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection failed"),
     ):
@@ -608,7 +615,7 @@ def test_adapters_are_published_over_their_base_or_merged_into_it(hub, client, a
 @pytest.mark.slow
 def test_a_space_answers_with_the_model_at_its_commit(hub, client, run, published):
     unborn = client.push("--repo_id", "ada/nothing", "--space", "ada/ask")
-    assert "a Space wants a model: ada/nothing has no main on the Hub" in unborn.error
+    assert "a Space requires a model: ada/nothing has no main on the Hub" in unborn.error
     result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--space", "ada/ask")
     assert not result.error, result.error
     files = on_the_hub(hub, "ada/ask", "space")

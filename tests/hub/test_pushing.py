@@ -19,7 +19,7 @@ CODE = """
 import contextlib, json, sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
-from mmcot.hub.repository import Repository, compare, upload
+from mmcot.hub.repository import Repository, plan_push, upload
 plans = []
 for line in sys.stdin:
     result, error = None, None
@@ -54,7 +54,7 @@ class Client:
 
     def push(self, folder, repo_id, meanwhile="pass", overwrite=False, **repository):
         """What `push_to_hub` does with a folder, and what others do after it compared."""
-        code = "plan = compare(Path(folder), Repository(repo_id, **repository), overwrite, False)\n"
+        code = "plan = plan_push(Path(folder), Repository(repo_id, **repository), overwrite, False)\n"
         code += f"{meanwhile}\nresult = upload(plan)"
         return self.run(code, folder=str(folder), repo_id=repo_id, repository=repository, overwrite=overwrite)
 
@@ -105,7 +105,7 @@ def test_a_file_that_no_push_listed_is_not_deleted_whatever_its_name(hub, client
     client.run(THEIRS, name=name, repo_id=repo_id)
     before = hub.commits("model", repo_id)
     refused = client.push(second, repo_id)
-    assert f"{repo_id} holds files ({name}) that this tool did not make; nothing was changed" in str(refused.error)
+    assert f"{repo_id} contains files ({name}) that this tool did not create; nothing was changed" in str(refused.error)
     assert hub.commits("model", repo_id) == before and hub.files("model", repo_id)[name] == b"theirs"
     assert not client.push(second, repo_id, overwrite=True).error
     assert names(hub, repo_id) == ["README.md", "config.json"]
@@ -121,7 +121,7 @@ def test_a_file_of_somebody_else_is_not_replaced_by_one_of_the_same_name(hub, cl
     assert not client.push(folder("config.json"), "ada/replaced").error
     client.run(THEIRS, name="scores.json", repo_id="ada/replaced")
     refused = client.push(folder("config.json", "scores.json"), "ada/replaced")
-    assert "holds files (scores.json) that this tool did not make" in str(refused.error)
+    assert "contains files (scores.json) that this tool did not create" in str(refused.error)
     assert hub.files("model", "ada/replaced")["scores.json"] == b"theirs"
 
 
@@ -135,7 +135,7 @@ def test_of_a_push_of_an_older_version_nothing_is_deleted(hub, client, folder):
 
 
 MAKE = "HfApi().create_repo(repo_id, repo_type=repository.get('repo_type'), {options})"
-SAID = "was not there when it was compared, and somebody else made it since. Nothing was committed: push again"
+SAID = "did not exist at the comparison, and somebody else created it since. Nothing was committed: push again"
 
 
 @pytest.mark.parametrize("repo_type", ["model", "space"])
@@ -161,7 +161,7 @@ HfApi.create_repo = and_another_commits
 """
     code = f"{meanwhile}\ntry:\n    result = upload(plan)\nfinally:\n    HfApi.create_repo = create"
     refused = client.push(folder("config.json"), "ada/just-made", meanwhile=code)
-    assert "somebody else made it since: it holds notes.txt. Nothing was committed" in str(refused.error)
+    assert "somebody else created it since: it contains notes.txt. Nothing was committed" in str(refused.error)
     assert names(hub, "ada/just-made") == ["notes.txt"]
 
 
@@ -184,12 +184,12 @@ def test_a_new_branch_starts_at_what_was_compared_with(hub, client, folder):
 
 def test_a_private_repository_that_is_made_public_meanwhile_is_not_committed_to(hub, client, folder):
     assert not client.push(folder("config.json"), "ada/opened", private=True).error
-    code = "plans.append(compare(Path(folder), Repository('ada/opened', private=True), False, False))"
+    code = "plans.append(plan_push(Path(folder), Repository('ada/opened', private=True), False, False))"
     client.run(code, folder=str(folder("config.json", "more.json")))
     assert hub.is_private("model", "ada/opened")
     hub.make_public("model", "ada/opened")
     refused = client.run("upload(plans.pop())")
-    assert "ada/opened is there and is public" in str(refused.error)
+    assert "ada/opened exists and is public" in str(refused.error)
     assert not hub.is_private("model", "ada/opened") and "more.json" not in names(hub, "ada/opened")
 
 

@@ -230,8 +230,8 @@ def test_a_system_of_one_stage_has_a_page(app, tiny_run, tmp_path):
     *_, last = page.ask(None, "Which?", "red\nblue", "", "a bar")
     expected = answer({"question": "Which?", "choices": ["red", "blue"], "caption": "a bar"})
     assert last[page.answered] == app.answer_html(expected, ["red", "blue"])
-    assert page.answer_unseen(last[page.asked]) == ""
-    assert list(page.look(last[page.asked], None)) == [page.looked_part]
+    assert page.answer_without_picture(last[page.state]) == ""
+    assert list(page.show_maps(last[page.state], None)) == [page.maps_part]
 
 
 def test_maps_that_there_are_not_are_said(app, answer, monkeypatch):
@@ -241,8 +241,8 @@ def test_maps_that_there_are_not_are_said(app, answer, monkeypatch):
         raise ValueError("7 patches have no <places>")
 
     monkeypatch.setattr(answer, "token_maps", token_maps)
-    shown = page.look({"problem": {"image": str(PICTURE)}, "given": {}}, "answer")
-    assert "7 patches have no &lt;places&gt;" in shown[page.tokens] and shown[page.found] is None
+    shown = page.show_maps({"problem": {"image": str(PICTURE)}, "given": {}}, "answer")
+    assert "7 patches have no &lt;places&gt;" in shown[page.tokens] and shown[page.token_maps] is None
 
 
 def test_an_even_share_is_not_seen_and_a_full_one_is(app):
@@ -275,8 +275,8 @@ def test_pictures_of_all_kinds_are_read(app, answer, tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (saved("PNG", size=(600, 400))[:300], "not a whole picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a whole picture"),
+        (saved("PNG", size=(600, 400))[:300], "not supported"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not supported"),
         (saved("PNG", "1", (10_000, 5_001)), "more than 50 million pixels"),
         (saved("PNG", "1", (20_000, 10_000)), "more than 50 million pixels"),
     ],
@@ -306,7 +306,7 @@ def test_texts_that_cannot_be_answered_are_refused_in_words(app, answer, texts, 
 def test_only_what_was_uploaded_is_opened(app, answer, tmp_path, monkeypatch, named):
     """A client that speaks to the server directly could name any file of it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    with pytest.raises(gr.Error, match="not a whole picture"):
+    with pytest.raises(gr.Error, match="not supported"):
         app.read_problem(answer, named, "Which?", "", "", "")
     inside = shutil.copy(PICTURE, tmp_path)
     assert app.read_problem(answer, {"path": str(inside)}, "Which?", "", "", "")["image"] == str(inside)
@@ -337,13 +337,13 @@ def test_a_postscript_upload_never_reaches_ghostscript(app, answer, tmp_path, mo
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n%%EOF\n")
-    with pytest.raises(gr.Error, match="not a whole picture"):
+    with pytest.raises(gr.Error, match="not supported"):
         app.read_problem(answer, {"path": str(tmp_path / "x.png")}, "Which?", "", "", "")
 
 
 def test_a_generation_ends_when_its_reader_leaves(app, answer):
     problem = {"question": "Which bar is it?", "choices": [], "context": "", "image": str(PICTURE)}
-    tokens, put = [], app.Pieces.put
+    tokens, put = [], app.QueueStreamer.put
 
     def counted(streamer, value):
         tokens.append(value)
@@ -352,7 +352,7 @@ def test_a_generation_ends_when_its_reader_leaves(app, answer):
 
     growing = app.stream(answer, problem, {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app.Pieces, "put", counted)
+        patch.setattr(app.QueueStreamer, "put", counted)
         next(growing)
         growing.close()
     written = len(tokens)

@@ -123,7 +123,9 @@ def test_a_source_that_names_a_column_that_is_not_read_is_refused():
         "writes": "answer_text",
         "target": "{{ choices[answer] }}",
     }
-    with pytest.raises(ValueError, match="stage 'answer': its source cannot be made of what it reads .*'context'"):
+    with pytest.raises(
+        ValueError, match="stage 'answer': its source cannot be rendered from the columns that it reads .*'context'"
+    ):
         build_stage(StageArguments(**common, source="{{ question }} {{ context }}"))
-    with pytest.raises(ValueError, match="its source cannot be made"):
+    with pytest.raises(ValueError, match="its source cannot be rendered"):
         build_stage(StageArguments(**common, source="{{ question }"))

@@ -158,7 +158,7 @@ def test_test_problems_that_stand_in_training_are_refused_with_their_count(text_
 def test_they_are_trained_on_where_that_is_asked_for_and_told(text_recipe, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         run = prepare(parse_recipe([*text_recipe, "--dataset", overlapping(tmp_path), "--allow_overlap", "true"]))
-    assert says(caplog.text, "3 of 5 test problems are in train too", "the card says it")
+    assert says(caplog.text, "3 of 5 test problems are in train too", "the card reports the overlap")
     assert read_json(run.folder.splits) == {
         "divided_by": None,
         "n": {"train": 20, "val": 6, "test": 5},

@@ -175,7 +175,7 @@ def test_weights_that_are_cut_end_a_command_in_a_sentence(file, tiny_run, tmp_pa
 
 @pytest.mark.parametrize("name", ["foo", "Apache-2.0", "cc-by-sa"])
 def test_a_licence_that_the_hub_does_not_know_is_refused(name):
-    with pytest.raises(ValueError, match=f"--license is '{name}', which is no licence that the Hub knows"):
+    with pytest.raises(ValueError, match=f"--license is '{name}', which is not a licence on the Hub's list"):
         check_license(name)
 
 

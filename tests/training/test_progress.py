@@ -112,7 +112,7 @@ def test_speed_counts_real_tokens():
     speed = Speed(num_processes=1)
     speed.count({"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[5, -100, -100]])})
     speed.begin -= 1  # a second ago
-    told = speed.tell()
+    told = speed.report()
     assert told["tokens_per_second"] == pytest.approx(3, abs=1) and told["problems_per_second"] == pytest.approx(1, 0.1)
 
 

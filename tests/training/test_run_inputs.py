@@ -67,7 +67,7 @@ def test_changed_problems_are_refused_with_their_count(begun, name, is_finished)
     change, expected = CHANGES[name]
     rewrite(dataset, change)
     before = content(run)
-    with pytest.raises(ValueError, match="was begun with other data") as error:
+    with pytest.raises(ValueError, match="started with different data") as error:
         prepared(run, dataset)
     assert expected in str(error.value) and "Choose another --output_dir" in str(error.value)
     assert content(run) == before
@@ -120,12 +120,12 @@ def test_a_base_checkpoint_or_a_tokenizer_that_is_another_now_is_refused(tiny_da
     words += ["--max_images", "0"]
     prepare(parse_recipe(words)).lock.__exit__(None, None, None)
     T5ForConditionalGeneration(config).save_pretrained(base)
-    with pytest.raises(ValueError, match="model_name_or_path has other content"):
+    with pytest.raises(ValueError, match="model_name_or_path has different content"):
         prepare(parse_recipe(words))
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["added_tokens"][-1]["lstrip"] = not tokenizer["added_tokens"][-1]["lstrip"]
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="tokenizer has other content. model_name_or_path has other content"):
+    with pytest.raises(ValueError, match="tokenizer has different content. model_name_or_path has different content"):
         prepare(parse_recipe(words))
 
 
@@ -142,7 +142,7 @@ def test_other_features_are_refused(store, tiny_dataset, tmp_path):
     rows = bytearray((features / "rows.bin").read_bytes())
     rows[100] ^= 255
     (features / "rows.bin").write_bytes(rows)
-    with pytest.raises(ValueError, match="features has other content"):
+    with pytest.raises(ValueError, match="features has different content"):
         prepare(parse_recipe(words))
 
 
@@ -152,4 +152,4 @@ def test_the_command_says_it_in_one_line(begun):
     words = ("--config", TINY_RECIPE, "--dataset", dataset, "--output_dir", run)
     result = run_script("train.py", *words, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith(f"error: {run} holds a run that was begun with other data: ")
+    assert result.stderr.splitlines()[-1].startswith(f"error: {run} contains a run that started with different data: ")

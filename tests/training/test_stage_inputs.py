@@ -15,7 +15,7 @@ from mmcot.storage.files import read_json
 from mmcot.train import main
 from mmcot.training.preparation import prepare
 from mmcot.training.stage import training_problems
-from mmcot.training.stage_inputs import fold_of_each
+from mmcot.training.stage_inputs import assign_folds
 
 QUICK = ["--max_steps", "8", "--eval_strategy", "no", "--save_strategy", "no"]
 
@@ -49,9 +49,9 @@ def cross_fit(tiny_dataset, tmp_path_factory):
 
 
 def test_folds_are_each_problem_once_and_of_one_size():
-    folds = fold_of_each(11, 3, seed=5)
+    folds = assign_folds(11, 3, seed=5)
     assert sorted(folds.count(fold) for fold in range(3)) == [3, 4, 4]
-    assert folds == fold_of_each(11, 3, seed=5) != fold_of_each(11, 3, seed=6)
+    assert folds == assign_folds(11, 3, seed=5) != assign_folds(11, 3, seed=6)
 
 
 def test_cross_fitted_texts_are_written_by_stages_that_never_saw_the_problem(cross_fit, tiny_dataset, tmp_path):
@@ -129,7 +129,11 @@ def test_a_stage_can_start_from_the_one_before_it(tiny_dataset, tmp_path, more):
     [
         ({"inputs_from": "golden"}, [], "stage 'answer' has inputs_from 'golden'; expected one of gold, generated"),
         ({"init_from": "rationale"}, [], "stage 'answer' has init_from 'rationale'; expected one of base, previous"),
-        ({"inputs_from": "cross_fit"}, ["--num_folds", "41"], "num_folds is 41, and there are 40 training problems"),
+        (
+            {"inputs_from": "cross_fit"},
+            ["--num_folds", "41"],
+            "num_folds is 41, but there are only 40 training problems",
+        ),
         ({"inputs_from": "cross_fit"}, ["--num_folds", "1"], "num_folds is 1; expected 2 or more"),
         ({"inputs_from": "cross_fit"}, ["--fold", "5"], "fold is 5; expected 0 to num_folds - 1"),
         ({}, ["--fold", "0"], "and a stage with inputs_from: cross_fit"),
