@@ -28,7 +28,7 @@ from mmcot.problems.schema import (
 from mmcot.problems.sources import add_dataset_options, choose_source, said_options
 from mmcot.problems.subsets import add_selection
 from mmcot.recipes.command_line import given_options, refuse_below, refuse_without_effect
-from mmcot.storage.files import resolved
+from mmcot.storage.files import resolve_path
 from mmcot.storage.journal import Journal
 from mmcot.storage.paths import check_output_file
 from mmcot.storage.predictions import write_predictions
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     try:
         check_options(arguments, given_options(build_parser(), argv))
         arguments.source = choose_source(arguments, dataset)
-        arguments.captions = arguments.captions and resolved(arguments.captions)
+        arguments.captions = arguments.captions and resolve_path(arguments.captions)
         processor, models = load_system(arguments.model, torch.bfloat16 if arguments.bf16 else "auto")
         if arguments.num_rationales > 1 and len(processor.stages) == 1:
             raise ValueError(f"--num_rationales is {arguments.num_rationales}, and {arguments.model} writes none.")
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
             print(f"{len(predictions)} predictions: {output}")
         journal.remove()
     except OSError as error:  # a full disk
-        journal.give_up()
+        journal.close_after_error()
         sys.exit(f"error: {output} could not be written: {error}. The same command goes on with what was predicted.")
     except KeyboardInterrupt:
         print(f"SIGINT: what is predicted is kept beside {output}. The same command goes on.", file=sys.stderr)

@@ -23,7 +23,7 @@ from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eva
 from mmcot.prediction.provenance import all_weights
 from mmcot.problems.splits import named_parts
 from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
-from mmcot.storage.files import names_of, read_json, write_json
+from mmcot.storage.files import list_files, read_json, write_json
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
@@ -108,7 +108,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         model_name=publication.repo_id.split("/")[-1],
         eval_results=results,
         # By its list of files, a later push knows which of them are its own to delete.
-        mmcot={"version": __version__, "code": code, "files": sorted({*names_of(folder), "README.md"})},
+        mmcot={"version": __version__, "code": code, "files": sorted({*list_files(folder), "README.md"})},
     )
     card = ModelCard.from_template(
         data,

@@ -36,7 +36,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from mmcot.hub.versions import TransportError, validate_card
 from mmcot.storage.digests import sha256_of_file
-from mmcot.storage.files import names_of
+from mmcot.storage.files import list_files
 
 GITATTRIBUTES = ".gitattributes"  # the Hub's own
 HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, TransportError, ConnectionError)
@@ -253,7 +253,7 @@ def metadata_of(readme: Path) -> dict[str, Any]:
 def changes_of(folder: Path, state: State) -> dict[str, str]:
     """Of each file that is in the folder or in the repository."""
     changes = {}
-    for name in names_of(folder):
+    for name in list_files(folder):
         there = state.files.get(name)
         changes[name] = "new" if there is None else "same" if is_same(folder / name, there) else "changed"
     return changes | dict.fromkeys(sorted(state.files.keys() - changes.keys()), "deleted")
@@ -332,7 +332,7 @@ def verify(plan: Plan, commit: str) -> None:
                 f"same command compares it once more."
             ) from error
         sent, got = (
-            {name: sha256_of_file(place / name) for name in names_of(place)} for place in (plan.folder, downloaded)
+            {name: sha256_of_file(place / name) for name in list_files(place)} for place in (plan.folder, downloaded)
         )
     got.pop(GITATTRIBUTES, None)
     differing = sorted(name for name in sent.keys() | got.keys() if sent.get(name) != got.get(name))

@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from mmcot.problems.progress_bars import without_dataset_bars
 from mmcot.problems.schema import FEATURES, PicturePaths, checked, member, shown, split_named
-from mmcot.storage.caches import code_digest, kept, versions_of
+from mmcot.storage.caches import code_digest, load_or_compute, versions_of
 from mmcot.storage.files import cache_folder, read_json
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
         cache_dir=str(folder),
     )
     with without_dataset_bars():
-        return kept(make, folder)
+        return load_or_compute(make, folder)
 
 
 def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Rows:

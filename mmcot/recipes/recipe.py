@@ -28,7 +28,7 @@ from mmcot.recipes.checks import (
     trains_tower,
 )
 from mmcot.recipes.trainer_options import check_trainer_options
-from mmcot.storage.files import resolved, write_text
+from mmcot.storage.files import resolve_path, write_text
 from mmcot.storage.paths import check_output_folder
 from mmcot.storage.run_folder import RunFolder
 
@@ -111,7 +111,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
             raise ValueError(f"{where}: unknown key {words[0].lstrip('-')!r}{nearest(words[0].lstrip('-'), known)}.")
     for name in ("features", "captions"):
         if getattr(arguments, name) is not None:
-            setattr(arguments, name, resolved(getattr(arguments, name)))
+            setattr(arguments, name, resolve_path(getattr(arguments, name)))
     said = recipe.keys() | {
         word.lstrip("-").split("=")[0].replace("-", "_") for word in command_line if word.startswith("--")
     }
