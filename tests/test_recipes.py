@@ -134,7 +134,7 @@ def test_an_unknown_option_is_refused(tmp_path):
 
 
 def test_a_missing_recipe_is_named():
-    with pytest.raises(ValueError, match="configs/nothing.yaml: there is no such file"):
+    with pytest.raises(ValueError, match="configs/nothing.yaml: no such file"):
         parse_recipe(["--config", "configs/nothing.yaml"])
 
 

@@ -50,7 +50,7 @@ class KnownDataset:
     shares_alike: bool = False
 
 
-# By the names of `problems.known_as`. Of any other dataset its user says the licence.
+# By the names of `known_datasets.known_dataset_name`. Of any other dataset its user says the licence.
 DATASETS = {
     "demonstration": KnownDataset("apache-2.0"),
     "ScienceQA": KnownDataset("cc-by-nc-sa-4.0", "derek-thomas/ScienceQA", "https://scienceqa.github.io", True),

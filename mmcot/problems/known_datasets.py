@@ -60,7 +60,7 @@ def load_known(source: str, split: str, max_images: int | None, pictures: bool) 
     return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
 
 
-def known_as(source: str) -> str | None:
+def known_dataset_name(source: str) -> str | None:
     """By what name the field knows what a source holds: `demonstration`, `ScienceQA` or `A-OKVQA`; None of own rows."""
     if is_demo(source):
         return "demonstration"

@@ -118,7 +118,7 @@ def open_file(file: Path) -> Table:
     if file.suffix in READERS:
         return Table(str(file), read_rows(file), paths, are_cells=file.suffix != ".jsonl")
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file.")
+        raise ValueError(f"{file}: no such file.")
     digest = content_digest([file], file.parent)
     rows = loaded(str(file), DATA_FILES[file.suffix], digest, data_files=str(file))["train"]
     return Table(str(file), undecoded(rows), paths, digest)

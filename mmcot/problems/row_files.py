@@ -23,7 +23,7 @@ def read_rows(file: Path) -> Rows:
         ValueError: the file is not there, or a row cannot be read; with file, line and what was expected.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file.")
+        raise ValueError(f"{file}: no such file.")
     return list(READERS[file.suffix](file))
 
 

@@ -233,7 +233,7 @@ def require_answer(problem: dict[str, Any]) -> None:
 def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:
     """The problems with their captions from a `captions.json`; every problem with a picture must have one there."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file; expected a captions.json.")
+        raise ValueError(f"{path}: no such file; expected a captions.json.")
     captions = member(read_json(Path(path)), "captions", dict, Path(path))
     rows = problems.select_columns(["id", "images"])
     absent = [row["id"] for row in rows if row["images"] and not isinstance(captions.get(row["id"]), str)]
@@ -245,7 +245,7 @@ def join_captions(problems: datasets.Dataset, path: str) -> datasets.Dataset:
 def join_column(problems: datasets.Dataset, column: str, path: str) -> datasets.Dataset:
     """The problems with a text column from a JSON file `{id: text}`, which must have every problem's id."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file; expected JSON of the form {{id: text}}.")
+        raise ValueError(f"{path}: no such file; expected JSON of the form {{id: text}}.")
     texts = read_json(path)
     absent = [problem_id for problem_id in problems["id"] if not isinstance(texts.get(problem_id), str)]
     if absent:

@@ -271,7 +271,7 @@ def reading_options(arguments: Any) -> dict[str, Any]:
     return {"columns": arguments.columns, "split_seed": arguments.split_seed}
 
 
-def said_options(arguments: Any) -> dict[str, Any]:
+def non_default_options(arguments: Any) -> dict[str, Any]:
     """Those that are not the usual ones, as a command line says them."""
     columns = ",".join(f"{ours}={theirs}" for ours, theirs in parse_columns(arguments.columns).items())
     found = {"columns": columns, "split_seed": arguments.split_seed}

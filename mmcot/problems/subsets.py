@@ -8,7 +8,7 @@ from datasets import Dataset
 from mmcot.problems.schema import FEATURES, first_few, shown
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
     """The options of `select`, for a command."""
     parser.add_argument("--ids", nargs="+", metavar="ID", help="of these problems")
     parser.add_argument("--filter", action="append", default=[], metavar="COLUMN=TEXT", help="of those with that text")

@@ -175,7 +175,7 @@ def config_path(command_line: list[str]) -> str:
                 if name != given:
                     logger.warning("%s is now %s.", given, renamed)
                 return str(path)
-    raise ValueError(f"--config {given}: there is no such file.")
+    raise ValueError(f"--config {given}: no such file.")
 
 
 def current_name(earlier_name: str) -> str:

@@ -17,7 +17,7 @@ def refuse_absent_path(name: str, expected: str) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(FILE_ENDINGS)
     is_path = is_path or (os.sep in name and (first in OWN_FOLDERS or Path(first).is_dir()))
     if is_path and not Path(name).exists():
-        raise ValueError(f"{name}: there is no such file or folder; expected {expected}.")
+        raise ValueError(f"{name}: no such file or folder; expected {expected}.")
 
 
 def check_output_file(path: str | Path, option: str = "--output") -> None:
