@@ -89,7 +89,7 @@ def test_nested_numbers_that_yaml_reads_as_texts_become_numbers(tmp_path):
         (lambda r: r["stages"].pop(), "the last stage, and only it, writes `answer_text`"),
         (lambda r: r.update(stages=[]), "`stages` is empty"),
         (lambda r: r.update(lora_r=8), "use_peft"),
-        (lambda r: r.pop("image_processor"), "a stage reads `images`, but neither"),
+        (lambda r: r.pop("image_processor"), "a stage reads `images`, but no setting"),
         (lambda r: r["stages"][0].update(name="../../x"), "name of a stage is '../../x'; expected letters, digits"),
         (lambda r: r["stages"][0].update(name=["x"]), "name of a stage is .*'x'.*; expected letters, digits"),
         (lambda r: r["stages"][0].update(name="hub"), "name of a stage is 'hub', a folder that a run uses"),
