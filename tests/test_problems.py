@@ -132,7 +132,7 @@ def test_a_malformed_line_of_jsonl_is_named(tmp_path, line):
 def test_a_file_that_is_not_parquet(tmp_path):
     file = tmp_path / "problems.parquet"
     file.write_text("id,question")
-    assert says(error_of(load_problems, str(file), "test"), file, "not a whole Parquet file")
+    assert says(error_of(load_problems, str(file), "test"), file, "not a complete Parquet file")
 
 
 # Sources and splits.

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.prediction.provenance import all_weights
-from mmcot.problems.splits import named_parts
+from mmcot.problems.splits import parse_split_files
 from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
 from mmcot.storage.files import list_files, read_json, write_json
 from mmcot.storage.run_folder import RunFolder
@@ -248,7 +248,7 @@ def without_paths(value: Any) -> Any:
         return [without_paths(one) for one in value]
     if not isinstance(value, str):
         return value
-    parts = named_parts(value)
+    parts = parse_split_files(value)
     if parts is not None:
         return ",".join(f"{split}={without_paths(file)}" for split, file in parts.items())
     if is_outside(value):
