@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="pictures in a batch")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    # Without the two spare cores, workers and the main process would wait for each other on two cores.
+    # On two cores, workers and the main process would wait for each other.
     spare = max(0, min(4, (os.cpu_count() or 1) - 2))
     parser.add_argument("--num_workers", type=int, default=spare, help="processes that read and prepare pictures ahead")
     parser.add_argument("--bf16", action="store_true", help="run the tower in bfloat16")

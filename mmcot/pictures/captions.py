@@ -68,7 +68,7 @@ def open_log(file: Path, header: dict[str, Any]) -> ResumableLog:
     try:
         return ResumableLog(file, header)
     except OtherHeader as error:
-        reason = f"{file} holds captions of {error.there}, not of {header}"
+        reason = f"{file} holds captions of {error.found}, not of {header}"
     except ValueError as error:
         reason = f"{error}: not a log of captions"
     raise ValueError(f"{reason}. Choose another --output.")

@@ -76,7 +76,7 @@ class Table:
         return [row.get(column) for _, row in self.rows] if isinstance(self.rows, list) else list(self.rows[column])
 
 
-# By the split that the whole table belongs to. None: the rows name their split, or no split is named.
+# By the split of the whole table. None: the rows name their split, or no split is named.
 Tables = dict[str | None, Table]
 
 

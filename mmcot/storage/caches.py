@@ -38,7 +38,7 @@ def load_or_compute(make: Callable[[], Dataset], place: Path, num_rows: int | No
     Return the dataset that `make` computes, or loads from the cache of `datasets`.
 
     Args:
-        place: the file or folder of the cached dataset. It contains nothing else, because a damaged one is removed.
+        place: the file or folder of the cached dataset, without other content, because it is removed if damaged.
         num_rows: the expected number of rows, where the cached file does not record it.
     """
     was_there = place.exists()

@@ -26,7 +26,7 @@ def finish_checkpoint(unfinished: Path, checkpoint: Path) -> None:
 
 
 def finish_interrupted(stage_folder: Path) -> None:
-    """Rename a complete checkpoint to its final name, if a kill kept `finish_checkpoint` from it."""
+    """Rename complete checkpoints to their final names, if a kill interrupted `finish_checkpoint`."""
     for written in stage_folder.glob(f"{UNFINISHED}/checkpoint-*"):
         if damage_of(written) is None and not (stage_folder / written.name).exists():
             written.rename(stage_folder / written.name)

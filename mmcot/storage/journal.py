@@ -38,8 +38,9 @@ class Journal:
         own = output.with_name(f"{output.name}.partial-{state.process_index}.jsonl")
         self.log = ResumableLog(own, settings)
 
-    def write(self, of: str, ids: Batch, columns: list[dict]) -> None:
-        self.log.append({"of": of, "ids": ids, "columns": columns})
+    def write(self, part: str, ids: Batch, columns: list[dict]) -> None:
+        """Append the columns of a batch to the log."""
+        self.log.append({"of": part, "ids": ids, "columns": columns})
 
     def close_after_error(self) -> None:
         """Close the log after a failed write. When the command resumes, it skips an incomplete line."""
@@ -63,12 +64,12 @@ def read_journal(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         return read_log(file, settings)
     except OtherHeader as error:
-        there, here = error.there if isinstance(error.there, dict) else {}, error.here
-        differing = sorted(name for name in there | here if there.get(name) != here.get(name))
+        found, expected = error.found if isinstance(error.found, dict) else {}, error.expected
+        differing = sorted(name for name in found | expected if found.get(name) != expected.get(name))
         name = differing[0]
         raise ValueError(
             f"{file} contains the beginning of another prediction: {', '.join(differing)} differ ({name}: "
-            f"{there.get(name)!r} there, {here.get(name)!r} here). Finish that prediction, or remove the file."
+            f"{found.get(name)!r} there, {expected.get(name)!r} here). Finish that prediction, or remove the file."
         ) from error
 
 

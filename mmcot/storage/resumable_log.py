@@ -11,11 +11,11 @@ from typing import Any
 
 
 class OtherHeader(ValueError):
-    """A log was started with other settings: `there` is its first line, `here` is the expected header."""
+    """A log was started with other settings: `found` is its header, or its text if that is not a complete line."""
 
-    def __init__(self, file: Path, there: Any, here: dict[str, Any]):
-        super().__init__(f"{file} was started with {there}, not with {here}.")
-        self.there, self.here = there, here
+    def __init__(self, file: Path, found: Any, expected: dict[str, Any]):
+        super().__init__(f"{file} was started with {found}, not with {expected}.")
+        self.found, self.expected = found, expected
 
 
 class ResumableLog:
@@ -60,14 +60,14 @@ def read_log(file: Path, header: Mapping[str, Any] | None = None) -> list[Any]:
             raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from error
     if header is None:
         return entries
-    here = json.loads(json.dumps(header))
+    expected = json.loads(json.dumps(header))
     if entries:
-        there, *entries = entries
+        found, *entries = entries
     else:
-        there = file.read_bytes() if file.exists() else b""
-        there = here if json.dumps(header).encode().startswith(there) else there.decode(errors="replace")
-    if there != here:
-        raise OtherHeader(file, there, here)
+        found = file.read_bytes() if file.exists() else b""
+        found = expected if json.dumps(header).encode().startswith(found) else found.decode(errors="replace")
+    if found != expected:
+        raise OtherHeader(file, found, expected)
     return entries
 
 
