@@ -1,9 +1,9 @@
-# Every target makes the environment by itself, when it is missing or older than the requirements.
+# Every target creates the environment if it is missing or older than the requirements.
 
 PYTHON ?= python3
 ENVIRONMENT = .venv/.installed
 PY = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python
-# In up to four processes, one thread in each: starting processes is what most tests spend their time with.
+# Up to four processes with one thread each: most tests spend their time on starting processes.
 IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow test-versions test-lowest lint format
@@ -17,12 +17,12 @@ test: $(ENVIRONMENT)
 test-slow: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(IN_PARALLEL)
 
-# What ships gives the same texts and scores under each minor version of transformers, or under VERSIONS="…".
+# Check that modeling_mmcot gives the same texts and scores under each minor version of transformers, or VERSIONS="…".
 test-versions: $(ENVIRONMENT)
 	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
 	MMCOT_VERSIONS=.versions $(PY) -m pytest tests/modeling/test_versions.py -s
 
-# All tests, with the lowest version of everything that requirements.txt admits.
+# Run all tests with the lowest version of each package that requirements.txt admits.
 test-lowest: .venv-lowest/.installed
 	OMP_NUM_THREADS=1 $(PY:.venv/%=.venv-lowest/%) -m pytest $(IN_PARALLEL)
 

@@ -1,4 +1,4 @@
-"""Publish a finished run on the Hub: built, checked, shown, uploaded in one commit, downloaded again and compared.
+"""Publishes a finished run on the Hub: build, check, show, upload in one commit, download again and compare.
 
 python push_to_hub.py runs/demo --repo_id USER/NAME [--private] [--dry_run] [--space USER/SPACE]
 """

@@ -1,4 +1,4 @@
-"""Train, predict, score and export what a recipe describes. The same command again goes on with an interrupted run.
+"""Trains, predicts, scores and exports the system that a recipe describes. The same command resumes an interrupted run.
 
 python train.py --config configs/demo/two_stages.yaml
 accelerate launch train.py --config configs/scienceqa/base.yaml --dataset ../shared/scienceqa

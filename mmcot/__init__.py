@@ -1,6 +1,6 @@
-"""Prepares, trains, evaluates and publishes. What ships to the Hub is `modeling_mmcot`."""
+"""Prepares, trains, evaluates and publishes models. The package that ships to the Hub is `modeling_mmcot`."""
 
 import logging
 
-# Which PEFT imports, and which warns on some CPUs of a kernel that it cannot fetch and that nothing here uses.
+# PEFT imports bitsandbytes, which warns on some CPUs about a kernel that it cannot fetch and mmcot does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -3,7 +3,7 @@
     mmcot --help
     mmcot train --config configs/demo/two_stages.yaml
 
-Only the module of the command that runs is imported, so that `mmcot --help` is fast.
+Only the module of the requested command is imported, so that `mmcot --help` is fast.
 """
 
 import argparse
@@ -38,8 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """
+    Run a command.
+
     Args:
-        argv: the command line; by default this process's.
+        argv: the command line; by default that of this process.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser().parse_args(argv[:1])

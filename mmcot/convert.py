@@ -1,9 +1,9 @@
-"""The authors' checkpoints (amazon-science/mm-cot, `T5ForMultimodalGeneration`) -> folders of this package.
+"""Converts the authors' checkpoints (amazon-science/mm-cot, `T5ForMultimodalGeneration`) to folders of this package.
 
     python -m mmcot.convert ORIGINAL_DIR OUT_DIR --vision vit --stage_folders RATIONALE ANSWER --attach_tower vit
 
-T5's tensors keep their names and the fusion's get ours. Nothing is left out, made up or cut to fit: a checkpoint that
-is not exactly the model that its config.json describes is refused, and nothing is written.
+T5's tensors keep their names, and the fusion's tensors are renamed. No tensor is dropped, added or truncated: a
+checkpoint that is not exactly the model that its config.json describes is refused, and no file is written.
 """
 
 import argparse
@@ -17,22 +17,28 @@ from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES
 
 
 def main(argv: list[str] | None = None) -> None:
+    """
+    Convert a checkpoint.
+
+    Args:
+        argv: the command line; by default that of this process.
+    """
     parser = argparse.ArgumentParser(prog="python -m mmcot.convert", description=__doc__.splitlines()[0])
     parser.add_argument("original_dir", help="the authors' folder, or a Hub id: USER/NAME or USER/NAME/FOLDER")
     parser.add_argument("out_dir", help="the folder to write")
-    parser.add_argument("--vision", required=True, choices=AUTHORS_TOWERS, help="the features that it was trained on")
+    parser.add_argument("--vision", required=True, choices=AUTHORS_TOWERS, help="the features it was trained on")
     parser.add_argument(
         "--stage_folders",
         nargs=2,
         metavar=("RATIONALE", "ANSWER"),
-        help="folders within ORIGINAL_DIR: both stages become one folder in the Hub's layout",
+        help="two folders in ORIGINAL_DIR; both stages are written to one folder in the Hub's layout",
     )
     parser.add_argument(
         "--prompt_formats",
         nargs=2,
         choices=PAPER_TEMPLATES,
         metavar=("RATIONALE", "ANSWER"),
-        help="with --stage_folders, the formats they were trained on (default: QCM-E QCMG-A)",
+        help="with --stage_folders, the formats that the stages were trained on (default: QCM-E QCMG-A)",
     )
     parser.add_argument("--attach_tower", metavar="CHECKPOINT", help="add the pre-trained picture tower")
     arguments = parser.parse_args(argv)
@@ -41,14 +47,14 @@ def main(argv: list[str] | None = None) -> None:
             refuse_without_effect(
                 [name for name, value in vars(arguments).items() if value is not None],
                 ("prompt_formats",),
-                "it names the formats of the two --stage_folders",
+                "it sets the formats of the two --stage_folders",
             )
-        # An id may be followed by a folder of the repository, USER/NAME/FOLDER.
+        # A Hub id may include a folder of the repository: USER/NAME/FOLDER.
         is_id = not arguments.original_dir.startswith((".", "/", "~")) and arguments.original_dir.count("/") == 2
         if not is_id:
-            refuse_absent_path(arguments.original_dir, "the authors' folder, or an id of the Hub (USER/NAME)")
+            refuse_absent_path(arguments.original_dir, "the authors' folder, or a Hub id (USER/NAME)")
         if arguments.attach_tower is not None:
-            refuse_absent_path(arguments.attach_tower, "a tower's folder, or an id of the Hub (USER/NAME)")
+            refuse_absent_path(arguments.attach_tower, "a tower's folder, or a Hub id (USER/NAME)")
         check_output_folder(arguments.out_dir, "OUT_DIR")
         report = convert(
             arguments.original_dir,

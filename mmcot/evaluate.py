@@ -1,14 +1,14 @@
-"""From predictions files to scores: read, score, compare, print tables, write the scores file.
+"""Scores predictions files, compares systems, prints tables and writes the scores file.
 
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --split test [--output SCORES]
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --compare OTHER          # two systems on the same problems
     python -m mmcot.evaluate FILE --dataset PATH_OR_ID --seeds OTHER OTHER      # one system, trained with other seeds
-    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --report DIR             # a page to look through the problems
+    python -m mmcot.evaluate FILE --dataset PATH_OR_ID --report DIR             # an HTML page of the problems
     python -m mmcot.evaluate --leaderboard SCORES_OR_REPO SCORES_OR_REPO …      # any number of scores files
     python -m mmcot.evaluate FILE --dataset AOKVQA_DIR --split test --submission predictions_test.json
 
-The last command writes A-OKVQA's submission file; the answers of that test split are not public.
-The figures are defined in `evaluation/metrics.py` and `evaluation/comparison.py`.
+The last command writes A-OKVQA's submission file, because the answers of that test split are not public.
+The scores are defined in `evaluation/metrics.py` and `evaluation/comparison.py`.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from mmcot.prediction.provenance import origin_of_scores
 from mmcot.problems.digests import check_problems
 from mmcot.problems.opening import SOURCES, Given
 from mmcot.problems.schema import SPLITS
-from mmcot.problems.sources import add_dataset_options, choose_source, reading_options, said_options
-from mmcot.problems.subsets import add_selection, select
+from mmcot.problems.sources import add_dataset_options, choose_source, non_default_options, reading_options
+from mmcot.problems.subsets import add_selection_options, select
 from mmcot.recipes.command_line import given_options, refuse_without_effect
 from mmcot.storage.files import write_json
 from mmcot.storage.paths import check_output_file, check_output_folder, refuse_absent_path
@@ -43,7 +43,7 @@ SUBMISSION_OPTIONS = {"file", "dataset", "columns", "split_seed", "split", "subm
 
 
 def default_scores_file(predictions_file: str | Path) -> Path:
-    """RUN/scores/SPLIT.json for RUN/predictions/SPLIT.json, else NAME.scores.json beside NAME.json."""
+    """Return RUN/scores/SPLIT.json for RUN/predictions/SPLIT.json, else NAME.scores.json beside NAME.json."""
     path = Path(predictions_file).absolute()
     run_folder = RunFolder(path.parent.parent)
     if path == run_folder.predictions(path.stem):
@@ -59,29 +59,33 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", metavar="PATH_OR_ID", help=SOURCES)
     add_dataset_options(parser)
     parser.add_argument("--split", default="test", choices=SPLITS)
-    add_selection(parser)
-    parser.add_argument("--by", nargs="+", metavar="COLUMN", help="scores by the classes of these columns too")
-    parser.add_argument("--allow_missing", action="store_true", help="a problem without a prediction counts as wrong")
-    parser.add_argument("--similarity", metavar="MODEL", help="an encoder that compares rationales in meaning")
+    add_selection_options(parser)
+    parser.add_argument("--by", nargs="+", metavar="COLUMN", help="also score by the values of these columns")
+    parser.add_argument("--allow_missing", action="store_true", help="count a problem without a prediction as wrong")
+    parser.add_argument("--similarity", metavar="MODEL", help="also compare rationales by meaning with this encoder")
     parser.add_argument("--output", metavar="SCORES", help="default: RUN/scores/SPLIT.json, else beside FILE")
     parser.add_argument("--compare", metavar="OTHER", help="predictions of another system on the same problems")
-    parser.add_argument("--seeds", nargs="+", metavar="OTHER", help="predictions of the same system, of other seeds")
-    parser.add_argument("--submission", metavar="FILE", help="in place of scores: the file for A-OKVQA's leaderboard")
+    parser.add_argument("--seeds", nargs="+", metavar="OTHER", help="predictions of the same system with other seeds")
+    parser.add_argument("--submission", metavar="FILE", help="write the file for A-OKVQA's leaderboard, and no scores")
     parser.add_argument(
-        "--leaderboard", nargs="+", metavar="SCORES", help="scores files, or repositories that have one"
+        "--leaderboard", nargs="+", metavar="SCORES", help="scores files, finished runs, or repositories with scores"
     )
-    parser.add_argument("--report", metavar="DIR", help="write a page to look through the problems")
+    parser.add_argument("--report", metavar="DIR", help="write an HTML page of the problems")
     parser.add_argument("--without_picture", metavar="OTHER", help="for the report: predictions with pictures withheld")
-    parser.add_argument("--attention", metavar="MODEL", help="for the report: what predicted, to show where it looked")
-    parser.add_argument("--format", default="text", choices=("text", "markdown", "csv"), help="of the leaderboard")
+    parser.add_argument("--attention", metavar="MODEL", help="for the report: the model, to show its attention maps")
+    parser.add_argument(
+        "--format", default="text", choices=("text", "markdown", "csv"), help="the format of the leaderboard"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     """
+    Score, compare or tabulate predictions.
+
     Args:
-        argv: the command line; by default this process's.
-        dataset: in place of `--dataset`.
+        argv: the command line; by default that of this process.
+        dataset: the problems, in place of `--dataset`.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)
@@ -107,45 +111,50 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
-def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
+def check_options(arguments: argparse.Namespace, given: set[str]) -> None:
     """
+    Args:
+        given: the names of the options on the command line.
+
     Raises:
-        ValueError: an option has no effect beside the others, or what is to be written cannot be.
+        ValueError: an option has no effect together with the others, or an output cannot be written.
     """
     if arguments.leaderboard is not None:
         reason = "--leaderboard makes a table of scores files"
-        refuse_without_effect(said, sorted(said - {"leaderboard", "format"}), reason)
+        refuse_without_effect(given, sorted(given - {"leaderboard", "format"}), reason)
         for name in arguments.leaderboard:
-            refuse_absent_path(name, "a scores file, a finished run, or an id of the Hub (USER/NAME)")
+            refuse_absent_path(name, "a scores file, a finished run, or a Hub id (USER/NAME)")
         return
-    refuse_without_effect(said, ("format",), "it is of the --leaderboard")
+    refuse_without_effect(given, ("format",), "it applies to --leaderboard")
     if arguments.submission is not None:
-        refuse_without_effect(said, sorted(said - SUBMISSION_OPTIONS), "--submission takes a split as it is, unscored")
+        reason = "--submission writes the predictions of a whole split, without scores"
+        refuse_without_effect(given, sorted(given - SUBMISSION_OPTIONS), reason)
         check_output_file(arguments.submission, "--submission")
         return
     if arguments.similarity is not None:
-        refuse_absent_path(arguments.similarity, "an encoder's folder, or an id of the Hub (USER/NAME)")
+        refuse_absent_path(arguments.similarity, "an encoder's folder, or a Hub id (USER/NAME)")
     if arguments.report is None:
-        refuse_without_effect(said, ("without_picture", "attention"), "they are for the page of --report")
+        refuse_without_effect(given, ("without_picture", "attention"), "it applies to --report")
     else:
         check_output_folder(arguments.report, "--report")
     if arguments.compare is not None:
-        refuse_without_effect(said, ("seeds",), "--compare is given, and one of them is shown")
+        refuse_without_effect(given, ("seeds",), "--compare is given, and only one of the two is computed")
     if arguments.output is not None:
         check_output_file(arguments.output)
 
 
 def evaluate_files(arguments: argparse.Namespace) -> None:
+    """Score FILE, compare it with other files if asked, and write and print the results."""
     output = Path(arguments.output or default_scores_file(arguments.file))
     others = [arguments.compare] if arguments.compare is not None else arguments.seeds or []
     if output.resolve() in (Path(file).resolve() for file in (arguments.file, *others)):
-        raise ValueError(f"--output {output} is a predictions file itself")
+        raise ValueError(f"--output {output} is one of the predictions files")
     reading = reading_options(arguments)
-    problems = load_answered_problems(arguments.source, arguments.split, keep=arguments.by or (), **reading)
+    problems = load_answered_problems(arguments.source, arguments.split, extra_columns=arguments.by or (), **reading)
     problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
     first, *rest = (fitting(file, problems, arguments.allow_missing, arguments) for file in (arguments.file, *others))
     selection = {name: getattr(arguments, name) for name in ("ids", "filter", "limit", "allow_missing", "by")}
-    selection |= said_options(arguments)
+    selection |= non_default_options(arguments)
     scores = score(problems, first)
     if arguments.by:
         scores["by"] = score_by(problems, first, arguments.by)

@@ -1,12 +1,12 @@
-"""Pictures -> features, computed once into a store (`feature_store.py`), or taken over from the authors' own files.
+"""Computes the features of pictures into a store (`pictures/feature_store.py`), or imports the authors' own files.
 
     python -m mmcot.features DATASET --vision CHECKPOINT_OR_NAME --output DIR [--preprocessing paper] [--dtype float16]
     python -m mmcot.features DATASET --vision detr --import_features detr.npy --name_map name_map.json --output DIR
     python -m mmcot.features DATASET --captions MODEL --output DIR
 
-Each distinct picture is computed once, by its content, whatever problems show it. One that cannot be decoded is named
-and left out, and the exit code says so. Training and prediction ask `vision_source` for a dataset's pictures. Captions
-are `captions.py`'s, towers `vision_mmcot`'s.
+Each picture is computed once, identified by its content, even if several problems show it. A picture that cannot be
+decoded is reported and left out, and the exit code is 1. Training and prediction get the pictures of a dataset from
+`featurizer.vision_source`. Captions are in `pictures/captions.py`, towers in `vision_mmcot.py`.
 """
 
 import argparse
@@ -40,36 +40,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dataset", nargs="?", help=SOURCES)
     add_dataset_options(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--vision", help=f"a tower's checkpoint (folder or Hub id), or one of {', '.join(TOWERS)}")
-    what.add_argument("--captions", metavar="MODEL", help="caption the pictures: an image-text-to-text checkpoint")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the store; one that is there is completed")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="by default all that there are")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--vision", help=f"a tower's checkpoint (folder or Hub id), or one of {', '.join(TOWERS)}")
+    model.add_argument("--captions", metavar="MODEL", help="caption the pictures: an image-text-to-text checkpoint")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the store; an existing one is completed")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, help="by default all splits of the dataset")
     parser.add_argument(
-        "--max_images", type=int, default=1, help="of a ScienceQA problem's pictures, the first so many"
+        "--max_images", type=int, default=1, metavar="N", help="only the first N pictures of a ScienceQA problem"
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures at a time")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures in a batch")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    # Two processes on two cores would wait for each other.
+    # On two cores, workers and the main process would wait for each other.
     spare = max(0, min(4, (os.cpu_count() or 1) - 2))
     parser.add_argument("--num_workers", type=int, default=spare, help="processes that read and prepare pictures ahead")
     parser.add_argument("--bf16", action="store_true", help="run the tower in bfloat16")
     parser.add_argument("--preprocessing", choices=PREPROCESSINGS, default="checkpoint")
     parser.add_argument("--vision_tower", choices=TOWERS, help="how the checkpoint's output becomes patches")
-    parser.add_argument("--revision", help="of the checkpoint")
+    parser.add_argument("--revision", help="the revision of the checkpoint")
     parser.add_argument(
         "--import_features", metavar="FILE", help="the authors' detr.npy, clip.npy, resnet.npy, vit.pth"
     )
-    parser.add_argument("--name_map", metavar="FILE", help="with --import_features, their name_map.json")
-    parser.add_argument("--prompt", help="with --captions, what the captioner is asked")
+    parser.add_argument("--name_map", metavar="FILE", help="with --import_features, the authors' name_map.json")
+    parser.add_argument("--prompt", help="with --captions, the prompt of the captioner")
     return parser
 
 
 def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     """
+    Compute or import features, or write captions.
+
     Args:
-        argv: the command line; by default this process's.
-        dataset: in place of `DATASET`.
+        argv: the command line; by default that of this process.
+        dataset: the problems, in place of `DATASET`.
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
@@ -87,28 +89,33 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         sys.exit(f"error: {error}")
     if failed:
         sys.exit(
-            "\n".join([*failed, f"error: {len(failed)} pictures were left out, the others are in {arguments.output}"])
+            "\n".join([*failed, f"error: {len(failed)} pictures were left out; the others are in {arguments.output}"])
         )
     print(f"written: {arguments.output}")
 
 
-def check_options(arguments: argparse.Namespace, said: set[str]) -> None:
+def check_options(arguments: argparse.Namespace, given: set[str]) -> None:
     """
+    Args:
+        given: the names of the options on the command line.
+
     Raises:
-        ValueError: an option is no number that it can be, or has no effect beside the others; nothing is at a path.
+        ValueError: an option is out of range or has no effect together with the others, or a path does not exist.
     """
     refuse_below(arguments, 1, "batch_size")
     refuse_below(arguments, 0, "num_workers", "max_images")
-    of_a_tower = ("preprocessing", "vision_tower", "revision", "num_workers", "bf16")
+    tower_options = ("preprocessing", "vision_tower", "revision", "num_workers", "bf16")
     if arguments.import_features is not None:
-        refuse_without_effect(said, (*of_a_tower, "batch_size"), "--import_features reads features, and runs no tower")
+        reason = "--import_features reads features and runs no tower"
+        refuse_without_effect(given, (*tower_options, "batch_size"), reason)
     if arguments.captions is not None:
-        refuse_without_effect(said, (*of_a_tower, "dtype"), "--captions runs a captioner, and no tower")
-    refuse_absent_path(arguments.vision or arguments.captions, "a checkpoint's folder, or an id of the Hub (USER/NAME)")
+        refuse_without_effect(given, (*tower_options, "dtype"), "--captions runs a captioner and no tower")
+    refuse_absent_path(arguments.vision or arguments.captions, "a checkpoint's folder, or a Hub id (USER/NAME)")
     check_output_folder(arguments.output, "--output")
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
+    """Write the store or the captions, and return one error message for each picture that failed."""
     imports = arguments.import_features is not None
     problems = load_all_splits(
         arguments.source,

@@ -1,10 +1,10 @@
-"""How much an answer depends on what it is said to stand on: the rationale, the picture, the content of the choices.
+"""Measures how much the answers depend on the rationale, the picture and the content of the choices.
 
     python -m mmcot.probes RUN_OR_HUB_DIR --dataset demo --split test [--limit N] [--output FILE]
 
-A chain of thought may be decoration. So the last stage answers again with its rationale dropped, cut, taken from
-another problem or with its words mixed, and with its choices in another order; and the whole system answers again
-without the picture, and with another problem's. Everything else is as `mmcot.predict` does it.
+A model may ignore its own chain of thought. So the last stage answers again with its rationale dropped, truncated,
+replaced by another problem's or shuffled by words, and with its choices in another order; and the whole system answers
+again without the picture, and with another problem's picture. Everything else is as in `mmcot.predict`.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from mmcot.prediction.system import load_inputs, load_system
 from mmcot.problems.digests import digest_of_problems
 from mmcot.problems.opening import SOURCES, Given
 from mmcot.problems.schema import SPLITS, require_answers
-from mmcot.problems.sources import add_dataset_options, choose_source, said_options
-from mmcot.problems.subsets import add_selection
+from mmcot.problems.sources import add_dataset_options, choose_source, non_default_options
+from mmcot.problems.subsets import add_selection_options
 from mmcot.recipes.command_line import refuse_below
 from mmcot.storage.files import write_json
 from mmcot.storage.paths import check_output_file
@@ -29,20 +29,22 @@ from mmcot.storage.paths import check_output_file
 
 def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     """
+    Probe a system and print the table.
+
     Args:
-        argv: the command line; by default this process's.
-        dataset: in place of `--dataset`.
+        argv: the command line; by default that of this process.
+        dataset: the problems, in place of `--dataset`.
     """
     parser = argparse.ArgumentParser(prog="python -m mmcot.probes", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run folder, a folder in the Hub's layout, or a Hub id")
     parser.add_argument("--dataset", help=SOURCES)
     add_dataset_options(parser)
     parser.add_argument("--split", default="test", choices=SPLITS)
-    add_selection(parser)
+    add_selection_options(parser)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--features", metavar="DIR", help="features of the pictures, as mmcot.features wrote them")
     parser.add_argument("--captions", metavar="FILE", help="captions.json, as mmcot.features --captions wrote it")
-    parser.add_argument("--output", metavar="FILE", help="write the table as JSON too")
+    parser.add_argument("--output", metavar="FILE", help="also write the table as JSON")
     arguments = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())
     try:
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         require_answers(problems)
         if store is not None and not store.needs_files:
             raise ValueError(
-                f"{arguments.features} keeps features by problem, so pictures cannot be withheld or swapped."
+                f"{arguments.features} stores features by problem, so pictures cannot be withheld or swapped."
             )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     if PartialState().is_main_process:
         if arguments.output is not None:
             weights = weights_of(arguments.model, processor)
-            origin = {"dataset": arguments.dataset, "split": arguments.split, **said_options(arguments)}
+            origin = {"dataset": arguments.dataset, "split": arguments.split, **non_default_options(arguments)}
             origin |= {"weights": weights, "problems_digest": digest_of_problems(problems)}
             write_json(Path(arguments.output), {**origin, "probes": results})
         print(format_probes(results))

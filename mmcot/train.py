@@ -1,4 +1,4 @@
-"""Trains, predicts, scores and exports what a recipe describes. The same command resumes an interrupted run.
+"""Trains, predicts, scores and exports the system that a recipe describes. The same command resumes an interrupted run.
 
 python -m mmcot.train --config configs/demo/two_stages.yaml
 """
@@ -23,7 +23,7 @@ from modeling_mmcot.stage_mmcot import LETTERS
 
 
 def describe_result(prepared: Run) -> str:
-    """What a run ends with: the score table, where everything lies, and one answered problem."""
+    """Return the final output of a run: the score table, one answered problem, and the run folder."""
     folder = prepared.folder
     split = folder.judged_split()
     problems, predictions, scores = prepared.problems[split], folder.predictions_so_far(split), folder.scores(split)
@@ -43,9 +43,11 @@ def describe_result(prepared: Run) -> str:
 
 def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     """
+    Run a recipe.
+
     Args:
-        argv: the command line; by default this process's.
-        dataset: in place of the recipe's `dataset`.
+        argv: the command line; by default that of this process.
+        dataset: the problems, in place of the recipe's `dataset`.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("mmcot").setLevel(logging.INFO)
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     try:
         try:
             if dataset is not None and any(word.split("=")[0] == "--dataset" for word in argv):
-                raise ValueError("--dataset is given, and a dataset was given in Python: give one of them.")
+                raise ValueError("--dataset is given together with a dataset in Python: give one of them.")
             recipe = parse_recipe(argv)
             prepared = prepare(recipe if dataset is None else recipe.with_dataset(dataset))
         except ValueError as error:
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     except (RunStopped, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("SIGINT: what is finished is kept. The same command goes on.", file=sys.stderr)
+        print("SIGINT: finished work is kept. The same command resumes the run.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     fold = prepared.recipe.arguments.fold
     if PartialState().is_main_process:

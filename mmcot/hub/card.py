@@ -21,9 +21,9 @@ from safetensors import safe_open
 
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
 from mmcot.prediction.provenance import all_weights
-from mmcot.problems.splits import named_parts
+from mmcot.problems.splits import parse_split_files
 from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
-from mmcot.storage.files import names_of, read_json, write_json
+from mmcot.storage.files import list_files, read_json, write_json
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
@@ -110,7 +110,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         model_name=publication.repo_id.split("/")[-1],
         eval_results=results,
         # From this list, a later push determines which files it may replace or delete.
-        mmcot={"version": __version__, "code": code, "files": sorted({*names_of(folder), "README.md"})},
+        mmcot={"version": __version__, "code": code, "files": sorted({*list_files(folder), "README.md"})},
     )
     card = ModelCard.from_template(
         data,
@@ -252,7 +252,7 @@ def without_paths(value: Any) -> Any:
         return [without_paths(item) for item in value]
     if not isinstance(value, str):
         return value
-    parts = named_parts(value)
+    parts = parse_split_files(value)
     if parts is not None:
         return ",".join(f"{split}={without_paths(file)}" for split, file in parts.items())
     if is_outside(value):

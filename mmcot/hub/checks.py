@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from mmcot.hub.card import PICTURE
 from mmcot.hub.export import shipped_code
 from mmcot.hub.results import SCORES_FILE
-from mmcot.storage.files import names_of
+from mmcot.storage.files import list_files
 
 # Files that a model's repository may contain; anything else (pickles, optimizer states, data) is not uploaded.
 MODEL_PATTERNS = (
@@ -79,7 +79,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def surplus_files(folder: Path) -> Iterator[str]:
-    for name in names_of(folder):
+    for name in list_files(folder):
         if not is_model_file(name):
             yield f"{name}: not a file of a model's repository"
 
@@ -122,7 +122,7 @@ def find_leaks(folder: Path) -> Iterator[str]:
     token = get_token()
     secrets = SECRETS | ({"your token of the Hub": re.escape(token).encode()} if token else {})
     paths = b"|".join((*PATHS, *own_folders()))
-    for name in names_of(folder):
+    for name in list_files(folder):
         if Path(name).suffix not in TEXT_FILES:
             continue
         for number, line in enumerate((folder / name).read_bytes().splitlines(), start=1):

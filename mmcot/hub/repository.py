@@ -36,7 +36,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from mmcot.hub.versions import TransportError, validate_card
 from mmcot.storage.digests import sha256_of_file
-from mmcot.storage.files import names_of
+from mmcot.storage.files import list_files
 
 GITATTRIBUTES = ".gitattributes"  # created by the Hub
 HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, TransportError, ConnectionError)
@@ -260,7 +260,7 @@ def read_metadata(readme: Path) -> dict[str, Any]:
 def compare_files(folder: Path, state: State) -> dict[str, str]:
     """Return the change of each file in the folder or in the repository."""
     changes = {}
-    for name in names_of(folder):
+    for name in list_files(folder):
         remote = state.files.get(name)
         changes[name] = "new" if remote is None else "same" if is_same(folder / name, remote) else "changed"
     return changes | dict.fromkeys(sorted(state.files.keys() - changes.keys()), "deleted")
@@ -341,7 +341,7 @@ def verify_upload(plan: Plan, commit: str) -> None:
                 f"command compares it again."
             ) from error
         sent, received = (
-            {name: sha256_of_file(folder / name) for name in names_of(folder)} for folder in (plan.folder, downloaded)
+            {name: sha256_of_file(folder / name) for name in list_files(folder)} for folder in (plan.folder, downloaded)
         )
     received.pop(GITATTRIBUTES, None)
     differing = sorted(name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name))

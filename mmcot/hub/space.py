@@ -10,7 +10,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 import mmcot
 from mmcot.hub.checks import find_leaks
 from mmcot.hub.repository import MAKER, Repository, plan_push, upload, verify_upload
-from mmcot.storage.files import names_of, write_json
+from mmcot.storage.files import list_files, write_json
 from modeling_mmcot.configuration_mmcot import __version__
 
 APP = Path(mmcot.__file__).parents[1] / "space"
@@ -66,6 +66,6 @@ def write_space(folder: Path, model_id: str, commit: str) -> Path:
         copy(APP / name, folder / name)
     write_json(folder / "model.json", {"repo_id": model_id, "revision": commit})
     readme = folder / "README.md"
-    maker = {"version": __version__, "files": names_of(folder)}
+    maker = {"version": __version__, "files": list_files(folder)}
     metadata_save(readme, {**(metadata_load(readme) or {}), "models": [model_id], MAKER: maker})
     return folder

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mmcot.pictures.reading import decode, distinct_pictures
 from mmcot.problems.digests import content_key
-from mmcot.storage.files import read_json, resolved, write_json
+from mmcot.storage.files import read_json, resolve_path, write_json
 from mmcot.storage.resumable_log import OtherHeader, ResumableLog
 from modeling_mmcot.captioning_mmcot import Captioner
 
@@ -31,7 +31,7 @@ def write_captions(
     """
     folder = Path(folder)
     captioner = Captioner(model, prompt, "cuda" if torch.cuda.is_available() else "cpu")
-    header = {"model": resolved(captioner.checkpoint), "prompt": captioner.prompt}
+    header = {"model": resolve_path(captioner.checkpoint), "prompt": captioner.prompt}
     result = folder / "captions.json"
     finished = read_finished(result, header)
     failed: list[str] = []
@@ -68,7 +68,7 @@ def open_log(file: Path, header: dict[str, Any]) -> ResumableLog:
     try:
         return ResumableLog(file, header)
     except OtherHeader as error:
-        reason = f"{file} holds captions of {error.there}, not of {header}"
+        reason = f"{file} holds captions of {error.found}, not of {header}"
     except ValueError as error:
         reason = f"{error}: not a log of captions"
     raise ValueError(f"{reason}. Choose another --output.")

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mmcot.pictures.reading import PICTURE_CODE, PICTURE_LIBRARIES, Picture, distinct_pictures, read_picture
 from mmcot.problems.digests import ContentKeys
 from mmcot.problems.progress_bars import without_dataset_bars
-from mmcot.storage.caches import code_digest, kept, versions_of
+from mmcot.storage.caches import code_digest, load_or_compute, versions_of
 from mmcot.storage.files import cache_folder
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, stack_pixels
 
@@ -56,7 +56,7 @@ class PixelStore:
         )
         try:
             with without_dataset_bars():
-                return kept(make, folder, len(pictures)).with_format("arrow")
+                return load_or_compute(make, folder, len(pictures)).with_format("arrow")
         except DatasetGenerationError as error:
             raise error.__cause__ from None  # which picture, and what is wrong with it
 

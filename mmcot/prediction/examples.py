@@ -21,7 +21,7 @@ from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.prediction.batching import Lengths
 from mmcot.problems.progress_bars import without_dataset_bars
-from mmcot.storage.caches import code_digest, kept, versions_of
+from mmcot.storage.caches import code_digest, load_or_compute, versions_of
 from mmcot.storage.digests import sha256_of_file
 from mmcot.storage.files import cache_folder
 from modeling_mmcot import MMCoTProcessor, processing_mmcot, stage_mmcot
@@ -53,7 +53,7 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
         new_fingerprint=key,
         desc=f"tokenizing for the {stage.name} stage",
     )
-    examples = kept(make, file, len(problems))
+    examples = load_or_compute(make, file, len(problems))
     with without_dataset_bars():
         return datasets.concatenate_datasets([problems.select_columns(["id", "images"]), examples], axis=1)
 

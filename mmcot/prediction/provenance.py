@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import commit_of
 from mmcot.problems.digests import ContentKeys, digest_of_problems
-from mmcot.problems.known_datasets import known_as
+from mmcot.problems.known_datasets import known_dataset_name
 from mmcot.storage.digests import digest_of_file, digest_of_folders
 from mmcot.storage.predictions import read_meta
 from mmcot.storage.run_folder import RunFolder
@@ -139,7 +139,7 @@ def origin_of_scores(
     if meta.get("num_rationales", 1) > 1:
         options |= {name: meta[name] for name in ("num_rationales", "temperature", "seed")}
     some = {name: value for name, value in selected.items() if name not in ("allow_missing", "by")}
-    origin = {"dataset": dataset, "dataset_known_as": known_as(dataset), "split": split}
+    origin = {"dataset": dataset, "dataset_known_as": known_dataset_name(dataset), "split": split}
     origin |= {"predict_options": some | options, "evaluate_options": selected}
     origin |= {
         "predictions": digest_of_file(predictions_file),

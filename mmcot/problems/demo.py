@@ -1,9 +1,9 @@
-"""Draws and writes the demonstration problems: short questions in ScienceQA's row format, most with a 96x96 px picture.
+"""Generates the demonstration problems: short questions in ScienceQA's row format, most with a 96x96 px picture.
 
-They are there so that both stages can be trained from scratch on two CPU cores in minutes, and so that a score on them
-means something: val and test hold combinations of values that training never shows, and the picture skills cannot be
-answered from the text. Nothing here is real data: every text is a template and every picture is drawn by this file from
-seeded numbers, with no download. It is not a benchmark, and a score on it says nothing about ScienceQA.
+Both stages can be trained on them from scratch on two CPU cores in minutes, and their scores are meaningful: val and
+test contain combinations of values that never occur in training, and the picture skills cannot be answered from the
+text. None of it is real data: every text is a template, and this file draws every picture from seeded numbers, without
+a download. The demonstration is not a benchmark, and its scores do not predict scores on ScienceQA.
 
 A skill is one row of `SKILLS`: its metadata, its space of combinations, a function that words a problem and, if it has
 a picture, a function that draws it. To add a skill, add a row.
@@ -24,7 +24,7 @@ SPLIT_SIZES: dict[str, int] = {"train": 12_000, "val": 400, "test": 1_800}
 SIZE = 96  # side of a picture, px
 SCALE = 2  # pictures are drawn this much larger and averaged down, for smooth edges
 
-# Far apart in RGB, so that a patch tells its color even when half of it is background.
+# Far apart in RGB, so that the color of a patch is recognizable even if half of the patch is background.
 COLORS = {
     "red": (228, 26, 38),
     "yellow": (255, 208, 0),
@@ -43,7 +43,7 @@ SHORE = (150, 190, 124)
 
 @dataclass(frozen=True)
 class Wording:
-    """The text of one problem; `answer` is the right choice and `others` are the wrong ones, in no order."""
+    """The texts of one problem. `answer` is the right choice; `others` are the wrong choices in any order."""
 
     question: str
     answer: str
@@ -56,9 +56,10 @@ class Wording:
 class Skill:
     """One kind of problem.
 
-    `combinations` lists the value tuples that are held out as a whole: each belongs to exactly one split. `word` and
-    `draw` take a random generator (for what is not held out: the question's form, wrong choices, jitter) and the values
-    of one combination. `share` is the skill's part of every split in percent; one without is drawn only by its name.
+    `combinations` lists tuples of values; each tuple belongs to exactly one split. `word` and `draw` take a random
+    generator and the values of one combination. The generator varies the form of the question, the wrong choices and
+    the jitter, which are not split. `share` is the percentage of the skill in every split; a skill with share 0 is
+    generated only by its name.
     """
 
     subject: str
@@ -74,13 +75,13 @@ class Skill:
 
 def generate(split: str, difficulty: int = 1, skill: str | None = None) -> Iterator[dict]:
     """
-    Problem rows, skills interleaved; the same rows in any process.
+    Yield the problems of a split, with the skills interleaved. The rows are the same in every process.
 
     Args:
         split: `train`, `val` or `test`.
-        difficulty: at 2, 3, … there are a half, a third, … of the training problems, and each picture has 1, 2, … blots
-            of ink on it, which may hide what is asked for.
-        skill: only problems of this one, as many as otherwise of all.
+        difficulty: at 2, 3, … the training split has a half, a third, … of its problems, and each picture has 1, 2, …
+            blots of ink, which may hide the object of the question.
+        skill: generate only problems of this skill, as many as otherwise of all skills together.
     """
     if split not in SPLIT_SIZES:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLIT_SIZES)}")
@@ -92,13 +93,13 @@ def generate(split: str, difficulty: int = 1, skill: str | None = None) -> Itera
     return (next(rows[name]) for name in order)
 
 
-def seen(rationale: str) -> str:
-    """The part of a solution or rationale that says what is seen: the text before its " So,"."""
+def observation(rationale: str) -> str:
+    """Return the part of a solution or rationale that describes the picture: the text before its " So,"."""
     return rationale.partition(" So,")[0].strip()
 
 
 def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
-    """Rows of one skill, no two alike; goes round the split's combinations again when they are used up."""
+    """Yield distinct rows of one skill. When the combinations of the split are used up, they are used again."""
     skill = SKILLS[name]
     rng, ink = random.Random(f"{split} {name}"), random.Random(f"{split} {name} blots")
     pool = [values for values in skill.combinations() if _home(name, values) == split]
@@ -141,13 +142,13 @@ def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
 
 
 def _home(name: str, values: tuple) -> str:
-    """The one split that a combination belongs to: 10 % val, 20 % test, 70 % train, by a digest of its values."""
+    """Return the split of a combination: 10 % val, 20 % test, 70 % train, by a digest of its values."""
     digest = hashlib.sha256(f"{name} {values!r}".encode()).digest()
     return ("val", "test", "test", *["train"] * 7)[int.from_bytes(digest[:4], "big") % 10]
 
 
 class Canvas:
-    """A picture being drawn; all coordinates are px of the finished picture, boxes are (left, top, right, bottom)."""
+    """A picture to draw on. Coordinates are px of the finished picture, boxes are (left, top, right, bottom)."""
 
     def __init__(self, background: Image.Image | tuple[int, int, int] = PAPER):
         side = SIZE * SCALE
@@ -164,7 +165,7 @@ class Canvas:
         self._draw.polygon([(x * SCALE, y * SCALE) for x, y in points], fill, outline, SCALE)
 
     def line(self, start: tuple, end: tuple, fill) -> None:
-        """A line one px wide; horizontal or vertical."""
+        """Draw a horizontal or vertical line, one px wide."""
         (x0, y0), (x1, y1) = start, end
         self._draw.rectangle(_scaled_box((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))), fill)
 
@@ -173,7 +174,7 @@ class Canvas:
         self._draw.text((x * SCALE, y * SCALE), text, fill, _font(size * SCALE), anchor)
 
     def blot(self, rng: random.Random) -> None:
-        """Ink on a place drawn by chance, about as large as a shape of `SHAPES`."""
+        """Draw ink at a random place, about as large as a shape of `SHAPES`."""
         x, y = rng.randint(0, SIZE), rng.randint(0, SIZE)
         self.ellipse((x - 13, y - 13, x + 13, y + 13), fill=INK)
 
@@ -194,7 +195,7 @@ def _font(size: int):
 
 
 def _some(rng: random.Random, values: Iterable[str], number: int, without: Iterable[str]) -> list[str]:
-    """`number` different values, none of those in `without`."""
+    """Return `number` different values, none of them in `without`."""
     return rng.sample([value for value in values if value not in without], number)
 
 
@@ -272,13 +273,13 @@ def _draw_thermometer(rng: random.Random, color: str, mark: int, x: int) -> Canv
     return canvas
 
 
-# Bar chart: which bar is the tallest, or the shortest.
+# Bar chart: which bar is the tallest or the shortest.
 
 BAR_FORMS = {"tallest": (max, "most"), "shortest": (min, "least")}
 
 
 def _bar_combinations() -> Iterable[tuple]:
-    """The three colors and the three heights (1 to 5), left to right."""
+    """The three colors and the three heights (1 to 5), from left to right."""
     return product(permutations(COLORS, 3), permutations(range(1, 6), 3))
 
 
@@ -300,7 +301,7 @@ def _word_bars(rng: random.Random, colors: tuple, heights: tuple) -> Wording:
 def _draw_bars(rng: random.Random, colors: tuple, heights: tuple) -> Canvas:
     canvas = Canvas(_chart_paper())
     for slot, (color, height) in enumerate(zip(colors, heights, strict=True)):
-        left = 32 * slot + 10  # each bar has two columns of patches to itself
+        left = 32 * slot + 10  # each bar has two columns of patches
         canvas.rectangle((left, 88 - 16 * height, left + 20, 88), fill=COLORS[color])
     canvas.line((8, 88), (SIZE, 88), INK)
     return canvas
@@ -317,9 +318,9 @@ def _chart_paper() -> Image.Image:
     return canvas.image
 
 
-# Map: in which of the eight outer cells the star lies.
+# Map: which of the eight outer cells contains the star.
 
-PLACES = {  # what is seen, the legend, and the column and row of the 32 px cell
+PLACES = {  # the place in the picture, the legend, and the column and row of the 32 px cell
     "northwest": ("top left", "Top is north and left is west.", 0, 0),
     "north": ("top", "Top is north.", 1, 0),
     "northeast": ("top right", "Top is north and right is east.", 2, 0),
@@ -334,7 +335,7 @@ STAR += [(-x, y) for x, y in reversed(STAR[1:-1])]
 
 
 def _map_combinations() -> Iterable[tuple]:
-    """Color, direction, and how far the star is from the middle of its cell (x and y, px)."""
+    """Color, direction, and the offset of the star from the middle of its cell (x and y, px)."""
     return product(COLORS, PLACES, range(-3, 4), range(-3, 4))
 
 
@@ -377,7 +378,7 @@ SHAPES: dict[str, Callable[[Canvas, int, int, tuple], None]] = {  # drawn around
 
 
 def _object_combinations() -> Iterable[tuple]:
-    """The three shapes and their three colors, left to right."""
+    """The three shapes and their three colors, from left to right."""
     return product(permutations(SHAPES), permutations(COLORS, 3))
 
 
@@ -401,7 +402,7 @@ def _draw_objects(rng: random.Random, shapes: tuple, colors: tuple) -> Canvas:
     return canvas
 
 
-# Descriptions: the same pictures; choices of unlike length, of which any may be the right one.
+# Descriptions: the same pictures, with choices of different lengths. The right choice may have any length.
 def _description_combinations() -> Iterable[tuple]:
     return product(_object_combinations(), range(1, 4))
 
@@ -409,20 +410,20 @@ def _description_combinations() -> Iterable[tuple]:
 def _word_descriptions(rng: random.Random, objects: tuple, length: int) -> Wording:
     shapes, colors = objects
 
-    def told(named: int, is_true: bool) -> str:
-        """Of so many shapes the colors, one of them another one's where it is not true."""
+    def state_colors(named: int, is_true: bool) -> str:
+        """Return a sentence with the colors of `named` shapes. If it is not true, one color is wrong."""
         order = rng.sample(range(3), named)
         wrong = None if is_true else rng.choice(order)
         other = {number: rng.choice([color for color in COLORS if color != colors[number]]) for number in order}
         parts = [f"the {shapes[number]} is {other[number] if number == wrong else colors[number]}" for number in order]
         return f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else parts[0]
 
-    answer = told(length, is_true=True)
+    answer = state_colors(length, is_true=True)
     a, b, c = (f"a {color} {shape}" for color, shape in zip(colors, shapes, strict=True))
     return Wording(
         question="What is right?",
         answer=answer,
-        others=[told(named, is_true=False) for named in range(1, 4) if named != length],
+        others=[state_colors(named, is_true=False) for named in range(1, 4) if named != length],
         solution=f"There is {a}, {b} and {c}. So, {answer}.",
     )
 
@@ -434,7 +435,7 @@ def _draw_descriptions(rng: random.Random, objects: tuple, _length: int) -> Canv
 # Tense of a verb (no picture, no context).
 
 NAMES = ["Mia", "Tom", "Anna", "Ben", "Lily", "Sam", "Emma", "Jack", "Nina", "Paul", "Rosa", "Leo"]
-VERBS = ["walk", "jump", "crawl", "return", "wander", "head", "travel", "climb"]  # regular: ed and s are all it takes
+VERBS = ["walk", "jump", "crawl", "return", "wander", "head", "travel", "climb"]  # regular: they only take -ed and -s
 LOCATIONS = ["park", "school", "lake", "shop", "beach", "farm", "river", "garden", "market", "library"]
 TENSES = {"past": "{}ed", "present": "{}s", "future": "will {}"}
 
@@ -454,7 +455,7 @@ def _word_tense(rng: random.Random, name: str, verb: str, location: str, tense: 
     )
 
 
-# Classes of animals (what is known of the animal is in the context).
+# Classes of animals (the context describes the animal).
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 ANIMAL_CLASSES = {
@@ -468,7 +469,7 @@ ANIMAL_CLASSES = {
 
 
 def _animal_combinations() -> Iterable[tuple]:
-    """Day, name, location, and what the animal has."""
+    """Day, name, location, and the feature of the animal."""
     return product(DAYS, NAMES, LOCATIONS, ANIMAL_CLASSES)
 
 
@@ -483,7 +484,7 @@ def _word_animal(rng: random.Random, day: str, name: str, location: str, feature
     )
 
 
-# Demand when a price changes (no picture, no context).
+# Demand after a price change (no picture, no context).
 
 FOOD = ["apples", "pears", "cakes", "eggs", "plums", "grapes", "nuts", "beans"]
 CLOTHES = ["shoes", "hats", "socks", "coats", "scarves", "shirts", "belts", "boots"]
@@ -610,5 +611,5 @@ SKILLS: dict[str, Skill] = {
     ),
 }
 
-# The skills whose answer is in the picture alone: their questions and choices do not tell it.
+# The skills with the answer only in the picture, not in the question or the choices.
 PICTURE_SKILLS: tuple[str, ...] = tuple(name for name, skill in SKILLS.items() if skill.draw and skill.share)

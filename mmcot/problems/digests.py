@@ -1,6 +1,6 @@
-"""Digests of problems: whether they are still what they were when something was trained, predicted or scored.
+"""Digests of problems, which detect changes since a training, a prediction or an evaluation.
 
-What is recorded where, and what a difference means, is the affair of those who compare.
+The callers decide where a digest is recorded and how a difference is treated.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,15 +11,15 @@ from mmcot.problems.schema import FEATURES, first_few
 from mmcot.storage.digests import sha256_of_bytes, sha256_of_file, sha256_of_json
 from mmcot.storage.predictions import read_meta
 
-HEX_DIGITS = 16  # of each problem: 64 bits, so that a large dataset's stay small on disk
+HEX_DIGITS = 16  # 64 bits for each digest, so that the digests of a large dataset are small on disk
 
-Digests = dict[str, list[str | None]]  # by a problem's id those of its texts and of its pictures
+Digests = dict[str, list[str | None]]  # by problem id: the digest of the texts and that of the pictures
 
 
 def problem_digests(problems: Iterable[dict]) -> Digests:
     """
-    Of each problem by id: the digest of all its columns but the pictures, and that of its pictures' content. The second
-    one is None where a picture's file is not at hand.
+    Return two digests for each problem by id: one of all columns except `images`, and one of the content of the
+    pictures. The second digest is None if the file of a picture is missing.
     """
     key_of = ContentKeys()
 
@@ -35,17 +35,24 @@ def problem_digests(problems: Iterable[dict]) -> Digests:
 
 
 def digest(value: object) -> str:
+    """Return a short digest of a JSON value."""
     return sha256_of_json(value)[:HEX_DIGITS]
 
 
-def whole_digest(digests: Digests) -> dict[str, str | None]:
-    """Of all problems together, in whatever order: `texts` and `pictures`, the second None where one is."""
+def combined_digest(digests: Digests) -> dict[str, str | None]:
+    """
+    Return one digest of the `texts` and one of the `pictures` of all problems, in any order. The second is None if that
+    of a problem is None.
+    """
     texts, pictures = ([[name, pair[part]] for name, pair in sorted(digests.items())] for part in (0, 1))
     return {"texts": digest(texts), "pictures": None if any(key is None for _, key in pictures) else digest(pictures)}
 
 
-def difference(before: Digests, now: Digests) -> str | None:
-    """What became of the problems, in words with counts; None where they are the same, as far as is known."""
+def describe_difference(before: Digests, now: Digests) -> str | None:
+    """
+    Describe the changes of the problems, with counts and ids. Return None if no change is found: the pictures of a
+    problem are compared only if both digests are known.
+    """
     same_ids = before.keys() & now.keys()
     changed = {
         "have other texts or answers": [name for name in same_ids if before[name][0] != now[name][0]],
@@ -55,23 +62,24 @@ def difference(before: Digests, now: Digests) -> str | None:
         "are new": now.keys() - before.keys(),
         "are gone": before.keys() - now.keys(),
     }
-    words = [f"{len(names)} {what} ({first_few(in_order(names))})" for what, names in changed.items() if names]
+    words = [f"{len(names)} {change} ({first_few(sort_ids(names))})" for change, names in changed.items() if names]
     if not words and list(before) != list(now):
         return f"all {len(now)} are the same, in another order"
     return "; ".join(words) or None
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def sort_ids(names: Iterable[str]) -> list[str]:
+    """Return ids sorted by length first, so that 2 comes before 10."""
     return sorted(names, key=lambda name: (len(name), name))
 
 
 def content_key(picture: dict[str, Any]) -> str:
-    """The SHA-256 of a picture's file, which identifies the picture."""
+    """Return the SHA-256 of a picture's file, which identifies the picture."""
     return sha256_of_bytes(picture["bytes"]) if picture["bytes"] else sha256_of_file(Path(picture["path"]))
 
 
 class ContentKeys:
-    """The pictures' keys, of each file read once."""
+    """Computes the keys of pictures; each file is read once."""
 
     def __init__(self):
         self.by_path: dict[str, str] = {}
@@ -85,24 +93,25 @@ class ContentKeys:
         return self.by_path[path]
 
 
-# A caption is no part of the problem: systems may be given different ones, or none.
-NOT_OF_THE_PROBLEM = ("caption",)
+# A caption is not part of the problem: systems may use different captions, or none.
+UNCOMPARED_COLUMNS = ("caption",)
 PARTS = {"texts": "questions, choices, answers or other texts", "pictures": "pictures"}
 
 
 def digest_of_problems(problems: Iterable[Mapping[str, Any]], max_images: int | None = None) -> dict[str, str | None]:
     """
-    Of all problems together: `texts` (question, choices, answer and all other columns of the dataset but a caption) and
-    `pictures`, which is None where the file of one is not at hand.
+    Return the digests of all problems together: `texts` (question, choices, answer and all other columns of the schema
+    except the caption) and `pictures`, which is None if the file of a picture is missing.
 
     Args:
-        max_images: the first so many pictures of each problem alone.
+        max_images: use only the first `max_images` pictures of each problem.
     """
-    return whole_digest(problem_digests(as_given(problem, max_images) for problem in problems))
+    return combined_digest(problem_digests(compared_columns(problem, max_images) for problem in problems))
 
 
-def as_given(problem: Mapping[str, Any], max_images: int | None) -> dict[str, Any]:
-    columns = {name: value for name, value in problem.items() if name in FEATURES and name not in NOT_OF_THE_PROBLEM}
+def compared_columns(problem: Mapping[str, Any], max_images: int | None) -> dict[str, Any]:
+    """Return the columns of a problem that its digests cover."""
+    columns = {name: value for name, value in problem.items() if name in FEATURES and name not in UNCOMPARED_COLUMNS}
     return {**columns, "images": problem["images"][:max_images]}
 
 
@@ -114,13 +123,13 @@ def check_problems(
     pictures: bool = True,
 ) -> None:
     """
-    The problems that the predictions were made for are those that `dataset` gives under their ids now.
+    Check that the problems of `dataset` are the problems that were predicted, by the digests in the meta file.
 
     Args:
-        pictures: whether their pictures are compared, too.
+        pictures: whether to compare the pictures too.
 
     Raises:
-        ValueError: they are others, or `read_meta` refuses the pair of files.
+        ValueError: the problems differ, or `read_meta` refuses the pair of files.
     """
     meta = read_meta(predictions_file)
     if meta is None:
@@ -130,13 +139,13 @@ def check_problems(
     differing = differing_parts(meta["problems"], found if pictures else {**found, "pictures": None})
     if differing:
         raise ValueError(
-            f"{predictions_file} was predicted from {meta['dataset']!r} (split {meta['split']!r}), and the problems of "
+            f"{predictions_file} was predicted from {meta['dataset']!r} (split {meta['split']!r}), but the problems of "
             f"{dataset!r} with the same ids have other {' and other '.join(differing)}. Give the --dataset and --split "
-            f"that were predicted, or predict again."
+            f"of the predictions, or predict again."
         )
 
 
 def differing_parts(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
-    """What two digests of problems do not share, in words; pictures are compared where both are known."""
+    """Name the parts in which two digests of problems differ; pictures are compared only if both digests are known."""
     known = [part for part in PARTS if None not in (before[part], now[part])]
     return [PARTS[part] for part in known if before[part] != now[part]]

@@ -1,6 +1,6 @@
-"""The datasets that the field knows, in the form in which they are released: the demonstration, ScienceQA, A-OKVQA.
+"""Reads the known datasets in the form of their release: the demonstration, ScienceQA and A-OKVQA.
 
-Their columns, splits and pictures' places are fixed. Any other source is `sources.py`'s.
+Their columns, their splits and the places of their pictures are fixed. `sources.py` reads all other sources.
 """
 
 import functools
@@ -13,13 +13,13 @@ import datasets
 import pyarrow.parquet
 
 from mmcot.problems.progress_bars import without_dataset_bars
-from mmcot.problems.schema import FEATURES, PicturePaths, checked, member, shown, split_named
-from mmcot.storage.caches import code_digest, kept, versions_of
+from mmcot.problems.schema import FEATURES, PicturePaths, check_rows, member, normalize_split, short_repr
+from mmcot.storage.caches import code_digest, load_or_compute, versions_of
 from mmcot.storage.files import cache_folder, read_json
 
 logger = logging.getLogger(__name__)
 
-Rows = Iterator[tuple[str, dict[str, Any]]]  # each with the place where it is found
+Rows = Iterator[tuple[str, dict[str, Any]]]  # each row with its place, for errors
 
 SCIENCEQA_ID = "derek-thomas/ScienceQA"  # https://huggingface.co/datasets/derek-thomas/ScienceQA
 SCIENCEQA_COLUMNS = {"image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category"}
@@ -27,41 +27,45 @@ SCIENCEQA_COLUMNS |= {"skill", "lecture", "solution"}
 
 
 def is_demo(source: str) -> bool:
+    """Whether a source is the demonstration, with or without a difficulty or a skill."""
     return source == "demo" or source.startswith("demo:")
 
 
 def is_scienceqa(folder: Path) -> bool:
-    """Whether it is the authors' folder; one of its two files is enough, so that the other one is missed."""
+    """Whether a folder is the authors' ScienceQA. One of the two files is enough, so that an error names the other."""
     return any((folder / name).is_file() for name in ("problems.json", "pid_splits.json"))
 
 
 def is_aokvqa(folder: Path) -> bool:
+    """Whether a folder is a release of A-OKVQA."""
     return any(folder.glob("aokvqa_*.json"))
 
 
 def is_known(source: str) -> bool:
-    """Whether `load_known` reads it."""
+    """Whether `load_known` reads a source."""
     return is_demo(source) or is_scienceqa(Path(source)) or is_aokvqa(Path(source))
 
 
 def load_known(source: str, split: str, max_images: int | None, pictures: bool) -> datasets.Dataset:
     """
+    Load the problems of a known dataset.
+
     Args:
-        source: one that `is_known`.
-        max_images: the most pictures of a problem; of ScienceQA's the first so many are taken.
-        pictures: whether the pictures' files must be there.
+        source: a source for which `is_known` is true.
+        max_images: the largest number of pictures of a problem. Of a ScienceQA problem the first ones are taken.
+        pictures: whether the files of the pictures must exist.
     """
     if is_demo(source):
         return demo_problems(source, split)
     folder = Path(source)
     rows = aokvqa_rows(folder, split) if is_aokvqa(folder) else scienceqa_rows(folder, split, max_images)
-    complete = checked(rows, source, PicturePaths(folder, must_exist=pictures), max_images)
+    complete = check_rows(rows, source, PicturePaths(folder, must_exist=pictures), max_images)
     # By column, because Dataset.from_list fails where a split has no rows.
     return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
 
 
-def known_as(source: str) -> str | None:
-    """By what name the field knows what a source holds: `demonstration`, `ScienceQA` or `A-OKVQA`; None of own rows."""
+def known_dataset_name(source: str) -> str | None:
+    """Return the name of the dataset that a source contains: `demonstration`, `ScienceQA`, `A-OKVQA`, or None."""
     if is_demo(source):
         return "demonstration"
     folder = Path(source)
@@ -71,15 +75,21 @@ def known_as(source: str) -> str | None:
 
 
 def has_scienceqa_columns(folder: Path) -> bool:
-    """Whether a folder was downloaded from the Hub's ScienceQA, by the columns of its Parquet files."""
+    """Whether a folder is a download of the Hub's ScienceQA, by the columns of its Parquet files."""
     file = next(folder.rglob("*.parquet"), None) if folder.is_dir() else None
     try:
         return file is not None and set(pyarrow.parquet.read_schema(file).names) == SCIENCEQA_COLUMNS
-    except (pyarrow.ArrowException, OSError):  # what is wrong with it is said by those who read it
+    except (pyarrow.ArrowException, OSError):  # reading the dataset reports the error
         return False
 
 
 def demo_problems(source: str, split: str) -> datasets.Dataset:
+    """
+    Return the demonstration problems of a split, generated once and cached.
+
+    Raises:
+        ValueError: the source names neither a difficulty nor a skill.
+    """
     from mmcot.problems import demo
 
     which = source.partition(":")[2] or "1"
@@ -89,9 +99,10 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
         drawn = {"split": split, "skill": which}
     else:
         raise ValueError(
-            f"dataset is {source!r}; after demo: stands a difficulty from 1 to 9, or a skill: {', '.join(demo.SKILLS)}."
+            f"dataset is {source!r}; expected demo: with a difficulty from 1 to 9, or a skill: "
+            f"{', '.join(demo.SKILLS)}."
         )
-    # datasets knows a generator by its name alone, and would serve what an older demo.py drew.
+    # `datasets` identifies a generator only by its name, and would load the problems of an older demo.py.
     key = datasets.fingerprint.Hasher.hash((code_digest(demo), versions_of("pillow", "numpy"), drawn))
     folder = cache_folder() / "demo" / key
     make = functools.partial(
@@ -103,10 +114,16 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
         cache_dir=str(folder),
     )
     with without_dataset_bars():
-        return kept(make, folder)
+        return load_or_compute(make, folder)
 
 
 def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Rows:
+    """
+    Yield the rows of the authors' ScienceQA folder.
+
+    Raises:
+        ValueError: a file is missing or has another form.
+    """
     problems_file, splits_file = folder / "problems.json", folder / "pid_splits.json"
     captions_file = folder / "captions.json"
     for file in (problems_file, splits_file):
@@ -121,7 +138,7 @@ def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Rows:
         logger.warning("%s: %d of %d %s problems are not in problems.json", folder, absent, len(ids), split)
     for problem_id in present:
         problem = member(problems, problem_id, dict, problems_file)
-        split_named(problem.get("split", split), f"{folder}, problem {problem_id}")
+        normalize_split(problem.get("split", split), f"{folder}, problem {problem_id}")
         yield (
             str(folder),
             {
@@ -136,14 +153,19 @@ def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Rows:
 
 
 def scienceqa_pictures(folder: Path, problem: dict[str, Any], pictures: str) -> list[str]:
-    """The question's picture, if it has one, then those of its choices."""
+    """Return the picture of the question, if it has one, and then the pictures of the choices."""
     question = [f"{pictures}/image.png"] if problem.get("image") else []
     names = (f"{pictures}/choice_{number}.png" for number in range(len(problem.get("choices") or [])))
     return [*question, *(name for name in names if (folder / name).is_file())]
 
 
 def aokvqa_rows(folder: Path, split: str) -> Rows:
-    """The release's own files (https://github.com/allenai/aokvqa, load_aokvqa.py). Its test split has no answers."""
+    """
+    Yield the rows of the release (https://github.com/allenai/aokvqa, load_aokvqa.py). Its test split has no answers.
+
+    Raises:
+        ValueError: the file of the split is missing, or an entry has another form.
+    """
     file = folder / f"aokvqa_v1p0_{split}.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no {file.name}; expected an A-OKVQA folder.")
@@ -151,7 +173,9 @@ def aokvqa_rows(folder: Path, split: str) -> Rows:
     for number, entry in enumerate(read_json(file, list)):
         for name, kind in (("question_id", str), ("image_id", int)):
             if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
-                raise ValueError(f"{file}, entry {number + 1}: {shown(entry)} has no {name} of type {kind.__name__}.")
+                raise ValueError(
+                    f"{file}, entry {number + 1}: {short_repr(entry)} has no {name} of type {kind.__name__}."
+                )
         rationales = entry.get("rationales") or []
         yield (
             str(folder),

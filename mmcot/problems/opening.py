@@ -1,7 +1,7 @@
-"""A source by name -> tables of rows by split, as they lie there: files, folders, datasets of the Hub or of Python.
+"""Opens a source as tables of unconverted rows by split: files, folders, datasets of the Hub or from Python.
 
-Rows of text files are in memory; all others are a `datasets.Dataset` and stay on disk. What a row means is not known
-here (`columns.py`, `sources.py`).
+Rows of text files are in memory; all other rows are a `datasets.Dataset` and stay on disk. `columns.py` and
+`sources.py` interpret the rows.
 """
 
 import re
@@ -16,17 +16,17 @@ from huggingface_hub import hf_hub_download
 
 from mmcot.problems.columns import log_once, logger
 from mmcot.problems.row_files import READERS, Rows, read_rows
-from mmcot.problems.schema import SPLIT_ALIASES, SPLITS, PicturePaths, first_few, split_named
-from mmcot.problems.splits import named_parts
+from mmcot.problems.schema import SPLIT_ALIASES, SPLITS, PicturePaths, first_few, normalize_split
+from mmcot.problems.splits import parse_split_files
 from mmcot.storage.digests import cached_sha256_of_file, sha256_of_text
 from mmcot.storage.files import cache_folder
 
 SOURCES = (
     "demo, a ScienceQA or A-OKVQA folder, a dataset of the Hub (by its id or hf://datasets/…), a .jsonl, .csv, .tsv, "
-    ".parquet or .arrow file of problems (or train=FILE,val=FILE,test=FILE), or a folder with such Parquet or Arrow "
-    "files, with metadata.jsonl or metadata.csv and pictures, or of save_to_disk"
+    ".parquet or .arrow file of problems (or train=FILE,val=FILE,test=FILE), or a folder: Parquet or Arrow files, "
+    "metadata.jsonl or metadata.csv with pictures, or the output of save_to_disk"
 )
-IN_PYTHON = "dataset-given-in-python"  # what stands in records for a dataset that has no other name
+IN_PYTHON = "dataset-given-in-python"  # the name in records of a dataset from Python
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow"}
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -41,11 +41,12 @@ class Table:
     Rows of a source, in order.
 
     Args:
-        name: of the file or source, for errors.
-        rows: of a text file each with the place where it is found.
-        paths: what a path of a picture means in it.
-        digest: of its content, where it is a `datasets.Dataset`.
-        columns: ours = theirs, by the source's own convention.
+        name: the name of the file or source, for errors.
+        rows: a dataset, or for a text file a list of rows with their places.
+        paths: the meaning of picture paths in the source.
+        digest: the digest of the content, if the rows are a `datasets.Dataset`.
+        columns: ours = theirs, by the convention of the source.
+        are_cells: whether the rows come from a CSV or TSV file, with texts as values.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Table:
     are_cells: bool = False
 
     def found_columns(self) -> dict[str, str]:
-        """Each column with the first place where it is found."""
+        """Return each column with the place of its first occurrence."""
         if not isinstance(self.rows, list):
             return dict.fromkeys(self.rows.column_names, self.name)
         found: dict[str, str] = {}
@@ -66,28 +67,36 @@ class Table:
         return found
 
     def labels(self) -> dict[str, list[str]]:
-        """Names of classes, of the columns that hold their numbers; an answer is a number."""
+        """Return the names of the classes, for columns that contain class numbers. (An answer stays a number.)"""
         features = {} if isinstance(self.rows, list) else self.rows.features
-        return {name: one.names for name, one in features.items() if isinstance(one, datasets.ClassLabel)}
+        return {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
 
     def values(self, column: str) -> list[Any]:
+        """Return the values of a column in all rows."""
         return [row.get(column) for _, row in self.rows] if isinstance(self.rows, list) else list(self.rows[column])
 
 
-Tables = dict[str | None, Table]  # by the split that a table serves whole; None: its rows say it, or nothing does
+# By the split of the whole table. None: the rows name their split, or no split is named.
+Tables = dict[str | None, Table]
 
 
 def open_source(source: str | Path | Given, streaming: bool = False) -> Tables:
     """
+    Open a source.
+
+    Args:
+        source: as in `sources.load_problems`, but not a known dataset.
+        streaming: do not download or convert the rows of Parquet files or of a Hub dataset.
+
     Raises:
-        ValueError: there is no such source, or it cannot be read.
+        ValueError: the source does not exist or cannot be read.
     """
     if isinstance(source, (datasets.Dataset, datasets.DatasetDict)):
-        return by_split(source, IN_PYTHON, PicturePaths(Path()))
+        return tables_by_split(source, IN_PYTHON, PicturePaths(Path()))
     if not isinstance(source, (str, Path)):
         raise ValueError(f"dataset is a {type(source).__name__}; expected a datasets.Dataset, a DatasetDict or a name.")
     name, path = str(source), Path(source)
-    parts = named_parts(name)
+    parts = parse_split_files(name)
     if parts is not None:
         return {split: only_table(part) for split, part in parts.items()}
     if name.startswith("hf://"):
@@ -102,57 +111,69 @@ def open_source(source: str | Path | Given, streaming: bool = False) -> Tables:
 
 
 def is_hub_id(source: str) -> bool:
+    """Whether a source is OWNER/NAME and not a local path."""
     path = Path(source)
     return not path.exists() and path.suffix == "" and re.fullmatch(HUB_ID, source) is not None
 
 
 def only_table(part: str) -> Table:
+    """
+    Open a file that contains one split.
+
+    Raises:
+        ValueError: the source has several splits.
+    """
     tables = open_source(part)
     if tables.keys() != {None}:
-        raise ValueError(f"{part} has splits of its own; expected a file that serves one split.")
+        raise ValueError(f"{part} has splits of its own; expected a file with one split.")
     return tables[None]
 
 
 def open_file(file: Path) -> Table:
+    """Open a file of rows; its picture paths are relative to its folder."""
     paths = PicturePaths(file.parent)
     if file.suffix in READERS:
         return Table(str(file), read_rows(file), paths, are_cells=file.suffix != ".jsonl")
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file.")
+        raise ValueError(f"{file}: no such file.")
     digest = content_digest([file], file.parent)
-    rows = loaded(str(file), DATA_FILES[file.suffix], digest, data_files=str(file))["train"]
-    return Table(str(file), undecoded(rows), paths, digest)
+    rows = load_tables(str(file), DATA_FILES[file.suffix], digest, data_files=str(file))["train"]
+    return Table(str(file), without_decoding(rows), paths, digest)
 
 
 def open_folder(folder: Path, streaming: bool = False) -> Tables:
+    """Open the output of `save_to_disk`, a folder of pictures with metadata, or a folder of Parquet or Arrow files."""
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return by_split(from_disk(folder), str(folder), PicturePaths(Path()), folder_digest(folder))
+        return tables_by_split(open_saved_dataset(folder), str(folder), PicturePaths(Path()), folder_digest(folder))
     tables = open_picture_folder(folder)
     if tables:
         return tables
     kind = next((suffix for suffix in DATA_FILES if any(data_files(folder, suffix))), None)
     if kind is None:
-        raise ValueError(f"dataset is {str(folder)!r}, a folder that holds nothing known; expected {SOURCES}.")
+        raise ValueError(f"dataset is {str(folder)!r}, a folder without known files; expected {SOURCES}.")
     digest = None if streaming else folder_digest(folder)
     files = files_by_split(folder, data_files(folder, kind))
     options: dict[str, Any] = {"streaming": True} if streaming else {}
-    # Of files that came from elsewhere a path may not lead out of their folder.
+    # Files from elsewhere must not name pictures outside of their folder.
     paths = PicturePaths(folder, stays_inside=True)
     named = {name or "train": part for name, part in files.items()}
-    found = loaded(str(folder), DATA_FILES[kind], digest, data_files=named, **options)
-    return by_split(found["train"] if None in files else found, str(folder), paths, digest)
+    found = load_tables(str(folder), DATA_FILES[kind], digest, data_files=named, **options)
+    return tables_by_split(found["train"] if None in files else found, str(folder), paths, digest)
 
 
 def data_files(folder: Path, suffix: str) -> list[Path]:
-    """Those of a folder, but what tools keep in hidden folders."""
+    """Return the files of a folder with a suffix, except in the hidden folders of tools."""
     files = (file.relative_to(folder) for file in folder.rglob(f"*{suffix}"))
     return sorted(folder / file for file in files if not any(part.startswith(".") for part in file.parts))
 
 
 def files_by_split(folder: Path, files: list[Path]) -> dict[str | None, list[str]]:
     """
-    By the split that their names or folders say (`data/train-00000-of-00001.parquet`), under None where none does.
-    `datasets` looks at the names of all that lies there, pictures too.
+    Group files by the split in the names of the files or folders (`data/train-00000-of-00001.parquet`), under None if
+    no name contains a split. (`datasets` would consider the names of all files, including pictures.)
+
+    Raises:
+        ValueError: only some of the names contain a split.
     """
     words = re.compile(rf"(?:^|[^a-z])({'|'.join((*SPLITS, *SPLIT_ALIASES))})(?![a-z])")
     found: dict[str | None, list[str]] = {}
@@ -160,42 +181,53 @@ def files_by_split(folder: Path, files: list[Path]) -> dict[str | None, list[str
         match = words.search(file.relative_to(folder).as_posix().lower())
         found.setdefault(match and match[1], []).append(str(file))
     if None in found and len(found) > 1:
-        raise ValueError(f"{folder}: the name of {found[None][0]} says no split, and those of other files do.")
+        raise ValueError(f"{folder}: the name of {found[None][0]} contains no split, but other file names do.")
     return found
 
 
-def from_disk(folder: Path) -> Given:
+def open_saved_dataset(folder: Path) -> Given:
+    """
+    Open the output of `save_to_disk`.
+
+    Raises:
+        ValueError: it is damaged or incomplete.
+    """
     try:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{folder}: not a whole dataset of save_to_disk ({error}).") from error
+        raise ValueError(f"{folder}: not a complete dataset of save_to_disk ({error}).") from error
 
 
 def open_picture_folder(folder: Path) -> Tables:
-    """The convention of `imagefolder`: `metadata.jsonl` or `.csv` with `file_name`, in it or in a folder per split."""
+    """
+    Open a folder with the convention of `imagefolder`: `metadata.jsonl` or `metadata.csv` with a column `file_name`, in
+    the folder or in one folder for each split. Return no table for another folder.
+    """
     names = (*SPLITS, *SPLIT_ALIASES)
-    found = [name for name in names if found_in(folder / name)]
-    tables: Tables = {split_named(name, name): metadata_table(folder / name) for name in found}
+    found = [name for name in names if metadata_files(folder / name)]
+    tables: Tables = {normalize_split(name, name): metadata_table(folder / name) for name in found}
     if len(tables) < len(found):
         raise ValueError(f"{folder} has two folders of one split: {', '.join(found)}.")
-    if not found_in(folder):
+    if not metadata_files(folder):
         return tables
     if tables:
-        raise ValueError(f"{folder} has metadata of its own and of splits; expected one of both.")
+        raise ValueError(f"{folder} has metadata of its own and of splits; expected only one of the two.")
     table = metadata_table(folder)
-    for _, row in table.rows:  # pictures in a folder per split say which one it is
+    for _, row in table.rows:  # the folder of a picture may name its split
         first = Path(str(row.get("file_name"))).parts[0]
         if first in names:
             row.setdefault("split", first)
     return {None: table}
 
 
-def found_in(folder: Path) -> list[Path]:
+def metadata_files(folder: Path) -> list[Path]:
+    """Return the metadata files of a folder."""
     return [folder / name for name in METADATA_FILES if (folder / name).is_file()]
 
 
 def metadata_table(folder: Path) -> Table:
-    file, *others = found_in(folder)
+    """Open the metadata of a folder; picture paths must stay inside the folder."""
+    file, *others = metadata_files(folder)
     if others:
         raise ValueError(f"{folder} has both {' and '.join(METADATA_FILES)}; expected one of them.")
     table = open_file(file)
@@ -205,7 +237,7 @@ def metadata_table(folder: Path) -> Table:
 
 
 def open_hub_address(address: str, streaming: bool) -> Tables:
-    """`hf://datasets/OWNER/NAME`, perhaps `@REVISION`, and perhaps a file in it."""
+    """Open `hf://datasets/OWNER/NAME`, optionally with `@REVISION` and a file."""
     match = re.fullmatch(rf"hf://datasets/({HUB_ID}?)(?:@([^/]+))?(?:/(.+))?", address)
     if match is None:
         raise ValueError(f"dataset is {address!r}; expected hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/FILE.")
@@ -216,18 +248,30 @@ def open_hub_address(address: str, streaming: bool) -> Tables:
         raise ValueError(f"dataset is {address!r}; expected a .jsonl, .csv, .tsv, .parquet or .arrow file in it.")
     try:
         table = open_file(Path(hf_hub_download(repo_id, file, repo_type="dataset", revision=revision)))
-    except OSError as error:  # huggingface_hub's errors are of this kind
-        raise ValueError(f"{address}: the file cannot be had ({error}).") from error
+    except OSError as error:  # the errors of huggingface_hub are subclasses of OSError
+        raise ValueError(f"{address}: the file cannot be downloaded ({error}).") from error
     return {None: replace(table, name=address, paths=PicturePaths(None))}
 
 
 def open_hub_dataset(repo_id: str, revision: str | None, streaming: bool) -> Tables:
-    found = loaded(repo_id, repo_id, None, revision=revision, streaming=streaming)
-    return by_split(found, repo_id, PicturePaths(None))
+    """Open a dataset of the Hub by its id."""
+    found = load_tables(repo_id, repo_id, None, revision=revision, streaming=streaming)
+    return tables_by_split(found, repo_id, PicturePaths(None))
 
 
-def loaded(source: str, kind: str, digest: str | None, **options: Any) -> Mapping[str, AnyDataset]:
-    """By `datasets`; with a digest of files, not what it kept of others of the same names and times."""
+def load_tables(source: str, kind: str, digest: str | None, **options: Any) -> Mapping[str, AnyDataset]:
+    """
+    Load the rows with `datasets`.
+
+    Args:
+        source: the name of the source, for errors.
+        kind: a Hub id, or the name of a file format in `datasets`.
+        digest: the digest of the files, which selects the cache folder. The cache of `datasets` would confuse files of
+            equal names and times.
+
+    Raises:
+        ValueError: the source cannot be loaded.
+    """
     if digest is not None:
         options["cache_dir"] = str(cache_folder() / "tables" / digest)
     try:
@@ -235,23 +279,29 @@ def loaded(source: str, kind: str, digest: str | None, **options: Any) -> Mappin
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
         if kind in DATA_FILES.values():
             cause = error.__cause__ or error
-            raise ValueError(f"{source}: not a whole {kind.capitalize()} file ({cause}).") from error
+            raise ValueError(f"{source}: not a complete {kind.capitalize()} file ({cause}).") from error
         raise ValueError(
             f"dataset is {source!r}; expected {SOURCES}. As a dataset of the Hub it cannot be loaded ({error})."
         ) from error
 
 
-def by_split(
+def tables_by_split(
     found: AnyDataset | Mapping[str, AnyDataset], name: str, paths: PicturePaths, digest: str | None = None
 ) -> Tables:
-    """The splits of ours; a lone `train` is what `datasets` calls rows of which no split is said."""
+    """
+    Return the tables of the known splits. A single split `train` counts as rows without a split, because `datasets`
+    uses this name for them.
+
+    Raises:
+        ValueError: no split has a known name, or two splits have the same meaning.
+    """
     if isinstance(found, (datasets.Dataset, datasets.IterableDataset)):
         return {None: table_of(found, name, paths, digest)}
     tables: Tables = {}
     for theirs, rows in found.items():
         split = SPLIT_ALIASES.get(str(theirs), str(theirs))
         if split in tables:
-            raise ValueError(f"{name} has two splits that are {split!r}: {', '.join(map(str, found))}.")
+            raise ValueError(f"{name} has two splits for {split!r}: {', '.join(map(str, found))}.")
         if split in SPLITS:
             tables[split] = table_of(rows, name, paths, digest and f"{digest}-{split}")
     others = [str(theirs) for theirs in found if SPLIT_ALIASES.get(str(theirs), str(theirs)) not in SPLITS]
@@ -263,13 +313,19 @@ def by_split(
 
 
 def table_of(rows: AnyDataset, name: str, paths: PicturePaths, digest: str | None) -> Table:
+    """
+    Return a table of a dataset.
+
+    Raises:
+        ValueError: the dataset is a stream with unknown columns.
+    """
     if rows.column_names is None:
-        raise ValueError(f"{name}: its columns are not known before it is read; expected Parquet.")
-    return Table(name, undecoded(rows), paths, digest or getattr(rows, "_fingerprint", ""))
+        raise ValueError(f"{name}: its columns are unknown before it is read; expected Parquet.")
+    return Table(name, without_decoding(rows), paths, digest or getattr(rows, "_fingerprint", ""))
 
 
-def undecoded(rows: AnyDataset) -> AnyDataset:
-    """Pictures as they are stored, and rows as Python objects."""
+def without_decoding(rows: AnyDataset) -> AnyDataset:
+    """Return the dataset with pictures as they are stored, and rows as Python objects."""
     stored = datasets.Image(decode=False)
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
@@ -280,11 +336,12 @@ def undecoded(rows: AnyDataset) -> AnyDataset:
 
 
 def folder_digest(folder: Path) -> str:
-    """Of all that decides its rows, but the pictures beside them."""
-    kept = {*DATA_FILES, ".json", ".md", ".yaml"}
-    return content_digest((file for file in folder.rglob("*") if file.suffix in kept and file.is_file()), folder)
+    """Return the digest of all files that determine the rows of a folder, without the pictures."""
+    suffixes = {*DATA_FILES, ".json", ".md", ".yaml"}
+    return content_digest((file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file()), folder)
 
 
 def content_digest(files: Iterable[Path], folder: Path) -> str:
+    """Return a digest of the names and contents of files."""
     lines = (f"{file.relative_to(folder)} {cached_sha256_of_file(file)}\n" for file in sorted(files))
     return sha256_of_text("".join(lines))[:32]

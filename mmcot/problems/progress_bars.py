@@ -1,4 +1,4 @@
-"""Progress bars of libraries, where what they name is not what a command does."""
+"""Hides progress bars of libraries that would misdescribe the work of a command."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import datasets
 
 @contextlib.contextmanager
 def without_dataset_bars() -> Iterator[None]:
-    """No bars of `datasets`: it tells of "Flattening the indices", or generates a "train split" of any split's rows."""
+    """Hide the bars of `datasets`, such as "Flattening the indices", or "Generating train split" for any split."""
     was_silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

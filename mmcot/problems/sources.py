@@ -1,6 +1,6 @@
-"""A source of problems -> `datasets.Dataset` of the one schema: what is opened (`opening.py`) read row by row.
+"""Loads a source of problems as a `datasets.Dataset` of the schema. `opening.py` opens it; this module reads its rows.
 
-Here too is how a command is told of a source: `--dataset`, `--columns`, `--split_seed`, or a dataset given in Python.
+It also defines how a command gets a source: `--dataset`, `--columns`, `--split_seed`, or a dataset from Python.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from mmcot.problems import columns as columns_module
-from mmcot.problems import schema as problems_module
+from mmcot.problems import schema as schema_module
 from mmcot.problems.columns import Plan, is_absent, log_once, parse_columns, plan_columns
 from mmcot.problems.known_datasets import is_known, load_known
 from mmcot.problems.opening import IN_PYTHON, SOURCES, Given, Table, open_source
@@ -26,16 +26,16 @@ from mmcot.problems.schema import (
     PicturePaths,
     check_fields,
     check_ids,
-    split_named,
+    normalize_split,
     with_all_columns,
     with_pictures,
 )
-from mmcot.problems.splits import SPLIT_SEED, content_key, drawn_split, picture_keys
+from mmcot.problems.splits import SPLIT_SEED, content_key, draw_split, picture_keys
 from mmcot.storage.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
-BATCH = 64  # rows that are read together; they hold their pictures
+BATCH = 64  # rows that are read together; small, because rows may contain pictures
 
 
 def load_problems(
@@ -45,40 +45,44 @@ def load_problems(
     pictures: bool = True,
     columns: str | Mapping[str, str] | None = None,
     split_seed: int = SPLIT_SEED,
-    keep: Sequence[str] = (),
+    extra_columns: Sequence[str] = (),
 ) -> datasets.Dataset:
     """
+    Load the problems of a split.
+
     Args:
         source: one of
-            - `demo`, `demo:2` and so on for a harder one, `demo:SKILL` for one skill's problems (`demo.generate`);
-            - a ScienceQA folder: `problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, perhaps
+            - `demo`, a harder one such as `demo:2`, or `demo:SKILL` for the problems of one skill (`demo.generate`);
+            - a ScienceQA folder: `problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, and optionally
               `captions.json`;
             - an A-OKVQA folder: `aokvqa_v1p0_SPLIT.json`, and COCO's `coco/SPLIT2017/IMAGE_ID.jpg` in it or beside it;
-            - a `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.arrow` file of rows, or one for each split
+            - a `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.arrow` file of rows, or one file for each split
               (`train=FILE,val=FILE,test=FILE`);
-            - a folder with `metadata.jsonl` or `metadata.csv` and pictures, one of Parquet or Arrow files, or one that
-              `save_to_disk` wrote;
+            - a folder with `metadata.jsonl` or `metadata.csv` and pictures, a folder of Parquet or Arrow files, or the
+              output of `save_to_disk`;
             - a dataset of the Hub, by its id or `hf://datasets/…`;
             - a `datasets.Dataset` or `datasets.DatasetDict`.
         split: `train`, `val` (also `validation`) or `test`.
-        max_images: the most pictures of a problem. Of ScienceQA's (`image.png`, then its choices' `choice_0.png` and so
-            on) the first so many are taken: with 1 what the original takes. More in a row of another source are an
-            error.
-        pictures: whether the pictures' files must be there.
-        columns: `OURS=THEIRS,…` or such a mapping, where a source names its columns otherwise.
-        split_seed: of the division of rows without `split` (`splits.py`).
-        keep: columns beside the schema's that are kept, as texts.
+        max_images: the largest number of pictures of a problem. Of a ScienceQA problem (`image.png`, then
+            `choice_0.png` and so on of its choices) the first pictures are taken: 1 takes the same picture as the
+            original code. In another source, a row with more pictures is an error.
+        pictures: whether the files of the pictures must exist.
+        columns: `OURS=THEIRS,…` or such a mapping, if the source has other column names.
+        split_seed: the seed of the division of rows without `split` (`splits.py`).
+        extra_columns: columns beside the schema to keep, as texts.
 
     Raises:
-        ValueError: what is wrong with the source, by file or id, field, what was found and what was expected.
+        ValueError: with the file or id, the field, the value found and the value expected.
     """
-    split, columns = split_named(split, name_of(source)), parse_columns(columns)
-    keep = tuple(name for name in keep if name not in FEATURES)
+    split, columns = normalize_split(split, name_of(source)), parse_columns(columns)
+    extra_columns = tuple(name for name in extra_columns if name not in FEATURES)
     if is_known_source(source):
-        if columns or keep:
-            raise ValueError(f"{source} has the columns of its release: there is no {first_of(columns, keep)!r}.")
+        if columns or extra_columns:
+            raise ValueError(
+                f"{source} has the columns of its release: there is no {first_of(columns, extra_columns)!r}."
+            )
         return load_known(str(source), split, max_images, pictures)
-    reader = reader_of(source, split, columns, split_seed, keep)
+    reader = reader_of(source, split, columns, split_seed, extra_columns)
     reader.max_images = max_images
     reader.paths = replace(reader.paths, must_exist=pictures)
     problems = reader.problems()
@@ -93,11 +97,12 @@ def load_problems(
 
 
 def first_of(*names: Sequence[str] | Mapping[str, str]) -> str:
+    """Return the first of the user's column names."""
     return next(iter([*names[0].values(), *names[1]]))
 
 
 def is_divided(source: str | Path | Given, columns: str | Mapping[str, str] | None = None) -> bool:
-    """Whether no row says its split, so that `load_problems` divides them."""
+    """Whether no row has a split, so that `load_problems` divides the rows."""
     if is_known_source(source):
         return False
     tables = open_source(source)
@@ -105,72 +110,78 @@ def is_divided(source: str | Path | Given, columns: str | Mapping[str, str] | No
 
 
 def name_of(source: str | Path | Given) -> str:
+    """Return the name of a source, for errors and records."""
     return str(source) if isinstance(source, (str, Path)) else IN_PYTHON
 
 
 def is_known_source(source: str | Path | Given) -> bool:
+    """Whether a source is a known dataset in the form of its release (`known_datasets.py`)."""
     return isinstance(source, (str, Path)) and is_known(str(source))
 
 
 def splits_of(source: str | Path | Given) -> list[str]:
-    """Those that it can give."""
+    """Return the splits of a source."""
     tables = {None: None} if is_known_source(source) else open_source(source)
     return [split for split in SPLITS if None in tables or split in tables]
 
 
 def stream_rows(source: str | Path, columns: str | Mapping[str, str] | None) -> datasets.IterableDataset:
     """
-    The training problems of a source that is not kept but read while it is used, each row checked when it comes.
+    Return a stream of the training problems, which are read and checked row by row and not kept.
 
     Raises:
-        ValueError: it is no dataset of the Hub or folder of Parquet files, or has no splits of its own.
+        ValueError: the source is neither a dataset of the Hub nor a folder of Parquet files, or has no named splits.
     """
     tables = {} if is_known_source(source) else open_source(source, streaming=True)
     if not tables or not isinstance(next(iter(tables.values())).rows, datasets.IterableDataset):
         raise ValueError(
-            f"dataset is {name_of(source)!r}; streaming reads a dataset of the Hub, by its id or its Parquet files: "
-            f"{SOURCES}."
+            f"dataset is {name_of(source)!r}; streaming reads a dataset of the Hub, by its id or its Parquet files."
         )
     if "train" not in tables:
-        raise ValueError(f"{name_of(source)}: streaming needs the split train by name, beside validation and test.")
+        raise ValueError(f"{name_of(source)}: streaming needs a split named train, beside validation and test.")
     return table_reader(tables["train"], "train", True, parse_columns(columns), SPLIT_SEED, ()).mapped()
 
 
 def reader_of(
-    source: str | Path | Given, split: str, columns: dict[str, str], split_seed: int, keep: tuple[str, ...]
+    source: str | Path | Given, split: str, columns: dict[str, str], split_seed: int, extra_columns: tuple[str, ...]
 ) -> "Reader":
     tables = open_source(source)
     if split not in tables and None not in tables:
         raise ValueError(
             f"{name_of(source)} has no split {split!r}; found "
-            f"{', '.join(map(str, tables))}. A file for each is named as train=FILE,val=FILE,test=FILE."
+            f"{', '.join(map(str, tables))}. Name one file for each split as train=FILE,val=FILE,test=FILE."
         )
-    return table_reader(tables.get(split) or tables[None], split, split in tables, columns, split_seed, keep)
+    return table_reader(tables.get(split) or tables[None], split, split in tables, columns, split_seed, extra_columns)
 
 
 def table_reader(
-    table: Table, split: str, is_whole: bool, columns: dict[str, str], split_seed: int, keep: tuple[str, ...]
+    table: Table, split: str, is_whole: bool, columns: dict[str, str], split_seed: int, extra_columns: tuple[str, ...]
 ) -> "Reader":
     """
+    Return the reader of a table.
+
     Args:
-        is_whole: whether the table serves that split with all its rows.
+        is_whole: whether all rows of the table belong to the split.
+
+    Raises:
+        ValueError: only some of the rows have a split.
     """
     columns = {**table.columns, **columns}
-    plan = plan_columns(table.found_columns(), table.name, columns, keep, table.are_cells, table.labels())
+    plan = plan_columns(table.found_columns(), table.name, columns, extra_columns, table.are_cells, table.labels())
     is_divided = False
     if not is_whole:
-        absent, total = without_split(table, plan), len(table.rows)
+        absent, total = count_without_split(table, plan), len(table.rows)
         if 0 < absent < total:
             raise ValueError(
-                f"{table.name}: {absent} of {total} rows have no split and the others have one; expected it in all "
-                f"rows or in none."
+                f"{table.name}: {absent} of {total} rows have no split and the others have one; expected a split in "
+                f"all rows or in none."
             )
         is_divided = absent == total
     return Reader(table.name, plan, table.paths, split, is_whole, is_divided, split_seed, table)
 
 
-def without_split(table: Table, plan: Plan) -> int:
-    """How many rows do not say their split."""
+def count_without_split(table: Table, plan: Plan) -> int:
+    """Return the number of rows that do not name their split."""
     theirs = plan.names.get("split")
     if theirs is None:
         return len(table.rows)
@@ -180,11 +191,11 @@ def without_split(table: Table, plan: Plan) -> int:
 @dataclass
 class Reader:
     """
-    The rows of a table that are of one split -> problems.
+    Reads the rows of a table that belong to one split, as problems.
 
     Args:
-        is_whole: whether all rows are of that split, whatever they say.
-        is_divided: whether no row says its split.
+        is_whole: whether all rows belong to the split, even if they name another.
+        is_divided: whether no row names its split.
     """
 
     name: str
@@ -198,6 +209,7 @@ class Reader:
     max_images: int | None = None
 
     def problems(self) -> datasets.Dataset:
+        """Return the problems of the split."""
         features, rows = self.features(), self.table.rows
         if not isinstance(rows, list) and len(rows):
             return self.mapped()
@@ -207,25 +219,26 @@ class Reader:
         return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in features}, features)
 
     def features(self) -> datasets.Features:
-        return datasets.Features({**FEATURES, **dict.fromkeys(self.plan.keep, datasets.Value("string"))})
+        """Return the features of the schema and of the extra columns."""
+        return datasets.Features({**FEATURES, **dict.fromkeys(self.plan.extra_columns, datasets.Value("string"))})
 
     def mapped(self) -> datasets.Dataset | datasets.IterableDataset:
-        """Of rows on disk problems on disk; of a stream a stream."""
+        """Convert rows on disk to problems on disk, or a stream to a stream."""
         rows, read = self.table.rows, replace(self, table=None).read_batch
         options: dict[str, Any] = {"batched": True, "batch_size": BATCH, "with_indices": True}
         options |= {"remove_columns": rows.column_names, "features": self.features()}
         if isinstance(rows, datasets.IterableDataset):
             return rows.map(read, **options)
-        modules = (columns_module, problems_module, inspect.getmodule(Reader))
-        # `datasets` does not see what of this code has changed.
+        modules = (columns_module, schema_module, inspect.getmodule(Reader))
+        # `datasets` does not detect changes of this code.
         code = [inspect.getsource(module) for module in modules]
         key = Hasher.hash((self.table.digest, vars(replace(self, table=None)), code))
         file = cache_folder() / "problems" / f"{key}.arrow"
         file.parent.mkdir(parents=True, exist_ok=True)
         options |= {"cache_file_name": str(file), "new_fingerprint": key, "desc": f"reading {self.name}"}
-        # A division hangs on the content of pictures too, which lie outside of the table.
-        is_kept = not self.is_divided or self.paths.folder is None
-        return rows.map(read, load_from_cache_file=is_kept, **options)
+        # A division also depends on the content of pictures outside of the table, which the key does not cover.
+        is_cacheable = not self.is_divided or self.paths.folder is None
+        return rows.map(read, load_from_cache_file=is_cacheable, **options)
 
     def read_batch(self, columns: dict[str, list], numbers: list[int]) -> dict[str, list]:
         raws = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
@@ -236,7 +249,7 @@ class Reader:
         return {name: [row[name] for row in complete] for name in self.features()}
 
     def read(self, raw: Mapping[str, Any], number: int, where: str) -> dict[str, Any] | None:
-        """The problem of a row; None where it is of another split."""
+        """Return the problem of a row, or None if it belongs to another split."""
         row = self.plan.row(raw, where)
         if not self.is_divided and self.split_of(row.pop("split", None), where) != self.split:
             return None
@@ -245,34 +258,35 @@ class Reader:
         check_fields(row, where)
         if self.is_divided:
             key = content_key(row, picture_keys(row["images"], self.paths, where))
-            if drawn_split(key, self.split_seed) != self.split:
+            if draw_split(key, self.split_seed) != self.split:
                 return None
         return with_pictures(row, where, self.paths, self.max_images)
 
-    def split_of(self, said: Any, where: str) -> str:
+    def split_of(self, named: Any, where: str) -> str:
+        """Return the split of a row that names `named`, which the split of a whole table overrides."""
         if not self.is_whole:
-            return split_named(said, where)
-        if said is not None and said != "" and split_named(said, where) != self.split:
-            log_once(logger, f"{self.name}: it is given as {self.split}, and so are its rows that name another split")
+            return normalize_split(named, where)
+        if named is not None and named != "" and normalize_split(named, where) != self.split:
+            log_once(logger, f"{self.name}: given as {self.split}, which overrides rows that name another split")
         return self.split
 
 
-# How a command is told of a source.
+# The options of a source in a command.
 
 
 def add_dataset_options(parser: argparse.ArgumentParser) -> None:
-    """`--columns` and `--split_seed`, for a command that reads a dataset (a recipe's are in `arguments.py`)."""
-    parser.add_argument("--columns", metavar="OURS=THEIRS,…", help="its columns, where they have other names")
-    parser.add_argument("--split_seed", type=int, default=SPLIT_SEED, help="of the division of rows without a split")
+    """Add `--columns` and `--split_seed` to a command that reads a dataset. (`arguments.py` has those of a recipe.)"""
+    parser.add_argument("--columns", metavar="OURS=THEIRS,…", help="the dataset's columns, if they have other names")
+    parser.add_argument("--split_seed", type=int, default=SPLIT_SEED, help="the seed that divides rows without a split")
 
 
 def reading_options(arguments: Any) -> dict[str, Any]:
-    """Those of a command or a recipe, as `load_problems` takes them."""
+    """Return the options of a command or a recipe as keywords of `load_problems`."""
     return {"columns": arguments.columns, "split_seed": arguments.split_seed}
 
 
-def said_options(arguments: Any) -> dict[str, Any]:
-    """Those that are not the usual ones, as a command line says them."""
+def non_default_options(arguments: Any) -> dict[str, Any]:
+    """Return the options that differ from their defaults, in the form of a command line."""
     columns = ",".join(f"{ours}={theirs}" for ours, theirs in parse_columns(arguments.columns).items())
     found = {"columns": columns, "split_seed": arguments.split_seed}
     return {name: value for name, value in found.items() if value not in ("", SPLIT_SEED)}
@@ -280,17 +294,19 @@ def said_options(arguments: Any) -> dict[str, Any]:
 
 def choose_source(arguments: argparse.Namespace, given: Given | None) -> str | Given:
     """
-    `--dataset`, or the dataset that a Python caller gave in its place, by which it goes in records.
+    Return `--dataset` or the dataset of a Python caller. The latter sets `arguments.dataset` to its name in records.
 
     Raises:
-        ValueError: there is none, or there are both.
+        ValueError: neither or both are given.
     """
     if given is None:
         if arguments.dataset is None:
             raise ValueError(f"--dataset is missing: {SOURCES}.")
         return arguments.dataset
     if arguments.dataset is not None:
-        raise ValueError(f"--dataset is {arguments.dataset!r}, and a dataset was given in Python: give one of them.")
+        raise ValueError(
+            f"--dataset is {arguments.dataset!r}, but a dataset was also given in Python: give one of them."
+        )
     arguments.dataset = IN_PYTHON
     return given
 
@@ -299,8 +315,10 @@ def load_all_splits(
     source: str | Given, splits: Iterable[str], max_images: int | None, pictures: bool, **reading: Any
 ) -> Dataset:
     """
+    Load the problems of several splits as one dataset.
+
     Args:
-        reading: of `load_problems`.
+        reading: further keywords of `load_problems`.
     """
     problems = [load_problems(source, split, max_images, pictures, **reading) for split in splits]
     return concatenate_datasets([part for part in problems if len(part)] or problems[:1])

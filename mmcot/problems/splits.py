@@ -1,7 +1,7 @@
-"""Which problems are the same, and how rows without `split` are divided, so that the same never stand on both sides.
+"""Identifies equal problems, and divides rows without `split` so that equal problems never get into different splits.
 
-Two problems are the same where their question, choices and context are, but for white space, and their pictures'
-content. Nothing is read here but pictures' files.
+Two problems are equal if their question, choices and context are equal except for white space, and if the content of
+their pictures is equal. This module reads no files but pictures.
 """
 
 import hashlib
@@ -13,24 +13,29 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcot.problems.schema import SPLIT_ALIASES, SPLITS, PicturePaths, check_file, split_named
+from mmcot.problems.schema import SPLIT_ALIASES, SPLITS, PicturePaths, check_file, normalize_split
 from mmcot.storage.digests import cached_sha256_of_file, sha256_of_bytes, sha256_of_json
 
 SPLIT_SEED = 42
-# Of ten hashes, those that go to each split: 8:1:1.
+# The splits of ten hash values: 8:1:1.
 SHARES = ("train",) * 8 + ("val", "test")
 
 _NAMES = "|".join((*SPLITS, *SPLIT_ALIASES))
 
 
-def named_parts(source: str) -> dict[str, str] | None:
-    """`train=A.jsonl,test=B.jsonl` by split; None of a source that is not of that form."""
+def parse_split_files(source: str) -> dict[str, str] | None:
+    """
+    Parse `train=A.jsonl,test=B.jsonl` into files by split. Return None for a source of another form.
+
+    Raises:
+        ValueError: a split is named twice.
+    """
     if re.match(rf"({_NAMES})=", source) is None:
         return None
     parts: dict[str, str] = {}
     for part in re.split(rf",(?=(?:{_NAMES})=)", source):
         name, _, file = part.partition("=")
-        split = split_named(name, source)
+        split = normalize_split(name, source)
         if split in parts:
             raise ValueError(f"dataset is {source!r}, which names the split {split!r} twice.")
         parts[split] = file
@@ -38,23 +43,33 @@ def named_parts(source: str) -> dict[str, str] | None:
 
 
 def content_key(row: Mapping[str, Any], picture_keys: list[str]) -> str:
-    """What a problem has in common with all that are the same."""
-    texts = [folded(row["question"]), [folded(choice) for choice in row["choices"]], folded(row["context"])]
+    """Return a digest that equal problems have in common."""
+    texts = [
+        collapse_whitespace(row["question"]),
+        [collapse_whitespace(choice) for choice in row["choices"]],
+        collapse_whitespace(row["context"]),
+    ]
     return sha256_of_json([texts, picture_keys])
 
 
-def folded(text: str) -> str:
+def collapse_whitespace(text: str) -> str:
+    """Return the text with single spaces, and without white space at its ends."""
     return " ".join(text.split())
 
 
-def drawn_split(key: str, split_seed: int) -> str:
-    """By the problem's content alone, so that a row stays where it is when others come or go."""
+def draw_split(key: str, split_seed: int) -> str:
+    """Draw a split from the content of a problem alone, so that a row keeps its split when other rows change."""
     drawn = hashlib.sha256(f"{split_seed}/{key}".encode()).digest()
     return SHARES[int.from_bytes(drawn[:8]) % len(SHARES)]
 
 
 def picture_keys(images: list[Any], paths: PicturePaths, where: str) -> list[str]:
-    """Of the pictures of a row that is not in the schema yet; their files must be there."""
+    """
+    Return the digests of the pictures of a row that is not in the schema yet.
+
+    Raises:
+        ValueError: the file of a picture is missing or empty.
+    """
     keys = []
     for picture in images:
         if isinstance(picture, dict) and picture.get("bytes"):
@@ -66,8 +81,8 @@ def picture_keys(images: list[Any], paths: PicturePaths, where: str) -> list[str
     return keys
 
 
-def keys_of(problems: Dataset) -> dict[str, str]:
-    """Of each problem by id. A picture whose file is not at hand goes by its path."""
+def content_keys(problems: Dataset) -> dict[str, str]:
+    """Return the content key of each problem by id. If the file of a picture is missing, its path is used."""
     keys = {}
     for row in problems.select_columns(["id", "question", "choices", "context", "images"]):
         pictures = [
@@ -83,8 +98,14 @@ def keys_of(problems: Dataset) -> dict[str, str]:
 
 
 def overlaps(problems: Mapping[str, Dataset]) -> dict[str, dict[str, list[str]]]:
-    """By two splits (train, val; train, test; val, test), the ids of the second one whose problem the first one has."""
-    keys = {split: keys_of(problems[split]) for split in SPLITS}
+    """
+    Find problems that occur in two splits.
+
+    Returns:
+        By first and second split (train, val; train, test; val, test), the ids in the second split of problems that the
+        first split contains.
+    """
+    keys = {split: content_keys(problems[split]) for split in SPLITS}
     found: dict[str, dict[str, list[str]]] = {}
     for first, second in itertools.combinations(SPLITS, 2):
         known = set(keys[first].values())

@@ -1,1 +1,1 @@
-"""What a user asks for: recipes and options. No model."""
+"""Recipes and command-line options: the settings that a user gives. No model."""

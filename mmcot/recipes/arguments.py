@@ -1,4 +1,4 @@
-"""What a recipe can say beyond the Trainer's arguments and `trl.ModelConfig`: its own settings, and a stage's."""
+"""The settings of a recipe and of its stages, in addition to the Trainer's arguments and `trl.ModelConfig`."""
 
 import argparse
 from dataclasses import dataclass, field, fields
@@ -17,20 +17,19 @@ class StageArguments:
     One entry of a recipe's `stages`.
 
     Args:
-        name: the stage's name and folder.
-        reads: columns of the problem that its source shows; `images` among them to see the pictures.
-        writes: the column it writes; `answer_text` makes it the stage that answers.
-        template: a name of the set `paper` (`QCM-E`, `QCMG-A`, …), which gives source and target.
-        source, target: Jinja templates, in place of the set's.
+        name: the name of the stage and of its folder.
+        reads: the columns of the problem that appear in its source; include `images` to read the pictures.
+        writes: the column that the stage writes; a stage that writes `answer_text` chooses the answer.
+        template: a name in the template set `paper` (`QCM-E`, `QCMG-A`, …), which defines source and target.
+        source, target: Jinja templates, in place of the named ones.
         max_source_length, max_target_length: in tokens.
-        score: of the stage that answers, how choices are compared (`processing_mmcot.SCORES`): `total`, `mean` or
-            `calibrated`. By default `mean` where its target holds the choice's text, else `total`
-            (docs/choice_lengths.md).
-        num_beams: of the free-running generation.
-        num_train_epochs, learning_rate: this stage's own, in place of the recipe's.
-        inputs_from: what it is trained on of the columns that earlier stages write: `gold`, `generated` or `cross_fit`
-            (`stage_inputs.py`).
-        init_from: what its training starts from: `base`, or `previous_stage`.
+        score: how the answering stage compares choices (`stage_mmcot.SCORES`): `total`, `mean` or `calibrated`. By
+            default `mean` if its target contains the text of the choice, else `total` (docs/choice_lengths.md).
+        num_beams: the number of beams of free-running generation.
+        num_train_epochs, learning_rate: for this stage, in place of the recipe's values.
+        inputs_from: the origin of the earlier stages' columns in training: `gold`, `generated` or `cross_fit`
+            (`training/stage_inputs.py`).
+        init_from: the initial weights of its training: `base`, or `previous_stage`.
     """
 
     name: str
@@ -58,91 +57,99 @@ class StageArguments:
 @dataclass
 class RecipeArguments:
     """
+    The settings of a recipe.
+
     Args:
-        dataset: where the problems come from, see `sources.load_problems`.
-        columns: `OURS=THEIRS,…` (in the recipe also a mapping), where the dataset names its columns otherwise.
-        split_seed: of the division of rows without `split`.
-        allow_overlap: train although validation or test problems are among those trained on (same text and pictures).
+        dataset: the source of the problems (`sources.load_problems`).
+        columns: `OURS=THEIRS,…` (in the recipe also a mapping), if the dataset has other column names.
+        split_seed: the seed of the division of rows without `split`.
+        allow_overlap: train even if validation or test problems also occur in training (same text and pictures).
         stages: the stages in order (in the recipe only, see [`StageArguments`]).
-        streaming: read the training problems of a dataset of the Hub while they are trained on, and keep none
-            (`streaming.py`).
-        fusion: how the picture enters; a name in `fusion_mmcot.FUSIONS`. By default the model's, `gated` for a new one.
+        streaming: read the training problems of a Hub dataset during training, without keeping them on disk
+            (`training/streaming.py`).
+        fusion: a name in `fusion_mmcot.FUSIONS`. By default that of the model, or `gated` for a new model.
         vision_model_name_or_path: a pre-trained picture tower: a checkpoint, or a name in `vision_mmcot.TOWERS`.
-        vision_tower: how its output becomes patches, a name in `vision_mmcot.TOWERS`.
-        vision_preprocessing: `checkpoint` (its own), or `paper` (as the authors prepared pictures for it).
-        freeze_vision: leave the tower as it is. By default as the model says, false for a new one.
-        max_images: the most pictures of one problem. With 0 the recipe is one without pictures: no stage reads them,
-            and the model is given no tower.
-        features: a folder of features of the pictures, as mmcot.features wrote it, in place of a run of the tower.
-        captions: a captions.json, as `mmcot.features --captions` wrote it, in place of the problems' captions.
-        tokenizer_name_or_path: a tokenizer; by default the text model's.
-        tokenizer_vocab_size: train a tokenizer of that many pieces on the training texts instead.
-        text_config, vision_config, image_processor: for a model from scratch, its configurations (in the recipe only).
-        target_column: `COLUMN=FILE.json`, texts by problem id to train the stage that writes that column on.
-        report_problems: for so many validation problems the stage writes, free-running, at each evaluation, and that is
-            scored and logged beside the loss (`progress.py`). By default none.
-        freeze_text, freeze_fusion: leave the text model, or the fusion, as they are.
-        num_folds: into how many parts the training problems fall, where a stage has `inputs_from: cross_fit`.
-        fold: only train the stages without that fold, 0 to num_folds - 1, and let them write for it. Folds can run side
-            by side; the command without it goes on with what they wrote.
-        peft_type: with `use_peft`, PEFT's name of what is trained beside the fusion: `LORA`, or virtual tokens in place
-            of it: `PROMPT_TUNING` (before the source), `PREFIX_TUNING` (in the decoder's attention).
-        num_virtual_tokens: how many of them.
+        vision_tower: how the tower's output becomes patches: a name in `vision_mmcot.TOWERS`.
+        vision_preprocessing: `checkpoint` (that of the checkpoint), or `paper` (that of the authors).
+        freeze_vision: do not train the tower. By default as in the model's configuration, false for a new model.
+        max_images: the largest number of pictures of one problem. With 0, no stage reads pictures and the model has no
+            tower.
+        features: a folder of picture features, as written by `mmcot.features`, used instead of running the tower.
+        captions: a captions.json, as written by `mmcot.features --captions`, in place of the problems' captions.
+        tokenizer_name_or_path: a tokenizer; by default that of the text model.
+        tokenizer_vocab_size: train a tokenizer with this vocabulary size on the training texts instead.
+        text_config, vision_config, image_processor: the configurations of a model from scratch (in the recipe only).
+        target_column: `COLUMN=FILE.json`: texts by problem id, the targets for the stage that writes that column.
+        report_problems: the number of validation problems that a stage writes, free-running, at each evaluation; the
+            result is scored and logged beside the loss (`training/progress.py`). By default none.
+        freeze_text, freeze_fusion: do not train the text model, or the fusion.
+        num_folds: the number of folds of the training problems, if a stage has `inputs_from: cross_fit`.
+        fold: only train the stages without this fold, 0 to num_folds - 1, and write their columns for its problems.
+            Folds can run in parallel; the command without `fold` uses their results.
+        peft_type: with `use_peft`, PEFT's name for the adapter that is trained beside the fusion: `LORA`, or virtual
+            tokens instead: `PROMPT_TUNING` (before the source), `PREFIX_TUNING` (in the decoder's attention).
+        num_virtual_tokens: the number of virtual tokens.
         merge_adapters: with `use_peft`, save whole models in place of a base and adapters.
-        pass_over_damaged_checkpoints: go on from the newest checkpoint that is whole, where a newer one is damaged.
-        decode_answer: generate "The answer is (B)." too, the paper's way, and report its accuracy as well.
+        pass_over_damaged_checkpoints: resume from the newest complete checkpoint, if a newer one is damaged.
+        decode_answer: also generate "The answer is (B).", as in the paper, and report its accuracy.
     """
 
     dataset: str = field(
         default="",
         metadata={"help": SOURCES},
     )
-    columns: str | None = field(default=None, metadata={"help": "OURS=THEIRS,…: the dataset's names of columns."})
-    split_seed: int = field(default=SPLIT_SEED, metadata={"help": "Of the division of rows without a split."})
-    allow_overlap: bool = field(default=False, metadata={"help": "Test on problems that are trained on, and say so."})
-    streaming: bool = field(default=False, metadata={"help": "Keep no training problems; wants max_steps."})
+    columns: str | None = field(default=None, metadata={"help": "OURS=THEIRS,…: the dataset's column names."})
+    split_seed: int = field(default=SPLIT_SEED, metadata={"help": "The seed that divides rows without a split."})
+    allow_overlap: bool = field(
+        default=False, metadata={"help": "Allow test problems that occur in training; scores record it."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training problems during training; needs max_steps."}
+    )
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
     fusion: str | None = field(default=None, metadata={"help": "How the picture enters the text."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})
     vision_tower: str | None = field(default=None, metadata={"help": "How the tower's output becomes patches."})
     vision_preprocessing: str = field(default="checkpoint", metadata={"help": "`checkpoint` or `paper`."})
-    freeze_vision: bool | None = field(default=None, metadata={"help": "Leave the picture tower as it is."})
-    max_images: int = field(default=1, metadata={"help": "The most pictures of one problem."})
-    features: str | None = field(default=None, metadata={"help": "Features of the pictures, computed before."})
+    freeze_vision: bool | None = field(default=None, metadata={"help": "Do not train the picture tower."})
+    max_images: int = field(default=1, metadata={"help": "The largest number of pictures of one problem."})
+    features: str | None = field(default=None, metadata={"help": "A folder of precomputed picture features."})
     captions: str | None = field(default=None, metadata={"help": "A captions.json, in place of the captions."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "By default the text model's."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "By default that of the text model."})
     tokenizer_vocab_size: int | None = field(default=None, metadata={"help": "Train a tokenizer of this size."})
     text_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     vision_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     image_processor: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
     target_column: str | None = field(default=None, metadata={"help": "COLUMN=FILE.json, texts by problem id."})
-    report_problems: int = field(default=0, metadata={"help": "Validation problems to write for at evaluations."})
-    freeze_text: bool = field(default=False, metadata={"help": "Leave the text model as it is."})
-    freeze_fusion: bool = field(default=False, metadata={"help": "Leave the fusion as it is."})
-    num_folds: int = field(default=5, metadata={"help": "Parts of the training problems, for cross_fit."})
-    fold: int | None = field(default=None, metadata={"help": "Only what cross_fit wants of this fold."})
+    report_problems: int = field(default=0, metadata={"help": "Validation problems to predict at each evaluation."})
+    freeze_text: bool = field(default=False, metadata={"help": "Do not train the text model."})
+    freeze_fusion: bool = field(default=False, metadata={"help": "Do not train the fusion."})
+    num_folds: int = field(default=5, metadata={"help": "The number of folds of cross_fit."})
+    fold: int | None = field(default=None, metadata={"help": "Train and write only this fold of cross_fit."})
     peft_type: str = field(default="LORA", metadata={"help": ", ".join(PEFT_TYPES)})
-    num_virtual_tokens: int = field(default=20, metadata={"help": "Of prompt and prefix tuning."})
+    num_virtual_tokens: int = field(default=20, metadata={"help": "For prompt and prefix tuning."})
     merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})
-    pass_over_damaged_checkpoints: bool = field(default=False, metadata={"help": "Go on from the last whole one."})
-    decode_answer: bool = field(default=False, metadata={"help": 'Generate "The answer is (B)." too, and read it.'})
+    pass_over_damaged_checkpoints: bool = field(
+        default=False, metadata={"help": "Resume from the newest complete checkpoint if a newer one is damaged."}
+    )
+    decode_answer: bool = field(default=False, metadata={"help": 'Also generate and read "The answer is (B)."'})
 
 
 def help_text() -> str:
-    """What `python train.py --help` shows without a recipe: the options that are ours, and where all others stand."""
+    """Return the text of `python train.py --help` without a recipe: mmcot's options, and a pointer to all others."""
     parser = argparse.ArgumentParser(
         prog="python train.py",
         usage="python train.py --config FILE [--dataset PATH_OR_ID] [--output_dir DIR] [--OPTION VALUE …]",
-        description="Train, predict, score and export what a recipe describes. The same command again goes on with an "
-        "interrupted run. Each option can stand in the recipe too; the command line goes before it.",
-        epilog="Options of training (learning_rate, num_train_epochs, bf16, …) are those of "
-        "transformers.Seq2SeqTrainingArguments, options of the text model and of adapters (model_name_or_path, dtype, "
-        "use_peft, lora_r, …) those of trl.ModelConfig: `python train.py --config configs/demo/two_stages.yaml --help` "
-        "shows them all.",
+        description="Train, predict, score and export the system that a recipe describes. The same command resumes an "
+        "interrupted run. The recipe can set each option too; the command line overrides it.",
+        epilog="Training options (learning_rate, num_train_epochs, bf16, …) come from "
+        "transformers.Seq2SeqTrainingArguments, and options of the text model and of adapters (model_name_or_path, "
+        "dtype, use_peft, lora_r, …) from trl.ModelConfig: "
+        "`python train.py --config configs/demo/two_stages.yaml --help` lists them all.",
         add_help=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="The recipe: configs/DATASET/VARIANT.yaml, or one of your own."
+        "--config", metavar="FILE", help="The recipe: configs/DATASET/VARIANT.yaml, or a file of your own."
     )
     for option in fields(RecipeArguments):
         parser.add_argument(
@@ -151,6 +158,6 @@ def help_text() -> str:
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="The run's folder; by default runs/DATASET_VARIANT, or runs/NAME for a NAME.yaml of your own.",
+        help="The run folder; by default runs/DATASET_VARIANT, or runs/NAME for a NAME.yaml of your own.",
     )
     return parser.format_help()

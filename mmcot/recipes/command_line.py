@@ -1,4 +1,4 @@
-"""Checks of a command's options, before any work: no option is without effect, and numbers are in range."""
+"""Checks of a command's options, before any work: each option has an effect, and numbers are in range."""
 
 import argparse
 from collections.abc import Collection, Sequence
@@ -6,30 +6,36 @@ from collections.abc import Collection, Sequence
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
     """
-    The names of the arguments that a command line gives, whatever their values.
+    Return the names of the arguments on a command line, even those set to their default.
 
     Args:
-        parser: one of its own; its defaults are taken away.
+        parser: a parser for this call only, because its defaults are removed.
+        argv: the command line; by default that of this process.
     """
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(argv)))
 
 
-def refuse_without_effect(said: Collection[str], names: Collection[str], reason: str) -> None:
+def refuse_without_effect(given: Collection[str], names: Collection[str], reason: str) -> None:
     """
+    Args:
+        given: the names of the options on the command line.
+        names: the options that have no effect here.
+        reason: why they have none.
+
     Raises:
-        ValueError: one of these options was given, which has no effect here, for that reason.
+        ValueError: one of `names` was given.
     """
     for name in names:
-        if name in said:
+        if name in given:
             raise ValueError(f"--{name} has no effect here: {reason}.")
 
 
 def refuse_below(arguments: argparse.Namespace, lowest: int, *names: str) -> None:
     """
     Raises:
-        ValueError: an option is a number below that.
+        ValueError: an option is a number below `lowest`.
     """
     for name in names:
         value = getattr(arguments, name)

@@ -1,7 +1,7 @@
-"""Options of the Trainer and of `trl.ModelConfig` that a run does not take, each with the reason, and those that are
-found wrong only when they are used: all are said before data is read.
+"""Checks of the options of the Trainer and of `trl.ModelConfig`, before data is read.
 
-`tests/recipes/test_trainer_options.py` walks over every option of both classes.
+Unsupported options are refused with a reason, and options that fail only in use are tried.
+`tests/recipes/test_trainer_options.py` covers every option of both classes.
 """
 
 import copy
@@ -12,11 +12,11 @@ from accelerate import PartialState
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, get_scheduler
 from trl import ModelConfig
 
-_WRITES = "how a stage writes is said in its entry (max_target_length, num_beams)"
-_BATCHES = "batches are made by the stages' own collator"
-_EVALUATION = "an evaluation computes the loss, and report_problems what a stage writes"
+_WRITES = "generation is set in the entry of a stage (max_target_length, num_beams)"
+_BATCHES = "batches are made by the collator of the stages"
+_EVALUATION = "an evaluation computes the loss, and report_problems adds scores of generated texts"
 _PUBLISHES = "push_to_hub.py publishes a run"
-_ITSELF = "the same command trains, evaluates, predicts and goes on by itself"
+_ITSELF = "one command trains, evaluates, predicts and resumes"
 
 REFUSED = {
     **dict.fromkeys(("predict_with_generate", "generation_max_length", "generation_num_beams"), _WRITES),
@@ -27,20 +27,20 @@ REFUSED = {
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), _PUBLISHES),
     **dict.fromkeys(("hub_always_push", "hub_revision"), _PUBLISHES),
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "resume_from_checkpoint"), _ITSELF),
-    "auto_find_batch_size": "another batch size gives other weights, and nobody would be told",
-    "ignore_data_skip": "a run that goes on would train on the same problems again",
-    "restore_callback_states_from_checkpoint": "a run's callbacks have no state",
+    "auto_find_batch_size": "another batch size gives other weights, without a warning",
+    "ignore_data_skip": "a resumed run would train on the same problems again",
+    "restore_callback_states_from_checkpoint": "the callbacks of a run have no state",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
-    "use_liger_kernel": "its kernels do not know this model",
-    "liger_kernel_config": "its kernels do not know this model",
-    "use_cache": "a model that is trained keeps no cache",
-    "enable_jit_checkpoint": "at SIGTERM a run saves and ends by itself",
-    "parallelism_config": "a run is shared by problems or by shards (configs/accelerate), not otherwise",
-    "optim_target_modules": "it is of optimizers that were not tried",
-    "debug": "its hooks do not take the masks of this model",
-    "include_num_input_tokens_seen": "the log tells tokens_per_second",
-    "lora_target_parameters": "it is of layers that T5 has none of: say lora_target_modules",
-    "neftune_noise_alpha": "it would be added to embeddings that T5's encoder does not read through",
+    "use_liger_kernel": "its kernels do not support this model",
+    "liger_kernel_config": "its kernels do not support this model",
+    "use_cache": "training uses no cache",
+    "enable_jit_checkpoint": "a run saves a checkpoint and ends on SIGTERM in any case",
+    "parallelism_config": "a run is split only by problems or by shards (configs/accelerate)",
+    "optim_target_modules": "it belongs to optimizers that are not tested",
+    "debug": "its hooks do not accept the masks of this model",
+    "include_num_input_tokens_seen": "the log reports tokens_per_second",
+    "lora_target_parameters": "it applies to layers that T5 does not have: use lora_target_modules",
+    "neftune_noise_alpha": "it adds noise to the output of an embedding module that T5's encoder does not call",
     "lora_task_type": "it is always SEQ_2_SEQ_LM",
 }
 
@@ -48,62 +48,69 @@ REFUSED = {
 def check_trainer_options(
     training_arguments: Seq2SeqTrainingArguments,
     model_config: ModelConfig,
-    said: Set[str],
+    given_keys: Set[str],
     reports_problems: bool,
     config: str,
 ) -> None:
     """
     Args:
-        said: the names of all settings that the recipe and the command line give.
+        given_keys: the names of all settings in the recipe and on the command line.
+        reports_problems: whether `report_problems` is set.
 
     Raises:
-        ValueError: one of them is not taken, or cannot be used, with the reason.
+        ValueError: a setting is not supported or cannot be used, with the reason.
     """
-    for name in sorted(said & REFUSED.keys()):
-        raise ValueError(f"{config}: {name} is set, which has no place here: {REFUSED[name]}.")
+    for name in sorted(given_keys & REFUSED.keys()):
+        raise ValueError(f"{config}: {name} is set, which is not supported: {REFUSED[name]}.")
     if training_arguments.accelerator_config.dispatch_batches:
-        raise ValueError(f"{config}: accelerator_config has dispatch_batches, which has no place here: {_BATCHES}.")
-    if "model_revision" in said and model_config.model_name_or_path is None:
-        raise ValueError(f"{config}: model_revision is set, which goes with model_name_or_path.")
+        raise ValueError(f"{config}: accelerator_config has dispatch_batches, which is not supported: {_BATCHES}.")
+    if "model_revision" in given_keys and model_config.model_name_or_path is None:
+        raise ValueError(f"{config}: model_revision is set, which requires model_name_or_path.")
     for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
-        if name in said and not model_config.load_in_4bit:
-            raise ValueError(f"{config}: {name} is set, which goes with load_in_4bit: true.")
+        if name in given_keys and not model_config.load_in_4bit:
+            raise ValueError(f"{config}: {name} is set, which requires load_in_4bit: true.")
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
         if getattr(training_arguments, name) and training_arguments.dataloader_num_workers == 0:
-            raise ValueError(f"{config}: {name} is set, which goes with dataloader_num_workers of 1 or more.")
+            raise ValueError(f"{config}: {name} is set, which requires dataloader_num_workers of 1 or more.")
     if training_arguments.fsdp and PartialState().num_processes == 1:
-        raise ValueError(f"{config}: fsdp is set, which goes with several processes: accelerate launch …")
+        raise ValueError(f"{config}: fsdp is set, which requires several processes: accelerate launch …")
     metric = training_arguments.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") != "loss" and not reports_problems:
         raise ValueError(
-            f"{config}: metric_for_best_model is {metric!r}; expected eval_loss, or with report_problems a figure of "
-            f"what the stage writes."
+            f"{config}: metric_for_best_model is {metric!r}; expected eval_loss, or with report_problems a score of "
+            f"the generated texts."
         )
     check_optimizer(training_arguments, config)
 
 
 def check_optimizer(training_arguments: Seq2SeqTrainingArguments, config: str) -> None:
-    """By making them for one weight: a missing library or a wrong argument is said there."""
+    """
+    Create the optimizer and the scheduler for a small parameter, because only that detects a missing library or a wrong
+    argument.
+
+    Raises:
+        ValueError: with the error of the optimizer or the scheduler.
+    """
     name = training_arguments.optim.value
     try:
         optimizer_class, options = Seq2SeqTrainer.get_optimizer_cls_and_kwargs(training_arguments)
     except (ImportError, ValueError, RuntimeError) as error:
         raise ValueError(f"{config}: optim is {name!r}, which cannot be used: {error}") from error
-    asked = training_arguments.optim_args
-    if asked is not None:
+    optim_args = training_arguments.optim_args
+    if optim_args is not None:
         without = copy.copy(training_arguments)
         without.optim_args = None
         if Seq2SeqTrainer.get_optimizer_cls_and_kwargs(without)[1] == options:
-            raise ValueError(f"{config}: optim_args is {asked!r}, which has no effect on {name}.")
+            raise ValueError(f"{config}: optim_args is {optim_args!r}, which has no effect on {name}.")
     try:
         optimizer_class([torch.nn.Parameter(torch.zeros(2, 2))], **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{config}: optim_args {asked!r} cannot be used: {error}") from error
+        raise ValueError(f"{config}: optim_args {optim_args!r} cannot be used: {error}") from error
     scheduler = training_arguments.lr_scheduler_type
-    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     kwargs = dict(training_arguments.lr_scheduler_kwargs or {})
     try:
-        get_scheduler(scheduler, plain, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs)
+        get_scheduler(scheduler, sgd, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{config}: lr_scheduler_type {scheduler.value!r} with lr_scheduler_kwargs {kwargs} cannot be used: {error}"

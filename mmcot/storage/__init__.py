@@ -1,1 +1,1 @@
-"""What is on disk, each file whole or absent."""
+"""Files on disk, each complete or absent."""

@@ -1,7 +1,7 @@
-"""What is computed once and kept on disk: which code and libraries its key holds, and what becomes of a damaged file.
+"""Results that are computed once and cached on disk: the parts of their keys, and the repair of damaged files.
 
-Other code or another version of a library may give other numbers, so both are part of a key. What is cut off or damaged
-is removed and computed again, and the log says so. Where caches lie: `files.cache_folder`.
+Other code or another version of a library may give other numbers, so both are part of a key. A truncated or damaged
+file is removed and computed again, with a warning in the log. Caches are in `files.cache_folder`.
 """
 
 import importlib.metadata
@@ -20,43 +20,49 @@ from mmcot.storage.digests import sha256_of_text
 
 logger = logging.getLogger(__name__)
 
-DAMAGES = (ValueError, OSError, pyarrow.ArrowException)  # what reading a damaged file raises: pyarrow's and json's
+DAMAGES = (ValueError, OSError, pyarrow.ArrowException)  # the errors that pyarrow and json raise for a damaged file
 
 
 def code_digest(*parts: Any) -> str:
-    """Of the source of modules, classes and functions."""
+    """Return the digest of the source code of modules, classes and functions."""
     return sha256_of_text("\0".join(map(inspect.getsource, parts)))
 
 
 def versions_of(*libraries: str) -> dict[str, str]:
+    """Return the installed version of each library."""
     return {name: importlib.metadata.version(name) for name in libraries}
 
 
-def kept(make: Callable[[], Dataset], place: Path, num_rows: int | None = None) -> Dataset:
+def load_or_compute(make: Callable[[], Dataset], place: Path, num_rows: int | None = None) -> Dataset:
     """
-    What `make` computes, or finds where `datasets` kept it.
+    Return the dataset that `make` computes, or loads from the cache of `datasets`.
 
     Args:
-        place: the file or folder that it is kept in, and nothing else.
-        num_rows: how many rows it has, where the kept file does not say so itself.
+        place: the file or folder of the cached dataset, without other content, because it is removed if damaged.
+        num_rows: the expected number of rows, where the cached file does not record it.
     """
     was_there = place.exists()
     try:
-        return whole(make(), num_rows)
+        return check_num_rows(make(), num_rows)
     except DAMAGES:
         if not was_there:
             raise
     with FileLock(place.with_name(f"{place.name}.lock")):
         try:
-            return whole(make(), num_rows)  # another process computed it again meanwhile
+            return check_num_rows(make(), num_rows)  # another process may have computed it again in the meantime
         except DAMAGES as error:
-            logger.warning("%s is cut off or damaged (%s): it is removed and computed again.", place, error)
+            logger.warning("%s is truncated or damaged (%s): it is removed and computed again.", place, error)
         remove(place)
-        return whole(make(), num_rows)
+        return check_num_rows(make(), num_rows)
 
 
-def whole(rows: Dataset, num_rows: int | None) -> Dataset:
-    """A file that is cut between two batches of rows is read without an error."""
+def check_num_rows(rows: Dataset, num_rows: int | None) -> Dataset:
+    """
+    Return `rows`. They are counted, because a file that is truncated between two batches of rows reads without error.
+
+    Raises:
+        ValueError: rows are missing.
+    """
     if num_rows is None:
         num_rows = sum(split.num_examples for split in rows.info.splits.values())
     if len(rows) != num_rows:
@@ -65,6 +71,7 @@ def whole(rows: Dataset, num_rows: int | None) -> Dataset:
 
 
 def remove(place: Path) -> None:
+    """Remove a file or a folder."""
     if place.is_dir():
         shutil.rmtree(place)
     else:

@@ -1,4 +1,4 @@
-"""A training's checkpoints: each is whole or absent, and lists the hashes of its files.
+"""The checkpoints of a training: each is complete or absent, and lists the hashes of its files.
 
 The Trainer defines a checkpoint's contents.
 """
@@ -9,42 +9,43 @@ from mmcot.storage.digests import sha256_of_file
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.folders import move_into_place
 
-FILES = "files.json"  # of each other file in a checkpoint its size and hash; written last
-UNFINISHED = "unfinished"  # what is being written beside the checkpoints
+FILES = "files.json"  # size and hash of each other file in a checkpoint; written last
+UNFINISHED = "unfinished"  # the folder of checkpoints that are still being written
 
 
 class RunStopped(Exception):
-    """A run cannot go on; the message says why and what can be done."""
+    """A run cannot continue; the message gives the reason and the options."""
 
 
 def finish_checkpoint(unfinished: Path, checkpoint: Path) -> None:
-    """Give what was written its list of files, then its name."""
+    """Add the list of files to a written checkpoint, then rename the checkpoint to its final name."""
     files = sorted(file for file in unfinished.rglob("*") if file.is_file())
     write_json(unfinished / FILES, {file.relative_to(unfinished).as_posix(): fingerprint(file) for file in files})
-    # An earlier one is damaged and was passed over, or is of the same step, saved before it was evaluated.
+    # An earlier checkpoint of this name is damaged and was skipped, or was saved at the same step before evaluation.
     move_into_place(unfinished, checkpoint, unfinished.with_name("replaced"))
 
 
 def finish_interrupted(stage_folder: Path) -> None:
-    """A checkpoint that was written whole gets its name, if a kill came before `finish_checkpoint` gave it that."""
+    """Rename complete checkpoints to their final names, if a kill interrupted `finish_checkpoint`."""
     for written in stage_folder.glob(f"{UNFINISHED}/checkpoint-*"):
         if damage_of(written) is None and not (stage_folder / written.name).exists():
             written.rename(stage_folder / written.name)
 
 
 def fingerprint(file: Path) -> dict[str, int | str]:
+    """Return the size and the hash of a file."""
     return {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
 
 
 def checkpoint_to_resume(stage_folder: Path, pass_over_damaged: bool = False) -> str | None:
     """
-    The newest checkpoint of a stage, None without any.
+    Return the newest checkpoint of a stage, or None if the stage has no checkpoint.
 
     Args:
-        pass_over_damaged: take the newest that is whole, where the newest of all is not.
+        pass_over_damaged: skip damaged checkpoints and take the newest complete one.
 
     Raises:
-        RunStopped: it is damaged.
+        RunStopped: the newest checkpoint is damaged, and `pass_over_damaged` is not set.
     """
     finish_interrupted(stage_folder)
     checkpoints = sorted(stage_folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
@@ -54,14 +55,14 @@ def checkpoint_to_resume(stage_folder: Path, pass_over_damaged: bool = False) ->
             return str(checkpoint)
         if not pass_over_damaged:
             raise RunStopped(
-                f"{checkpoint} is damaged: {damage}. Restore it, or go on from the one before it: "
+                f"{checkpoint} is damaged: {damage}. Restore it, or resume from the checkpoint before it: "
                 f"--pass_over_damaged_checkpoints true"
             )
     return None
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None where every file is as it was written."""
+    """Describe the damage of a checkpoint; None if every file is as it was written."""
     try:
         written = read_json(checkpoint / FILES)
     except (OSError, ValueError) as error:
@@ -71,7 +72,7 @@ def damage_of(checkpoint: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         found = fingerprint(file)
-        for what in ("bytes", "sha256"):
-            if found[what] != expected[what]:
-                return f"{name} has {what} {found[what]}, expected {expected[what]}"
+        for key in ("bytes", "sha256"):
+            if found[key] != expected[key]:
+                return f"{name} has {key} {found[key]}, expected {expected[key]}"
     return None

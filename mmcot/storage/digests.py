@@ -1,6 +1,6 @@
-"""SHA-256 digests of files, folders, texts and JSON values; the one place where they are computed.
+"""SHA-256 digests of files, folders, texts and JSON values; the only module that computes them.
 
-`sha256_of_…` returns hex digits, `digest_of_…` the same after `sha256:`. Files on disk record both forms.
+`sha256_of_…` returns hex digits, `digest_of_…` prefixes them with `sha256:`. Files on disk record both forms.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def sha256_of_text(text: str) -> str:
 
 
 def sha256_of_json(value: Any) -> str:
-    """Of a value as JSON, whatever the order of its keys."""
+    """Return the digest of a value as JSON; the order of its keys does not matter."""
     return sha256_of_text(json.dumps(value, sort_keys=True))
 
 
@@ -30,7 +30,7 @@ def sha256_of_file(file: Path) -> str:
 
 
 def cached_sha256_of_file(file: Path) -> str:
-    """The file is read once per process, unless it changes."""
+    """Return the digest of a file, which is read once per process unless it changes."""
     found = file.stat()
     return _sha256_of_state(file, (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
 
@@ -49,7 +49,7 @@ def digest_of_text(text: str) -> str:
 
 
 def digest_of_folders(folders: Iterable[Path], patterns: Sequence[str]) -> str:
-    """Of the names and contents of the files that match a pattern, and of the order of their folders."""
+    """Return one digest of the files that match a pattern: names, contents and the order of the folders."""
     digest = hashlib.sha256()
     for number, folder in enumerate(folders):
         for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
@@ -58,7 +58,7 @@ def digest_of_folders(folders: Iterable[Path], patterns: Sequence[str]) -> str:
 
 
 def digest_of_digests(digests: Mapping[str, str]) -> str:
-    """One digest of the names and hex digits of several files."""
+    """Return one digest of several files from their names and hex digits."""
     digest = hashlib.sha256()
     for name, hex_digits in digests.items():
         digest.update(name.encode() + bytes.fromhex(hex_digits))

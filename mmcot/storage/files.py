@@ -1,6 +1,6 @@
-"""Files on disk: written whole or not at all; JSON is read with errors that name the file and the line.
+"""Files on disk: written completely or not at all. Errors about JSON name the file and the line.
 
-The content of a file (predictions, scores) is checked by the module that owns its format.
+The module that owns a format (predictions, scores) checks the content of its files.
 """
 
 import json
@@ -13,7 +13,12 @@ import datasets
 
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
-    """The JSON object, or list, in `path`; a ValueError names the file, and the line where its text breaks."""
+    """
+    Return the JSON object, or list, in `path`.
+
+    Raises:
+        ValueError: the file is not JSON of that kind. The message names the file, and the line of a syntax error.
+    """
     try:
         data = json.loads(Path(path).read_bytes())
     except json.JSONDecodeError as error:
@@ -27,7 +32,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, its folder made where missing; whoever reads `path` sees the old file or the new one."""
+    """Write `text` to `path` and create its folder if missing. A reader of `path` sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system.
@@ -45,20 +50,20 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 def json_text(data: Mapping[str, Any]) -> str:
-    """The text that `write_json` writes."""
+    """Return the text that `write_json` writes."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
-def names_of(folder: Path) -> list[str]:
-    """The files of a folder and its subfolders, by their paths in it."""
+def list_files(folder: Path) -> list[str]:
+    """Return the files of a folder and its subfolders, by their paths relative to the folder, sorted."""
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def cache_folder() -> Path:
-    """Where what was computed once is kept, beside what `datasets` keeps."""
+    """Return the folder of cached results, inside the cache of `datasets`."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "mmcot"
 
 
-def resolved(path_or_id: str) -> str:
-    """A path of something that is there in full, so that two ways to write it are one; anything else as it is."""
+def resolve_path(path_or_id: str) -> str:
+    """Return an existing path as an absolute one, so that two spellings of it are equal; any other text unchanged."""
     return str(Path(path_or_id).resolve()) if Path(path_or_id).exists() else path_or_id

@@ -1,7 +1,7 @@
-"""A folder that is written whole or not at all, as `files.write_text` writes a file.
+"""Folders that are written completely or not at all, as `files.write_text` writes a file.
 
 A process writes into a temporary folder beside the target, `.NAME.PID.tmp`, and renames it at the end. The next call
-for the same target removes what a killed process left there.
+for the same target removes the leftovers of a killed process.
 """
 
 import os
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import psutil
 
-TEMPORARY = "tmp"  # ending of the new folder
-REPLACED = "replaced"  # ending of the old folder, while the new one takes its place
+TEMPORARY = "tmp"  # suffix of the new folder
+REPLACED = "replaced"  # suffix of the old folder, while the new one takes its place
 
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
     """
-    An empty temporary folder to write into. It replaces `folder` at the end of the block; after an error it is removed,
-    and `folder` stays as it was.
+    Yield an empty temporary folder to write into. It replaces `folder` at the end of the block. After an error it is
+    removed, and `folder` is unchanged.
     """
     folder = Path(folder)
     remove_leftovers(folder)
@@ -36,7 +36,7 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 def move_into_place(written: Path, folder: Path, replaced: Path) -> None:
     """
     Rename `written` to `folder`. A directory cannot replace another one in a single step, so the old folder is renamed
-    to `replaced` first; a kill in between leaves both folders whole.
+    to `replaced` first; a kill in between leaves both folders complete.
     """
     if folder.exists():
         folder.rename(replaced)
@@ -50,7 +50,7 @@ def move_into_place(written: Path, folder: Path, replaced: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders of killed processes; an old folder whose place is empty returns to it."""
+    """Remove the temporary folders of killed processes. If the target is missing, restore its old folder."""
     for leftover, end in leftovers(folder):
         if end == REPLACED and not folder.exists():
             leftover.rename(folder)
@@ -59,7 +59,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[tuple[Path, str]]:
-    """The temporary folders beside `folder` that no running process writes, with their endings."""
+    """Return the temporary folders beside `folder` that no running process writes, with their suffixes."""
     found = []
     for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
         pid, _, end = path.name.removeprefix(f".{folder.name}.").partition(".")

@@ -1,6 +1,6 @@
-"""The predictions so far, a line for each batch, so that a killed prediction resumes where it was.
+"""Logs of finished predictions, one line for each batch, from which a killed prediction resumes.
 
-A batch is identified by its problems: with other batches, results differ in their last bits, and none is reused.
+A batch is identified by its problems. Results of other batches differ in their last bits and are not reused.
 """
 
 import contextlib
@@ -12,19 +12,19 @@ from accelerate import PartialState
 
 from mmcot.storage.resumable_log import OtherHeader, ResumableLog, read_log
 
-Batch = tuple[str, ...]  # its problems' ids
+Batch = tuple[str, ...]  # the ids of its problems
 
 
 class Journal:
     """
-    The logs `OUTPUT.partial-PROCESS.jsonl` beside the file that is being made, one of each process.
+    The logs `OUTPUT.partial-PROCESS.jsonl` beside an unfinished predictions file, one for each process.
 
     Args:
-        output: the file that is being made.
-        settings: everything that decides the predictions.
+        output: the predictions file.
+        settings: everything that determines the predictions.
 
     Raises:
-        ValueError: the files there were begun with other settings.
+        ValueError: the existing logs were started with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
@@ -34,35 +34,42 @@ class Journal:
         for file in partial_files(output):
             for entry in read_journal(file, settings):
                 self.done.setdefault(entry["of"], {})[tuple(entry["ids"])] = entry["columns"]
-        state.wait_for_everyone()  # before any process writes: all have read the same
+        state.wait_for_everyone()  # all processes read the same logs before any of them writes
         own = output.with_name(f"{output.name}.partial-{state.process_index}.jsonl")
         self.log = ResumableLog(own, settings)
 
-    def write(self, of: str, ids: Batch, columns: list[dict]) -> None:
-        self.log.append({"of": of, "ids": ids, "columns": columns})
+    def write(self, part: str, ids: Batch, columns: list[dict]) -> None:
+        """Append the columns of a batch to the log."""
+        self.log.append({"of": part, "ids": ids, "columns": columns})
 
-    def give_up(self) -> None:
-        """After a write that failed. What is left of a line is passed over when the command goes on."""
+    def close_after_error(self) -> None:
+        """Close the log after a failed write. When the command resumes, it skips an incomplete line."""
         with contextlib.suppress(OSError):
             self.log.close()
 
     def remove(self) -> None:
-        """When the file that is being made is there."""
+        """Remove all logs, once the predictions file is written."""
         self.log.close()
         PartialState().wait_for_everyone()
         remove_partial_files(self.output)
 
 
 def read_journal(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Return the entries of a log.
+
+    Raises:
+        ValueError: the log was started with other settings.
+    """
     try:
         return read_log(file, settings)
     except OtherHeader as error:
-        there, here = error.there if isinstance(error.there, dict) else {}, error.here
-        differing = sorted(name for name in there | here if there.get(name) != here.get(name))
+        found, expected = error.found if isinstance(error.found, dict) else {}, error.expected
+        differing = sorted(name for name in found | expected if found.get(name) != expected.get(name))
         name = differing[0]
         raise ValueError(
-            f"{file} holds the beginning of another prediction: {', '.join(differing)} differ ({name}: "
-            f"{there.get(name)!r} there, {here.get(name)!r} here). Finish that one, or remove it."
+            f"{file} contains the beginning of another prediction: {', '.join(differing)} differ ({name}: "
+            f"{found.get(name)!r} there, {expected.get(name)!r} here). Finish that prediction, or remove the file."
         ) from error
 
 

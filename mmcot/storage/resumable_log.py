@@ -1,7 +1,7 @@
-"""A log of finished work, a JSON line for each piece: a killed call loses the piece in hand, and the next call resumes.
+"""A log of finished work, one JSON line for each piece. A killed call loses its current piece; the next call resumes.
 
-The first line may be a header with the settings that decide the pieces; a log with another header is refused. A last
-line without its end was being written when a process was killed: it is not read, and the next call removes it.
+The first line may be a header with the settings that determine the pieces; a log with another header is refused. A last
+line without a newline was being written when the process was killed: it is not read, and the next call removes it.
 """
 
 import json
@@ -11,30 +11,30 @@ from typing import Any
 
 
 class OtherHeader(ValueError):
-    """A log was begun with other settings: `there` is its header (or text that is none), `here` the expected one."""
+    """A log was started with other settings: `found` is its header, or its text if that is not a complete line."""
 
-    def __init__(self, file: Path, there: Any, here: dict[str, Any]):
-        super().__init__(f"{file} was begun with {there}, not with {here}.")
-        self.there, self.here = there, here
+    def __init__(self, file: Path, found: Any, expected: dict[str, Any]):
+        super().__init__(f"{file} was started with {found}, not with {expected}.")
+        self.found, self.expected = found, expected
 
 
 class ResumableLog:
     """
     Args:
-        file: is made where missing, else its whole lines are kept and new ones added.
-        header: None for a log whose settings are recorded elsewhere.
+        file: created if missing; otherwise its complete lines are kept and new lines are appended.
+        header: None for a log with its settings recorded elsewhere.
 
     Raises:
-        ValueError: the file is not such a log, or has another header (`OtherHeader`). It is not touched.
+        ValueError: the file is not such a log, or has another header (`OtherHeader`). The file is not changed.
     """
 
     def __init__(self, file: Path, header: Mapping[str, Any] | None = None):
         self.entries = read_log(file, header)
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole = whole_lines(file)
+        content = complete_lines(file)
         self.lines = file.open("ab")
-        self.lines.truncate(len(whole))
-        if header is not None and not whole:
+        self.lines.truncate(len(content))
+        if header is not None and not content:
             self.append(header)
 
     def append(self, *entries: Any) -> None:
@@ -47,31 +47,31 @@ class ResumableLog:
 
 def read_log(file: Path, header: Mapping[str, Any] | None = None) -> list[Any]:
     """
-    The entries of a log, without its header; none of a file that is missing.
+    Return the entries of a log, without its header. A missing file has no entries.
 
     Raises:
-        ValueError: a line is not JSON, or the header is another one (`OtherHeader`).
+        ValueError: a line is not JSON, or the header differs (`OtherHeader`).
     """
     entries = []
-    for number, line in enumerate(whole_lines(file).splitlines(), 1):
+    for number, line in enumerate(complete_lines(file).splitlines(), 1):
         try:
             entries.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from error
     if header is None:
         return entries
-    here = json.loads(json.dumps(header))
+    expected = json.loads(json.dumps(header))
     if entries:
-        there, *entries = entries
+        found, *entries = entries
     else:
-        there = file.read_bytes() if file.exists() else b""
-        there = here if json.dumps(header).encode().startswith(there) else there.decode(errors="replace")
-    if there != here:
-        raise OtherHeader(file, there, here)
+        found = file.read_bytes() if file.exists() else b""
+        found = expected if json.dumps(header).encode().startswith(found) else found.decode(errors="replace")
+    if found != expected:
+        raise OtherHeader(file, found, expected)
     return entries
 
 
-def whole_lines(file: Path) -> bytes:
-    """The content without a last line that was cut off."""
+def complete_lines(file: Path) -> bytes:
+    """Return the content of a file up to its last newline."""
     content = file.read_bytes() if file.exists() else b""
     return content[: content.rfind(b"\n") + 1]

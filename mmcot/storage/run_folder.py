@@ -1,11 +1,11 @@
-"""Every path of a run's folder, in one class."""
+"""The paths inside a run folder, in one class."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmcot.storage.files import read_json
 
-CROSS_FITTED = "train_cross_fit"  # in place of a split's name: the predictions of all folds for the training problems
+CROSS_FITTED = "train_cross_fit"  # used as a split's name: the predictions of all folds for the training problems
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,15 @@ class RunFolder:
 
         recipe.yaml  inputs.json  splits.json  .lock
         STAGE/       checkpoints, weights, curves.png, reports/, and train_results.json, which is written last
-        base/        the base, where the stages are adapters
+        base/        the base model, if the stages are adapters
         predictions/ SPLIT.json, SPLIT.meta.json, and SPLIT.STAGE.partial-PROCESS.jsonl while a stage writes
         scores/      SPLIT.json, probes.json
         hub/         the exported system; hub_merged/ with its adapters merged
-        folds/N/     stages that are trained without fold N, laid out like a run
+        folds/N/     stages that are trained without fold N, in the layout of a run
 
     Args:
         path: the folder itself.
-        fold_of: of a fold, the run to which it belongs.
+        fold_of: the run that a fold belongs to; None for a run itself.
     """
 
     path: Path
@@ -46,22 +46,22 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """A fold's lock is in the folder of its run."""
+        """The lock file of a run. The lock file of a fold is in the folder of its run."""
         return self.path / ".lock" if self.fold_of is None else self.fold_of.path / f".lock-fold-{self.path.name}"
 
     @property
     def run(self) -> "RunFolder":
-        """The run that a fold belongs to; a run's own folder otherwise."""
+        """The run that a fold belongs to; the folder itself for a run."""
         return self.fold_of or self
 
     @property
     def base(self) -> Path:
-        """The base that the stages adapt. The folds adapt their run's."""
+        """The base model that the stages adapt. Folds adapt the base model of their run."""
         return self.run.path / "base"
 
     @property
     def is_adapted(self) -> bool:
-        """Whether the stages are adapters of one base."""
+        """Whether the stages are adapters of one base model."""
         return self.base.is_dir()
 
     def stage(self, stage: str) -> Path:
@@ -71,7 +71,7 @@ class RunFolder:
         return self.stage(stage) / "train_results.json"
 
     def is_trained(self, stage: str) -> bool:
-        """Whether the stage's training is finished."""
+        """Whether the training of the stage is finished."""
         return self.train_results(stage).is_file()
 
     def trained_stages(self) -> list[str]:
@@ -87,19 +87,19 @@ class RunFolder:
         return self.path / "predictions" / f"{split}.json"
 
     def predictions_so_far(self, split: str) -> dict[str, dict]:
-        """The columns that the stages have written for a split, by problem id."""
+        """Return the columns that the stages have written for a split, by problem id."""
         file = self.predictions(split)
         return read_json(file) if file.exists() else {}
 
     def unfinished_predictions(self, split: str, stage: str) -> Path:
-        """The file beside which a stage's `Journal` lies while the stage writes."""
+        """Return the `output` of a stage's `Journal`: the logs of an unfinished stage have this name as a prefix."""
         return self.path / "predictions" / f"{split}.{stage}"
 
     def scores(self, split: str) -> Path:
         return self.path / "scores" / f"{split}.json"
 
     def judged_split(self) -> str | None:
-        """The split whose scores are reported: test, or val where test has none; None where neither has."""
+        """Return the split with the reported scores: test, or val if test has no scores; None if neither has scores."""
         return next((split for split in ("test", "val") if self.scores(split).is_file()), None)
 
     @property

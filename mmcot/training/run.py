@@ -14,7 +14,7 @@ from mmcot.hub.export import export
 from mmcot.prediction.provenance import origin_of_scores
 from mmcot.problems.digests import check_problems
 from mmcot.problems.schema import is_answered
-from mmcot.problems.sources import reading_options, said_options
+from mmcot.problems.sources import non_default_options, reading_options
 from mmcot.recipes.recipe import Recipe
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
@@ -54,7 +54,7 @@ def run(prepared: Run) -> None:
 def write_scores(folder: RunFolder, recipe: Recipe, split: str) -> None:
     """Write the scores of a split's predictions as `mmcot.evaluate` does, with pictures even if no stage reads them."""
     file, predictions = folder.predictions(split), folder.predictions_so_far(split)
-    dataset, options = recipe.arguments.dataset, said_options(recipe.arguments)
+    dataset, options = recipe.arguments.dataset, non_default_options(recipe.arguments)
     problems = load_scored_problems(recipe.source, split, **reading_options(recipe.arguments))
     check_problems(file, predictions, problems, dataset)
     scores = score(problems, predictions)

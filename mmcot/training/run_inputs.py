@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import commit_of
 from mmcot.prediction.examples import tokenizer_state
-from mmcot.problems.digests import difference, digest, problem_digests
+from mmcot.problems.digests import describe_difference, digest, problem_digests
 from mmcot.recipes.recipe import Recipe
 from mmcot.storage.digests import digest_of_folders
 from mmcot.storage.files import read_json, write_json
@@ -121,5 +121,5 @@ def describe_changes(recorded: dict[str, Any], current: dict[str, Any], split: s
         {name: [None if part == ABSENT else part for part in pair.split()] for name, pair in pairs.items()}
         for pairs in versions
     ]
-    change = difference(*digests)
+    change = describe_difference(*digests)
     return change and f"Of {len(versions[0])} {split} problems {change}"

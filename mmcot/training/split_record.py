@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from mmcot.problems.known_datasets import known_as
+from mmcot.problems.known_datasets import known_dataset_name
 from mmcot.problems.schema import first_few
 from mmcot.problems.sources import is_divided
 from mmcot.problems.splits import overlaps
@@ -51,7 +51,7 @@ def record_splits(recipe: Recipe, problems: Mapping[str, Dataset | IterableDatas
     if not shared:
         return record
     message = f"{arguments.dataset}: {'; '.join(shared)}: the same texts and pictures"
-    if not arguments.allow_overlap and known_as(arguments.dataset) not in PUBLISHED:
+    if not arguments.allow_overlap and known_dataset_name(arguments.dataset) not in PUBLISHED:
         raise ValueError(
             f"{message}. Scores would include problems that were used for training or model selection: remove them "
             f"from one split, or set --allow_overlap true; the card then reports the overlap."

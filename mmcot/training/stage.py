@@ -18,7 +18,7 @@ from mmcot.prediction.batching import by_both_lengths
 from mmcot.prediction.columns import with_gold_columns
 from mmcot.prediction.examples import lengths_of, tokenized
 from mmcot.prediction.predictor import log_shortened
-from mmcot.problems.known_datasets import known_as
+from mmcot.problems.known_datasets import known_dataset_name
 from mmcot.recipes.arguments import StageArguments
 from mmcot.recipes.recipe import Recipe
 from mmcot.storage.checkpoints import RunStopped, checkpoint_to_resume
@@ -156,7 +156,7 @@ def write_results(
         **metrics,
         "world_size": trainer.accelerator.num_processes,
         "hardware": hardware(),
-        "dataset_known_as": known_as(prepared.recipe.arguments.dataset),
+        "dataset_known_as": known_dataset_name(prepared.recipe.arguments.dataset),
         "shortened": shortened,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "log_history": history,

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.prediction.provenance import problems_digest, stage_weights
 from mmcot.problems.digests import digest_of_problems
-from mmcot.problems.sources import said_options
+from mmcot.problems.sources import non_default_options
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.digests import sha256_of_json
 from mmcot.storage.journal import Journal
@@ -79,7 +79,7 @@ def predictions_metadata(prepared: Run, stage: Stage, split: str) -> dict[str, A
     return {
         "dataset": arguments.dataset,
         "split": split,
-        **said_options(arguments),
+        **non_default_options(arguments),
         "decode_answer": arguments.decode_answer,
         "features": arguments.features,
         "captions": arguments.captions,

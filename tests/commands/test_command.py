@@ -29,7 +29,7 @@ def test_a_command_gets_the_options_that_follow_it(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["convert", "--help"])
     assert "usage: python -m mmcot.convert" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: nope.json: there is no such"):
+    with pytest.raises(SystemExit, match="error: nope.json: no such"):
         main(["evaluate", "--leaderboard", "nope.json"])
 
 

@@ -11,7 +11,7 @@ from test_predict import plainly
 from mmcot.evaluate import main as evaluate
 from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.prediction.system import load_system
-from mmcot.problems.demo import PICTURE_SKILLS, seen
+from mmcot.problems.demo import PICTURE_SKILLS, observation
 from mmcot.problems.schema import without_gold
 from mmcot.problems.sources import load_problems
 
@@ -76,7 +76,8 @@ def test_the_predictions_are_those_of_each_problem_alone(demo, problems):
 def test_the_rationales_name_what_is_drawn(demo, picture_problems):
     _, predictions, _ = demo
     named = [
-        seen(predictions[row["id"]]["rationale"]) == seen("Solution: " + row["solution"]) for row in picture_problems
+        observation(predictions[row["id"]]["rationale"]) == observation("Solution: " + row["solution"])
+        for row in picture_problems
     ]
     assert sum(named) >= 0.9 * len(named)
 

@@ -121,7 +121,7 @@ def test_problems_of_unknown_answer_are_refused(tmp_path, predictions_file):
 
 
 def test_the_predictions_file_is_never_written_over(dataset, predictions_file, predictions):
-    with pytest.raises(SystemExit, match=r"error: .* is a predictions file itself"):
+    with pytest.raises(SystemExit, match=r"error: .* is one of the predictions files"):
         main([str(predictions_file), "--dataset", dataset, "--output", str(predictions_file)])
     assert read_json(predictions_file) == predictions
 

@@ -324,7 +324,7 @@ def test_a_recipe_whose_tower_is_another_than_the_stores_is_refused(runs, store,
     command += ["--output_dir", str(tmp_path / "run"), "--features", str(store)]
     with pytest.raises(SystemExit, match="vision_tower is 'detr' in the store, 'vit' in the model"):
         train.main([*command, "--vision_model_name_or_path", str(vit)])
-    with pytest.raises(SystemExit, match="features are those of a fixed tower; they want freeze_vision"):
+    with pytest.raises(SystemExit, match="features are computed by a fixed tower and require freeze_vision"):
         train.main([*command, "--freeze_vision", "false"])
     assert not (tmp_path / "run").exists()
 

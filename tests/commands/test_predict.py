@@ -178,7 +178,7 @@ def test_the_beginning_of_another_prediction_is_not_gone_on_with(tiny_run, tiny_
         main(command)
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--batch_size", "7"])
-    for words in ("broken.json.partial-0.jsonl", "batch_size: 32 there, 7 here", "remove it"):
+    for words in ("broken.json.partial-0.jsonl", "batch_size: 32 there, 7 here", "remove the file"):
         assert words in stopped.value.code
 
 

@@ -45,7 +45,7 @@ def test_ctrl_c_before_the_training_ends_without_a_traceback(tiny_dataset, tmp_p
     wait_for(tmp_path / "run" / "recipe.yaml", process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in errors and "The same command goes on" in errors
+    assert process.returncode == 130 and "Traceback" not in errors and "The same command resumes" in errors
 
 
 @pytest.mark.slow

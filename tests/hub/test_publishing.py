@@ -127,7 +127,7 @@ def as_a_user(code, environment, cwd, **changes):
 def test_a_run_is_published_in_one_commit_and_found_to_answer_alike(hub, client, run, published):
     assert on_the_hub(hub, "ada/tiny") == content(run / "hub")
     first, created = hub.commits("model", "ada/tiny")
-    assert f"ada/tiny at {first}: loads, and answers as {run} does." in published.stdout
+    assert f"ada/tiny at {first}: loads and gives the same answers as {run}." in published.stdout
     assert re.search(r"[\d,]+  new      rationale/model.safetensors", published.stdout)
     assert not hub.is_private("model", "ada/tiny") and created != first
 
@@ -350,7 +350,7 @@ def test_seeds_stand_in_the_card(broken):
 
 
 def test_adapters_are_asked_for_of_adapters_only(broken):
-    with pytest.raises(SystemExit, match="its stages are no adapters"):
+    with pytest.raises(SystemExit, match="its stages are not adapters"):
         dry_run(broken, "--merge")
 
 
@@ -635,7 +635,7 @@ def test_a_space_answers_with_the_model_at_its_commit(hub, client, run, publishe
 def test_a_space_is_not_published_with_nothing(capsys):
     with pytest.raises(SystemExit):
         main(["--repo_id", "ada/tiny"])
-    assert "name a finished run's folder, or a --space" in capsys.readouterr().err
+    assert "name the folder of a finished run, or a --space" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_scores_of_unlike_problems_do_not_stand_in_one_table(files, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [('{"accuracy": 3}', "not a scores file"), (None, "there is no such file or folder; expected a scores file")],
+    [('{"accuracy": 3}', "not a scores file"), (None, "no such file or folder; expected a scores file")],
 )
 def test_what_is_no_scores_file_is_named(files, tmp_path, content, said):
     file = tmp_path / "bad.json"

@@ -103,7 +103,9 @@ def test_a_score_that_is_none_or_of_a_stage_without_choices_is_refused(tmp_path,
     values = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     values["stages"][0]["score"] = "mean"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ValueError, match="stage 'rationale' has a score, and no choices: it writes 'rationale'"):
+    with pytest.raises(
+        ValueError, match="stage 'rationale' has a score but compares no choices: it writes 'rationale'"
+    ):
         parse_recipe(words)
 
 

@@ -95,8 +95,8 @@ def test_no_picture_of_val_or_test_is_in_train():
 
 @pytest.mark.parametrize("skill", ["bar_chart", "objects"])
 def test_no_statement_of_three_or_more_facts_of_val_or_test_is_in_train(skill):
-    facts = {demo.seen(row["solution"]) for row in rows_of(skill, "train")}
-    assert not facts & {demo.seen(row["solution"]) for row in rows_of(skill, "val", "test")}
+    facts = {demo.observation(row["solution"]) for row in rows_of(skill, "train")}
+    assert not facts & {demo.observation(row["solution"]) for row in rows_of(skill, "val", "test")}
 
 
 def test_every_word_is_seen_in_training():
@@ -168,7 +168,7 @@ def test_a_solution_concludes_with_the_answer_and_no_other_choice():
         named = [choice for choice in row["choices"] if re.search(rf"\b{choice}\b", conclusion)]
         assert named == [row["choices"][row["answer"]]], row["solution"]
         assert len(set(row["choices"])) == len(row["choices"])
-        assert demo.seen(row["solution"]) == facts
+        assert demo.observation(row["solution"]) == facts
         assert "\n" not in row["solution"] and len(row["solution"].split()) <= 25
 
 
@@ -177,7 +177,7 @@ def test_a_solution_concludes_with_the_answer_and_no_other_choice():
     [("A is red. So, it is red.", "A is red."), ("no conclusion", "no conclusion"), ("", "")],
 )
 def test_seen_is_the_text_before_the_conclusion(rationale, facts):
-    assert demo.seen(rationale) == facts
+    assert demo.observation(rationale) == facts
 
 
 def test_pictures_are_small_rgb_pngs():

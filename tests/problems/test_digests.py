@@ -5,28 +5,30 @@ import shutil
 from datasets import Dataset
 from PIL import Image
 
-from mmcot.problems.digests import difference, problem_digests, whole_digest
-from mmcot.problems.schema import FEATURES, PicturePaths, checked
+from mmcot.problems.digests import combined_digest, describe_difference, problem_digests
+from mmcot.problems.schema import FEATURES, PicturePaths, check_rows
 
 
 def problems(folder, **changes):
     rows = [{"id": str(number), "question": f"Question {number}?", "images": ["picture.png"]} for number in range(12)]
     rows[3] |= changes
-    rows = checked([("rows", row) for row in rows], "rows", PicturePaths(folder))
+    rows = check_rows([("rows", row) for row in rows], "rows", PicturePaths(folder))
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
 def test_each_change_of_a_problem_is_told_with_its_count(tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "picture.png")
     before = problem_digests(problems(tmp_path))
-    assert difference(before, problem_digests(problems(tmp_path))) is None
+    assert describe_difference(before, problem_digests(problems(tmp_path))) is None
     for change in ({"question": "Another?"}, {"solution": "It is red."}, {"choices": ["red", "blue"], "answer": 1}):
-        assert difference(before, problem_digests(problems(tmp_path, **change))) == (
+        assert describe_difference(before, problem_digests(problems(tmp_path, **change))) == (
             "1 have other texts or answers (3)"
         )
-    assert difference(before, problem_digests(problems(tmp_path, id="new"))) == "1 are new (new); 1 are gone (3)"
+    assert (
+        describe_difference(before, problem_digests(problems(tmp_path, id="new"))) == "1 are new (new); 1 are gone (3)"
+    )
     Image.new("RGB", (4, 4), "blue").save(tmp_path / "picture.png")
-    assert difference(before, problem_digests(problems(tmp_path))) == (
+    assert describe_difference(before, problem_digests(problems(tmp_path))) == (
         "12 have other pictures (0, 1, 2, 3, 4 and 7 more)"
     )
 
@@ -41,5 +43,5 @@ def test_a_moved_picture_is_the_same_and_an_absent_one_is_not_compared(tmp_path)
     assert problem_digests(problems(second)) == before
     (first / "picture.png").unlink()
     without = problem_digests(before_problems)
-    assert difference(before, without) is None
-    assert whole_digest(without) == {"texts": whole_digest(before)["texts"], "pictures": None}
+    assert describe_difference(before, without) is None
+    assert combined_digest(without) == {"texts": combined_digest(before)["texts"], "pictures": None}

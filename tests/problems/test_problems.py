@@ -102,9 +102,9 @@ def test_what_to_parquet_writes_is_read_again(tmp_path):
         ({"split": "minitest"}, ["line 1", "split is 'minitest'", "train, val, test"]),
         ({"quesion": "Why?"}, ["line 1", "unknown column 'quesion'", "'question'"]),
         ({"images": "red.png"}, ["problem p1", "images is 'red.png'", "list"]),
-        ({"images": [3]}, ["problem p1", "images holds 3", "paths"]),
-        ({"images": [{"bytes": "iVBORw0K", "path": None}]}, ["problem p1", "images holds {'bytes'"]),
-        ({"images": [{"bytes": None, "path": None}]}, ["problem p1", "images holds {'bytes'"]),
+        ({"images": [3]}, ["problem p1", "images contains 3", "paths"]),
+        ({"images": [{"bytes": "iVBORw0K", "path": None}]}, ["problem p1", "images contains {'bytes'"]),
+        ({"images": [{"bytes": None, "path": None}]}, ["problem p1", "images contains {'bytes'"]),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, fields, found):
@@ -132,7 +132,7 @@ def test_a_malformed_line_of_jsonl_is_named(tmp_path, line):
 def test_a_file_that_is_not_parquet(tmp_path):
     file = tmp_path / "problems.parquet"
     file.write_text("id,question")
-    assert says(error_of(load_problems, str(file), "test"), file, "not a whole Parquet file")
+    assert says(error_of(load_problems, str(file), "test"), file, "not a complete Parquet file")
 
 
 # Sources and splits.

@@ -335,12 +335,12 @@ def test_a_path_that_leads_out_of_a_folder_of_parquet_is_refused(tmp_path, path)
 @pytest.mark.parametrize(
     ("files", "found"),
     [
-        ({"notes.txt": ""}, ["holds nothing known", "expected demo"]),
+        ({"notes.txt": ""}, ["without known files", "expected demo"]),
         ({"metadata.csv": "question\nWhy?\n", "metadata.jsonl": "{}"}, ["both metadata.jsonl and metadata.csv"]),
         ({"metadata.csv": "question\nWhy?\n", "test/metadata.csv": "question\nWhy?\n"}, ["metadata of its own and of"]),
         ({"val/metadata.csv": "question\nA?\n", "dev/metadata.csv": "question\nB?\n"}, ["two folders of one split"]),
-        ({"train.parquet": "no table"}, ["not a whole Parquet file"]),
-        ({"state.json": "{}"}, ["not a whole dataset of save_to_disk"]),
+        ({"train.parquet": "no table"}, ["not a complete Parquet file"]),
+        ({"state.json": "{}"}, ["not a complete dataset of save_to_disk"]),
     ],
 )
 def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, found):

@@ -12,7 +12,7 @@ from conftest import HUB_FEATURES, hub_rows
 from problem_files import error_of, jsonl, parquet, png, says
 
 from mmcot.problems.sources import is_divided, load_problems
-from mmcot.problems.splits import named_parts, overlaps
+from mmcot.problems.splits import overlaps, parse_split_files
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
 from mmcot.training.preparation import prepare
@@ -121,14 +121,17 @@ def test_a_file_that_is_given_as_a_split_serves_whole_for_it(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         assert [len(load_problems(source, split)) for split in SPLITS] == [30, 10, 5]
     assert not is_divided(source) and load_problems(source, "val")["id"][0] == "val-0"
-    assert says(caplog.text, f"{files['test']}: it is given as test, and so are its rows that name another split")
+    assert says(caplog.text, f"{files['test']}: given as test, which overrides rows that name another split")
     assert len(load_problems(f"test={files['train']}", "test")) == 30
     message = error_of(load_problems, f"test={files['train']}", "train")
     assert says(message, "no split 'train'; found test", "train=FILE,val=FILE,test=FILE")
     assert says(
         error_of(load_problems, f"test={files['train']},test={files['val']}", "test"), "names the split 'test' twice"
     )
-    assert named_parts("a=b.jsonl") is None and named_parts("test=a,b.jsonl,dev=c") == {"test": "a,b.jsonl", "val": "c"}
+    assert parse_split_files("a=b.jsonl") is None and parse_split_files("test=a,b.jsonl,dev=c") == {
+        "test": "a,b.jsonl",
+        "val": "c",
+    }
 
 
 # Problems in two splits.
@@ -215,4 +218,4 @@ def test_the_demonstrations_splits_share_no_problem():
         for seconds in overlaps({split: load_problems("demo:9", split) for split in SPLITS}).values()
         for ids in seconds.values()
     )
-    assert json.dumps(named_parts("demo:9")) == "null"
+    assert json.dumps(parse_split_files("demo:9")) == "null"

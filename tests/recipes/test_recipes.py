@@ -89,11 +89,11 @@ def test_nested_numbers_that_yaml_reads_as_texts_become_numbers(tmp_path):
         (lambda r: r["stages"].pop(), "the last stage, and only it, writes `answer_text`"),
         (lambda r: r.update(stages=[]), "`stages` is empty"),
         (lambda r: r.update(lora_r=8), "use_peft"),
-        (lambda r: r.pop("image_processor"), "a stage reads `images`, but neither"),
+        (lambda r: r.pop("image_processor"), "a stage reads `images`, but no setting"),
         (lambda r: r["stages"][0].update(name="../../x"), "name of a stage is '../../x'; expected letters, digits"),
         (lambda r: r["stages"][0].update(name=["x"]), "name of a stage is .*'x'.*; expected letters, digits"),
-        (lambda r: r["stages"][0].update(name="hub"), "name of a stage is 'hub', a folder that a run has"),
-        (lambda r: r.update(env={"PYTHONPATH": "/evil"}), "env is not read: set variables"),
+        (lambda r: r["stages"][0].update(name="hub"), "name of a stage is 'hub', a folder that a run uses"),
+        (lambda r: r.update(env={"PYTHONPATH": "/evil"}), "env is not read: set environment variables"),
         (lambda r: r.update(trust_remote_code=True), "unknown key 'trust_remote_code'"),
         (
             lambda r: r.update(attn_implementation="evil/kernel"),
@@ -134,14 +134,14 @@ def test_an_unknown_option_is_refused(tmp_path):
 
 
 def test_a_missing_recipe_is_named():
-    with pytest.raises(ValueError, match="configs/nothing.yaml: there is no such file"):
+    with pytest.raises(ValueError, match="configs/nothing.yaml: no such file"):
         parse_recipe(["--config", "configs/nothing.yaml"])
 
 
 def test_a_folder_that_holds_something_else_is_not_taken(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty and holds no recipe.yaml"):
+    with pytest.raises(ValueError, match="not empty and has no recipe.yaml"):
         claim_run_folder(parse(tmp_path, None, "--output_dir", str(tmp_path / "run")))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
@@ -175,7 +175,7 @@ def test_of_an_edited_recipe_the_key_that_differs_is_named(tmp_path):
     with pytest.raises(ValueError) as refused:
         claim_run_folder(parse_recipe(command))
     assert str(refused.value) == (
-        f"{tmp_path / 'run'} holds a run of another recipe: stages[0].max_source_length: 128 there, 256 here; "
+        f"{tmp_path / 'run'} contains a run of another recipe: stages[0].max_source_length: 128 there, 256 here; "
         f"vision_config.patch_size: 32 there, 16 here. Choose another --output_dir."
     )
 

@@ -169,7 +169,7 @@ def test_an_option_without_a_place_is_refused_before_data_is_read(name, tmp_path
     }.get(name, value)
     words = recipe_with(tmp_path, **{name: value})
     (tmp_path / "problems.jsonl").unlink()
-    with pytest.raises(ValueError, match=f"{name} is set, which has no place here: ") as error:
+    with pytest.raises(ValueError, match=f"{name} is set, which is not supported: ") as error:
         parse_recipe(words)
     assert REFUSED[name] in str(error.value)
 
@@ -182,10 +182,10 @@ def test_an_option_without_a_place_is_refused_before_data_is_read(name, tmp_path
         ({"lr_scheduler_kwargs": {"foo": 1}}, "'linear' with lr_scheduler_kwargs {'foo': 1} cannot be used"),
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model is 'accuracy'; expected eval_loss"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config has dispatch_batches"),
-        ({"dataloader_persistent_workers": True}, "goes with dataloader_num_workers of 1 or more"),
-        ({"model_revision": "v1"}, "model_revision is set, which goes with model_name_or_path"),
-        ({"bnb_4bit_quant_type": "fp4", **PEFT}, "bnb_4bit_quant_type is set, which goes with load_in_4bit"),
-        ({"fsdp": "full_shard"}, "fsdp is set, which goes with several processes"),
+        ({"dataloader_persistent_workers": True}, "requires dataloader_num_workers of 1 or more"),
+        ({"model_revision": "v1"}, "model_revision is set, which requires model_name_or_path"),
+        ({"bnb_4bit_quant_type": "fp4", **PEFT}, "bnb_4bit_quant_type is set, which requires load_in_4bit"),
+        ({"fsdp": "full_shard"}, "fsdp is set, which requires several processes"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed"),
     ],
 )

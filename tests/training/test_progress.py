@@ -165,9 +165,9 @@ def test_a_frozen_part_stays_as_it_is_to_the_bit_and_the_others_do_not(tiny_data
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--freeze_text", "true", "--use_peft", "true"], "with use_peft the text model is left as it is anyway"),
+        (["--freeze_text", "true", "--use_peft", "true"], "with use_peft the text model is never trained"),
         (["--freeze_text", "true", "--freeze_fusion", "true"], "leave nothing to train on problems without picture"),
-        (["--freeze_text", "true", "--max_images", "0"], "leaves the stage 'rationale', which sees no pictures"),
+        (["--freeze_text", "true", "--max_images", "0"], "the stage 'rationale' reads no pictures"),
     ],
 )
 def test_something_is_left_to_train(tiny_dataset, tmp_path, options, said):

@@ -151,7 +151,7 @@ def test_the_first_stage_has_none_before_it(tiny_dataset, tmp_path, key):
     values = yaml.safe_load(TINY_RECIPE.read_text())
     values["stages"][0][key] = {"inputs_from": "generated", "init_from": "previous_stage"}[key]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(SystemExit, match=f"stage 'rationale' has {key} .*, and no stage before it"):
+    with pytest.raises(SystemExit, match=f"stage 'rationale' has {key} .*, but no stage before it"):
         main(command(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "run"))
 
 
