@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from mmcot.evaluate import main as score_files
 from mmcot.hub.card import scores_of_run
 from mmcot.predict import main as predict
-from mmcot.prediction.provenance import all_weights, weights_of
+from mmcot.prediction.provenance import weights_by_stage, weights_of
 from mmcot.probes import main as probe
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.run_folder import RunFolder
@@ -63,10 +63,10 @@ def test_weights_are_those_of_what_is_loaded_and_comparable_with_the_run_s(kind,
     run = shutil.copytree(request.getfixturevalue(kind), tmp_path / "run")
     processor = MMCoTProcessor.from_pretrained(run / "hub", trust_remote_code=False)
     exported = weights_of(str(run), processor)
-    assert exported == weights_of(str(run / "hub"), processor) == all_weights(run, processor)
+    assert exported == weights_of(str(run / "hub"), processor) == weights_by_stage(run, processor)
     for file in (run / "rationale").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    assert weights_of(str(run), processor) == exported != all_weights(run, processor)
+    assert weights_of(str(run), processor) == exported != weights_by_stage(run, processor)
 
 
 def test_maps_of_another_model_than_the_one_that_predicted_are_refused(tiny_run, tiny_dataset, tmp_path):

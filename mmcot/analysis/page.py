@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from mmcot.evaluation.predictions import (
     Predictions,
-    fitting,
+    read_matching_predictions,
 )
 from mmcot.prediction.columns import with_columns
 from mmcot.prediction.provenance import weights_of
@@ -29,7 +29,7 @@ def write_page(
 
     blind, origin = None, origin_of(Path(arguments.file))
     if arguments.without_picture is not None:
-        blind = fitting(arguments.without_picture, problems, False, arguments, pictures=False)
+        blind = read_matching_predictions(arguments.without_picture, problems, False, arguments, pictures=False)
     attention: Iterable[tuple[str, Any]] = ()
     if arguments.attention is not None:
         processor, models = load_system(arguments.attention)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
-from mmcot.prediction.provenance import all_weights
+from mmcot.prediction.provenance import weights_by_stage
 from mmcot.problems.splits import named_parts
 from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
 from mmcot.storage.files import names_of, read_json, write_json
@@ -163,7 +163,7 @@ def scores_of_run(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str,
 
 
 def check_weights(measured: dict[str, Any], file: Path, run_folder: RunFolder, processor: MMCoTProcessor) -> None:
-    weights, said = all_weights(run_folder.path, processor), measured.get("weights")
+    weights, said = weights_by_stage(run_folder.path, processor), measured.get("weights")
     if said == weights:
         return
     differing = [name for name, digest in weights.items() if (said or {}).get(name) != digest]
