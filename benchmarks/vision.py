@@ -26,7 +26,7 @@ from mmcot.pictures.featurizer import (
     Featurizer,
     TowerOptions,
     compute_missing,
-    described,
+    featurizer_settings,
     load_featurizer,
 )
 from mmcot.pictures.reading import distinct_pictures, read_picture
@@ -46,7 +46,7 @@ def one_at_a_time(featurizer: Featurizer, pictures: list) -> None:
 
 def store_all(featurizer: Featurizer, rows, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    with FeatureWriter(folder, described(featurizer, "float16")) as writer:
+    with FeatureWriter(folder, featurizer_settings(featurizer, "float16")) as writer:
         compute_missing(writer, rows, featurizer, FeatureOptions())
 
 

@@ -35,7 +35,7 @@ def stale(tiny_run, tmp_path, request):
     return run
 
 
-SAID = r"run/hub does not hold the weights of the run's stages \((rationale|answer)\).*Run train.py to its end"
+SAID = r"run/hub does not contain the weights of the run's stages \((rationale|answer)\).*Run train.py to its end"
 
 
 def test_a_run_that_was_not_exported_since_it_was_trained_is_not_loaded(stale, tiny_dataset, tmp_path):

@@ -99,7 +99,7 @@ def test_a_system_without_tower_is_not_probed_blind(tiny_run, tiny_dataset, monk
     processor, models = load_system(str(tiny_run))
     processor.image_processor = None
     monkeypatch.setattr("mmcot.probes.load_system", lambda model: (processor, models))
-    with pytest.raises(SystemExit, match="has no picture tower, and problems have pictures: give --features"):
+    with pytest.raises(SystemExit, match="has no picture tower, but problems have pictures: specify --features"):
         main([str(tiny_run), "--dataset", str(tiny_dataset)])
 
 

@@ -1,7 +1,7 @@
 """Batches of problems of similar lengths and of about equal cost: little padding and steady progress.
 
-The cost of a batch is its number of padded source and target tokens, so a batch of short problems contains more problems.
-The functions work on lengths and indices only.
+The cost of a batch is its number of padded source and target tokens, so a batch of short problems contains more of
+them. The functions work on lengths and indices only.
 """
 
 import math
@@ -19,8 +19,8 @@ WINDOW = 64
 
 def length_batches(lengths: Sequence[Lengths], count: int, minimum: int = 1) -> list[list[int]]:
     """
-    Split the indices of all problems into `count` batches of at least `minimum` problems, such that the cost of the most
-    expensive batch is minimal.
+    Split the indices of all problems into `count` batches of at least `minimum` problems, such that the cost of the
+    most expensive batch is minimal.
     """
     return partition(by_both_lengths(lengths), lengths, count, minimum) if lengths else []
 
@@ -92,18 +92,18 @@ def split_by_cost(batches: list[list[int]], lengths: Sequence[Lengths], num_proc
 
 class LengthBatchSampler(Sampler[list[int]]):
     """
-    The batches of an epoch: optimisation steps in random order, other ones in each epoch, and of each step its batches
-    one after another. Which problems a step holds does not depend on how many batches they are by_process out to, as long
-    as a batch has 4 problems or more on average.
+    Yields the batches of an epoch: optimisation steps in random order, with the batches of a step in succession. Each
+    epoch has other steps. The problems of a step do not depend on the number of batches per step if a batch contains 4
+    or more problems on average.
 
     Args:
-        lengths: of each problem's source and target.
-        step_size: problems of a step, on average, over all its batches and processes.
-        batches_per_step: processes times accumulated batches.
-        seed: with the epoch, what decides the order.
+        lengths: source and target length of each problem.
+        step_size: average number of problems per step, over all batches and processes.
+        batches_per_step: number of processes times accumulated batches.
+        seed: determines the order, together with the epoch.
 
     Raises:
-        ValueError: there are fewer problems than a step has batches.
+        ValueError: there are fewer problems than batches per step.
     """
 
     def __init__(self, lengths: Sequence[Lengths], step_size: int, batches_per_step: int, seed: int):

@@ -1,8 +1,8 @@
 """Tokenize the sources and targets of a stage once, cache the tokens on disk, and collate them into batches.
 
-The cache key covers all inputs: the problems, the stage's templates and lengths, the tokenizer, the code and the library
-versions (`caches.py`). Pictures are not cached here; the collator reads them, in DataLoader workers if there are any.
-This module is independent of the model.
+The cache key covers all inputs: the problems, the stage's templates and lengths, the tokenizer, the code and the
+library versions (`caches.py`). Pictures are not cached here; the collator reads them, in DataLoader workers if there
+are any. This module is independent of the model.
 """
 
 import functools

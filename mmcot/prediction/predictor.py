@@ -168,8 +168,8 @@ def predict(
     drawing: Drawing = NOT_DRAWN,
 ) -> dict[str, dict]:
     """
-    Return the predictions of all stages by problem id, in the order of the dataset. With several sampled rationales, the
-    answer is the choice with the highest mean probability over them (`self_consistency_mmcot.py`).
+    Return the predictions of all stages by problem id, in the order of the dataset. With several sampled rationales,
+    the answer is the choice with the highest mean probability over them (`self_consistency_mmcot.py`).
     """
     samples: list[dict[str, dict]] = []
     for sample in drawing.samples():

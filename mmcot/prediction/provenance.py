@@ -66,7 +66,7 @@ def provenance(
 
 
 def loaded_from(model: str) -> str:
-    """Return the folder or repository that a system is loaded from: the `hub/` folder of a finished run, else `model`."""
+    """Return the folder or repository that a system is loaded from: `hub/` of a finished run, else `model`."""
     exported = RunFolder(Path(model)).hub
     return str(exported) if exported.is_dir() else model
 
@@ -152,7 +152,7 @@ def origin_of_scores(
 
 
 def problems_digest(problems: Dataset) -> str:
-    """Return a digest of the columns and picture contents, independent of picture paths; an absent file counts by name."""
+    """Return a digest of columns and picture contents, independent of paths; an absent file contributes its name."""
     digest, key_of = hashlib.sha256(), ContentKeys()
     for row in problems:
         pictures = [

@@ -71,7 +71,7 @@ def load_inputs(
     if store is None:
         if processor.image_processor is None and processor.stages.see_pictures and any(problems["images"]):
             raise ValueError(f"{arguments.model} has no picture tower, but problems have pictures: specify --features.")
-        for model in models.values():  # fills the cache on disk, so that a broken picture is reported before any prediction
+        for model in models.values():  # fills the disk cache: reports broken pictures first
             vision_source(model, processor.image_processor, problems)
         return problems, None
     store.check_problems(problems)
