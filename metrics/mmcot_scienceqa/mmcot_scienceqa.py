@@ -59,8 +59,8 @@ Args:
     references: the problems: `id`, `choices`, `answer`, `subject`, `grade`, `solution`, `context` (or `hint`), `images`
         (or `image`, or `has_image`), and `rationales` if a problem has several gold rationales.
 Returns:
-    The contents of the scores file of `python -m mmcot.evaluate`: `accuracy`, `decoded_accuracy`, `rationale`, `n`, `class_n`,
-    `intervals`, `calibration`, `problems`.
+    The contents of the scores file of `python -m mmcot.evaluate`: `accuracy`, `decoded_accuracy`, `rationale`, `n`,
+    `class_n`, `intervals`, `calibration`, `problems`.
 """
 
 
@@ -86,11 +86,11 @@ class ScienceQA(evaluate.Metric):
 
     def _compute(self, predictions: list[dict[str, Any]], references: list[dict[str, Any]]) -> dict[str, Any]:
         problems = [{**row, "images": [None] * row["has_image"]} for row in references]
-        present_values = [{name: value for name, value in row.items() if value is not None} for row in predictions]
-        num_repeated = len(present_values) - len({row["id"] for row in present_values})
+        predicted_rows = [{name: value for name, value in row.items() if value is not None} for row in predictions]
+        num_repeated = len(predicted_rows) - len({row["id"] for row in predicted_rows})
         if num_repeated:
-            raise ValueError(f"{num_repeated} of {len(present_values)} predictions repeat an id")
-        return score(problems, {row.pop("id"): row for row in present_values})
+            raise ValueError(f"{num_repeated} of {len(predicted_rows)} predictions repeat an id")
+        return score(problems, {row.pop("id"): row for row in predicted_rows})
 
 
 def reference(row: dict[str, Any]) -> dict[str, Any]:

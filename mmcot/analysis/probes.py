@@ -145,7 +145,7 @@ def difference(problems: Dataset, predictions: Predictions, probed: Predictions)
 def compare_permuted(
     problems: Dataset, orders: list[list[int]], predictions: Predictions, probed: Predictions
 ) -> dict[str, Any]:
-    """Compare the answers to permuted choices, mapped back to the original order; only problems with several choices."""
+    """Compare answers to permuted choices, mapped back to the original order; only problems with several choices."""
     mapped_back = {
         name: {"answer": order[probed[name]["answer"]]} for name, order in zip(problems["id"], orders, strict=True)
     }

@@ -210,8 +210,8 @@ def plots(
     if len(lengths) > 1:
         figures["Accuracy by the rationale's words"] = bars(lengths)
     if without_picture is not None:
-        blind = right_by_class(problems, checked_answers(problems, without_picture))
-        figures["With and without picture"] = bars(right_by_class(problems, answers), blind)
+        blind_right = right_by_class(problems, checked_answers(problems, without_picture))
+        figures["With and without picture"] = bars(right_by_class(problems, answers), blind_right)
     return figures
 
 
