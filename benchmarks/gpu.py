@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --device cpu --small                            # the same code at tiny sizes, 2 minutes
 
 Needs torch, transformers, peft and timm; from this repository modeling_mmcot and the file mmcot/demo.py, not the
-package mmcot. Weights and texts are random (except with `--demo`), so the speeds do not depend on what a model has
-learned. Prints a table and writes a JSON file. A case that fails becomes a row with its error; the other cases still
+package mmcot. Weights and texts are random (except with `--demo`), so the speeds do not depend on the quality of a
+model. Prints a table and writes a JSON file. A case that fails becomes a row with its error; the other cases still
 run, and the exit status is 1. README.md in this folder explains the rows.
 """
 
@@ -360,8 +360,8 @@ def training_step(setting: Setting, shape: str, method: str, features: str | Non
         optimizer.zero_grad()
 
     seconds, memory = measure(setting, step)
-    held = sum(parameter.nbytes for parameter in model.parameters()) + 3 * sum(p.nbytes for p in trained)
-    return seconds, memory, held / 1e9
+    state_gb = sum(parameter.nbytes for parameter in model.parameters()) + 3 * sum(p.nbytes for p in trained)
+    return seconds, memory, state_gb / 1e9
 
 
 def step_flops(shape: dict, method: str, batch: Batch, features: str | None) -> float:
@@ -376,7 +376,7 @@ def training_rows(setting: Setting, section: str, shape: str, method: str, featu
     plain_variant = "eager" if variant == "compiled" else variant
     plain_seconds, plain_memory, _ = training_step(setting, shape, method, None, plain_variant)
     free_memory(setting)
-    seconds, memory, held = training_step(setting, shape, method, features, variant)
+    seconds, memory, state_gb = training_step(setting, shape, method, features, variant)
     batch = rationale_batch(setting, shape, features)
     flops, count = step_flops(SHAPES[shape], method, batch, features), setting.batch_size
     plain_flops = step_flops(SHAPES[shape], method, batch, None)
@@ -394,7 +394,16 @@ def training_rows(setting: Setting, section: str, shape: str, method: str, featu
         )
     if memory is not None:
         memory_note = f"{note}; limit: weights, gradients and AdamW's moments"
-        row = Row(section, f"{name}: peak memory", memory, "GB", plain_memory, held, memory / held, memory_note)
+        row = Row(
+            section,
+            f"{name}: peak memory",
+            memory,
+            "GB",
+            plain_memory,
+            state_gb,
+            memory / state_gb,
+            memory_note,
+        )
         rows.append(row)
     return rows
 

@@ -88,7 +88,7 @@ def stepper(model, **settings) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def original_batch(examples, stage: str) -> dict[str, torch.Tensor]:
-    """Return the original's batch of 8: sources padded to 512, targets to 512 or 64 (with loss), zeros for no picture."""
+    """Return the original's batch of 8: sources padded to 512, targets to 512 or 64, zeros for no picture."""
     rows = [examples[index] for index in range(BATCH_SIZE)]
     sources = padded([row["input_ids"] for row in rows], 0, 512)
     targets = padded([row["labels"] for row in rows], 0, 512 if stage == "rationale" else 64)
