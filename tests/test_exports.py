@@ -74,7 +74,7 @@ def test_maps_of_another_model_than_the_one_that_predicted_are_refused(tiny_run,
     change_weights(tmp_path / "other" / "rationale" / "model.safetensors")
     files = [str(tiny_run / "predictions" / "test.json"), "--dataset", str(tiny_dataset)]
     files += ["--output", str(tmp_path / "scores.json"), "--report", str(tmp_path / "page")]
-    with pytest.raises(SystemExit, match=r"of other weights than those that wrote .*test.json \(rationale\)"):
+    with pytest.raises(SystemExit, match=r"has other weights than the model that wrote .*test.json \(rationale\)"):
         score_files([*files, "--attention", str(tmp_path / "other")])
 
 

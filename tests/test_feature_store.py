@@ -46,7 +46,7 @@ def test_what_a_kill_leaves_behind_a_whole_batch_is_dropped(cut, detr, all_probl
         (folder / "rows.bin").write_bytes(rows)
         (folder / "rows.jsonl").write_bytes(b"".join(keys[:-1]) + (last_key if last_key != keys[-1] else b""))
         if cut < 2000:
-            with pytest.raises(ValueError, match="cut off or is still being written"):
+            with pytest.raises(ValueError, match="truncated or still being written"):
                 FeatureStore(folder)
         compute_features(all_problems, folder, TowerOptions(str(detr)), FeatureOptions(dtype="float32", batch_size=4))
         assert content(folder) == whole
