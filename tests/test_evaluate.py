@@ -218,7 +218,7 @@ def test_rationales_too_near_to_gold_are_told(tmp_path, capsys):
         write_json(tmp_path / f"{name}.json", predictions)
         main([str(tmp_path / f"{name}.json"), "--dataset", str(tmp_path / "problems.jsonl")])
         said.append(capsys.readouterr().out)
-    assert "100 % of their own gold rationales' words" in said[0] and "--leak_check" in said[0]
+    assert "100 % of the words of their own gold rationales" in said[0] and "--leak_check" in said[0]
     assert "warning" not in said[1]
 
 

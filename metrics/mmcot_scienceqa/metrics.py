@@ -56,7 +56,7 @@ def class_sizes(problems: Problems) -> dict[str, int]:
 
 
 def right_by_class(problems: Problems, answers: Mapping[str, int]) -> dict[str, list[bool]]:
-    """Return for each class whether each of its answers is right, in the order of `problems`."""
+    """Return for each class whether each answer is right, in the order of `problems`; every id must be in `answers`."""
     right: dict[str, list[bool]] = {name: [] for name in CLASSES}
     for problem in problems:
         for name in _classes_of(problem):

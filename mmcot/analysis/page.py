@@ -49,7 +49,7 @@ def write_page(
 def check_attention(
     arguments: argparse.Namespace, here: dict[str, str] | None, predicted: dict[str, str] | None
 ) -> None:
-    """Raise a `ValueError` if the maps would come from another model than the predictions."""
+    """Raise a `ValueError` if the maps and the predictions come from models with different weights."""
     if None not in (here, predicted) and here != predicted:
         differing = ", ".join(stage for stage in here | predicted if here.get(stage) != predicted.get(stage))
         raise ValueError(

@@ -97,7 +97,8 @@ def overlap_warnings(overlap: dict[str, float] | None) -> list[str]:
     if overlap is None or overlap["own"] < MIN_OVERLAP or overlap["own"] - overlap["others"] < MIN_MARGIN:
         return []
     return [
-        f"warning: rationales repeat, in one run, {100 * overlap['own']:.0f} % of their own gold rationales' words "
-        f"and {100 * overlap['others']:.0f} % of those of other problems of the same skill ({overlap['n']} problems). "
-        f"Either the model is that good, or it saw gold text: check with `mmcot.predict --leak_check`."
+        f"warning: rationales copy {100 * overlap['own']:.0f} % of the words of their own gold rationales in one "
+        f"sequence, and {100 * overlap['others']:.0f} % of those of other problems of the same skill "
+        f"({overlap['n']} problems). Either the model is that good, or it saw gold text: check with "
+        f"`mmcot.predict --leak_check`."
     ]

@@ -12,8 +12,7 @@ from torch.utils.data import Sampler
 
 Lengths = tuple[int, int]  # of a problem's source and target; 0 for an unknown target
 
-# Number of steps whose problems are sorted by length together. A window smaller than the epoch mixes the problems
-# differently in each epoch.
+# Number of steps whose problems are sorted by length together; each epoch draws other problems for a window.
 WINDOW = 64
 
 

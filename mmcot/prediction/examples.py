@@ -40,7 +40,10 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
         the stage's limit) and, with targets, `labels` and `is_cut` (whether the target exceeded the stage's limit).
     """
     key = Hasher.hash((problems._fingerprint, asdict(stage), tokenizer_state(processor.tokenizer), with_targets))
-    producers = (code_digest(processing_mmcot, stage_mmcot, tokenize), versions_of("tokenizers", "transformers", "jinja2"))
+    producers = (
+        code_digest(processing_mmcot, stage_mmcot, tokenize),
+        versions_of("tokenizers", "transformers", "jinja2"),
+    )
     key = Hasher.hash((key, producers))
     file = cache_folder() / "examples" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
