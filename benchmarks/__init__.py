@@ -1,1 +1,1 @@
-"""Studies and timings, each a module with a command; their results stand in README.md."""
+"""Studies and timings, each a module with a command; README.md contains their results."""

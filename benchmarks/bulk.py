@@ -1,10 +1,11 @@
-"""The pipeline over a generator of 2,000 problems: its answers against `mmcot.predict`'s, its speed and its memory.
+"""Run the pipeline over a generator of 2,000 problems: compare answers and speed with `mmcot.predict`; measure memory.
 
     python -m benchmarks.bulk RUN [--count 2000]
 
-RUN is a finished run of the demonstration, whose problems these are (of its test split, and others as far as they are
-needed). The pipeline is loaded as its users load it, by `trust_remote_code` from the exported folder. Each way runs in
-a process of its own, twice, in turns, 32 problems a batch. Prints a JSON object.
+RUN is a finished run of the demonstration. The problems come from the demonstration's test split and, if more are
+needed, from its other splits. The pipeline is loaded as users load it, with `trust_remote_code` from the exported
+folder. Pipeline and `mmcot.predict` each run twice, in turns and in separate processes, with 32 problems per batch.
+Prints a JSON object.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def problems(count: int) -> Iterator[dict[str, Any]]:
 
 
 def in_pipeline(run: Path, count: int) -> dict[str, Any]:
-    """Answers, seconds, and the resident memory in MB after each fifth of the problems."""
+    """Return answers, seconds, and the resident memory in MB after each fifth of the problems."""
     from tqdm import tqdm
     from transformers import pipeline
 
@@ -53,7 +54,7 @@ def in_pipeline(run: Path, count: int) -> dict[str, Any]:
 
 
 def in_predict(run: Path, count: int) -> dict[str, Any]:
-    """The same by `mmcot.predict`, its start and loading left out."""
+    """Return the same for `mmcot.predict`, without startup and loading; memory is measured at the end."""
     import datasets
 
     from mmcot.prediction.predictor import PredictOptions, predict
@@ -72,7 +73,7 @@ def in_predict(run: Path, count: int) -> dict[str, Any]:
 WAYS = {"pipeline": in_pipeline, "predict": in_predict}
 
 
-def in_a_process(way: str, run: Path, count: int) -> dict[str, Any]:
+def run_in_process(way: str, run: Path, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
         command = [sys.executable, "-m", "benchmarks.bulk", run, "--count", str(count)]
@@ -90,20 +91,20 @@ def main() -> None:
     if arguments.way is not None:
         arguments.output.write_text(json.dumps(WAYS[arguments.way](arguments.run, arguments.count)))
         return
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    runs_by_way: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for _ in range(TIMES):
         for way in WAYS:
-            found[way].append(in_a_process(way, arguments.run, arguments.count))
-    pairs = list(zip(found["pipeline"][0]["answers"], found["predict"][0]["answers"], strict=True))
+            runs_by_way[way].append(run_in_process(way, arguments.run, arguments.count))
+    pairs = list(zip(runs_by_way["pipeline"][0]["answers"], runs_by_way["predict"][0]["answers"], strict=True))
     result = {
         "problems": len(pairs),
         "same answers": sum(one[0] == other[0] for one, other in pairs),
         "same rationales": sum(one[1] == other[1] for one, other in pairs),
         "problems a second": {
             way: round(arguments.count / statistics.median(run["seconds"] for run in runs))
-            for way, runs in found.items()
+            for way, runs in runs_by_way.items()
         },
-        "resident MB": {way: runs[0]["memory"] for way, runs in found.items()},
+        "resident MB": {way: runs[0]["memory"] for way, runs in runs_by_way.items()},
     }
     report("bulk", result, None)
 

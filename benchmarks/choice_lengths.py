@@ -1,12 +1,12 @@
-"""How choices of unlike length are best compared: the study of docs/choice_lengths.md.
+"""Compare ways to score choices of different lengths: the study in docs/choice_lengths.md.
 
-    python -m benchmarks.choice_lengths --work DIR     # both datasets, seeds 0 to 2; goes on where it stopped
-    python -m benchmarks.choice_lengths --table        # the tables, from the files of results
+    python -m benchmarks.choice_lengths --work DIR     # both datasets, seeds 0 to 2; resumes an interrupted study
+    python -m benchmarks.choice_lengths --table        # the tables, from the result files
 
-One stage that answers by the choice's text is trained, on the demonstration's `descriptions` (for eight epochs and for
-two) and on ScienceQA's questions and choices (without pictures, by a tiny model from scratch), and answers validation
-and test by each way to compare choices. The arms share the trained weights. Of each dataset and seed there is one file
-in `benchmarks/results/choice_lengths/`, with every arm.
+The study trains a stage that answers with the choice's text, on the demonstration's `descriptions` (for eight epochs
+and for two) and on ScienceQA's questions and choices (without pictures, with a tiny model from scratch). The stage
+answers the validation and test problems with each way to score choices; all ways use the same trained weights. Each
+dataset and seed has one file with the results of all ways in `benchmarks/results/choice_lengths/`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from modeling_mmcot.stage_mmcot import SCORES
 RESULTS = Path(__file__).parent / "results" / "choice_lengths"
 SCIENCEQA = Path("../shared/scienceqa")
 SEEDS = (0, 1, 2)
-UNLIKE = 3  # tokens by which the longest and the shortest target of a problem differ at least
+UNLIKE = 3  # minimum difference in tokens between the longest and the shortest target of a problem
 SHARED_SETTINGS = {
     "stages": [
         {
@@ -92,12 +92,12 @@ DATASETS = {"demonstration": demonstration, "half-learned": half_learned, "Scien
 
 
 def write_scienceqa(file: Path) -> None:
-    """Questions and choices: train and val of all of ScienceQA, test of the part whose problems are whole."""
-    every = read_json(SCIENCEQA / "problems_trainval_qa.json")
-    every |= {name: row for name, row in read_json(SCIENCEQA / "problems.json").items() if row["split"] == "test"}
+    """Write questions and choices: train and val from all of ScienceQA, test from the part with complete problems."""
+    all_rows = read_json(SCIENCEQA / "problems_trainval_qa.json")
+    all_rows |= {name: row for name, row in read_json(SCIENCEQA / "problems.json").items() if row["split"] == "test"}
     rows = [
         {"id": name, **{key: row[key] for key in ("question", "choices", "answer", "split")}, "context": row["hint"]}
-        for name, row in every.items()
+        for name, row in all_rows.items()
     ]
     held_out = {text_of(row) for row in rows if row["split"] != "train"}
     rows = [row for row in rows if row["split"] != "train" or text_of(row) not in held_out]
@@ -116,7 +116,7 @@ def train(config: Path, run: Path, seed: int) -> None:
 
 
 def compare(run: Path, dataset: str) -> dict:
-    """Of each split, each way to compare choices and each class of problems: how many, right, and shortest taken."""
+    """Count right answers and choices of shortest and longest targets, by split, way to score and class of problems."""
     processor, models = load_system(str(run))
     result = {}
     for split in ("val", "test"):
@@ -161,7 +161,7 @@ def result_file(name: str, seed: int) -> Path:
 
 
 def tables() -> str:
-    """Of each dataset in percent: mean and extremes of the seeds."""
+    """Return the tables of all datasets: mean and extremes over the seeds, in percent."""
     lines = []
     for name in DATASETS:
         results = [read_json(result_file(name, seed)) for seed in SEEDS if result_file(name, seed).exists()]
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--work", metavar="DIR", help="where the runs are made; by default a temporary folder")
+    parser.add_argument("--work", metavar="DIR", help="folder for the runs; by default a temporary folder")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,14 +1,14 @@
-"""The feature store at real size: kills and resumes, store against pixels, memory while reading.
+"""Test the feature store at real size: kills and resumes, features against pixels, memory while reading.
 
     python -m benchmarks.feature_store kills  [--dataset ../shared/scienceqa] [--output DIR]
     python -m benchmarks.feature_store memory [--rows 100000]
     python -m benchmarks.feature_store pixels [--dataset ../shared/scienceqa]
 
-`kills`: DETR-ResNet-101-DC5 with random weights and the paper's preprocessing over every picture of the dataset, once
-uninterrupted, and once killed five times at random moments; the content of both stores is compared, byte for byte.
-`memory`: resident memory while synthetic DETR features are read at random.
-`pixels`: training losses and choice scores from the stores and from pixels.
-Each prints a JSON object. Random weights: the pre-trained ones are not needed for any of it.
+`kills`: computes features of every picture of the dataset with DETR-ResNet-101-DC5 and the paper's preprocessing, once
+uninterrupted and once killed five times at random moments; compares both stores byte for byte.
+`memory`: measures resident memory while synthetic DETR features are read in random order.
+`pixels`: compares training losses and choice scores from the stores with those from pixels.
+Each prints a JSON object. All weights are random; no pre-trained ones are needed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ KILLS = 5
 
 
 def detr_checkpoint(folder: Path) -> Path:
-    """DETR-ResNet-101-DC5 as its authors' checkpoint is built, with weights from a seed."""
+    """Save DETR-ResNet-101-DC5 with the architecture of its authors' checkpoint and seeded random weights."""
     torch.manual_seed(0)
     config = DetrConfig(backbone="resnet101", use_timm_backbone=True, dilation=True, num_labels=91)
     DetrForObjectDetection(config).save_pretrained(folder)
@@ -57,7 +57,7 @@ def features_command(dataset: str, checkpoint: Path, output: Path, dtype: str) -
 
 
 def every_picture(dataset: str, file: Path) -> str:
-    """A problem for each picture of a ScienceQA folder, whether problems.json has one or not."""
+    """Write a JSONL with a problem for each picture of a ScienceQA folder, including those not in problems.json."""
     pictures = sorted(Path(dataset).absolute().glob("images/*/*/image.png"))
     file.write_text(
         "\n".join(json.dumps({"question": "?", "images": [str(path)], "split": "test"}) for path in pictures)
@@ -124,13 +124,13 @@ def memory(rows: int, output: Path) -> dict:
 
 
 def pixels(dataset: str, output: Path) -> dict:
-    """Losses of 20 training steps, and choice scores of 16 problems by one and the same model, from each source."""
+    """Compare losses of 20 training steps, and choice scores of 16 problems by one model, between the sources."""
     checkpoint = detr_checkpoint(output / "detr")
     problems = load_all_splits(dataset, ("val",), 1, True)
     chosen = [row for row in problems if row["images"]][:12] + [row for row in problems if not row["images"]][:4]
     subset = output / "problems.jsonl"
-    keep = ("id", "question", "choices", "context", "answer", "solution")
-    rows = [{name: row[name] for name in keep} for row in chosen]
+    columns_kept = ("id", "question", "choices", "context", "answer", "solution")
+    rows = [{name: row[name] for name in columns_kept} for row in chosen]
     for row, problem in zip(rows, chosen, strict=True):
         row.update(split="val", images=[str(Path(picture["path"]).absolute()) for picture in problem["images"]])
     subset.write_text("\n".join(json.dumps(row) for row in rows))
@@ -198,8 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "memory", "pixels"))
     parser.add_argument("--dataset", default="../shared/scienceqa")
-    parser.add_argument("--rows", type=int, default=100_000, help="of the synthetic store")
-    parser.add_argument("--output", type=Path, help="kept; by default a temporary folder")
+    parser.add_argument("--rows", type=int, default=100_000, help="number of rows of the synthetic store")
+    parser.add_argument("--output", type=Path, help="folder that is kept; by default a temporary folder")
     arguments = parser.parse_args()
     output = arguments.output or Path(tempfile.mkdtemp(prefix="feature_store-"))
     output.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""The model on a GPU: against plain T5, against the CPU's results, and against the limits of the hardware.
+"""Benchmark the model on a GPU: against plain T5, the CPU's results, and the limits of the hardware.
 
     python -m benchmarks.gpu [--demo runs/demo/hub] [--output FILE.json]     # one GPU, bfloat16, about 6 minutes
     python -m benchmarks.gpu --device cpu --small                            # the same code at tiny sizes, 2 minutes
 
-Needs torch, transformers, peft and timm; of this repository modeling_mmcot and the file mmcot/demo.py, not the package
-mmcot. Weights and texts are random (but for `--demo`), so the speeds do not depend on what a model has learned.
-Prints one table and writes one JSON file. A case that fails becomes a row with its error: the other cases still run,
-and the exit status is 1. README.md in this folder explains the rows.
+Needs torch, transformers, peft and timm; from this repository modeling_mmcot and the file mmcot/problems/demo.py, not the
+package mmcot. Weights and texts are random (except with `--demo`), so the speeds do not depend on the quality of a
+model. Prints a table and writes a JSON file. A case that fails becomes a row with its error; the other cases still
+run, and the exit status is 1. README.md in this folder explains the rows.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from modeling_mmcot.vision_mmcot import build_vision_tower, encode_pictures
 # H200 https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
 # A100 https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
 # L40S https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413
-# Any other name, a MIG slice's too, has no limits.
+# Other devices, including MIG slices, have no limits.
 PEAKS = {
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
     "NVIDIA H100 PCIe": (756e12, 2.0e12),
@@ -78,9 +78,9 @@ SHAPES = {name: {**FLAN_T5, **shape} for name, shape in SHAPES.items()}
 SHAPES["tiny"]["vocab_size"] = 512
 LORA_TARGETS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
 
-# A picture's patches: how many, and how wide.
+# Number and width of a picture's patches.
 FEATURES = {"DETR": (100, 256), "ViT": (145, 1024)}
-# The towers of the paper's checkpoints and SigLIP's, and the size of a picture in pixels (height, width).
+# The towers of the paper's checkpoints and SigLIP's, and the picture size in pixels (height, width).
 TOWERS = {
     "DETR-ResNet-101-DC5": (
         {"model_type": "detr", "backbone": "resnet101", "dilation": True, "use_timm_backbone": True, "num_labels": 91},
@@ -108,12 +108,12 @@ BFLOAT16 = torch.bfloat16
 @dataclass
 class Row:
     """
-    One figure.
+    One measured figure.
 
     Args:
-        baseline (`float`, *optional*): the same figure of what `note` names, usually plain T5.
-        limit (`float`, *optional*): what the hardware allows, or what would be perfect, in the same unit.
-        gap (`float`, *optional*): how many times the figure is away from the limit; 1.0 is at the limit.
+        baseline (`float`, *optional*): the same figure of the system that `note` names, usually plain T5.
+        limit (`float`, *optional*): the hardware limit or the perfect score, in the same unit.
+        gap (`float`, *optional*): the ratio between limit and figure; 1.0 is at the limit.
         error (`str`, *optional*): why the case has no figure, or why its figure is wrong.
     """
 
@@ -140,7 +140,7 @@ class Setting:
 
     @property
     def full_shapes(self) -> list[str]:
-        """Of the models whose weights are all trained."""
+        """The shapes of the models that are trained in full."""
         return ["tiny"] if self.small else ["small", "base", "large"]
 
     @property
@@ -153,7 +153,7 @@ class Setting:
 
     @property
     def methods(self) -> list[tuple[str, str]]:
-        """Each shape with how it is trained."""
+        """Each shape with its training method."""
         return [(shape, "full") for shape in self.full_shapes] + [(shape, "LoRA") for shape in self.lora_shapes]
 
     @property
@@ -173,7 +173,7 @@ Case = Callable[[], list[Row]]
 
 
 def rate_row(section: str, name: str, figure: float, limit: float | None, unit="problems a second", **fields) -> Row:
-    """A row of which more is better."""
+    """Return a row whose figure is better when higher."""
     return Row(section, name, figure, unit, limit=limit, gap=None if limit is None else limit / figure, **fields)
 
 
@@ -181,7 +181,7 @@ def rate_row(section: str, name: str, figure: float, limit: float | None, unit="
 
 
 def measure(setting: Setting, run: Callable[[], None], warm_up: int = 2, repeats: int | None = None):
-    """Median seconds, and on a GPU the peak of allocated memory in GB."""
+    """Return median seconds and, on a GPU, the peak of allocated memory in GB."""
     seconds = []
     if setting.is_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -213,7 +213,7 @@ def free_memory(setting: Setting) -> None:
 
 @dataclass
 class Batch:
-    """Problems of random tokens, of lengths like those of ScienceQA's sources and rationales."""
+    """Problems of random tokens, with lengths similar to ScienceQA's sources and rationales."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.LongTensor
@@ -228,12 +228,12 @@ class Batch:
 def make_batch(
     setting: Setting, shape: str, sources: tuple[int, int], targets: tuple[int, int], count: int, features: str
 ) -> Batch:
-    """Problems with a picture each; lengths are drawn between these bounds."""
-    drawn, generator = random.Random(0), torch.Generator().manual_seed(0)
+    """Make problems with one picture each and random lengths between the given bounds."""
+    random_lengths, generator = random.Random(0), torch.Generator().manual_seed(0)
     if setting.small:
         sources, targets = ((low // 8, high // 8) for low, high in (sources, targets))
-    source_lengths = sorted(drawn.randint(*sources) for _ in range(count))
-    target_lengths = [drawn.randint(*targets) for _ in range(count)]
+    source_lengths = sorted(random_lengths.randint(*sources) for _ in range(count))
+    target_lengths = [random_lengths.randint(*targets) for _ in range(count)]
 
     def tokens(lengths: list[int], padding: int) -> torch.LongTensor:
         ids = torch.randint(3, SHAPES[shape]["vocab_size"], (count, max(lengths)), generator=generator)
@@ -259,7 +259,7 @@ def rationale_batch(setting: Setting, shape: str, features: str = "DETR", count:
 
 
 def build_model(setting: Setting, shape: str, features: str | None, dtype: torch.dtype = torch.float32):
-    """Ours with a fusion for these features, or plain T5 without features; random weights."""
+    """Build our model with a fusion for these features, or plain T5 without features; weights are random."""
     torch.manual_seed(0)
     with setting.device:
         if features is None:
@@ -268,7 +268,7 @@ def build_model(setting: Setting, shape: str, features: str | None, dtype: torch
             config = MMCoTConfig(**SHAPES[shape], fusion="gated", vision_hidden_size=FEATURES[features][1])
             model = MMCoTForConditionalGeneration(config)
     model = model.to(setting.device, dtype)
-    model.generation_config.eos_token_id = None  # random weights: `EndsAt` ends the texts
+    model.generation_config.eos_token_id = None  # random weights do not end texts; `EndsAt` does
     return model
 
 
@@ -281,7 +281,7 @@ def encoder_flops(shape: dict, sources: list[int]) -> float:
 
 
 def decoder_flops(shape: dict, sources: list[int], targets: list[int]) -> float:
-    """With the keys and values of the source, and the output head."""
+    """Return FLOPs of the decoder, including the keys and values of the source, and the output head."""
     d, inner, ff = shape["d_model"], shape["num_heads"] * shape["d_kv"], shape["d_ff"]
     layers = shape["num_decoder_layers"] * sum(
         target * (6 * d * inner + 3 * d * ff)
@@ -302,8 +302,8 @@ def fusion_flops(shape: dict, sources: list[int], features: str | None) -> float
 
 def generation_limit(setting: Setting, shape: dict, batch: Batch) -> float | None:
     """
-    Seconds that a batch takes at least: the encoder and the keys and values of the sources at the matrix peak; then
-    each step reads the decoder's bfloat16 weights once, and the keys and values of the problems that are not finished.
+    Return the minimum seconds of a batch: the encoder and the keys and values of the sources run at the matrix peak;
+    then each step reads the decoder's bfloat16 weights once, and the keys and values of the unfinished problems.
     """
     if setting.peak is None:
         return None
@@ -323,7 +323,7 @@ def generation_limit(setting: Setting, shape: dict, batch: Batch) -> float | Non
 
 
 def trainable_model(setting: Setting, shape: str, method: str, features: str | None):
-    """Full: float32 weights under autocast, as the Trainer's bf16. LoRA: a bfloat16 base, adapters in float32."""
+    """Full: float32 weights, run under autocast as with the Trainer's bf16. LoRA: a bfloat16 base, float32 adapters."""
     if method == "full":
         return build_model(setting, shape, features)
     base = build_model(setting, shape, features, BFLOAT16)
@@ -334,7 +334,7 @@ def trainable_model(setting: Setting, shape: str, method: str, features: str | N
 
 @functools.cache
 def training_step(setting: Setting, shape: str, method: str, features: str | None, variant: str):
-    """Median seconds of a step and its peak memory; `features` None is plain T5."""
+    """Return median seconds, peak memory, and GB of weights, gradients and moments; plain T5 if `features` is None."""
     batch = rationale_batch(setting, shape, features or "DETR")
     inputs = {**(batch.text if features is None else batch.inputs), "labels": batch.labels, "use_cache": False}
     if features is not None:
@@ -344,7 +344,7 @@ def training_step(setting: Setting, shape: str, method: str, features: str | Non
     if variant == "checkpointing":
         text_model.gradient_checkpointing_enable({"use_reentrant": False})
     elif variant == "compiled":
-        # Layer by layer: layers of one kind share their code. The whole model takes minutes to compile.
+        # Compiled by layer, because equal layers share code; compiling the whole model takes minutes.
         for block in [*text_model.encoder.block, *text_model.decoder.block]:
             block.compile(dynamic=False)
     model.train()
@@ -360,23 +360,23 @@ def training_step(setting: Setting, shape: str, method: str, features: str | Non
         optimizer.zero_grad()
 
     seconds, memory = measure(setting, step)
-    held = sum(parameter.nbytes for parameter in model.parameters()) + 3 * sum(p.nbytes for p in trained)
-    return seconds, memory, held / 1e9
+    state_gb = sum(parameter.nbytes for parameter in model.parameters()) + 3 * sum(p.nbytes for p in trained)
+    return seconds, memory, state_gb / 1e9
 
 
 def step_flops(shape: dict, method: str, batch: Batch, features: str | None) -> float:
-    """Forward and twice that backward; with LoRA no gradients of the frozen weights, half of the backward pass."""
+    """Return FLOPs of a step: backward costs two forward passes, with LoRA one, without gradients of frozen weights."""
     forward = encoder_flops(shape, batch.source_lengths) + fusion_flops(shape, batch.source_lengths, features)
     forward += decoder_flops(shape, batch.source_lengths, batch.target_lengths)
     return forward * (3 if method == "full" else 2)
 
 
 def training_rows(setting: Setting, section: str, shape: str, method: str, features: str, variant: str) -> list[Row]:
-    # Compiling plain T5 too would take as long again.
+    # Plain T5 is not compiled, because that would double the time.
     plain_variant = "eager" if variant == "compiled" else variant
     plain_seconds, plain_memory, _ = training_step(setting, shape, method, None, plain_variant)
     free_memory(setting)
-    seconds, memory, held = training_step(setting, shape, method, features, variant)
+    seconds, memory, state_gb = training_step(setting, shape, method, features, variant)
     batch = rationale_batch(setting, shape, features)
     flops, count = step_flops(SHAPES[shape], method, batch, features), setting.batch_size
     plain_flops = step_flops(SHAPES[shape], method, batch, None)
@@ -394,7 +394,16 @@ def training_rows(setting: Setting, section: str, shape: str, method: str, featu
         )
     if memory is not None:
         memory_note = f"{note}; limit: weights, gradients and AdamW's moments"
-        row = Row(section, f"{name}: peak memory", memory, "GB", plain_memory, held, memory / held, memory_note)
+        row = Row(
+            section,
+            f"{name}: peak memory",
+            memory,
+            "GB",
+            plain_memory,
+            state_gb,
+            memory / state_gb,
+            memory_note,
+        )
         rows.append(row)
     return rows
 
@@ -420,20 +429,20 @@ class EndsAt(StoppingCriteria):
 
 
 def ending(setting: Setting, batch: Batch) -> dict:
-    """The arguments of `generate` with which each text has its own length."""
+    """Return arguments of `generate` that end each text at its own length."""
     lengths = batch.target_lengths
     return {"stopping_criteria": [EndsAt(lengths, setting.device)], "max_new_tokens": max(lengths), "do_sample": False}
 
 
 def choice_labels(shape: str, count: int, device: torch.device) -> torch.LongTensor:
-    """Four choices a problem, which differ in one token as "The answer is (A)." does."""
+    """Return four choices per problem that differ in one token, like "The answer is (A)."."""
     labels = torch.arange(3, 3 + ANSWER_LENGTH).repeat(count, NUM_CHOICES, 1)
     labels[:, :, ANSWER_LENGTH - 3] = torch.arange(20, 20 + NUM_CHOICES)
     return labels.to(device)
 
 
 def score(model: MMCoTForConditionalGeneration, batch: Batch, labels: torch.LongTensor) -> None:
-    """The choices, as `pipeline_mmcot.choose_answers` scores them."""
+    """Score the choices as `inference_mmcot.choose_answers` does."""
     encoded = encode(model, batch.inputs)
     mask, states = encoded["attention_mask"], encoded["encoder_outputs"].last_hidden_state
     for rows, places in parts_of_like_lengths(mask.bool()):
@@ -446,7 +455,7 @@ def generate_plainly(setting: Setting, model: T5ForConditionalGeneration, batch:
 
 
 def decoding_rows(setting: Setting, shape: str) -> list[Row]:
-    """A rationale generated and choices scored, by ours; the rationale and the answer generated, by plain T5."""
+    """Compare our generation of rationales and scoring of choices with plain T5's generation of both."""
     count = 2 * setting.batch_size
     rationale = rationale_batch(setting, shape, count=count)
     answer = make_batch(setting, shape, (96, 480), (ANSWER_LENGTH * (8 if setting.small else 1),) * 2, count, "DETR")
@@ -481,7 +490,7 @@ def decoding_rows(setting: Setting, shape: str) -> list[Row]:
 
 
 def scoring_limit(setting: Setting, shape: str, batch: Batch, labels: torch.LongTensor) -> float | None:
-    """Seconds that scoring a batch takes at least: its matrix products at the peak, or the weights read once."""
+    """Return the minimum seconds to score a batch: matrix products at the peak, or reading the weights once."""
     if setting.peak is None:
         return None
     packed = pack_choices(labels, start_token_id=0).input_ids.shape[1]
@@ -503,7 +512,7 @@ def decoding_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
 
 
 def leaving_rows(setting: Setting, section: str, shape: str, kinds: list[str]) -> list[Row]:
-    """Our greedy search, from which finished rows leave, against transformers' with a dynamic or a static cache."""
+    """Compare our greedy search, which removes finished rows, with transformers' for a dynamic or static cache."""
     batch = make_batch(setting, shape, (64, 320), (16, 160), 4 * setting.batch_size, "DETR")
     options = {
         "rows leave": {"custom_generate": greedy_search},
@@ -514,7 +523,7 @@ def leaving_rows(setting: Setting, section: str, shape: str, kinds: list[str]) -
     with torch.no_grad():
         model = build_model(setting, shape, "DETR", BFLOAT16).eval()
         encoded = encode(model, batch.inputs)
-        # `generate` makes one static cache a model and keeps it; texts of one length need one size.
+        # `generate` keeps one static cache per model; texts of equal length need only one size.
         seconds = {
             kind: measure(
                 setting,
@@ -525,14 +534,16 @@ def leaving_rows(setting: Setting, section: str, shape: str, kinds: list[str]) -
         }
     count = len(batch.source_lengths)
     limit = generation_limit(setting, SHAPES[shape], batch)
-    if limit is not None:  # the encoder is not part of what is measured
-        of_encoder = encoder_flops(SHAPES[shape], batch.source_lengths)
-        of_encoder += fusion_flops(SHAPES[shape], batch.source_lengths, "DETR")
-        limit = count / (limit - of_encoder / setting.peak)
+    if limit is not None:  # the measurement excludes the encoder
+        encoder_work = encoder_flops(SHAPES[shape], batch.source_lengths)
+        encoder_work += fusion_flops(SHAPES[shape], batch.source_lengths, "DETR")
+        limit = count / (limit - encoder_work / setting.peak)
     ours, rows = count / seconds.pop("rows leave"), []
-    for kind, taken in seconds.items():
+    for kind, baseline_seconds in seconds.items():
         note = f"baseline: transformers' greedy decoding with a {kind}; limit: matrix peak and bandwidth"
-        rows.append(rate_row(section, f"{shape}: rows leave, {kind}", ours, limit, baseline=count / taken, note=note))
+        rows.append(
+            rate_row(section, f"{shape}: rows leave, {kind}", ours, limit, baseline=count / baseline_seconds, note=note)
+        )
     return rows
 
 
@@ -541,15 +552,15 @@ def leaving_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
         yield shape, functools.partial(leaving_rows, setting, "leaving", shape, ["dynamic cache", "static cache"])
 
 
-# What torch.compile gives
+# Effect of torch.compile
 
 
 def compile_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
-    """Last, since compiling takes most of the time."""
+    """Yield the cases with torch.compile; they run last, because compiling takes most of the time."""
     for shape, method in setting.methods[: 1 if setting.small else None]:
         case = functools.partial(training_rows, setting, "compile", shape, method, "DETR", "compiled")
         yield f"{shape} {method}, DETR features, compiled", case
-    if setting.is_gpu:  # transformers compiles a static cache's decoding on accelerators only
+    if setting.is_gpu:  # transformers compiles decoding with a static cache on accelerators only
         shape = setting.shapes[0]
         yield f"{shape}: static", functools.partial(leaving_rows, setting, "compile", shape, ["static cache, compiled"])
 
@@ -587,8 +598,8 @@ def picture_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
 
 
 def demonstration_problems(count: int) -> list[dict]:
-    """Of its test split, without the gold columns. The file is loaded by itself: the package mmcot needs much more."""
-    file = Path(__file__).parent.parent / "mmcot" / "demo.py"
+    """Return test problems without gold columns. Only the file is loaded, because the package mmcot needs much more."""
+    file = Path(__file__).parent.parent / "mmcot" / "problems" / "demo.py"
     spec = importlib.util.spec_from_file_location("demonstration", file)
     sys.modules["demonstration"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -598,7 +609,7 @@ def demonstration_problems(count: int) -> list[dict]:
 
 
 def save_stand_in(folder: Path, problems: list[dict]) -> None:
-    """A model of the demonstration's form with random weights, where there is no exported demonstration."""
+    """Save a model with the demonstration's stages and random weights, used without an exported demonstration."""
     columns = ["question", "context", "choices", "images"]
     stages = [
         Stage("rationale", columns, "rationale", **PAPER_TEMPLATES["QCM-E"], max_target_length=16),
@@ -663,7 +674,7 @@ def demonstration_cases(setting: Setting) -> Iterator[tuple[str, Case]]:
     yield "equal to the CPU", functools.partial(demonstration_rows, setting)
 
 
-# In the order in which they run.
+# In order of execution.
 SECTIONS: dict[str, Callable[[Setting], Iterator[tuple[str, Case]]]] = {
     "demonstration": demonstration_cases,
     "pictures": picture_cases,
@@ -692,7 +703,7 @@ def print_row(row: Row) -> None:
     )
 
 
-def described(setting: Setting) -> dict:
+def describe_run(setting: Setting) -> dict:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "timm")}
     return {
         "benchmark": "gpu",
@@ -708,7 +719,7 @@ def described(setting: Setting) -> dict:
 
 
 def write(file: str, result: dict) -> None:
-    """Whole or not at all."""
+    """Write the JSON atomically."""
     temporary = Path(f"{file}.{os.getpid()}")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(temporary, file)
@@ -716,19 +727,19 @@ def write(file: str, result: dict) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="by default the GPU, if there is one")
-    parser.add_argument("--small", action="store_true", help="tiny sizes; always on a CPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="by default the GPU, if available")
+    parser.add_argument("--small", action="store_true", help="tiny sizes; always used on a CPU")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--demo", metavar="DIR", help="the exported demonstration, e.g. runs/demo/hub")
-    parser.add_argument("--minutes", type=float, default=6, help="no case starts later than this")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there, after each case")
+    parser.add_argument("--minutes", type=float, default=6, help="no case starts after this time")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON to this file after each case")
     arguments = parser.parse_args()
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     peak, bandwidth = PEAKS.get(torch.cuda.get_device_name(), (None, None)) if kind == "cuda" else (None, None)
     setting = Setting(torch.device(kind), arguments.small or kind == "cpu", arguments.demo, peak, bandwidth)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    torch.backends.cudnn.allow_tf32 = False  # keep float32 exact
     if kind == "cpu":
-        torch.set_num_threads(1)  # tiny sizes: threads would wait for each other more than they work
+        torch.set_num_threads(1)  # at tiny sizes, threads spend more time waiting than working
     start, rows = time.perf_counter(), []
     print(f"{'section':14}{'name':52}{'figure':>10} {'unit':18} {'baseline':>9} {'limit':>9} {'gap':>9}")
     for section in (name for name in SECTIONS if name in arguments.sections):
@@ -740,12 +751,12 @@ def main() -> int:
             for row in new:
                 print_row(row)
             rows.extend(new)
-            result = {**described(setting), "seconds": round(time.perf_counter() - start, 1)}
+            result = {**describe_run(setting), "seconds": round(time.perf_counter() - start, 1)}
             result["rows"] = [dataclasses.asdict(row) for row in rows]
             if arguments.output is not None:
                 write(arguments.output, result)
     failed = sum(row.error is not None for row in rows)
-    seconds, device = time.perf_counter() - start, described(setting)["device"]
+    seconds, device = time.perf_counter() - start, describe_run(setting)["device"]
     print(f"{len(rows)} rows, {failed} with errors, {seconds:.0f} s on {device}")
     return 1 if failed else 0
 

@@ -1,12 +1,12 @@
-"""Both stages over real problems: against the original's way, with and without its cache, and plain T5's `generate`.
+"""Time both stages over real problems: against the original's method with and without its cache, and plain T5.
 
-    python -m benchmarks.inference                     # everything but what follows
-    python -m benchmarks.inference --original DIR      # the authors' own code too: DIR holds it and its .venv
-    python -m benchmarks.inference --scale             # cost and memory by the number of problems instead
+    python -m benchmarks.inference                     # all measurements except the following
+    python -m benchmarks.inference --original DIR      # also the authors' code: DIR contains it and its .venv
+    python -m benchmarks.inference --scale             # only cost and memory by the number of problems
 
-Every system gets the pictures as features. Without a cache the original's way takes ten minutes for 24 problems: its
-decoder is run at every sixteenth length of the texts so far, each time counted sixteenfold; `--original` holds that
-against a whole run of the authors' code, over 8 problems.
+All systems read the pictures as features. Without a cache the original's method takes ten minutes for 24 problems, so
+its decoder runs only at every sixteenth text length, and each time is multiplied by sixteen; `--original` checks this
+estimate against a complete run of the authors' code over 8 problems.
 Prints a JSON object. DIR: see benchmarks.training.
 """
 
@@ -52,7 +52,7 @@ from modeling_mmcot.stage_mmcot import Stage
 
 STRIDE = 16
 FEW, MANY, TRIED = 24, 200, 32
-LONG = 3  # repeats of what takes a minute, so that all of it ends within a quarter of an hour
+LONG = 3  # repeats of measurements that take about a minute, to limit the total to a quarter of an hour
 OUR_BATCH_SIZE = 64
 GENERATED_SIZES, SCORED_SIZES = (250, 1000), (250, 4000)
 
@@ -81,22 +81,24 @@ def first_problems(count: int, with_pictures: bool):
 
 
 def ours(rows, batch_size: int) -> Callable[[], dict]:
-    """Both stages as `mmcot.predict` runs them."""
+    """Return a function that runs both stages as `mmcot.predict` does."""
     tools, texts = processor(), Texts(rows)
     model = our_model("small", Paced).pace(tools.tokenizer, texts.sources["rationale"], list(rows["gold_rationale"]))
-    given = without_gold(rows).remove_columns("gold_rationale")
+    rows_without_gold = without_gold(rows).remove_columns("gold_rationale")
 
     def run() -> dict:
         predictions: dict[str, dict] = {}
         for stage in tools.stages:
-            predict_stage(model, tools, stage, given, predictions, PredictOptions(batch_size), RandomFeatures())
+            predict_stage(
+                model, tools, stage, rows_without_gold, predictions, PredictOptions(batch_size), RandomFeatures()
+            )
         return predictions
 
     return run
 
 
 def original_batches(texts: Texts) -> list[dict]:
-    """The original's batches of both stages: in the order of the problems, sources padded to 512."""
+    """Return the original's batches of both stages: in the order of the problems, with sources padded to 512."""
     features, batches = RandomFeatures(), []
     for stage, sources in texts.sources.items():
         for start in range(0, len(sources), BATCH_SIZE):
@@ -124,7 +126,7 @@ def original_with_cache(model, batches: list[dict]) -> None:
 
 @torch.no_grad()
 def original_without_cache(model, batches: list[dict]) -> float:
-    """Seconds; of a text's lengths so far every sixteenth is run, in the middle of the sixteen that it stands for."""
+    """Return estimated seconds: of each sixteen text lengths, only the middle one is run and counted sixteen times."""
     seconds = 0.0
     for batch in tqdm(batches, desc="original's way", leave=False):
         start = time.perf_counter()
@@ -133,8 +135,8 @@ def original_without_cache(model, batches: list[dict]) -> float:
         seconds += time.perf_counter() - start
         steps = int(batch["lengths"].max())
         for first in range(0, steps, STRIDE):
-            stands_for = min(STRIDE, steps - first)
-            so_far = torch.zeros(len(batch["lengths"]), first + (stands_for + 1) // 2, dtype=torch.long)
+            num_steps = min(STRIDE, steps - first)
+            so_far = torch.zeros(len(batch["lengths"]), first + (num_steps + 1) // 2, dtype=torch.long)
             start = time.perf_counter()
             logits = model(
                 encoder_outputs=states,
@@ -143,12 +145,12 @@ def original_without_cache(model, batches: list[dict]) -> float:
                 use_cache=False,
             ).logits
             logits[:, -1].argmax(dim=-1)
-            seconds += stands_for * (time.perf_counter() - start)
+            seconds += num_steps * (time.perf_counter() - start)
     return seconds
 
 
 def plain(texts: Texts, batch_size: int) -> Callable[[], None]:
-    """transformers' T5: sorted by length, padded to the longest, with cache, answers generated."""
+    """Return a function that runs both stages with plain T5: sorted by length, padded to the longest, with cache."""
     model = plain_t5("small").eval()
     model.generation_config.eos_token_id = None
 
@@ -171,7 +173,7 @@ def plain(texts: Texts, batch_size: int) -> Callable[[], None]:
 
 
 def best_batch_size(make: Callable[[int], Callable], sizes: tuple[int, ...]) -> tuple[int, dict[int, float]]:
-    """By one run at each."""
+    """Return the fastest batch size and the seconds of each, from one run per size."""
     seconds = {size: timed({str(size): make(size)}, repeats=1, warm_up=0)[str(size)][0] for size in sizes}
     return min(seconds, key=seconds.get), seconds
 
@@ -196,7 +198,7 @@ def measure_few(directory: str | None) -> dict:
         "original's way with its cache / ours": ratio(seconds["with cache"], seconds["ours"]),
     }
     if directory is not None:
-        # One batch of 8 of each stage is enough to tell whether it is the same work.
+        # One batch of 8 of each stage suffices to check that the work is the same.
         few = [batches[0], batches[len(batches) // 2]]
         theirs = [original.run(directory, "generation", batch, SHAPES["small"], 1) for batch in few]
         baseline = [original_without_cache(model, [batch]) for batch in few]
@@ -222,7 +224,7 @@ def measure_many() -> dict:
 
 
 def measure_scoring() -> dict:
-    """One batch of 8 of the answer stage: its choices scored, and its answer generated, by ours."""
+    """Compare scoring the choices with generating the answer, by our model, for a batch of 8 of the answer stage."""
     rows = first_problems(BATCH_SIZE, with_pictures=False)
     texts, tools = Texts(rows), processor()
     stage = tools.stage("answer")
@@ -231,22 +233,22 @@ def measure_scoring() -> dict:
         {"input_ids": source, "id": row["id"], "images": row["images"]}
         for source, row in zip(texts.sources["answer"], rows, strict=True)
     ]
-    given = [{**row, "rationale": row["gold_rationale"]} for row in rows.remove_columns("images")]
+    problem_rows = [{**row, "rationale": row["gold_rationale"]} for row in rows.remove_columns("images")]
     return {
-        f"batch of {size}": score_and_generate(model, tools, stage, given[:size], examples[:size])
+        f"batch of {size}": score_and_generate(model, tools, stage, problem_rows[:size], examples[:size])
         for size in (BATCH_SIZE, 1)
     }
 
 
-def score_and_generate(model, tools, stage: Stage, given: list[dict], examples: list[dict]) -> dict:
+def score_and_generate(model, tools, stage: Stage, problem_rows: list[dict], examples: list[dict]) -> dict:
     inputs = StageCollator(tools, stage, RandomFeatures())(examples)
     encoded = encode(model, inputs)
     work = {
-        "scored": lambda: choose_answers(model, tools, stage, given, encoded),
+        "scored": lambda: choose_answers(model, tools, stage, problem_rows, encoded),
         "generated": lambda: generate_texts(model, tools, encoded),
         "encoded": lambda: encode(model, inputs),
     }
-    with packed_linears(model):  # as both are run by mmcot.predict
+    with packed_linears(model):  # as in mmcot.predict
         seconds = timed(work, repeats=15, warm_up=3)
     return {
         "seconds": {name: summary(values) for name, values in seconds.items()},
@@ -255,16 +257,16 @@ def score_and_generate(model, tools, stage: Stage, given: list[dict], examples: 
 
 
 def measure_scale() -> dict:
-    """Cost of a real token, and memory, over so many problems of real lengths, in one pass each."""
+    """Measure the cost of a real token, and memory, by the number of problems of real lengths, in one pass each."""
     data = json.loads((Path(DATASET) / "problems_trainval_qa.json").read_text())
-    drawn, gold = random.Random(0), list(problems("train")["gold_rationale"])
+    generator, gold = random.Random(0), list(problems("train")["gold_rationale"])
     rows = [
         {
             **{name: data[problem_id][name] for name in ("question", "choices")},
             **{"id": problem_id, "context": data[problem_id]["hint"], "caption": "", "images": []},
-            "gold_rationale": drawn.choice(gold),
+            "gold_rationale": generator.choice(gold),
         }
-        for problem_id in drawn.sample(sorted(data), max(SCORED_SIZES))
+        for problem_id in generator.sample(sorted(data), max(SCORED_SIZES))
     ]
     generation, scoring = processor().stages
     return {

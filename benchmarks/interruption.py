@@ -1,10 +1,10 @@
-"""The demonstration's training killed again and again: does it end in what an uninterrupted one ends in?
+"""Kill the demonstration's training repeatedly, and compare the result with an uninterrupted training.
 
     python -m benchmarks.interruption --kills 20 --seed 0 [--work DIR] [--output FILE]
 
-`train.py --config configs/demo/two_stages.yaml` is run once to its end. Then it is killed (SIGKILL) at random moments
-over both stages and the export, each time called again with the same command, and run to its end. Weights, predictions,
-scores and the exported folder of both runs are compared, byte for byte. Prints a JSON object.
+One run of `train.py --config configs/demo/two_stages.yaml` is uninterrupted. A second run is killed (SIGKILL) at random
+moments in both stages and the export, restarted with the same command each time, and then finished. Weights,
+predictions, scores and the exported folders of both runs are compared byte for byte. Prints a JSON object.
 """
 
 import argparse
@@ -24,37 +24,46 @@ from tqdm.auto import tqdm
 from benchmarks.setting import report
 from mmcot.storage.run_folder import RunFolder
 
-# What a run passes through, by the file that it begins with, and for how many seconds of it a kill may come.
+# Epochs of each stage, and the files that are compared.
 EPOCHS = {"rationale": 11, "answer": 3}
 COMPARED = ("*/model.safetensors", "predictions/*.json", "scores/*.json", "hub/**/*")
 
 
 @dataclass
 class Phase:
+    """
+    A part of a run.
+
+    Args:
+        begins_with: a path in the run folder that exists from the start of the phase; `*` stands for a step number.
+        number: the number of finished epochs at the start of the phase.
+        seconds: how long after the start of the phase a kill can occur.
+    """
+
     name: str
-    begins_with: str  # a path in the run's folder; with * the one of the highest number
+    begins_with: str
     number: int
     seconds: float
 
 
 def phases() -> list[Phase]:
-    found = [Phase("start", "", 0, 20)]
+    result = [Phase("start", "", 0, 20)]
     for stage, epochs in EPOCHS.items():
-        found += [Phase(f"{stage}, epoch {n + 1}", f"{stage}/checkpoint-*", n, 40) for n in range(1, epochs)]
-        found.append(Phase(f"{stage}, predicting", f"{stage}/train_results.json", 0, 15))
-    found.append(Phase("scoring and export", "scores/val.json", 0, 0.3))
-    return found
+        result += [Phase(f"{stage}, epoch {n + 1}", f"{stage}/checkpoint-*", n, 40) for n in range(1, epochs)]
+        result.append(Phase(f"{stage}, predicting", f"{stage}/train_results.json", 0, 15))
+    result.append(Phase("scoring and export", "scores/val.json", 0, 0.3))
+    return result
 
 
 def has_begun(phase: Phase, run: Path, steps_per_epoch: dict[str, int], called_at: float) -> bool:
-    if phase.begins_with.startswith("scores"):  # written again by every call
+    if phase.begins_with.startswith("scores"):  # every call writes it again
         return (run / phase.begins_with).exists() and (run / phase.begins_with).stat().st_mtime > called_at
     if "*" not in phase.begins_with:
         return (run / phase.begins_with).exists()
     stage = phase.begins_with.split("/")[0]
-    wanted = phase.number * steps_per_epoch[stage]
+    first_step = phase.number * steps_per_epoch[stage]
     reached = [int(path.name.split("-")[1]) for path in run.glob(phase.begins_with)]
-    return RunFolder(run).is_trained(stage) or any(step >= wanted for step in reached)
+    return RunFolder(run).is_trained(stage) or any(step >= first_step for step in reached)
 
 
 def start(run: Path, log: Path) -> subprocess.Popen:
@@ -70,8 +79,8 @@ def finish(run: Path, log: Path) -> float:
     return time.perf_counter() - begin
 
 
-def killed(run: Path, log: Path, phase: Phase, after: float, steps_per_epoch: dict[str, int]) -> bool:
-    """Whether the run was killed so many seconds into that phase; it can end before."""
+def kill_in_phase(run: Path, log: Path, phase: Phase, after: float, steps_per_epoch: dict[str, int]) -> bool:
+    """Start the run and kill it `after` seconds into the phase; return False if it ended earlier."""
     process, called_at = start(run, log), time.time()
     moment = None
     while process.poll() is None:
@@ -91,25 +100,27 @@ def content(run: Path) -> dict[str, bytes]:
 
 
 def measure(folder: Path, kills: int, seed: int) -> dict:
-    whole, run = folder / "whole", folder / "killed"
-    seconds = finish(whole, folder / "whole.log")
+    uninterrupted, run = folder / "whole", folder / "killed"
+    seconds = finish(uninterrupted, folder / "whole.log")
     last_steps = {
-        stage: max(int(path.name.split("-")[1]) for path in (whole / stage).glob("checkpoint-*")) for stage in EPOCHS
+        stage: max(int(path.name.split("-")[1]) for path in (uninterrupted / stage).glob("checkpoint-*"))
+        for stage in EPOCHS
     }
     steps_per_epoch = {stage: steps // EPOCHS[stage] for stage, steps in last_steps.items()}
-    drawn = random.Random(seed)
-    every = phases()
-    # In the order of the run; the last phase twice at least, because it is short.
-    chosen = sorted([*(drawn.randrange(len(every)) for _ in range(kills - 2)), len(every) - 1, len(every) - 1])
+    generator = random.Random(seed)
+    all_phases = phases()
+    # In the order of the run; the last phase at least twice, because it is short.
+    last = len(all_phases) - 1
+    chosen = sorted([*(generator.randrange(len(all_phases)) for _ in range(kills - 2)), last, last])
     moments = []
     for number in tqdm(chosen, desc="kills"):
-        phase = every[number]
-        after = drawn.uniform(0, phase.seconds)
-        while not killed(run, folder / "killed.log", phase, after, steps_per_epoch):
-            after /= 2  # it had ended
+        phase = all_phases[number]
+        after = generator.uniform(0, phase.seconds)
+        while not kill_in_phase(run, folder / "killed.log", phase, after, steps_per_epoch):
+            after /= 2  # the run ended before the kill
         moments.append(f"{phase.name}, {after:.2f} s after it began or the command was given")
     finish(run, folder / "killed.log")
-    expected, found = content(whole), content(run)
+    expected, found = content(uninterrupted), content(run)
     return {
         "seconds_uninterrupted": round(seconds, 1),
         "kills": moments,
@@ -124,8 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", metavar="DIR", help="where both runs are made")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--work", metavar="DIR", help="folder for both runs")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     folder = Path(tempfile.mkdtemp(dir=arguments.work))

@@ -1,9 +1,9 @@
-"""How well the rules of `mmcot.mistakes` sort mistakes: those made on purpose, and GPT-3's, labelled by reading.
+"""Evaluate the rules of `mmcot.evaluation.mistakes` on artificial mistakes and on GPT-3's, which a reader labelled.
 
     python -m benchmarks.mistakes made               # 30 of each kind, in rationales of the demonstration
     python -m benchmarks.mistakes gpt3               # GPT-3's 92 wrong answers (benchmarks/gpt3_labels.jsonl)
 
-The labels were made by reading, before there were rules. Prints the confusion matrix, agreement and Cohen's kappa.
+The labels of GPT-3's mistakes are older than the rules. Prints the confusion matrix, agreement and Cohen's kappa.
 """
 
 import argparse
@@ -36,25 +36,24 @@ OPPOSITES = {
 }
 
 
-def factual(row: dict, wrong: str, drawn: random.Random) -> str | None:
-    """A rule of the lecture turned round, and a conclusion that follows from it."""
+def factual(row: dict, wrong: str, generator: random.Random) -> str | None:
+    """Invert a rule of the lecture, and change the conclusion to follow from it."""
     rules = [rule for rule in OPPOSITES if rule in row["solution"]]
     if not rules:
         return None
-    rule = drawn.choice(rules)
+    rule = generator.choice(rules)
     return with_conclusion(row["solution"].replace(rule, OPPOSITES[rule]), row, wrong)
 
 
-def commonsense(row: dict, wrong: str, drawn: random.Random) -> str | None:
-    """Something seen that is not there, and a conclusion that follows from it."""
+def commonsense(row: dict, wrong: str, generator: random.Random) -> str | None:
+    """State a wrong observation, and change the conclusion to follow from it."""
     if row["skill"] == "thermometer":
         return row["solution"].replace(row["choices"][row["answer"]].split()[0], wrong.split()[0])
     if row["skill"] == "objects":
         right = row["choices"][row["answer"]]
-        exchanged = {right: wrong, wrong: right}
+        swapped = {right: wrong, wrong: right}
         return " ".join(
-            exchanged.get(word.strip("."), word.strip(".")) + "." * word.endswith(".")
-            for word in row["solution"].split()
+            swapped.get(word.strip("."), word.strip(".")) + "." * word.endswith(".") for word in row["solution"].split()
         )
     if row["skill"] == "map":
         sides = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
@@ -66,8 +65,8 @@ def commonsense(row: dict, wrong: str, drawn: random.Random) -> str | None:
     return None
 
 
-def logical(row: dict, wrong: str, drawn: random.Random) -> str | None:
-    """All that is stated is right, and another conclusion drawn."""
+def logical(row: dict, wrong: str, generator: random.Random) -> str | None:
+    """Keep the right statements, and change only the conclusion."""
     return with_conclusion(row["solution"], row, wrong)
 
 
@@ -77,14 +76,14 @@ def with_conclusion(solution: str, row: dict, wrong: str) -> str:
 
 
 def made() -> tuple[list[str], list[str]]:
-    """What was made, and what the rules say."""
+    """Return the kinds of artificial mistakes, and the kinds that the rules give."""
     rows = load_problems("demo", "test").to_list()
     truths, found = [], []
     for kind, make in (("factual", factual), ("commonsense", commonsense), ("logical", logical)):
-        drawn, count = random.Random(kind), 0
-        for row in drawn.sample(rows, len(rows)):
-            answer = drawn.choice([number for number in range(len(row["choices"])) if number != row["answer"]])
-            text = make(row, row["choices"][answer], drawn)
+        generator, count = random.Random(kind), 0
+        for row in generator.sample(rows, len(rows)):
+            answer = generator.choice([number for number in range(len(row["choices"])) if number != row["answer"]])
+            text = make(row, row["choices"][answer], generator)
             if text is None or text == row["solution"]:
                 continue
             truths.append(kind)
@@ -96,7 +95,7 @@ def made() -> tuple[list[str], list[str]]:
 
 
 def gpt3() -> tuple[list[str], list[str]]:
-    """What was labelled, and what the rules say."""
+    """Return the labels of GPT-3's mistakes, and the kinds that the rules give."""
     labels = {row["id"]: row["label"] for row in map(json.loads, LABELS.read_text().splitlines())}
     predictions = read_json(GPT3)["predictions"]
     problems = {row["id"]: row for row in load_problems(DATASET, "test", pictures=False) if row["id"] in labels}
@@ -107,7 +106,7 @@ def gpt3() -> tuple[list[str], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("made", "gpt3"))
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     truths, found = made() if arguments.what == "made" else gpt3()
     pairs = Counter(zip(truths, found, strict=True))

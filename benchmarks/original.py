@@ -1,7 +1,8 @@
-"""Runs the authors' own model (amazon-science/mm-cot, model.py) in its own environment, on inputs of the benchmarks.
+"""Run the authors' model (amazon-science/mm-cot, model.py) in its own environment, on inputs of the benchmarks.
 
-`run` starts this file as a script with the Python of DIR/.venv, in which nothing of ours is imported: there its model
-of a given shape with random weights makes training steps, or generates, and prints the seconds of each repeat.
+`run` starts this file as a script with the Python of DIR/.venv, which imports nothing of this repository. The script
+builds the authors' model of a given shape with random weights, runs training steps or generation, and prints the
+seconds of each repeat.
 """
 
 import json
@@ -14,13 +15,15 @@ from pathlib import Path
 
 def run(directory: str, what: str, batch: dict, shape: dict, repeats: int = 5) -> list[float]:
     """
+    Run the authors' model on a batch.
+
     Args:
-        directory: the authors' files, with `.venv` in it.
-        what: `training` (a step on the batch), or `generation` (of texts that end at `batch["lengths"]`).
+        directory: folder with the authors' files and a `.venv`.
+        what: `training` (a step on the batch) or `generation` (of texts that end at `batch["lengths"]`).
         batch: `input_ids`, `attention_mask`, `vision_features`, and `labels` or `lengths`.
 
     Returns:
-        Seconds of each repeat, after one to warm up (of generation only the one).
+        Seconds of each repeat; training has one warm-up run before, generation has none.
     """
     from safetensors.torch import save_file
 

@@ -1,12 +1,12 @@
-"""The recipes of `configs/` at their true shapes: one step of each stage, what they cost, what memory a base takes.
+"""Run the recipes of `configs/` at full model size: one step of each stage, cost of a training, memory of a base.
 
     python -m benchmarks.recipes steps [NAME …]      # each recipe from its YAML to an exported folder, one step a stage
     python -m benchmarks.recipes memory              # parameters and memory, by size of the base and method
-    python -m benchmarks.recipes cost                # operations of a whole training, and hours reckoned from them
+    python -m benchmarks.recipes cost                # FLOPs of a whole training, and hours estimated from them
 
-Weights are random, of the shapes of the checkpoints that a recipe names (for UnifiedQA's of FLAN-T5-base). Of a recipe
-`steps` changes only the length: a few real problems, one step a stage, texts of 32 tokens at most. A-OKVQA's recipes
-get ScienceQA's problems in A-OKVQA's layout. `scienceqa/xl_lora` is `benchmarks.xl`. Prints a JSON object.
+Weights are random, with the shapes of the checkpoints that a recipe names (FLAN-T5-base for UnifiedQA). `steps`
+shortens a recipe: a few real problems, one step per stage, texts of at most 32 tokens. A-OKVQA's recipes use
+ScienceQA's problems in A-OKVQA's layout. `benchmarks.xl` runs `scienceqa/xl_lora`. Prints a JSON object.
 """
 
 import argparse
@@ -45,19 +45,19 @@ from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProc
 NAMES = ("scienceqa/small", "scienceqa/base", "scienceqa/base_detr", "scienceqa/large", "aokvqa/base", "aokvqa/xl_lora")
 PROBLEMS = {"train": 16, "val": 2, "test": 2}
 TEXT_LENGTH = 32
-# Of ScienceQA's training split, and of A-OKVQA's 17,056 questions each with three rationales.
+# Rows of ScienceQA's training split, and of A-OKVQA's 17,056 questions with three rationales each.
 TRAINING_ROWS = {"scienceqa": 12726, "aokvqa": 3 * 17056}
 CPU_FLOPS = 127.6e9  # a training step at FLAN-T5-base's shape, measured (benchmarks/README.md)
-A100_FLOPS = 0.1 * 312e12  # its bfloat16 peak, of which a tenth is ASSUMED to be reached with batches this small
+A100_FLOPS = 0.1 * 312e12  # 10 % of its bfloat16 peak, an ASSUMED utilization for batches this small
 
 
 def size_of(name: str) -> str:
-    """The shape of a T5 by its checkpoint's name."""
+    """Return the T5 shape that a checkpoint's name contains."""
     return next(size for size in SHAPES if size in name)
 
 
 def t5_checkpoint(size: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """As FLAN-T5's own: with a head of its own, which transformers' class would tie; in shards where it is large."""
+    """Save a sharded checkpoint like FLAN-T5's: with an untied head, which transformers' class would tie."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     model = T5ForConditionalGeneration(T5Config(**FLAN_T5, **SHAPES[size], tie_word_embeddings=False))
@@ -73,7 +73,7 @@ def t5_checkpoint(size: str, folder: Path, dtype: torch.dtype = torch.float32) -
 
 
 def tower_checkpoint(name: str, folder: Path) -> Path:
-    """DETR-ResNet-101-DC5, or ViT-L/32-384."""
+    """Save DETR-ResNet-101-DC5 or ViT-L/32-384, whichever the name contains."""
     if "detr" in name:
         return detr_checkpoint(folder)
     torch.manual_seed(0)
@@ -84,16 +84,16 @@ def tower_checkpoint(name: str, folder: Path) -> Path:
 
 
 def some_problems() -> dict[str, list[dict]]:
-    """Real problems with a picture, by split."""
+    """Return real problems with a picture, by split."""
     rows = {}
     for split, count in PROBLEMS.items():
-        seeing = (row for row in load_problems(DATASET, split, max_images=1) if row["images"])
-        rows[split] = list(itertools.islice(seeing, count))
+        with_picture = (row for row in load_problems(DATASET, split, max_images=1) if row["images"])
+        rows[split] = list(itertools.islice(with_picture, count))
     return rows
 
 
 def as_scienceqa(folder: Path) -> str:
-    """A JSONL of them."""
+    """Write the problems as JSONL."""
     with (folder / "problems.jsonl").open("w") as lines:
         for split, rows in some_problems().items():
             for row in rows:
@@ -103,7 +103,7 @@ def as_scienceqa(folder: Path) -> str:
 
 
 def as_aokvqa(folder: Path) -> str:
-    """ScienceQA's problems in A-OKVQA's layout, the same rationale three times."""
+    """Write the problems in A-OKVQA's layout, with the rationale repeated three times."""
     for split, rows in some_problems().items():
         (folder / f"coco/{split}2017").mkdir(parents=True)
         entries = []
@@ -121,7 +121,7 @@ def as_aokvqa(folder: Path) -> str:
 
 
 def short_recipe(name: str, folder: Path, max_steps: int, text_length: int) -> Path:
-    """A recipe of `configs/` on a few problems, of its length alone made less."""
+    """Write a recipe of `configs/` shortened to a few problems and steps, with random checkpoints."""
     recipe = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
     for stage in recipe["stages"]:
         stage["max_target_length"] = min(stage["max_target_length"], text_length)
@@ -140,7 +140,7 @@ def short_recipe(name: str, folder: Path, max_steps: int, text_length: int) -> P
 
 
 class Peak(threading.Thread):
-    """The most resident memory of a process, in bytes, looked at every tenth of a second."""
+    """Samples the peak resident memory of a process, in bytes, every tenth of a second."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -159,7 +159,7 @@ class Peak(threading.Thread):
 
 
 def train(recipe: Path, run: Path, *options: str, kill_after: Path | None = None) -> dict:
-    """Seconds and memory of a call of train.py, killed (SIGKILL) as soon as a file is there."""
+    """Run train.py and return seconds and memory; with `kill_after`, kill it (SIGKILL) as soon as that file exists."""
     start = time.perf_counter()
     with (run.parent / "log.txt").open("a") as log:
         command = [sys.executable, "train.py", "--config", str(recipe), "--output_dir", str(run), *options]
@@ -179,7 +179,7 @@ def train(recipe: Path, run: Path, *options: str, kill_after: Path | None = None
 
 
 def stage_results(run: Path) -> dict:
-    """Losses of each stage's steps, and the size of what it saved."""
+    """Return the losses of each stage's steps, and the size of its saved weights."""
     results = {}
     for stage in ("rationale", "answer"):
         finished = read_json(run / stage / "train_results.json")
@@ -190,7 +190,7 @@ def stage_results(run: Path) -> dict:
 
 
 def parameters(hub: Path) -> dict[str, int]:
-    """Of the whole system, tower included."""
+    """Return the numbers of parameters of the whole system, including the tower."""
     model = MMCoTForConditionalGeneration.from_pretrained(hub)
     counts = {"all": 0, "tower": 0, "fusion": 0}
     for name, parameter in model.named_parameters():
@@ -210,9 +210,9 @@ def measure_steps(names: list[str], work: str | None) -> dict:
             results[name] = {**train(recipe, run, "--save_strategy", "no"), **stage_results(run)}
             results[name]["parameters"] = parameters(run / "hub")
             results[name]["predicted"] = len(read_json(run / "predictions" / "test.json"))
-            if "xl" not in name:  # which differs from it in nothing but what it reads
-                blind = train(recipe, folder / "blind", "--save_strategy", "no", "--max_images", "0")
-                results[name]["without_pictures"] = blind
+            if "xl" not in name:  # a run without pictures differs only in its inputs, so the long one is skipped
+                without_pictures = train(recipe, folder / "blind", "--save_strategy", "no", "--max_images", "0")
+                results[name]["without_pictures"] = without_pictures
         finally:
             shutil.rmtree(folder)
     return results
@@ -222,45 +222,45 @@ def measure_steps(names: list[str], work: str | None) -> dict:
 
 METHODS = ("full", "lora", "qlora")
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}
-# Where a step fits 24 GB: of FLAN-T5-large, trained in full, it does not.
+# Cases that fit 24 GB; full training of FLAN-T5-large does not.
 MEASURED = [("small", "full"), ("small", "lora"), ("base", "full"), ("base", "lora"), ("large", "lora")]
-BYTES = {"full": 4, "lora": 2, "qlora": 2}  # of a weight of the base; of one that is trained always 4
-QUANTIZED_BYTES = 4.5 / 8  # NF4: 4 bits, and a float32 for each block of 64
+BYTES = {"full": 4, "lora": 2, "qlora": 2}  # per weight of the base; a trained weight always takes 4
+QUANTIZED_BYTES = 4.5 / 8  # NF4: 4 bits, and a float32 per block of 64
 
 
 def build(size: str, method: str):
-    """The model as it is trained, on the meta device unless its weights are asked for."""
+    """Build the model as it is trained, on the current default device."""
     config = MMCoTConfig(**FLAN_T5, **SHAPES[size], vision_hidden_size=DETR[1])
     model = MMCoTForConditionalGeneration(config)
-    # FLAN-T5's heads are their own, where a new model's is its embeddings.
+    # FLAN-T5 has an untied head; a new model ties it to the embeddings.
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.02)
     if method == "full":
         return model
     return adapt(model.to(torch.bfloat16), ModelConfig(use_peft=True, **LORA))
 
 
-def reckon(size: str, method: str) -> dict:
-    """Weights, gradients and AdamW's two moments. What a step's activations take comes on top."""
+def estimate_memory(size: str, method: str) -> dict:
+    """Estimate memory of weights, gradients and AdamW's two moments, without activations."""
     with torch.device("meta"):
         model = build(size, method)
-    every = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     quantized = 0
     if method == "qlora":
         names = [name for name, _ in model.named_modules() if name.endswith("base_layer")]
         quantized = sum(model.get_submodule(name).weight.numel() for name in names)
-    weights = (every - trained - quantized) * BYTES[method] + quantized * QUANTIZED_BYTES
+    weights = (total - trained - quantized) * BYTES[method] + quantized * QUANTIZED_BYTES
     state = weights + trained * (4 + 4 + 8)
-    return {"parameters": every, "trained": trained, "reckoned_gb": round(state / 1e9, 2)}
+    return {"parameters": total, "trained": trained, "reckoned_gb": round(state / 1e9, 2)}
 
 
 def step_alone(size: str, method: str) -> float:
-    """Peak of resident memory of a step over two problems of 512 and 512 tokens, GB over that of an empty process."""
+    """Return a step's peak resident memory over two problems of 512 and 512 tokens, in GB above an empty process."""
     before = psutil.Process().memory_info().rss
     torch.manual_seed(0)
     model = build(size, method).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)  # the Trainer's default; otherwise it copies all weights
+    optimizer = torch.optim.AdamW(trained, fused=True)  # the Trainer's default; otherwise AdamW copies all weights
     peak = Peak(os.getpid())
     for _ in range(2):
         ids = torch.randint(3, 32000, (2, 512))
@@ -277,7 +277,7 @@ def step_alone(size: str, method: str) -> float:
 def measure_memory() -> dict:
     results = {}
     for size, method in tqdm(list(itertools.product(SHAPES, METHODS)), desc="bases"):
-        results[f"{size}, {method}"] = reckon(size, method)
+        results[f"{size}, {method}"] = estimate_memory(size, method)
         if (size, method) in MEASURED:
             command = [sys.executable, "-m", "benchmarks.recipes", "step", size, method]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -290,8 +290,8 @@ def measure_memory() -> dict:
 
 def measure_cost() -> dict:
     """
-    Of a whole training: FLOPs of the matrix products over real tokens, from the lengths of the problems at hand; hours
-    reckoned from them. A-OKVQA's lengths are taken to be ScienceQA's.
+    Estimate a whole training: FLOPs of the matrix products over real tokens, from the lengths of the available
+    problems, and hours. A-OKVQA's lengths are assumed to equal ScienceQA's.
     """
     results = {}
     for name in ("scienceqa/xl_lora", *NAMES):
@@ -304,7 +304,7 @@ def measure_cost() -> dict:
             lengths = lengths_of(tokenized(rows, stage, processor, with_targets=True))
             sources, targets = ([length[side] for length in lengths] for side in (0, 1))
             one = forward_flops(SHAPES[size_of(recipe["model_name_or_path"])], sources, targets, len(lengths) // 2)
-            # With adapters no gradient of the base's weights is taken; with checkpointing one more pass is.
+            # Adapters save the pass for gradients of the base's weights; checkpointing adds a forward pass.
             passes = 3 - bool(recipe.get("use_peft")) + bool(recipe.get("gradient_checkpointing"))
             flops += one / len(lengths) * passes
         total = flops * TRAINING_ROWS[name.split("/")[0]] * recipe["num_train_epochs"]
@@ -317,11 +317,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("steps", "memory", "cost", "step"))
     parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--work", metavar="DIR", help="where checkpoints and runs are made")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--work", metavar="DIR", help="folder for checkpoints and runs")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if arguments.what == "step":  # a process of its own for each, because a peak of memory only rises
+    if arguments.what == "step":  # a separate process for each, because peak memory never falls
         print(step_alone(*arguments.names))
         return
     if arguments.what == "steps":

@@ -1,9 +1,9 @@
-"""The report's page with as many problems as ScienceQA's test split has: seconds to load, to filter and to open one.
+"""Time the report page with as many problems as ScienceQA's test split: loading, filtering, opening a problem.
 
     python -m benchmarks.report
 
-4,241 problems of the demonstration with answers drawn by chance, in headless Chromium, from the disk; medians of five.
-Prints a JSON object.
+The page shows 4,241 problems of the demonstration with random answers and is opened from the disk in headless Chromium.
+Times are medians of five runs. Prints a JSON object.
 """
 
 import argparse
@@ -24,21 +24,21 @@ COUNT = 4241
 TIMES = 5
 
 
-def some_predictions(problems) -> dict[str, dict]:
-    drawn = random.Random(0)
+def random_predictions(problems) -> dict[str, dict]:
+    generator = random.Random(0)
     predictions = {}
     for row in problems.remove_columns("images"):
-        scores = [drawn.random() for _ in row["choices"]]
+        scores = [generator.random() for _ in row["choices"]]
         scores = [value / sum(scores) for value in scores]
         predictions[row["id"]] = {"answer": scores.index(max(scores)), "scores": scores, "rationale": row["solution"]}
     return predictions
 
 
 def in_browser(page_file: Path) -> dict[str, float]:
-    """Seconds, each the median of several times."""
+    """Return the median seconds of each action."""
     from playwright.sync_api import expect, sync_playwright
 
-    found: dict[str, list[float]] = {"load": [], "filter": [], "search": [], "open": []}
+    seconds: dict[str, list[float]] = {"load": [], "filter": [], "search": [], "open": []}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for _ in range(TIMES):
@@ -46,7 +46,7 @@ def in_browser(page_file: Path) -> dict[str, float]:
             start = time.perf_counter()
             page.goto(page_file.as_uri())
             page.wait_for_selector("#list li")
-            found["load"].append(time.perf_counter() - start)
+            seconds["load"].append(time.perf_counter() - start)
             for name, act in (
                 ("filter", lambda page=page: page.select_option("#answer", "wrong")),
                 ("search", lambda page=page: page.fill("#search", "thermometer")),
@@ -55,20 +55,20 @@ def in_browser(page_file: Path) -> dict[str, float]:
                 start = time.perf_counter()
                 act()
                 page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
-                found[name].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
             expect(page.locator("dialog")).to_be_visible()
             page.close()
         browser.close()
-    return {name: round(statistics.median(values), 3) for name, values in found.items()}
+    return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     assert SPLIT_SIZES["train"] >= COUNT
     problems = load_problems("demo", "train").select(range(COUNT))
-    predictions = some_predictions(problems)
+    predictions = random_predictions(problems)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         scores = score(problems, predictions)

@@ -1,10 +1,10 @@
-"""Scoring a problem's choices: all targets packed in one pass of the decoder against a pass for each choice.
+"""Compare two ways to score a problem's choices: all targets packed into one decoder pass, or a pass for each choice.
 
     python -m benchmarks.scoring
 
-Finds the length above which separate passes are faster, which `MAX_PACKED_LENGTH` states. FLAN-T5-small's shape and the
-demonstration's, random weights, a source of 100 tokens, batches of 1 and 8 problems, weights packed as the pipeline
-packs them, medians of 7 repeats in turns. Prints a JSON object.
+The result determines `MAX_PACKED_LENGTH`, the length above which separate passes are faster. Settings: the shapes of
+FLAN-T5-small and the demonstration, random weights, sources of 100 tokens, batches of 1 and 8 problems, weights packed
+as in the pipeline, medians of 7 repeats in turns. Prints a JSON object.
 """
 
 import torch
@@ -26,7 +26,7 @@ LIMITS = {"packed": 10**9, "one by one": 0}
 
 @torch.inference_mode()
 def compare(shape: str, batch_size: int, choices: int, tokens: int) -> dict:
-    """How much faster packed is than one by one, and by how much the scores differ at most."""
+    """Return the speed-up by packing, and the largest difference between the scores."""
     model = our_model(shape) if shape == "small" else MMCoTForConditionalGeneration(MMCoTConfig(**DEMO))
     model.eval()
     labels = torch.randint(3, 1000, (batch_size, choices, tokens))

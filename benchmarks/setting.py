@@ -1,8 +1,8 @@
-"""What the benchmarks of speed share: the problems, the models' shapes, the lengths of texts, the clock, the machine.
+"""Common parts of the speed benchmarks: problems, model shapes, text lengths, timing, description of the machine.
 
-The problems are real (`../shared/scienceqa`, with captions), the models of FLAN-T5's shapes with random weights, the
-pictures DETR-shaped random features. Random weights never end a text: each rationale is made to end at the length of
-its gold rationale, and says what that says, so that the answer stage reads texts of the real lengths too.
+The problems are real (`../shared/scienceqa`, with captions). The models have FLAN-T5's shapes and random weights, and
+the pictures are random features of DETR's shape. Random weights never end a text, so each generated rationale is
+replaced by its gold rationale and ends at that length; the answer stage thus reads texts of real lengths.
 """
 
 import argparse
@@ -59,14 +59,14 @@ def machine() -> dict:
 
 
 def gemm_flops(dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations a second of a product of two 2048 x 2048 matrices: what the machine can do."""
+    """Return FLOP/s of a product of two 2048 x 2048 matrices, as a practical peak of the machine."""
     left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     seconds = timed({"gemm": lambda: left @ right}, repeats=15)["gemm"]
     return 2 * 2048**3 / statistics.median(seconds)
 
 
 def timed(work: dict[str, Callable], repeats: int = REPEATS, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each, in turn, so that what disturbs the machine disturbs all alike."""
+    """Return seconds of each repeat; the functions run in turns, so that disturbances of the machine affect all."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     rounds = tqdm(total=(warm_up + repeats) * len(work), desc=", ".join(work), leave=False)
     with rounds:
@@ -101,7 +101,7 @@ def processor() -> MMCoTProcessor:
 
 
 def problems(split: str):
-    """A split's problems, with their gold rationale as the rationale stage would write it."""
+    """Load a split with a column `gold_rationale`, in the format that the rationale stage writes."""
     loaded = load_problems(DATASET, split, max_images=1)
     rationale = stages()[0]
     texts = [rationale.render_target(row) for row in loaded.remove_columns("images")]
@@ -110,8 +110,8 @@ def problems(split: str):
 
 def our_model(shape: str, kind: type = MMCoTForConditionalGeneration, **config) -> MMCoTForConditionalGeneration:
     torch.manual_seed(0)
-    own = {"fusion": "gated", "vision_hidden_size": DETR[1]}
-    return kind(MMCoTConfig(**FLAN_T5, **SHAPES[shape], **{**own, **config}))
+    defaults = {"fusion": "gated", "vision_hidden_size": DETR[1]}
+    return kind(MMCoTConfig(**FLAN_T5, **SHAPES[shape], **{**defaults, **config}))
 
 
 def plain_t5(shape: str) -> T5ForConditionalGeneration:
@@ -120,7 +120,7 @@ def plain_t5(shape: str) -> T5ForConditionalGeneration:
 
 
 class RandomFeatures:
-    """DETR-shaped features of each problem that has a picture, the same for the same problem."""
+    """Random features of DETR's shape for each problem with a picture, seeded by problem id."""
 
     def features_of(self, problem_id: str) -> torch.Tensor:
         return torch.randn(DETR, generator=torch.Generator().manual_seed(zlib.crc32(problem_id.encode())))
@@ -144,13 +144,13 @@ class EndsAt(StoppingCriteria):
 
 
 class Paced(MMCoTForConditionalGeneration):
-    """Ours, such that each text ends at its gold length and says what that says."""
+    """Our model with generated texts replaced by gold ones, which end at the gold length."""
 
     def pace(self, tokenizer: PreTrainedTokenizerBase, sources: list[list[int]], texts: list[str]) -> "Paced":
-        """What it writes for these sources; for any other `ANSWER_LENGTH` tokens."""
+        """Set the text of each source; for other sources, generation writes `ANSWER_LENGTH` tokens."""
         tokens = tokenizer(texts, truncation=True, max_length=512)["input_ids"]
         self.gold = {tuple(source): text for source, text in zip(sources, tokens, strict=True)}
-        self.sources: list[tuple[int, ...]] = []  # in the order in which they passed the encoder
+        self.sources: list[tuple[int, ...]] = []  # in the order of encoding
         self.encoder.register_forward_pre_hook(self.note_sources, with_kwargs=True)
         self.generation_config.eos_token_id = None
         return self.eval()
@@ -175,17 +175,17 @@ def padded(rows: list[list[int]], value: int, length: int | None = None) -> torc
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    """Of the benchmarks that the authors' code can be run beside, and that can be run by the number of problems."""
+    """Parse the options of benchmarks that can include the authors' code or vary the number of problems."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--original", metavar="DIR", help="the authors' code, with an environment of its own")
+    parser.add_argument("--original", metavar="DIR", help="folder with the authors' code and its .venv")
     parser.add_argument("--scale", action="store_true", help="only cost and memory by the number of problems")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return parser.parse_args()
 
 
 def report(name: str, result: dict, output: str | None) -> None:
-    """Print the result as JSON, and write it where asked."""
+    """Print the result as JSON, and also write it to `output` if given."""
     text = json.dumps({"benchmark": name, **result, "machine": machine()}, indent=2)
     if output is not None:
         Path(output).write_text(text + "\n")

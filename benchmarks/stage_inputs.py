@@ -1,11 +1,12 @@
-"""What a stage is trained on and what it starts from: the study of docs/stage_inputs.md.
+"""Compare training inputs and initial weights of a stage: the study in docs/stage_inputs.md.
 
     python -m benchmarks.stage_inputs --seeds 0 1 2 --difficulty 3 --num_folds 3 [--work DIR] [--output FILE]
     python -m benchmarks.stage_inputs --difficulties 2 3 5     # the plain recipe's validation accuracy, to choose one
 
-`configs/demo/two_stages.yaml` on the demonstration made harder (`mmcot/problems/demo.py`), its answer stage trained on
-gold, generated and cross-fitted rationales, each from the base and from the rationale stage's weights. Of one seed all
-have the same rationale stage, which is trained once. Called again with the same DIR it goes on. Prints a JSON object.
+The study trains `configs/demo/two_stages.yaml` on a harder demonstration (`mmcot/problems/demo.py`). The answer stage
+is trained on gold, generated and cross-fitted rationales, each from the base's and from the rationale stage's weights.
+All runs of a seed share one trained rationale stage. Running the command again with the same DIR resumes. Prints a JSON
+object.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def recipe(file: Path, init_from: str, inputs_from: str) -> Path:
 
 
 def share_rationale_stage(trained: RunFolder, run: Path, config: Path, options: list[str]) -> None:
-    """A run that begins with the trained rationale stage of another, and all that this wrote."""
+    """Create a run with the trained rationale stage of another run and the rationales that the stage wrote."""
     if run.exists():
         return
     with replaced_folder(run) as unfinished:
@@ -74,9 +75,9 @@ def study(folder: Path, seeds: list[int], difficulty: int, num_folds: int) -> di
         options = ["--dataset", f"demo:{difficulty}", "--seed", str(seed), "--num_folds", str(num_folds)]
         run = folder / f"{seed}-{init_from}-{inputs_from}"
         config = recipe(run.with_suffix(".yaml"), init_from, inputs_from)
-        # The first of a seed trains the rationale stage, the first of each kind of input writes that.
-        kin = folder / f"{seed}-base-{inputs_from}"
-        trained = kin if init_from != "base" else folder / f"{seed}-base-gold"
+        # The first run of a seed trains the rationale stage; the first run of each kind of input writes that input.
+        base_run = folder / f"{seed}-base-{inputs_from}"
+        trained = base_run if init_from != "base" else folder / f"{seed}-base-gold"
         if run != trained:
             share_rationale_stage(RunFolder(trained), run, config, options)
         train(config, run, *options)
@@ -91,14 +92,14 @@ def study(folder: Path, seeds: list[int], difficulty: int, num_folds: int) -> di
 
 
 def right_rationales(predictions: dict[str, dict], difficulty: int, split: str) -> float:
-    """How many of the rationales are the gold ones, in percent."""
+    """Return the percentage of rationales that equal gold."""
     problems = load_problems(f"demo:{difficulty}", "test" if split == "test" else "train").remove_columns("images")
     right = [predictions[row["id"]]["rationale"] == f"Solution: {row['solution']}" for row in problems]
     return round(100 * sum(right) / len(right), 2)
 
 
 def summary(runs: list[dict]) -> dict:
-    """Mean and standard deviation over the seeds."""
+    """Return the mean and standard deviation over the seeds."""
     values = {name: [run[name] for run in runs] for name in ("test", "test IMG", "val")}
     return {
         name: {"mean": round(statistics.mean(v), 2), "sd": round(statistics.stdev(v), 2) if len(v) > 1 else None}
@@ -107,7 +108,7 @@ def summary(runs: list[dict]) -> dict:
 
 
 def choose(folder: Path, difficulties: list[int]) -> dict:
-    """The plain recipe's accuracy on the validation problems, by difficulty."""
+    """Return the plain recipe's validation accuracy by difficulty."""
     result = {}
     for difficulty in tqdm(difficulties, desc="difficulties"):
         run = folder / f"difficulty-{difficulty}"
@@ -122,9 +123,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--difficulty", type=int, default=3)
     parser.add_argument("--num_folds", type=int, default=3)
-    parser.add_argument("--difficulties", type=int, nargs="+", help="only the plain recipe, at each of these")
-    parser.add_argument("--work", metavar="DIR", help="where the runs are made; by default a temporary folder")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument(
+        "--difficulties", type=int, nargs="+", help="run only the plain recipe, at each of these difficulties"
+    )
+    parser.add_argument("--work", metavar="DIR", help="folder for the runs; by default a temporary folder")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     folder = Path(arguments.work or tempfile.mkdtemp())

@@ -1,10 +1,11 @@
-"""One loaded pipeline asked by several threads at once: problems a second, and what its locks cost.
+"""Call one loaded pipeline from several threads: measure problems per second and the cost of its locks.
 
     python -m benchmarks.threads RUN [--count 96]
 
-RUN is a finished run of the demonstration, whose test problems these are, each asked alone: of its whole models, and of
-adapters with random weights over its answer stage's model, each text cut at 64 tokens. Threads are compared with as
-many processes, each with a pipeline of its own, and torch has one thread or two. Medians of 3. Prints a JSON object.
+RUN is a finished run of the demonstration. Each call answers one of its test problems, with two kinds of systems: the
+run's full models, and adapters with random weights on its answer stage's model, with texts limited to 64 tokens.
+Threads are compared with the same number of processes, each with its own pipeline, and with one or two torch threads.
+Results are medians of 3. Prints a JSON object.
 """
 
 import argparse
@@ -30,7 +31,7 @@ PIPE: MultimodalCoTPipeline
 
 
 def load(folder: str, torch_threads: int, all_loaded: Barrier | None = None) -> None:
-    """In this process, for the calls that come after."""
+    """Load the pipeline in this process, for later calls of `call`."""
     global PIPE
     torch.set_num_threads(torch_threads)
     model = MMCoTForConditionalGeneration.from_pretrained(folder)
@@ -44,7 +45,7 @@ def call(problem: dict) -> str:
 
 
 def with_adapters(hub: Path, folder: Path) -> str:
-    """The answer stage's model as a base, an adapter for each stage, and the run's processor."""
+    """Save the answer stage's model as a base, an adapter for each stage, and the run's processor."""
     base = MMCoTForConditionalGeneration.from_pretrained(hub)
     processor = MMCoTProcessor.from_pretrained(hub)
     base.config.stage_adapters = [stage.name for stage in processor.stages]
@@ -59,15 +60,15 @@ def with_adapters(hub: Path, folder: Path) -> str:
     return str(folder)
 
 
-def speed(executor: Executor, asked: list[dict]) -> tuple[float, list[str]]:
-    """Problems a second, and the rationales."""
-    list(executor.map(call, asked[:16]))  # a process starts when it is first needed, and waits for the others
+def speed(executor: Executor, problem_list: list[dict]) -> tuple[float, list[str]]:
+    """Return problems per second, and the rationales."""
+    list(executor.map(call, problem_list[:16]))  # processes start on first use, and wait for each other
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        rationales = list(executor.map(call, asked))
+        rationales = list(executor.map(call, problem_list))
         seconds.append(time.perf_counter() - start)
-    return round(len(asked) / statistics.median(seconds), 1), rationales
+    return round(len(problem_list) / statistics.median(seconds), 1), rationales
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--count", type=int, default=96)
     arguments = parser.parse_args()
-    asked = list(problems(arguments.count))
+    problem_list = list(problems(arguments.count))
     result: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as temporary:
         systems = {
@@ -85,13 +86,13 @@ def main() -> None:
         cases = [(name, torch_threads, callers) for name in systems for torch_threads in (1, 2) for callers in CALLERS]
         for name, torch_threads, callers in tqdm(cases):
             load(systems[name], torch_threads)
-            expected = [call(problem) for problem in asked]
+            expected = [call(problem) for problem in problem_list]
             with ThreadPoolExecutor(callers) as executor:
-                by_threads, rationales = speed(executor, asked)
+                by_threads, rationales = speed(executor, problem_list)
             spawn = get_context("spawn")
             initargs = (systems[name], torch_threads, spawn.Barrier(callers))
             with ProcessPoolExecutor(callers, mp_context=spawn, initializer=load, initargs=initargs) as executor:
-                by_processes, _ = speed(executor, asked)
+                by_processes, _ = speed(executor, problem_list)
             result[f"{name}, torch's threads: {torch_threads}, callers: {callers}"] = {
                 "problems a second": {"threads": by_threads, "processes": by_processes},
                 "same rationales": sum(map(str.__eq__, expected, rationales)),

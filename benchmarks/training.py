@@ -1,12 +1,13 @@
-"""Training steps: against the original's way, plain T5 on the same batches, and the machine; and the start of train.py.
+"""Time training steps against the original's method, plain T5 and the machine's peak; time the start of train.py.
 
-    python -m benchmarks.training                      # everything but what follows
-    python -m benchmarks.training --original DIR       # our baseline against the authors' own code instead
-    python -m benchmarks.training --scale              # cost and memory from 250 to 4,000 problems instead
+    python -m benchmarks.training                      # all measurements except the following
+    python -m benchmarks.training --original DIR       # only our baseline against the authors' code
+    python -m benchmarks.training --scale              # only cost and memory from 250 to 4,000 problems
 
-A step is forward, backward, clipping and AdamW over 8 problems on average, dropout as published. Prints a JSON object.
-What differs from batch to batch is timed over a few that stand for an epoch, from its fullest to its emptiest.
-`--original DIR` wants the files of amazon-science/mm-cot in DIR, and DIR/.venv with transformers 4.30 and a torch.
+A step is forward, backward, clipping and AdamW over 8 problems on average, with dropout as published. Batches differ,
+so a few batches that represent an epoch are timed, from its fullest to its emptiest. Prints a JSON object.
+
+`--original DIR` expects the files of amazon-science/mm-cot in DIR, and DIR/.venv with transformers 4.30 and torch.
 """
 
 import json
@@ -49,12 +50,12 @@ from mmcot.prediction.batching import LengthBatchSampler, cost
 from mmcot.prediction.examples import StageCollator, lengths_of, tokenized
 from mmcot.problems.schema import with_column
 
-STEPS, BASE_STEPS = 4, 6  # in a repeat, of ours and of plain T5
+STEPS, BASE_STEPS = 4, 6  # batches per repeat, for our model and plain T5
 SIZES = (250, 4000)
 
 
 def examples_of(stage: str):
-    """The training split's sources and gold targets."""
+    """Return the training split's sources and gold targets."""
     rows = problems("train")
     if stage == "answer":
         rows = with_column(rows, "rationale", list(rows["gold_rationale"]))
@@ -62,7 +63,7 @@ def examples_of(stage: str):
 
 
 def batches_of(examples, stage: str, count: int) -> tuple[list[dict[str, torch.Tensor]], float]:
-    """Some batches of an epoch, as the Trainer gets them, and of how many problems they are the work."""
+    """Return some batches of an epoch, as the Trainer receives them, and the number of average problems they equal."""
     collate = StageCollator(processor(), processor().stage(stage), RandomFeatures())
     lengths = lengths_of(examples)
     epoch = list(LengthBatchSampler(lengths, BATCH_SIZE, batches_per_step=1, seed=0))
@@ -73,7 +74,7 @@ def batches_of(examples, stage: str, count: int) -> tuple[list[dict[str, torch.T
 
 
 def stepper(model, **settings) -> Callable[[dict[str, torch.Tensor]], None]:
-    """One optimisation step of a model, as the Trainer makes it."""
+    """Return a function that runs one optimisation step of a model, as in the Trainer."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
 
@@ -87,7 +88,7 @@ def stepper(model, **settings) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def original_batch(examples, stage: str) -> dict[str, torch.Tensor]:
-    """The original's: 8 sources padded to 512, targets to 512 or 64 with the padding counted, zeros as no picture."""
+    """Return the original's batch of 8: sources padded to 512, targets to 512 or 64, zeros for no picture."""
     rows = [examples[index] for index in range(BATCH_SIZE)]
     sources = padded([row["input_ids"] for row in rows], 0, 512)
     targets = padded([row["labels"] for row in rows], 0, 512 if stage == "rationale" else 64)
@@ -134,7 +135,7 @@ def measure_stage(stage: str) -> dict:
 
 
 def compare_original(stage: str, directory: str) -> dict:
-    """The same step, ours and the authors', each alone."""
+    """Time the same step in our baseline and in the authors' code, one after the other."""
     batch, baseline = original_batch(examples_of(stage), stage), original_way()
     seconds = {
         "original's way": timed({stage: lambda: baseline(batch)})[stage],
@@ -147,7 +148,7 @@ def compare_original(stage: str, directory: str) -> dict:
 
 
 def forward_flops(shape: dict, sources: list[int], targets: list[int], num_pictures: int) -> float:
-    """Of the matrix products of a forward pass over real tokens only, two for each multiplication and addition."""
+    """Return FLOPs of a forward pass's matrix products over real tokens, two per multiplication and addition."""
     d, inner, ff = shape["d_model"], shape["num_heads"] * shape["d_kv"], shape["d_ff"]
     encoder = shape["num_layers"] * sum(
         length * (4 * d * inner + 3 * d * ff) + 2 * length * length * inner for length in sources
@@ -166,7 +167,7 @@ def forward_flops(shape: dict, sources: list[int], targets: list[int], num_pictu
 
 
 def measure_utilization() -> dict:
-    """Model FLOPs of a step (three forward passes) at FLAN-T5-base's shape, against a product of matrices."""
+    """Compare model FLOP/s of a step (three forward passes) at FLAN-T5-base's shape with a matrix product."""
     batches, _ = batches_of(examples_of("rationale"), "rationale", BASE_STEPS)
     step = stepper(our_model("base"), skip_logits=True)
     flops = 0.0
@@ -201,7 +202,7 @@ train.main(sys.argv[1:])
 
 
 def measure_start() -> dict:
-    """From the command to the first step of a run on the real problems, what can be kept being kept already."""
+    """Time from the command to the first step of a run on the real problems, with a warm cache and without."""
     recipe = yaml.safe_load(Path("configs/scienceqa/smoke.yaml").read_text())
     recipe.update(dataset=str(Path(DATASET).resolve()), tokenizer_name_or_path=str(Path(TOKENIZER).resolve()))
     seconds = []
@@ -217,15 +218,15 @@ def measure_start() -> dict:
 
 
 def measure_scale() -> dict:
-    """Cost of a real token, and memory, over so many problems of real lengths, in one pass each."""
+    """Measure the cost of a real token, and memory, by the number of problems of real lengths, in one pass each."""
     data = json.loads((Path(DATASET) / "problems_trainval_qa.json").read_text())
     tokenizer, stage = processor().tokenizer, processor().stage("rationale")
-    drawn = random.Random(0)
+    generator = random.Random(0)
     gold = [length for _, length in lengths_of(examples_of("rationale"))]
-    rows = drawn.sample(list(data.values()), max(SIZES))
+    rows = generator.sample(list(data.values()), max(SIZES))
     texts = [stage.render_source({**row, "context": row["hint"], "caption": ""}) for row in rows]
     sources = tokenizer(texts, truncation=True, max_length=512)["input_ids"]
-    targets = [[drawn.randrange(3, 32000) for _ in range(drawn.choice(gold))] for _ in rows]
+    targets = [[generator.randrange(3, 32000) for _ in range(generator.choice(gold))] for _ in rows]
     step, result = stepper(our_model("small"), skip_logits=True), {}
     for size in SIZES:
         lengths = [(len(source), len(target)) for source, target in zip(sources[:size], targets[:size], strict=True)]

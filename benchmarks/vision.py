@@ -1,10 +1,10 @@
-"""Pictures to features: DETR-ResNet-101-DC5 over real picture files, against one picture at a time in one process.
+"""Time features of DETR-ResNet-101-DC5 over real picture files, against one picture at a time in one process.
 
     python -m benchmarks.vision                           # every ninth of the dataset's pictures, five times
     python -m benchmarks.vision --every 1 --repeats 1     # all of them, once
 
-Random weights, the paper's preprocessing, float16 in the store. Ours is what `mmcot.features` does: pictures of one
-shape together, the tower in float32 and in bfloat16. Prints a JSON object.
+Weights are random, preprocessing is the paper's, and the store has float16. Our method is that of `mmcot.features`:
+batches of pictures of one shape, with the tower in float32 and in bfloat16. Prints a JSON object.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from mmcot.pictures.featurizer import (
     Featurizer,
     TowerOptions,
     compute_missing,
-    described,
+    featurizer_settings,
     load_featurizer,
 )
 from mmcot.pictures.reading import distinct_pictures, read_picture
@@ -35,7 +35,7 @@ from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels
 
 
 def one_at_a_time(featurizer: Featurizer, pictures: list) -> None:
-    """As the authors' extract_features.py: read, prepare, run, keep."""
+    """Compute features like the authors' extract_features.py: read, prepare, run and store each picture."""
     features = []
     with torch.no_grad():
         for _, picture, problem_id in pictures:
@@ -46,7 +46,7 @@ def one_at_a_time(featurizer: Featurizer, pictures: list) -> None:
 
 def store_all(featurizer: Featurizer, rows, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    with FeatureWriter(folder, described(featurizer, "float16")) as writer:
+    with FeatureWriter(folder, featurizer_settings(featurizer, "float16")) as writer:
         compute_missing(writer, rows, featurizer, FeatureOptions())
 
 
@@ -60,9 +60,9 @@ def relative_errors(exact: FeatureStore, rounded: FeatureStore, keys: list[str])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=9, help="take each so manieth of the dataset's 879 pictures")
+    parser.add_argument("--every", type=int, default=9, help="use every n-th of the dataset's 879 pictures")
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:

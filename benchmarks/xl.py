@@ -1,12 +1,11 @@
-"""FLAN-T5-XL's shape with LoRA on this machine: a step of each stage, generation, saving, a kill and the way on.
+"""Train FLAN-T5-XL's shape with LoRA on this machine: steps of each stage, generation, saving, a kill and a resume.
 
     python -m benchmarks.xl [--work DIR] [--output FILE]
 
-Weights are random, made layer by layer in bfloat16; the recipe is configs/scienceqa/xl_lora.yaml but for its length: a
-few real problems, two steps a stage of which the first is saved, and texts of 16 tokens. `train.py` is killed (SIGKILL)
-when the answer stage has saved its first step, and then called again. DIR (a temporary one by default)
-holds the base three times, 6 GB each.
-Prints a JSON object: seconds, and the peak of resident memory of each run, sampled from outside.
+Weights are random, created layer by layer in bfloat16. The recipe is configs/scienceqa/xl_lora.yaml, shortened to a few
+real problems, two steps per stage (the first is saved) and texts of 16 tokens. `train.py` is killed (SIGKILL) after the
+answer stage saved its first step, and then restarted. DIR (by default a temporary folder) stores the base three times,
+6 GB each. Prints a JSON object: seconds, and the peak resident memory of each run, sampled by another process.
 """
 
 import argparse
@@ -36,8 +35,8 @@ def measure(folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", metavar="DIR", help="where the checkpoint and the run are made")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--work", metavar="DIR", help="folder for the checkpoint and the run")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.work))
     try:

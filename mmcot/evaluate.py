@@ -16,13 +16,13 @@ import logging
 from pathlib import Path
 
 from mmcot.analysis.page import write_page
-from mmcot.evaluation.comparison import compare, leaderboard, spread
-from mmcot.evaluation.leaks import suspicion, warnings_of
+from mmcot.evaluation.comparison import compare, leaderboard, seed_spread
+from mmcot.evaluation.leaks import gold_overlap, overlap_warnings
 from mmcot.evaluation.metrics import rationales_of, score, score_by
 from mmcot.evaluation.predictions import (
-    fitting,
     load_answered_problems,
     load_scored_problems,
+    read_matching_predictions,
     read_predictions,
     submission,
 )
@@ -152,7 +152,10 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
     reading = reading_options(arguments)
     problems = load_answered_problems(arguments.source, arguments.split, extra_columns=arguments.by or (), **reading)
     problems = select(problems, arguments.ids, arguments.filter, arguments.limit)
-    first, *rest = (fitting(file, problems, arguments.allow_missing, arguments) for file in (arguments.file, *others))
+    first, *rest = (
+        read_matching_predictions(file, problems, arguments.allow_missing, arguments)
+        for file in (arguments.file, *others)
+    )
     selection = {name: getattr(arguments, name) for name in ("ids", "filter", "limit", "allow_missing", "by")}
     selection |= non_default_options(arguments)
     scores = score(problems, first)
@@ -168,12 +171,12 @@ def evaluate_files(arguments: argparse.Namespace) -> None:
         scores["compared"] = compare(problems, first, rest[0])
         tables.append(format_comparison(scores["compared"]))
     elif arguments.seeds is not None:
-        result = spread([scores, *(score(problems, predictions) for predictions in rest)])
+        result = seed_spread([scores, *(score(problems, predictions) for predictions in rest)])
         scores["seeds"] = {"n": 1 + len(rest), "accuracy": result}
         tables.append(format_spread(result, 1 + len(rest)))
     write_json(output, scores)
     print("\n\n".join(tables))
-    for line in warnings_of(suspicion(problems, rationales_of(first))):
+    for line in overlap_warnings(gold_overlap(problems, rationales_of(first))):
         print(line)
     print(f"scores: {output}")
     if arguments.report is not None:

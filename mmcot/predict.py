@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from mmcot.evaluation.leaks import leaking
+from mmcot.evaluation.leaks import find_leaks
 from mmcot.prediction.predictor import PredictOptions, predict
 from mmcot.prediction.provenance import provenance
 from mmcot.prediction.self_consistency import Drawing
@@ -146,7 +146,7 @@ def check_options(arguments: argparse.Namespace, given: set[str]) -> None:
 
 def report_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> None:
     """Predict with and without gold columns, and exit with an error if a prediction differs."""
-    leaks = leaking(problems, predict_all)
+    leaks = find_leaks(problems, predict_all)
     if not PartialState().is_main_process:
         return
     if leaks:

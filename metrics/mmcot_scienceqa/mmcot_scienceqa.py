@@ -1,10 +1,10 @@
-"""ScienceQA's figures for `evaluate`: `evaluate.load("metrics/mmcot_scienceqa").compute(predictions=…, references=…)`.
+"""ScienceQA's scores for `evaluate`: `evaluate.load("metrics/mmcot_scienceqa").compute(predictions=…, references=…)`.
 
-`metrics.py` and `uncertainty.py` beside it compute them: copies of mmcot's own, which mmcot's tests compare. This file
-holds only what `evaluate` asks for.
+`metrics.py` and `uncertainty.py` in this folder compute the scores. They are copies of mmcot's modules; mmcot's tests
+compare them. This file contains only the interface of `evaluate`.
 
-`evaluate.load` copies a module, and reports a missing package, only where this file imports it, and reads a comment
-behind an import as an address: hence the unused imports here, without comments.
+`evaluate.load` copies a module, and reports a missing package, only if this file imports it; it parses a comment after
+an import as an address. This explains the unused imports without comments below.
 """
 # ruff: noqa: F401
 
@@ -41,7 +41,7 @@ REFERENCE = {
 
 DESCRIPTION = """
 Accuracy on ScienceQA by class of problem (subject, context, grade) with 95 % bootstrap intervals, BLEU-1, BLEU-4 and
-ROUGE-L of rationales as the field computes them, and calibration of the choices' probabilities.
+ROUGE-L of rationales as computed in the literature, and calibration of the choices' probabilities.
 """
 CITATION = """
 @inproceedings{lu2022learn,
@@ -54,13 +54,13 @@ CITATION = """
 """
 INPUTS = """
 Args:
-    predictions: a dict for each problem: `id`, `answer` (the choice's index) and, where there are, `decoded_answer`
-        (that of a generated text, -1 where it could not be read), `scores` (a probability a choice), `rationale`.
+    predictions: a dict for each problem: `id`, `answer` (the choice's index) and optionally `decoded_answer` (the index
+        parsed from a generated text, -1 if unreadable), `scores` (a probability for each choice), `rationale`.
     references: the problems: `id`, `choices`, `answer`, `subject`, `grade`, `solution`, `context` (or `hint`), `images`
-        (or `image`, or `has_image`), and where there are several golds `rationales`.
+        (or `image`, or `has_image`), and `rationales` if a problem has several gold rationales.
 Returns:
-    The scores file of `python -m mmcot.evaluate`: `accuracy`, `decoded_accuracy`, `rationale`, `n`, `class_n`,
-    `intervals`, `calibration`, `problems`.
+    The contents of the scores file of `python -m mmcot.evaluate`: `accuracy`, `decoded_accuracy`, `rationale`, `n`,
+    `class_n`, `intervals`, `calibration`, `problems`.
 """
 
 
@@ -75,7 +75,7 @@ class ScienceQA(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: list[dict[str, Any]], references: list[dict[str, Any]]) -> None:
-        """Rows as they come, what they lack filled in."""
+        """Add rows, with defaults for absent keys."""
         super().add_batch(
             predictions=[
                 {name: row.get(name) for name in PREDICTION} | {"rationale": row.get("rationale") or ""}
@@ -86,15 +86,15 @@ class ScienceQA(evaluate.Metric):
 
     def _compute(self, predictions: list[dict[str, Any]], references: list[dict[str, Any]]) -> dict[str, Any]:
         problems = [{**row, "images": [None] * row["has_image"]} for row in references]
-        given = [{name: value for name, value in row.items() if value is not None} for row in predictions]
-        twice = len(given) - len({row["id"] for row in given})
-        if twice:
-            raise ValueError(f"{twice} of {len(given)} predictions are of an id that stands there already")
-        return score(problems, {row.pop("id"): row for row in given})
+        predicted_rows = [{name: value for name, value in row.items() if value is not None} for row in predictions]
+        num_repeated = len(predicted_rows) - len({row["id"] for row in predicted_rows})
+        if num_repeated:
+            raise ValueError(f"{num_repeated} of {len(predicted_rows)} predictions repeat an id")
+        return score(problems, {row.pop("id"): row for row in predicted_rows})
 
 
 def reference(row: dict[str, Any]) -> dict[str, Any]:
     has_image = row.get("has_image", bool(row.get("images") or row.get("image")))
-    known = {**row, "has_image": has_image, "context": row.get("context", row.get("hint"))}
+    values = {**row, "has_image": has_image, "context": row.get("context", row.get("hint"))}
     empty = {name: "" if feature == TEXT else [] for name, feature in REFERENCE.items()}
-    return {name: empty[name] if known.get(name) is None else known[name] for name in REFERENCE}
+    return {name: empty[name] if values.get(name) is None else values[name] for name in REFERENCE}

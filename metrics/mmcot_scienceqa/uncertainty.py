@@ -1,6 +1,7 @@
-"""How sure a figure is: bootstrap intervals, tests of paired answers, agreement of labels, calibration.
+"""Uncertainty of scores: bootstrap intervals, tests of paired answers, agreement of labels, calibration.
 
-Nothing here knows what a problem is. Randomness is seeded: the same values give the same interval.
+The functions take plain numbers, independent of the problem schema. Resampling is seeded: equal values give equal
+intervals.
 """
 
 import math
@@ -18,7 +19,7 @@ Interval = tuple[float, float]
 
 
 def mean_interval(values: Sequence[float], num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Interval | None:
-    """The percentile bootstrap's 95 % interval of the mean over problems; None of fewer than two."""
+    """Return the 95 % percentile bootstrap interval of the mean over problems; None for fewer than two values."""
     if len(values) < 2:
         return None
     result = stats.bootstrap(
@@ -35,8 +36,8 @@ def mean_interval(values: Sequence[float], num_resamples: int = NUM_RESAMPLES, s
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     """
-    McNemar's exact test that two systems are right equally often, on the same problems: the p-value of those that just
-    one of them has right, under a fair coin.
+    Return the p-value of McNemar's exact test that two systems are right equally often on the same problems: a binomial
+    test with probability 0.5 on the problems that exactly one of them answers right.
     """
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
@@ -46,7 +47,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float:
-    """Cohen's kappa of two labellings of the same things; nan where both use one label only, and the same one."""
+    """Return Cohen's kappa of two labellings of the same items; nan if both use only one and the same label."""
     count = len(first)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / count
     expected = sum(first.count(label) * second.count(label) for label in {*first}) / count**2
@@ -55,17 +56,17 @@ def kappa(first: Sequence[str], second: Sequence[str]) -> float:
 
 def calibration(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, Any]:
     """
-    Whether answers that are given a probability of p are right in a share of p.
+    Measure whether answers with probability p are right with frequency p.
 
     Args:
-        scores: a problem's probabilities, one for each choice.
-        answers: the right choices.
+        scores: for each problem, one probability for each choice.
+        answers: the indices of the right choices.
 
     Returns:
-        `ece`, the expected calibration error (Guo et al. 2017, arXiv 1706.04599) of the likeliest choices over ten bins
-        of equal width; `brier`, the mean over problems of the summed squared differences to the right answer's one-hot;
-        and the reliability `curve`, of each bin that is not empty `low`, `high`, `n`, mean `confidence`, `accuracy`.
-        All as fractions of 1.
+        `ece`, the expected calibration error (Guo et al. 2017, arXiv 1706.04599) of the most probable choices over ten
+        bins of equal width; `brier`, the mean over problems of the summed squared differences to the one-hot vector of
+        the right answer; and the reliability `curve` with `low`, `high`, `n`, mean `confidence` and `accuracy` of each
+        non-empty bin. All values are fractions of 1.
     """
     confidences = np.array([max(row) for row in scores])
     right = np.array([row.index(max(row)) == answer for row, answer in zip(map(list, scores), answers, strict=True)])

@@ -1,1 +1,1 @@
-"""Looking into a system: probes, attention maps, the report page."""
+"""Analyse a system: probes, attention maps, the report page."""

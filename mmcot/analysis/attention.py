@@ -1,4 +1,4 @@
-"""Where the fusion looked, over a dataset's problems. How it is found stands in `attention_mmcot.py`."""
+"""Attention maps of the fusion over a dataset's problems; `attention_mmcot.py` computes the maps."""
 
 from collections.abc import Iterator
 
@@ -17,10 +17,13 @@ def maps_of_problems(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: Dataset
 ) -> Iterator[tuple[str, TokenMaps]]:
     """
-    For each problem with a picture, its id and its maps. `problems` have the columns that the stage reads.
+    Yield the id and the maps of each problem with a picture.
+
+    Args:
+        problems: rows with the columns that the stage reads.
 
     Raises:
-        ValueError: the tower's patches have no known places.
+        ValueError: the picture positions of the tower's patches are unknown.
     """
     for problem in without_gold(problems):
         if problem["images"]:

@@ -1,4 +1,4 @@
-"""The report page of a predictions file, as `python -m mmcot.evaluate --report` writes it."""
+"""Write the report page of a predictions file, for `python -m mmcot.evaluate --report`."""
 
 import argparse
 import logging
@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from mmcot.evaluation.predictions import (
     Predictions,
-    fitting,
+    read_matching_predictions,
 )
 from mmcot.prediction.columns import with_columns
 from mmcot.prediction.provenance import weights_of
@@ -24,75 +24,76 @@ logger = logging.getLogger(__name__)
 def write_page(
     arguments: argparse.Namespace, problems: Dataset, predictions: Predictions, scores: dict[str, Any]
 ) -> None:
-    from mmcot.analysis.report import origin_of, write_report  # what draws is not needed to score
+    from mmcot.analysis.report import origin_of, write_report  # scoring does not need the plotting libraries
     from mmcot.prediction.system import load_system
 
-    blind, origin = None, origin_of(Path(arguments.file))
+    blind_predictions, origin = None, origin_of(Path(arguments.file))
     if arguments.without_picture is not None:
-        blind = fitting(arguments.without_picture, problems, False, arguments, pictures=False)
+        blind_predictions = read_matching_predictions(
+            arguments.without_picture, problems, allow_missing=False, arguments=arguments, pictures=False
+        )
     attention: Iterable[tuple[str, Any]] = ()
     if arguments.attention is not None:
         processor, models = load_system(arguments.attention)
         check_attention(arguments, weights_of(arguments.attention, processor), origin.weights)
         if origin.max_images is None:
             origin.max_images = min(models[stage.name].config.max_images for stage in processor.stages)
-        seen = problems_as_predicted(arguments, problems, origin)
-        attention = token_maps_of(processor, models, seen, predictions)
+        shown = problems_as_predicted(arguments, problems, origin)
+        attention = token_maps_of(processor, models, shown, predictions)
     else:
-        seen = problems_as_predicted(arguments, problems, origin)
+        shown = problems_as_predicted(arguments, problems, origin)
     report = Path(arguments.report)
-    write_report(report, seen, predictions, scores, Path(arguments.file), origin.stages, blind, attention)
+    write_report(report, shown, predictions, scores, Path(arguments.file), origin.stages, blind_predictions, attention)
 
 
 def check_attention(
     arguments: argparse.Namespace, here: dict[str, str] | None, predicted: dict[str, str] | None
 ) -> None:
-    """Maps of another model than the one that predicted would show where it did not look."""
+    """Raise a `ValueError` if the maps and the predictions come from models with different weights."""
     if None not in (here, predicted) and here != predicted:
         differing = ", ".join(stage for stage in here | predicted if here.get(stage) != predicted.get(stage))
         raise ValueError(
-            f"--attention {arguments.attention} is of other weights than those that wrote {arguments.file} "
-            f"({differing}); expected the model that predicted."
+            f"--attention {arguments.attention} has other weights than the model that wrote {arguments.file} "
+            f"({differing}); expected the same model."
         )
 
 
 def problems_as_predicted(arguments: argparse.Namespace, problems: Dataset, origin: Any) -> Dataset:
-    """With the pictures and captions that were predicted from; a page without maps does without what is absent."""
+    """Load the pictures and captions of the prediction. Without `--attention`, absent ones only cause a warning."""
     source, reading = (arguments.source, arguments.split, origin.max_images), reading_options(arguments)
     try:
-        seen = load_problems(*source, **reading)
+        shown = load_problems(*source, **reading)
     except ValueError as error:
         if arguments.attention is not None:
             raise
         logger.warning("the report shows no pictures: %s", error)
-        seen = load_problems(*source, pictures=False, **reading)
-    seen = select(seen, problems["id"])
+        shown = load_problems(*source, pictures=False, **reading)
+    shown = select(shown, problems["id"])
     try:
-        return seen if origin.captions is None else join_captions(seen, origin.captions)
+        return shown if origin.captions is None else join_captions(shown, origin.captions)
     except ValueError as error:
         if arguments.attention is not None:
             raise
         logger.warning("the report shows prompts without their captions: %s", error)
-        return seen
+        return shown
 
 
 def token_maps_of(
     processor: Any, models: Mapping[str, Any], problems: Dataset, predictions: Predictions
 ) -> Iterator[tuple[str, Any]]:
-    """Of the last stage that sees pictures, over the columns that were predicted for it."""
+    """Yield the maps of the last stage that sees pictures, with the predicted columns of earlier stages."""
     from mmcot.analysis.attention import maps_of_problems
 
-    seeing = [stage for stage in processor.stages if stage.sees_pictures]
-    if not seeing or models[seeing[-1].name].get_encoder().vision_tower is None:
+    stages_with_pictures = [stage for stage in processor.stages if stage.sees_pictures]
+    if not stages_with_pictures or models[stages_with_pictures[-1].name].get_encoder().vision_tower is None:
         raise ValueError("--attention: no stage of that model sees pictures, or it has no picture tower")
-    earlier = processor.stages.before(seeing[-1])
+    last = stages_with_pictures[-1]
+    earlier = processor.stages.before(last)
     for stage in earlier:
         absent = [name for name in problems["id"] if stage.writes not in predictions[name]]
         if absent:
             raise ValueError(
-                f"--attention: {len(absent)} predictions have no {stage.writes!r}, which the {seeing[-1].name} stage "
+                f"--attention: {len(absent)} predictions have no {stage.writes!r}, which the {last.name} stage "
                 f"reads: {first_few(absent)}"
             )
-    return maps_of_problems(
-        models[seeing[-1].name], processor, seeing[-1], with_columns(problems, predictions, earlier)
-    )
+    return maps_of_problems(models[last.name], processor, last, with_columns(problems, predictions, earlier))

@@ -1,7 +1,7 @@
-"""Probes: how much an answer depends on the rationale, the picture and the content of the choices.
+"""Probes: measure how much an answer depends on the rationale, the picture and the content of the choices.
 
-The last stage answers again with its rationale dropped, cut, taken from another problem or with its words mixed, and
-with its choices in another order; and the whole system answers again without the picture, and with another problem's.
+The last stage answers again with the rationale removed, cut in half, taken from another problem or with shuffled words,
+and with permuted choices. The whole system answers again without the picture, and with the picture of another problem.
 """
 
 import random
@@ -25,33 +25,33 @@ SEED = 0
 Predictions = dict[str, dict[str, Any]]
 
 
-def dropped(texts: list[str], drawn: random.Random) -> list[str]:
+def drop_texts(texts: list[str], generator: random.Random) -> list[str]:
     return ["" for _ in texts]
 
 
-def first_half(texts: list[str], drawn: random.Random) -> list[str]:
+def keep_first_half(texts: list[str], generator: random.Random) -> list[str]:
     return [" ".join(words[: len(words) // 2]) for words in map(str.split, texts)]
 
 
-def of_another(texts: list[str], drawn: random.Random) -> list[str]:
-    return [texts[index] for index in others(len(texts), drawn)]
+def take_from_another(texts: list[str], generator: random.Random) -> list[str]:
+    return [texts[index] for index in other_indices(len(texts), generator)]
 
 
-def mixed(texts: list[str], drawn: random.Random) -> list[str]:
-    return [" ".join(drawn.sample(words, len(words))) for words in map(str.split, texts)]
+def shuffle_words(texts: list[str], generator: random.Random) -> list[str]:
+    return [" ".join(generator.sample(words, len(words))) for words in map(str.split, texts)]
 
 
 RATIONALES: dict[str, Callable[[list[str], random.Random], list[str]]] = {
-    "rationale dropped": dropped,
-    "rationale's first half": first_half,
-    "another problem's rationale": of_another,
-    "rationale's words mixed": mixed,
+    "rationale dropped": drop_texts,
+    "rationale's first half": keep_first_half,
+    "another problem's rationale": take_from_another,
+    "rationale's words mixed": shuffle_words,
 }
 
 
-def others(count: int, drawn: random.Random) -> list[int]:
-    """For each of `count` another one, each once: neighbours in a random circle."""
-    circle = drawn.sample(range(count), count)
+def other_indices(count: int, generator: random.Random) -> list[int]:
+    """Return a random permutation without fixed points: each index maps to its neighbour in a random circle."""
+    circle = generator.sample(range(count), count)
     return [pair[1] for pair in sorted(zip(circle, circle[1:] + circle[:1], strict=True))]
 
 
@@ -60,14 +60,14 @@ def with_images(problems: Dataset, images: list[list]) -> Dataset:
         return problems.remove_columns("images").add_column("images", images, feature=FEATURES["images"])
 
 
-def with_permuted_choices(problems: Dataset, drawn: random.Random) -> tuple[Dataset, list[list[int]]]:
-    """Each problem's choices in another order, where it has several; and for each the old places of the new choices."""
+def with_permuted_choices(problems: Dataset, generator: random.Random) -> tuple[Dataset, list[list[int]]]:
+    """Permute the choices of each problem that has several; also return the old index of each new choice."""
     orders = []
     for row in problems.select_columns(["choices"]):
         count = len(row["choices"])
         order = list(range(count))
         while count > 1 and order == list(range(count)):
-            order = drawn.sample(range(count), count)
+            order = generator.sample(range(count), count)
         orders.append(order)
     rows = list(zip(problems["choices"], problems["answer"], orders, strict=True))
     permuted = problems.remove_columns(["choices", "answer"])
@@ -86,14 +86,16 @@ def probe(
     store: FeatureStore | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
+    Run all probes that apply to a system.
+
     Args:
-        problems: with their right answers, which no model sees.
-        store: features that stand in for their pictures, found by the pictures' content.
+        problems: rows with right answers, which no model sees.
+        store: features that replace the pictures, with the pictures' content as key.
 
     Returns:
-        By probe, `n` problems that it concerns, their `accuracy` as they are and `probed`, both in percent, the 95 %
-        `interval` of the difference and McNemar's `p`, and the share of answers that `changed`; of permuted choices the
-        shares that `follow_content` and `follow_letter`.
+        For each probe: the number `n` of affected problems, their original `accuracy` and their `probed` accuracy, both
+        in percent, the 95 % `interval` of the difference, McNemar's `p`, and the percentage of answers that `changed`.
+        For permuted choices also the percentages of answers that `follow_content` and `follow_letter`.
     """
     last = processor.stages[-1]
     options = PredictOptions(batch_size=batch_size)
@@ -103,26 +105,26 @@ def probe(
         column = processor.stages[-2].writes
         texts = [predictions[problem_id][column] for problem_id in problems["id"]]
         for name, change in RATIONALES.items():
-            changed = change(texts, random.Random(SEED))
+            changed_texts = change(texts, random.Random(SEED))
             written = {
                 problem_id: {**predictions[problem_id], column: text}
-                for problem_id, text in zip(problems["id"], changed, strict=True)
+                for problem_id, text in zip(problems["id"], changed_texts, strict=True)
             }
             predict_stage(models[last.name], processor, last, problems, written, options, store)
             results[name] = difference(problems, predictions, written)
-    seeing = problems.select([row for row, images in enumerate(problems["images"]) if images])
-    if processor.stages.see_pictures and len(seeing) > 1:
-        images = seeing["images"]
+    with_picture = problems.select([row for row, images in enumerate(problems["images"]) if images])
+    if processor.stages.see_pictures and len(with_picture) > 1:
+        images = with_picture["images"]
         for name, changed in (
             ("picture dropped", [[] for _ in images]),
-            ("another problem's picture", [images[index] for index in others(len(images), random.Random(SEED))]),
+            ("another problem's picture", [images[index] for index in other_indices(len(images), random.Random(SEED))]),
         ):
-            probed = predict(processor, models, with_images(seeing, changed), options, store)
-            results[name] = difference(seeing, predictions, probed)
+            probed = predict(processor, models, with_images(with_picture, changed), options, store)
+            results[name] = difference(with_picture, predictions, probed)
     permuted, orders = with_permuted_choices(problems, random.Random(SEED))
     written = {problem_id: dict(columns) for problem_id, columns in predictions.items()}
     predict_stage(models[last.name], processor, last, permuted, written, options, store)
-    results["choices permuted"] = followed(problems, orders, predictions, written)
+    results["choices permuted"] = compare_permuted(problems, orders, predictions, written)
     return results
 
 
@@ -140,16 +142,18 @@ def difference(problems: Dataset, predictions: Predictions, probed: Predictions)
     }
 
 
-def followed(
+def compare_permuted(
     problems: Dataset, orders: list[list[int]], predictions: Predictions, probed: Predictions
 ) -> dict[str, Any]:
-    """The answers under other letters, brought back to the choices as they were; over problems with several."""
-    back = {name: {"answer": order[probed[name]["answer"]]} for name, order in zip(problems["id"], orders, strict=True)}
+    """Compare answers to permuted choices, mapped back to the original order; only problems with several choices."""
+    mapped_back = {
+        name: {"answer": order[probed[name]["answer"]]} for name, order in zip(problems["id"], orders, strict=True)
+    }
     several = problems.select([row for row, order in enumerate(orders) if len(order) > 1])
     names = several["id"]
     return {
-        **difference(several, predictions, back),
-        "follow_content": percentage([back[name]["answer"] == predictions[name]["answer"] for name in names]),
+        **difference(several, predictions, mapped_back),
+        "follow_content": percentage([mapped_back[name]["answer"] == predictions[name]["answer"] for name in names]),
         "follow_letter": percentage([probed[name]["answer"] == predictions[name]["answer"] for name in names]),
     }
 
@@ -162,7 +166,7 @@ def format_probes(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"{name:<28}" + "".join(f"{cell:>10}" for cell in cells))
     row = results["choices permuted"]
     lines.append(
-        f"Of choices in another order {two_places(row['follow_content'])} % of the answers follow the content, "
-        f"{two_places(row['follow_letter'])} % stay with the letter."
+        f"With permuted choices {two_places(row['follow_content'])} % of the answers follow the content, "
+        f"{two_places(row['follow_letter'])} % keep the letter."
     )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Predictions -> a folder with a page to look through them: `index.html`, which opens from the disk, without network.
+"""Write a report folder for browsing predictions: `index.html` opens from the disk, without a network.
 
-Scores with their intervals, plots, and every problem with its picture, prompts, rationale, probabilities, the kind of
-its mistake, and where the fusion looked. What the page does stands in `report_template.html`, what it is given here.
+The page shows scores with intervals, plots, and every problem with its picture, prompts, rationale, probabilities, kind
+of mistake and attention maps. `report_template.html` contains the page; this module writes its data.
 """
 
 import base64
@@ -32,10 +32,10 @@ from modeling_mmcot.attention_mmcot import TokenMaps
 from modeling_mmcot.pictures_mmcot import as_rgb
 from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage
 
-MARKER = "mmcot-report.json"  # a folder that holds it is a report, and may be replaced
-PICTURE_SIDE = 480  # of the longer side at most, px
+MARKER = "mmcot-report.json"  # marks a folder as a report, which may be replaced
+PICTURE_SIDE = 480  # maximum length of the longer side, px
 NUM_SKILLS = 30
-FULL = 4  # times an even share of the attention, which the overlay shows in full colour
+FULL = 4  # multiple of an even share of the attention that the overlay shows in full colour
 
 Predictions = Mapping[str, Mapping[str, Any]]
 
@@ -51,20 +51,22 @@ def write_report(
     attention: Iterable[tuple[str, TokenMaps]] = (),
 ) -> None:
     """
+    Write the report folder.
+
     Args:
-        folder: is made, or replaced where it holds a report.
-        problems: with their gold columns.
-        scores: of the predictions (`metrics.score`).
-        predictions_file: what they were read from.
-        stages: those that wrote it, whose prompts are shown.
-        without_picture: what is predicted with pictures withheld.
-        attention: maps of some problems.
+        folder: created, or replaced if it contains a report.
+        problems: rows with their gold columns.
+        scores: the scores of the predictions (`metrics.score`).
+        predictions_file: the file that the predictions were read from.
+        stages: the stages that wrote the predictions; the page shows their prompts.
+        without_picture: predictions for the problems without pictures.
+        attention: attention maps by problem id, for any of the problems.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder contains something other than a report.
     """
     if folder.exists() and not (folder / MARKER).is_file() and any(folder.iterdir()):
-        raise ValueError(f"--report {folder} exists and holds something else than a report: choose another folder.")
+        raise ValueError(f"--report {folder} exists and contains something other than a report: choose another folder.")
     with replaced_folder(folder) as new_folder:
         (new_folder / "pictures").mkdir()
         rows = list(problem_rows(problems, predictions, stages, without_picture, new_folder))
@@ -89,7 +91,7 @@ def write_report(
 
 
 def write_maps(folder: Path, problem_ids: Sequence[str], attention: Iterable[tuple[str, TokenMaps]]) -> set[int]:
-    """Write each problem's maps into a file of their own. Returns the numbers of the problems that have maps."""
+    """Write a file with the maps of each problem. Return the numbers of the problems that have maps."""
     folder.mkdir()
     numbers = {problem_id: number for number, problem_id in enumerate(problem_ids)}
     written = set()
@@ -102,7 +104,7 @@ def write_maps(folder: Path, problem_ids: Sequence[str], attention: Iterable[tup
 
 @dataclass
 class Origin:
-    """What a page has to know of how predictions were made, as far as that is known."""
+    """The origin of predictions as needed by the page; an unknown field is None or empty."""
 
     stages: list[Stage] = field(default_factory=list)
     max_images: int | None = None
@@ -111,7 +113,7 @@ class Origin:
 
 
 def origin_of(predictions_file: Path) -> Origin:
-    """From what `mmcot.predict` or the run wrote beside it."""
+    """Read the origin from the meta file that `mmcot.predict` or the run wrote beside the predictions."""
     meta = read_meta(predictions_file)
     if meta is None:
         return Origin()
@@ -125,12 +127,12 @@ def problem_rows(
     without_picture: Predictions | None,
     folder: Path,
 ) -> Iterator[dict[str, Any]]:
-    """What the page shows of each problem; its pictures go into the folder."""
+    """Yield the page's data of each problem, and write its pictures into the folder."""
     classes = {name: belongs for name, belongs in CLASSES.items() if name != "Avg"}
     for number, problem in enumerate(tqdm(problems, desc="report", leave=False)):
         prediction = predictions[problem["id"]]
-        blind = None if without_picture is None else without_picture[problem["id"]]
-        verdict = sort_mistake(problem, prediction, blind)
+        blind_prediction = None if without_picture is None else without_picture[problem["id"]]
+        verdict = sort_mistake(problem, prediction, blind_prediction)
         shown = ("id", "question", "choices", "context", "answer", "lecture", "solution", "subject", "grade", "skill")
         yield {
             **{name: problem[name] for name in shown},
@@ -146,7 +148,7 @@ def problem_rows(
 
 
 def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, str]:
-    """What each stage read, but for what is cut of a text that is too long."""
+    """Return the source text of each stage, before truncation to the stage's maximum length."""
     row = {name: value for name, value in problem.items() if name not in GOLD_COLUMNS}
     shown = {}
     for stage in stages:
@@ -158,7 +160,7 @@ def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: S
 def write_pictures(problem: Mapping[str, Any], number: int, folder: Path) -> list[str]:
     names = []
     if not all(picture["bytes"] or Path(picture["path"]).is_file() for picture in problem["images"]):
-        return names  # features stood in for files that are not at hand
+        return names  # the predictions used features, and the picture files are absent
     for place, picture in enumerate(read_pictures(problem)):
         picture = as_rgb(picture)
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
@@ -167,14 +169,16 @@ def write_pictures(problem: Mapping[str, Any], number: int, folder: Path) -> lis
     return names
 
 
-def write_attention(file: Path, number: int, found: TokenMaps) -> None:
+def write_attention(file: Path, number: int, token_maps: TokenMaps) -> None:
     """
-    As a script: a page from the disk may load one, and may not read files. What is stored is 0 for half of an even
-    share or less, 255 for `FULL` times an even share or more: attention that looks nowhere is to look so.
+    Write attention maps as a script, because a page opened from the disk can load scripts but not read files.
+
+    Values are scaled from 0 for half of an even share or less to 255 for `FULL` times an even share or more, so that
+    uniform attention is nearly invisible.
     """
-    even = 1 / sum(maps[0].numel() for maps in found.maps)
-    data: dict[str, Any] = {"tokens": found.tokens, "pictures": []}
-    for maps in found.maps:
+    even = 1 / sum(maps[0].numel() for maps in token_maps.maps)
+    data: dict[str, Any] = {"tokens": token_maps.tokens, "pictures": []}
+    for maps in token_maps.maps:
         scaled = ((maps / even - 0.5) / (FULL - 0.5) * 255).clamp(0, 255).round().byte()
         encoded = base64.b64encode(scaled.cpu().numpy().tobytes()).decode()
         data["pictures"].append({"rows": maps.shape[1], "columns": maps.shape[2], "maps": encoded})
@@ -191,28 +195,28 @@ def write_script(file: Path, name: str, data: Any) -> None:
 def plots(
     problems: Dataset, predictions: Predictions, scores: Mapping[str, Any], without_picture: Predictions | None
 ) -> dict[str, str]:
-    """By title, each an SVG that can stand in a page, light or dark."""
+    """Return SVG plots by title; they are legible in light and dark mode."""
     answers = checked_answers(problems, predictions)
-    found = {"Accuracy by class, 95 % intervals": bars(right_by_class(problems, answers))}
+    figures = {"Accuracy by class, 95 % intervals": bars(right_by_class(problems, answers))}
     by_skill: dict[str, list[bool]] = defaultdict(list)
     for problem in problems.select_columns(["id", "skill", "answer"]):
         by_skill[problem["skill"] or "no skill"].append(answers[problem["id"]] == problem["answer"])
     largest = dict(sorted(by_skill.items(), key=lambda item: -len(item[1]))[:NUM_SKILLS])
     if by_skill.keys() != {"no skill"}:
-        found[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
+        figures[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
     if scores["calibration"] is not None:
-        found["Are the probabilities right? (reliability)"] = reliability(scores["calibration"]["curve"])
+        figures["Are the probabilities right? (reliability)"] = reliability(scores["calibration"]["curve"])
     lengths = by_length(problems, predictions, answers)
     if len(lengths) > 1:
-        found["Accuracy by the rationale's words"] = bars(lengths)
+        figures["Accuracy by the rationale's words"] = bars(lengths)
     if without_picture is not None:
-        blind = right_by_class(problems, checked_answers(problems, without_picture))
-        found["With and without picture"] = bars(right_by_class(problems, answers), blind)
-    return found
+        blind_right = right_by_class(problems, checked_answers(problems, without_picture))
+        figures["With and without picture"] = bars(right_by_class(problems, answers), blind_right)
+    return figures
 
 
 def by_length(problems: Dataset, predictions: Predictions, answers: Mapping[str, int]) -> dict[str, list[bool]]:
-    """In five parts of about the same size, by the number of words."""
+    """Split the answers into five groups of about equal size by the number of words in the rationale."""
     lengths = sorted(
         (len(predictions[name].get("rationale", "").split()), answers[name] == answer)
         for name, answer in zip(problems["id"], problems["answer"], strict=True)
@@ -225,7 +229,7 @@ def by_length(problems: Dataset, predictions: Predictions, answers: Mapping[str,
 
 
 def bars(right: Mapping[str, list[bool]], beside: Mapping[str, list[bool]] | None = None) -> str:
-    """Horizontal bars of percentages, the largest group's first name at the top."""
+    """Plot percentages as horizontal bars, the first name at the top."""
     names = [name for name, values in right.items() if values]
     figure = Figure(figsize=(5.2, 0.5 + 0.27 * len(names)))
     axes = figure.subplots()
@@ -236,7 +240,7 @@ def bars(right: Mapping[str, list[bool]], beside: Mapping[str, list[bool]] | Non
             axes.plot([100 * bound for bound in interval], [number, number], color="#f58518", linewidth=2)
         if beside is not None:
             axes.barh(number + 0.35, percentage(beside[name]), color="#bab0ac", height=0.35)
-    # A skill's name may hold dollars, which would be read as mathematics.
+    # Dollar signs in a skill's name would be parsed as mathematics.
     axes.set_yticks(range(len(names)), [f"{name} ({len(right[name])})" for name in names], parse_math=False)
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
@@ -256,7 +260,7 @@ def reliability(curve: list[dict[str, Any]]) -> str:
 
 
 def svg(figure: Figure) -> str:
-    """Its lines and words in the colour of the page's text."""
+    """Render a figure as SVG with lines and text in the colour of the page's text."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmcot"}):
         for axes in figure.axes:

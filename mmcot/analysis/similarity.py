@@ -1,7 +1,7 @@
-"""How near a rationale is to gold in meaning, by a sentence embedding model; as the paper's `Similarity`.
+"""Semantic similarity of rationales to gold by a sentence embedding model, the paper's `Similarity` score.
 
-The paper's figure is by sentence-transformers' all-MiniLM-L6-v2: mean of the token states, cosine. Any encoder of the
-Hub can be named; nothing is computed unless one is.
+The paper uses sentence-transformers' all-MiniLM-L6-v2: the mean of the token states, compared by cosine. Any encoder on
+the Hub can be named; without a name the score is not computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,9 @@ from mmcot.evaluation.metrics import Problems, rationale_pairs
 
 def similarity(problems: Problems, rationales: Mapping[str, str], model: str, batch_size: int = 64) -> float | None:
     """
-    The mean cosine, in percent, of each rationale and the nearest of its golds; None where there is no pair of texts.
+    Return the mean cosine, in percent, between each rationale and its most similar gold rationale.
+
+    Returns None if no problem has both texts.
 
     Args:
         rationales: by problem id.
@@ -32,7 +34,7 @@ def similarity(problems: Problems, rationales: Mapping[str, str], model: str, ba
 
 @torch.no_grad()
 def embed(texts: Sequence[str], model: str, batch_size: int) -> torch.FloatTensor:
-    """Unit vectors `(len(texts), hidden_size)`."""
+    """Return unit vectors of shape `(len(texts), hidden_size)`."""
     tokenizer, encoder = (auto.from_pretrained(model, trust_remote_code=False) for auto in (AutoTokenizer, AutoModel))
     vectors = []
     for start in tqdm(range(0, len(texts), batch_size), desc="embedding rationales", leave=False):

@@ -1,1 +1,1 @@
-"""Figures from a predictions file. No model and no torch."""
+"""Compute scores from a predictions file. Needs no model and no torch."""

@@ -1,6 +1,6 @@
-"""Scores side by side: two systems on the same problems, one system with many seeds, any number of scores files.
+"""Compare scores: two systems on the same problems, one system with several seeds, any number of scores files.
 
-What a score is stands in `metrics.py`; nothing is read or written here.
+`metrics.py` defines the scores. This module reads and writes no files.
 """
 
 import itertools
@@ -17,13 +17,16 @@ def compare(
     problems: Problems, first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any] | None]:
     """
-    Two predictions files on the same problems: by class `first`, `second` and `difference` (second less first) in
-    percent, the paired bootstrap's 95 % `interval` of the difference, and McNemar's exact `p`; None of an empty class.
+    Compare two predictions files on the same problems.
+
+    Returns:
+        For each class: `n`, `first`, `second` and `difference` (second minus first) in percent, the 95 % paired
+        bootstrap `interval` of the difference, and the exact McNemar `p`. None for an empty class.
     """
-    rights = [right_by_class(problems, checked_answers(problems, predictions)) for predictions in (first, second)]
+    right = [right_by_class(problems, checked_answers(problems, predictions)) for predictions in (first, second)]
     compared: dict[str, dict[str, Any] | None] = {}
     for name in CLASSES:
-        before, after = (right[name] for right in rights)
+        before, after = (by_class[name] for by_class in right)
         accuracy_before, accuracy_after = percentage(before), percentage(after)
         if accuracy_before is None or accuracy_after is None:
             compared[name] = None
@@ -40,48 +43,50 @@ def compare(
     return compared
 
 
-def spread(every: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float] | None]:
-    """Of one system's scores with several seeds, by class `mean` and sample standard deviation `sd` of accuracy."""
+def seed_spread(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float] | None]:
+    """Return the `mean` and sample standard deviation `sd` of the accuracy over seeds, for each class."""
     result: dict[str, dict[str, float] | None] = {}
     for name in CLASSES:
-        values = [scores["accuracy"][name] for scores in every]
+        values = [scores["accuracy"][name] for scores in runs]
         empty = None in values
         result[name] = None if empty else {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
     return result
 
 
-def leaderboard(every: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def leaderboard(scores_files: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """
-    A table of scores files, the best `Avg` first; its first row are the names of the columns.
+    Return a table of scores files, sorted by `Avg` from best to worst. Its first row contains the column names.
 
     Raises:
-        ValueError: they are not of the same problems, or do not say of which they are.
+        ValueError: the scores files cover different problems, or do not identify their problems.
     """
-    check_same_problems(every)
-    classes = [name for name in CLASSES if any(scores["accuracy"][name] is not None for scores in every.values())]
+    check_same_problems(scores_files)
+    classes = [
+        name for name in CLASSES if any(scores["accuracy"][name] is not None for scores in scores_files.values())
+    ]
     table = [["system", "n", *classes, "Avg, 95 %"]]
-    for name, scores in sorted(every.items(), key=lambda item: -item[1]["accuracy"]["Avg"]):
+    for name, scores in sorted(scores_files.items(), key=lambda item: -item[1]["accuracy"]["Avg"]):
         interval = scores["intervals"]["accuracy"]["Avg"]
         cells = [two_places(scores["accuracy"][column]) for column in classes]
         table.append([name, str(scores["n"]), *cells, "–".join(map(two_places, interval)) if interval else "-"])
     return table
 
 
-def check_same_problems(every: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, scores in every.items():
+def check_same_problems(scores_files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, scores in scores_files.items():
         if scores.get("problems") is None or scores.get("problems_digest") is None:
-            raise ValueError(f"{name} does not say which problems it is of: score its predictions again.")
-    for (first, one), (name, other) in itertools.combinations(every.items(), 2):
+            raise ValueError(f"{name} does not identify its problems: score its predictions again.")
+    for (first, one), (name, other) in itertools.combinations(scores_files.items(), 2):
         if one["problems"] != other["problems"]:
             raise ValueError(
-                f"{name} is of other problems ({other['n']}) than {first} ({one['n']}): scores of different splits or "
-                f"subsets cannot stand in one table."
+                f"{name} covers other problems ({other['n']}) than {first} ({one['n']}): scores of different splits or "
+                f"subsets cannot be compared in one table."
             )
         differing = differing_parts(one["problems_digest"], other["problems_digest"])
         if differing:
             raise ValueError(
-                f"{name} ({other.get('dataset')}) is of problems with other {' and other '.join(differing)} than "
-                f"{first} ({one.get('dataset')}), though their ids are the same: they cannot stand in one table."
+                f"{name} ({other.get('dataset')}) covers problems with other {' and other '.join(differing)} than "
+                f"{first} ({one.get('dataset')}), although their ids are equal: they cannot be compared in one table."
             )
 
 

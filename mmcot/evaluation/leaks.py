@@ -1,6 +1,7 @@
-"""Whether gold text reaches what is predicted. By trying it, where the model is at hand; from the texts, as a hint.
+"""Detect gold text that leaks into predictions: by changing gold where the model is available, else by text overlap.
 
-Nothing is predicted here, and no verdict is given on texts: a rationale can be near to gold because it is right.
+This module runs no model itself. Text overlap is reported as a warning only: a rationale can resemble gold because it
+is right.
 """
 
 import difflib
@@ -13,25 +14,29 @@ from datasets import Dataset
 from mmcot.evaluation.metrics import Problems, rationale_pairs, words
 from mmcot.problems.schema import FEATURES
 
-# A rationale is compared with so many other problems' golds at most.
-OTHERS = 5
-# Rationales that share more of gold than this, and so much more than of other problems' golds, are told.
-NEAR, NEARER = 0.9, 0.2
+# Maximum number of other problems whose gold rationales a rationale is compared with.
+NUM_OTHERS = 5
+# A warning is given when the overlap with a problem's own gold reaches MIN_OVERLAP and exceeds the overlap with other
+# problems' gold by MIN_MARGIN.
+MIN_OVERLAP, MIN_MARGIN = 0.9, 0.2
 
 GARBAGE = "The answer is (A). zzz"
 
 
-def leaking(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> dict[str, list[str]]:
+def find_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> dict[str, list[str]]:
     """
-    The problems whose predictions change with their gold columns, each with the columns that do.
+    Find the problems whose predictions change when their gold columns change.
 
     Args:
-        predict_all: the predictions of problems, by their ids; it is given the gold columns too, as it always is.
+        predict_all: maps problems to predictions by id; it receives the gold columns, as in any prediction.
+
+    Returns:
+        For each such problem, the names of the predicted columns that change.
     """
-    expected, found = predict_all(problems), predict_all(problems.map(with_garbage, features=FEATURES))
+    original, changed = predict_all(problems), predict_all(problems.map(with_garbage, features=FEATURES))
     leaks = {}
-    for problem_id, columns in expected.items():
-        other = found[problem_id]
+    for problem_id, columns in original.items():
+        other = changed[problem_id]
         differing = sorted(name for name in columns | other if columns.get(name) != other.get(name))
         if differing:
             leaks[problem_id] = differing
@@ -39,7 +44,7 @@ def leaking(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]
 
 
 def with_garbage(problem: dict[str, Any]) -> dict[str, Any]:
-    """Another answer, and other texts in place of gold."""
+    """Replace the gold answer with another choice and all gold texts with garbage."""
     choices = problem["choices"]
     return {
         **problem,
@@ -51,11 +56,15 @@ def with_garbage(problem: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def suspicion(problems: Problems, rationales: Mapping[str, str]) -> dict[str, float] | None:
+def gold_overlap(problems: Problems, rationales: Mapping[str, str]) -> dict[str, float] | None:
     """
-    How much of gold stands in the rationales in one piece: the longest run of words that both have, as a share of
-    gold's. `own` is the mean for each problem's own gold, `others` for the golds of other problems of the same skill,
-    `n` the number of problems that have both. None where none has.
+    Measure how much of the gold rationales the generated rationales repeat verbatim.
+
+    Overlap is the longest common run of words divided by the number of gold words.
+
+    Returns:
+        `own`, the mean overlap with each problem's own gold; `others`, the mean overlap with gold of other problems of
+        the same skill; `n`, the number of problems for which both exist. None if there are no such problems.
     """
     pairs = {problem["id"]: pair for problem in problems for pair in rationale_pairs([problem], rationales)}
     by_skill: dict[str, list[str]] = defaultdict(list)
@@ -67,28 +76,29 @@ def suspicion(problems: Problems, rationales: Mapping[str, str]) -> dict[str, fl
         if problem["id"] not in pairs:
             continue
         golds, generated = pairs[problem["id"]]
-        neighbours = [id_ for id_ in by_skill[problem["skill"]] if pairs[id_][0] != golds][:OTHERS]
+        neighbours = [id_ for id_ in by_skill[problem["skill"]] if pairs[id_][0] != golds][:NUM_OTHERS]
         if neighbours:
-            own.append(max(shared(gold, generated) for gold in golds))
-            others.append(sum(shared(pairs[id_][0][0], generated) for id_ in neighbours) / len(neighbours))
+            own.append(max(overlap_share(gold, generated) for gold in golds))
+            others.append(sum(overlap_share(pairs[id_][0][0], generated) for id_ in neighbours) / len(neighbours))
     if not own:
         return None
     return {"own": sum(own) / len(own), "others": sum(others) / len(others), "n": len(own)}
 
 
-def shared(gold: str, generated: str) -> float:
-    """The longest run of words that both have, as a share of gold's words."""
+def overlap_share(gold: str, generated: str) -> float:
+    """Return the length of the longest common run of words divided by the number of gold words."""
     gold_words, generated_words = words(gold), words(generated)
     matcher = difflib.SequenceMatcher(None, gold_words, generated_words, autojunk=False)
     return matcher.find_longest_match().size / len(gold_words)
 
 
-def warnings_of(found: dict[str, float] | None) -> list[str]:
-    """What there is to say of it: a warning, no verdict."""
-    if found is None or found["own"] < NEAR or found["own"] - found["others"] < NEARER:
+def overlap_warnings(overlap: dict[str, float] | None) -> list[str]:
+    """Return a warning if the overlap is suspiciously high, else an empty list."""
+    if overlap is None or overlap["own"] < MIN_OVERLAP or overlap["own"] - overlap["others"] < MIN_MARGIN:
         return []
     return [
-        f"warning: in one piece, rationales hold {100 * found['own']:.0f} % of the words of their own gold rationales, "
-        f"and {100 * found['others']:.0f} % of those of other problems of the same skill ({found['n']} problems). They "
-        f"may be that good; or gold text was there when they were decoded: try `mmcot.predict --leak_check`."
+        f"warning: rationales copy {100 * overlap['own']:.0f} % of the words of their own gold rationales in one "
+        f"sequence, and {100 * overlap['others']:.0f} % of those of other problems of the same skill "
+        f"({overlap['n']} problems). Either the model is that good, or it saw gold text: check with "
+        f"`mmcot.predict --leak_check`."
     ]

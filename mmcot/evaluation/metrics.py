@@ -1,9 +1,9 @@
-"""The figures of the field: accuracy by class of problem, BLEU-1, BLEU-4 and ROUGE-L of rationales, all in percent; how
-sure they are, and how well the choices' probabilities are calibrated.
+"""Scores of predictions: accuracy by class of problem, BLEU-1, BLEU-4 and ROUGE-L of rationales, all in percent, with
+confidence intervals and the calibration of the choices' probabilities.
 
-Notable: a class without problems scores None, never 0; BLEU and ROUGE come from nltk and the package `rouge`, called as
-the original's metric code calls them, so that figures can be set beside published ones.
-Not here: reading files and printing (evaluate.py), choosing an answer (pipeline_mmcot.py), the model.
+A class without problems scores None, never 0. BLEU and ROUGE come from nltk and the package `rouge`, called as in the
+original's metric code, so that scores are comparable with published ones.
+Reading files and printing are in `predictions.py` and `evaluate.py`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Problems = Collection[Problem]
 GRADES_1_TO_6 = {f"grade{number}" for number in range(1, 7)}
 GRADES_7_TO_12 = {f"grade{number}" for number in range(7, 13)}
 
-# The classes of ScienceQA's result tables, in their order. They overlap: a problem counts in each that it belongs to.
+# The classes of ScienceQA's result tables, in their order. They overlap: a problem counts in each of its classes.
 CLASSES: dict[str, Callable[[Problem], bool]] = {
     "NAT": lambda problem: problem["subject"] == "natural science",
     "SOC": lambda problem: problem["subject"] == "social science",
@@ -42,12 +42,12 @@ CLASSES: dict[str, Callable[[Problem], bool]] = {
 
 UNREADABLE = -1
 
-# The paper's targets open the rationale with this cue, so generated ones do too; the gold column `solution` does not.
+# The paper's targets begin with this cue, so generated rationales do too; the gold column `solution` does not.
 RATIONALE_CUE = "Solution:"
 
 
 def class_sizes(problems: Problems) -> dict[str, int]:
-    """Number of problems in each class."""
+    """Return the number of problems in each class."""
     sizes = dict.fromkeys(CLASSES, 0)
     for problem in problems:
         for name in _classes_of(problem):
@@ -56,17 +56,17 @@ def class_sizes(problems: Problems) -> dict[str, int]:
 
 
 def right_by_class(problems: Problems, answers: Mapping[str, int]) -> dict[str, list[bool]]:
-    """Of each problem of a class, in their order, whether its answer is right; `answers` has every problem's id."""
+    """Return for each class whether each answer is right, in the order of `problems`; every id must be in `answers`."""
     right: dict[str, list[bool]] = {name: [] for name in CLASSES}
     for problem in problems:
         for name in _classes_of(problem):
-            # -1 is "no answer" in a prediction and "unknown" in a problem: the two together are not a right answer.
+            # -1 means "no answer" in a prediction and "unknown" in a problem; a match of the two is not a right answer.
             right[name].append(problem["answer"] == answers[problem["id"]] >= 0)
     return right
 
 
 def accuracy(problems: Problems, answers: Mapping[str, int]) -> dict[str, float | None]:
-    """Percentage of right answers by class; `answers` (id -> index, -1 = none) has every problem's id."""
+    """Return the percentage of right answers by class. `answers` maps every problem's id to an index (-1 = none)."""
     return {name: percentage(right) for name, right in right_by_class(problems, answers).items()}
 
 
@@ -75,7 +75,7 @@ def percentage(right: Sequence[bool]) -> float | None:
 
 
 def accuracy_intervals(problems: Problems, answers: Mapping[str, int]) -> dict[str, list[float] | None]:
-    """95 % bootstrap intervals of `accuracy`, over problems."""
+    """Return 95 % bootstrap intervals of `accuracy` over problems, in percent."""
     intervals = {}
     for name, right in right_by_class(problems, answers).items():
         interval = mean_interval(right)
@@ -85,10 +85,10 @@ def accuracy_intervals(problems: Problems, answers: Mapping[str, int]) -> dict[s
 
 def rationale_scores(problems: Problems, rationales: Mapping[str, str]) -> dict[str, float | None]:
     """
-    BLEU-1, BLEU-4 and ROUGE-L of `rationales` (by id) against `solution`, over pairs where both texts have words.
+    Return BLEU-1, BLEU-4 and ROUGE-L in percent of `rationales` (by id) against `solution`.
 
-    Where a problem has several gold `rationales` (A-OKVQA's three), BLEU takes all of them as references, as it is
-    defined to, and ROUGE-L is that of the nearest.
+    Only pairs in which both texts contain words are scored. If a problem has several gold `rationales` (A-OKVQA has
+    three), BLEU uses all of them as references, as defined for it, and ROUGE-L uses the best-matching one.
     """
     pairs = rationale_pairs(problems, rationales)
     return {
@@ -99,7 +99,7 @@ def rationale_scores(problems: Problems, rationales: Mapping[str, str]) -> dict[
 
 
 def rationale_pairs(problems: Problems, rationales: Mapping[str, str]) -> list[tuple[list[str], str]]:
-    """Of each problem the gold rationales and the one that was written, where both have words."""
+    """Return each problem's gold rationales and generated rationale, where both contain words."""
     pairs = [
         ([gold for gold in _gold_rationales(problem) if words(gold)], _without_cue(rationales[problem["id"]]))
         for problem in problems
@@ -109,14 +109,13 @@ def rationale_pairs(problems: Problems, rationales: Mapping[str, str]) -> list[t
 
 
 def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The scores file (DESIGN section 4) of a predictions file: `accuracy`, `rationale`, `n`, and what they stand on.
+    """Return the contents of a scores file (DESIGN section 4) for a predictions file.
 
-    Predictions with a `decoded_answer` add `decoded_accuracy`: the paper's way, where an answer that cannot be
-    read (-1) is wrong. Predictions without rationales have None for each rationale score, those without `scores` for
-    `calibration`.
+    Predictions with a `decoded_answer` add `decoded_accuracy`, the paper's metric, which counts an unreadable answer
+    (-1) as wrong. Without rationales each rationale score is None; without `scores`, `calibration` is None.
 
-    `intervals` are those of both accuracies, `class_n` the problems of each class, `problems` tells one set of problems
-    from another.
+    `intervals` contains the intervals of both accuracies, `class_n` the number of problems in each class, and
+    `problems` an identifier of the set of problems.
     """
     check_same_ids([problem["id"] for problem in problems], predictions)
     answers = checked_answers(problems, predictions)
@@ -140,11 +139,14 @@ def score_by(
     problems: Problems, predictions: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    By column and by its classes, in their order, `n` problems, their `accuracy` in percent and its 95 % `interval`. An
-    empty text is the class `(none)`.
+    Return scores grouped by the values of columns.
+
+    Returns:
+        For each column and each of its values, in sorted order: the number `n` of problems, `accuracy` in percent and
+        its 95 % `interval`. An empty text is the class `(none)`.
 
     Raises:
-        ValueError: problems have no such column of texts.
+        ValueError: the problems have no text column of that name.
     """
     answers, rows = checked_answers(problems, predictions), list(problems)
     return {column: _scores_of_classes(rows, answers, column) for column in columns}
@@ -155,24 +157,24 @@ def _scores_of_classes(problems: Sequence[Problem], answers: Mapping[str, int], 
     for problem in problems:
         if not isinstance(problem.get(column), str):
             known = ", ".join(name for name, value in problem.items() if isinstance(value, str))
-            raise ValueError(f"--by {column}: problems have no such column of texts; known: {known}")
+            raise ValueError(f"--by {column}: problems have no text column of that name; text columns: {known}")
         right.setdefault(problem[column] or "(none)", []).append(problem["answer"] == answers[problem["id"]] >= 0)
-    found = {}
+    scores = {}
     for name in sorted(right):
         interval = mean_interval(right[name])
         bounds = None if interval is None else [100 * bound for bound in interval]
-        found[name] = {"n": len(right[name]), "accuracy": percentage(right[name]), "interval": bounds}
-    return found
+        scores[name] = {"n": len(right[name]), "accuracy": percentage(right[name]), "interval": bounds}
+    return scores
 
 
 def problems_key(problems: Problems) -> str:
-    """Tells a set of problems from another, by their ids and right answers."""
+    """Return an identifier of a set of problems, a digest of their ids and right answers."""
     rows = sorted((problem["id"], problem["answer"]) for problem in problems)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def _calibration(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Over the problems with choices, where all of them have `scores`."""
+    """Return the calibration over problems with choices; None if any of their predictions has no `scores`."""
     scores, answers = [], []
     for problem in problems:
         if problem["choices"] and "missing" not in predictions[problem["id"]]:
@@ -202,7 +204,7 @@ def check_same_ids(problem_ids: Collection[str], prediction_ids: Collection[str]
     unknown = sorted(set(prediction_ids) - set(problem_ids))
     if missing or unknown:
         raise ValueError(
-            f"predictions and problems are not of the same ids ({len(prediction_ids)} predictions, "
+            f"predictions and problems have different ids ({len(prediction_ids)} predictions, "
             f"{len(problem_ids)} problems): {_some_of(missing)} without a prediction, "
             f"{_some_of(unknown)} without a problem"
         )
@@ -215,12 +217,12 @@ def _some_of(ids: list[str], shown: int = 5) -> str:
 def checked_answers(
     problems: Problems, predictions: Mapping[str, Mapping[str, Any]], key: str = "answer"
 ) -> dict[str, int]:
-    """The answers under `key` by id, each an index of its problem's choices, or -1 where that may be."""
+    """Return the answers under `key` by id, each checked to be an index of the choices, or -1 where that is allowed."""
     answers = {}
     for problem in problems:
         id_, num_choices = problem["id"], len(problem["choices"])
         answer = predictions[id_].get(key)
-        # Choices are scored, so with choices there is always an answer; only a decoded one can be unreadable.
+        # Scoring the choices always gives an answer; only a decoded answer can be unreadable.
         may_be_none = key == "decoded_answer" or not num_choices or "missing" in predictions[id_]
         lowest = UNREADABLE if may_be_none else 0
         if type(answer) is not int or not lowest <= answer < num_choices:
@@ -249,7 +251,7 @@ def _without_cue(rationale: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Split at white space and full stops, as the original does; decimal numbers come apart too."""
+    """Split at white space and full stops, as the original does. This splits decimal numbers too."""
     return [word for word in re.split(r"\s|\.", text) if word]
 
 
@@ -259,20 +261,20 @@ def _mean_percent(values: list[float]) -> float | None:
 
 def _bleu(golds: list[str], generated: str, weights: tuple[float, ...]) -> float:
     with warnings.catch_warnings():
-        # A pair without a common n-gram scores 0; that is a result, not something to warn of once per pair.
+        # A pair without a common n-gram scores 0: a valid result that needs no warning.
         warnings.filterwarnings("ignore", message=r"\s*The hypothesis contains 0 counts")
         return sentence_bleu([words(gold) for gold in golds], words(generated), weights)
 
 
 def _rouge_l(gold: str, generated: str) -> float:
-    # The gold text goes in as the *hypothesis*: so does the original, and in this package the order changes the score.
+    # As in the original, the gold text is passed as the *hypothesis*; in this package the order changes the score.
     with _room_to_recurse(len(words(gold)) + len(words(generated))):
         return Rouge(metrics=["rouge-l"]).get_scores(gold, generated)[0]["rouge-l"]["f"]
 
 
 @contextmanager
 def _room_to_recurse(depth: int) -> Iterator[None]:
-    """Raise the recursion limit: package rouge calls itself once per word, and a text may have more than 1,000."""
+    """Raise the recursion limit: package `rouge` recurses once per word, and texts can have more than 1,000 words."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(limit + depth)
     try:

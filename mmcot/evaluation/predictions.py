@@ -1,6 +1,6 @@
-"""Predictions files: read, checked, and matched with the problems that they answer.
+"""Read predictions files, check them and match them with the problems that they answer.
 
-Scores are computed in `metrics.py`.
+`metrics.py` computes the scores.
 """
 
 import argparse
@@ -27,16 +27,19 @@ Predictions = dict[str, dict[str, Any]]
 
 def read_predictions(path: str | Path) -> Predictions:
     """
-    A predictions file (DESIGN section 4), id -> what was predicted for that problem; or `{id: answer}` of any system.
+    Read a predictions file (DESIGN section 4), or a plain `{id: answer}` file of any system.
+
+    Returns:
+        The predicted columns by problem id.
 
     Raises:
-        ValueError: it is not there, not JSON, or not such a file; an id stands there twice; the meta file beside it
-            belongs to other predictions.
+        ValueError: the file is absent, not JSON or not a predictions file; an id occurs more than once; or the meta
+            file beside it belongs to other predictions.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such predictions file; `python -m mmcot.predict … --output FILE` writes one")
     predictions = read_json(path)
-    check_once(Path(path))
+    check_unique_ids(Path(path))
     read_meta(Path(path))
     for id_, prediction in predictions.items():
         if type(prediction) is int:
@@ -49,26 +52,26 @@ def read_predictions(path: str | Path) -> Predictions:
     return predictions
 
 
-def check_once(path: Path) -> None:
-    """JSON lets a key stand twice, and the last one wins silently."""
+def check_unique_ids(path: Path) -> None:
+    """Raise an error for a repeated key: JSON allows it, and the last value would silently win."""
     pairs: list[list[tuple[str, Any]]] = []
 
-    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        pairs.append(found)
-        return dict(found)
+    def record_pairs(object_pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs.append(object_pairs)
+        return dict(object_pairs)
 
-    json.loads(path.read_bytes(), object_pairs_hook=keep)
-    twice = [name for name, count in Counter(name for name, _ in pairs[-1]).items() if count > 1]
-    if twice:
-        raise ValueError(f"{path}: {len(twice)} ids stand there twice: {first_few(twice)}")
+    json.loads(path.read_bytes(), object_pairs_hook=record_pairs)
+    repeated = [name for name, count in Counter(name for name, _ in pairs[-1]).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{path}: {len(repeated)} ids occur more than once: {first_few(repeated)}")
 
 
 def load_answered_problems(dataset: str | Given, split: str, **reading: Any) -> Dataset:
     """
-    The problems of a split, all with a known answer: without it there is nothing to score against.
+    Load the problems of a split and require that each has a known answer to score against.
 
     Args:
-        reading: of `load_problems`.
+        reading: keyword arguments of `load_problems`.
     """
     problems = load_scored_problems(dataset, split, **reading)
     require_answers(problems)
@@ -76,29 +79,32 @@ def load_answered_problems(dataset: str | Given, split: str, **reading: Any) -> 
 
 
 def load_scored_problems(dataset: str | Given, split: str, **reading: Any) -> Dataset:
-    """The problems of a split as the dataset gives them: every picture, or where one is absent their names alone."""
+    """Load the problems of a split with all pictures; if a picture file is absent, with picture names only."""
     try:
         return load_problems(dataset, split, **reading)
-    except ValueError:  # what else is wrong, loading without the pictures' files finds too
+    except ValueError:  # any error other than an absent picture occurs again when loading without picture files
         return load_problems(dataset, split, pictures=False, **reading)
 
 
-def fitting(
+def read_matching_predictions(
     file: str, problems: Dataset, allow_missing: bool, arguments: argparse.Namespace, pictures: bool = True
 ) -> Predictions:
     """
-    The predictions for just these problems; with `allow_missing` a problem without one is answered wrong, and without
-    `pictures` they may have been predicted from others, or from none.
+    Read the predictions for exactly these problems.
+
+    Args:
+        allow_missing: count a problem without a prediction as wrong, instead of raising an error.
+        pictures: require that the predictions were made from the same pictures.
 
     Raises:
-        ValueError: ids are missing or surplus; where the surplus ones are another split's, it is named. Or the
+        ValueError: ids are missing or surplus (the message names the split that surplus ids belong to), or the
             predictions were made for other problems with the same ids.
     """
     predictions = read_predictions(file)
     surplus = set(predictions) - set(problems["id"])
     for split in SPLITS if surplus else ():
         if split != arguments.split and surplus <= set(split_ids(arguments, split)):
-            raise ValueError(f"{len(surplus)} predictions are of the split {split!r}, not of {arguments.split!r}")
+            raise ValueError(f"{len(surplus)} predictions belong to the split {split!r}, not to {arguments.split!r}")
     missing = [problem_id for problem_id in problems["id"] if problem_id not in predictions]
     if surplus or not allow_missing:
         check_same_ids(problems["id"], predictions)
@@ -115,19 +121,19 @@ def fitting(
 def split_ids(arguments: argparse.Namespace, split: str) -> list[str]:
     try:
         return load_problems(arguments.source, split, pictures=False, **reading_options(arguments))["id"]
-    except ValueError:  # there is no such split, or it is broken: nothing of it can be meant
+    except ValueError:  # the split is absent or broken, so the predictions cannot belong to it
         return []
 
 
 def submission(problems: Dataset, predictions: Predictions) -> dict[str, dict[str, str]]:
-    """A-OKVQA's format: the chosen choice's text by question id (allenai/aokvqa, README, Evaluation)."""
+    """Return predictions in A-OKVQA's format: the chosen choice's text by id (allenai/aokvqa, README, Evaluation)."""
     check_same_ids(problems["id"], predictions)
     answers = checked_answers(problems, predictions)
     return {row["id"]: {"multiple_choice": row["choices"][answers[row["id"]]]} for row in problems}
 
 
 def evaluate(predictions_file: str | Path, dataset: str | Given, split: str) -> dict[str, Any]:
-    """The scores (DESIGN section 4) of a predictions file against the gold columns of `split` of `dataset`."""
+    """Score a predictions file against the gold columns of `split` of `dataset` (scores: DESIGN section 4)."""
     predictions, problems = read_predictions(predictions_file), load_answered_problems(dataset, split)
     scores = score(problems, predictions)
     check_problems(Path(predictions_file), predictions, problems, dataset)

@@ -1,4 +1,4 @@
-"""Scores as text: what `metrics.py` and `comparison.py` give, in aligned columns, Markdown or CSV."""
+"""Format the results of `metrics.py` and `comparison.py` as aligned text, Markdown or CSV."""
 
 import csv
 import io
@@ -10,12 +10,11 @@ from mmcot.evaluation.metrics import CLASSES
 
 RATIONALE_NAMES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rougeL": "ROUGE-L", "similarity": "similarity"}
 
-
-Row = tuple[str, list[str]]  # its title and a cell for each class
+Row = tuple[str, list[str]]  # a title, and a cell for each class
 
 
 def format_table(scores: Mapping[str, Any]) -> str:
-    """The scores as aligned text: one column per class, then the rationales and the calibration."""
+    """Return the scores as aligned text: one column per class, then the rationale scores and the calibration."""
     classes = [name for name in CLASSES if scores["class_n"][name]]
     rows: list[Row] = [("", classes), ("problems", [str(scores["class_n"][name]) for name in classes])]
     for key in ("accuracy", "decoded_accuracy"):
@@ -23,18 +22,18 @@ def format_table(scores: Mapping[str, Any]) -> str:
             rows.append((key.replace("_", " "), [two_places(scores[key][name]) for name in classes]))
             rows.extend(interval_rows([scores["intervals"][key][name] for name in classes]))
     rationale = "   ".join(f"{RATIONALE_NAMES[key]} {two_places(value)}" for key, value in scores["rationale"].items())
-    lines = [*aligned(rows), f"{'rationale':<16}  {rationale}"]
+    lines = [*align_rows(rows), f"{'rationale':<16}  {rationale}"]
     if scores["calibration"] is not None:
         figures = f"ECE {scores['calibration']['ece']:.4f}   Brier {scores['calibration']['brier']:.4f}"
         lines.append(f"{'calibration':<16}  {figures}")
-    lines += [line for column, found in scores.get("by", {}).items() for line in ["", *lines_by(column, found)]]
+    lines += [line for column, by_value in scores.get("by", {}).items() for line in ["", *lines_by(column, by_value)]]
     return "\n".join(lines)
 
 
-def lines_by(column: str, found: Mapping[str, Any]) -> list[str]:
-    """The scores by the classes of a column, a line each, in aligned text."""
+def lines_by(column: str, by_value: Mapping[str, Any]) -> list[str]:
+    """Return a line of aligned text with the scores for each value of a column."""
     rows: list[tuple[str, ...]] = [(f"by {column}", "n", "accuracy", "95 %, from", "to")]
-    for name, one in found.items():
+    for name, one in by_value.items():
         low, high = one["interval"] or (None, None)
         rows.append((name, str(one["n"]), *map(two_places, (one["accuracy"], low, high))))
     width = max(16, *(len(row[0]) + 2 for row in rows))
@@ -48,11 +47,11 @@ def format_comparison(compared: Mapping[str, Any]) -> str:
     rows.extend((key, [two_places(column[key]) for column in columns]) for key in ("first", "second", "difference"))
     rows.extend(interval_rows([column["interval"] for column in columns]))
     rows.append(("McNemar's p", [p_value(column["p"]) for column in columns]))
-    return "\n".join(aligned(rows))
+    return "\n".join(align_rows(rows))
 
 
 def p_value(p: float | None) -> str:
-    """With four places; a smaller one as what it is smaller than, because no p-value is 0."""
+    """Format with four decimal places; smaller values become `<0.0001`, because no p-value is 0."""
     if p is None:
         return "-"
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
@@ -63,7 +62,7 @@ def format_spread(result: Mapping[str, Any], count: int) -> str:
     rows: list[Row] = [(f"{count} seeds", classes)]
     for key, title in (("mean", "mean accuracy"), ("sd", "standard dev.")):
         rows.append((title, [two_places(result[name][key]) for name in classes]))
-    return "\n".join(aligned(rows))
+    return "\n".join(align_rows(rows))
 
 
 def interval_rows(intervals: list[Sequence[float] | None]) -> list[Row]:
@@ -74,7 +73,7 @@ def interval_rows(intervals: list[Sequence[float] | None]) -> list[Row]:
     ]
 
 
-def aligned(rows: list[Row]) -> list[str]:
+def align_rows(rows: list[Row]) -> list[str]:
     return [f"{title:<16}" + "".join(f"{cell:>8}" for cell in cells) for title, cells in rows]
 
 

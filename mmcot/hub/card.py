@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
-from mmcot.prediction.provenance import all_weights
+from mmcot.prediction.provenance import weights_by_stage
 from mmcot.problems.splits import parse_split_files
 from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
 from mmcot.storage.files import list_files, read_json, write_json
@@ -167,7 +167,7 @@ def scores_of_run(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str,
 
 def check_weights(measured: dict[str, Any], file: Path, run_folder: RunFolder, processor: MMCoTProcessor) -> None:
     """Raise an error if a measurement was made with other weights than the run's, or does not record its weights."""
-    weights, recorded = all_weights(run_folder.path, processor), measured.get("weights")
+    weights, recorded = weights_by_stage(run_folder.path, processor), measured.get("weights")
     if recorded == weights:
         return
     differing = [name for name, digest in weights.items() if (recorded or {}).get(name) != digest]

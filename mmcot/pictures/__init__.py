@@ -1,1 +1,1 @@
-"""Pictures -> pixels, features and captions."""
+"""Convert pictures to pixels, features and captions."""

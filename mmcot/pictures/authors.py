@@ -1,4 +1,4 @@
-"""The authors' own feature files (detr.npy, clip.npy, resnet.npy, vit.pth) -> a feature store."""
+"""Convert the authors' feature files (detr.npy, clip.npy, resnet.npy, vit.pth) to a feature store."""
 
 import pickle
 from pathlib import Path
@@ -13,11 +13,9 @@ from mmcot.pictures.feature_writer import FeatureWriter
 from mmcot.pictures.featurizer import DTYPES
 from mmcot.problems.schema import first_few
 from mmcot.storage.files import read_json
-from modeling_mmcot.vision_mmcot import (
-    TOWERS,
-)
+from modeling_mmcot.vision_mmcot import TOWERS
 
-# The authors' published files (their utils_data.py): the kind of features -> the tower that it came from.
+# Kind of features in the authors' published files (their utils_data.py) -> the tower that computed them.
 AUTHORS_TOWERS = {"detr": "detr", "vit": "vit", "clip": "clip", "resnet": "resnet_pooled"}
 
 
@@ -25,18 +23,23 @@ def import_authors_features(
     problems: Dataset, folder: str | Path, vision: str, features_file: str, name_map_file: str, dtype: str = "float16"
 ) -> None:
     """
-    A store from a feature file of the authors (detr.npy, clip.npy, resnet.npy, vit.pth), row by row by problem id.
+    Write a feature store from a feature file of the authors. The rows of the store are identified by problem id.
 
     Args:
         vision: the kind of features, a name in `AUTHORS_TOWERS`.
-        name_map_file: their name_map.json, problem id -> row of the file.
+        name_map_file: the authors' name_map.json, problem id -> row of the file.
+
+    Raises:
+        ValueError: the file is damaged or has rows of another shape, or the name map lacks a problem with a picture.
     """
     tower = TOWERS[AUTHORS_TOWERS[vision]]
     shape = (tower.num_patches // tower.repeats, tower.hidden_size)
     num_rows, *found = open_authors_features(features_file).shape
-    # One pooled vector a picture comes without a dimension for patches.
+    # Files with one pooled vector per picture have no patch dimension.
     if tuple(found) not in (shape, shape[-1:] if shape[0] == 1 else shape):
-        raise ValueError(f"{features_file} holds rows of shape {tuple(found)}; expected {shape} for {vision} features.")
+        raise ValueError(
+            f"{features_file} contains rows of shape {tuple(found)}; expected {shape} for {vision} features."
+        )
     name_map = read_json(name_map_file)
     rows = problems.select_columns(["id", "images"])
     absent = [row["id"] for row in rows if row["images"] and row["id"] not in name_map]
@@ -56,17 +59,17 @@ def import_authors_features(
         todo = [id_ for id_ in sources if id_ not in writer.keys]
         for start in tqdm(range(0, len(todo), 64), desc="importing", unit="batch"):
             ids = todo[start : start + 64]
-            # Opened anew for each batch: pages of a mapping that lives on would stay resident, in the end all of them.
+            # Reopened for each batch: the pages of a long-lived mapping stay resident, in the end the whole file.
             features = open_authors_features(features_file)
             batch = np.zeros(len(ids), dtype=[("features", DTYPES[dtype], shape)])
-            with np.errstate(over="ignore"):  # what does not fit is refused by the writer
+            with np.errstate(over="ignore"):  # the writer rejects values that overflow
                 for index, id_ in enumerate(ids):
                     batch["features"][index] = features[sources[id_]].reshape(shape)
             writer.add(ids, batch)
 
 
 def open_authors_features(file: str) -> np.ndarray:
-    """The file's rows, mapped into memory and not read."""
+    """Memory-map the rows of the file without reading them."""
     try:
         if Path(file).suffix == ".npy":
             return np.load(file, mmap_mode="r", allow_pickle=False)
@@ -74,8 +77,8 @@ def open_authors_features(file: str) -> np.ndarray:
         if isinstance(tensor, torch.Tensor):
             return tensor.numpy()
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is not a whole file of features: {error}") from error
-    raise ValueError(f"{file} holds a {type(tensor).__name__}; expected one tensor.")
+        raise ValueError(f"{file} is not a complete feature file: {error}") from error
+    raise ValueError(f"{file} contains a {type(tensor).__name__}; expected one tensor.")
 
 
 def row_number(name_map: dict[str, Any], problem_id: str, num_rows: int, file: str) -> int:

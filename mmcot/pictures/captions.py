@@ -1,8 +1,9 @@
-"""Pictures -> the caption column of a dataset, written once: `python -m mmcot.features DATASET --captions MODEL`.
+"""Write the caption column of a dataset from its pictures: `python -m mmcot.features DATASET --captions MODEL`.
 
-A folder with `captions.json` (`{"captions": {id: text}}`, the original's form, so that it may lie in a ScienceQA
-folder that has none) and `captions.jsonl`, a line for each picture: a kill loses the batch in hand, and the same
-command resumes. `train.py` and `mmcot.predict` take the former as `--captions`.
+The output folder contains `captions.json` (`{"captions": {id: text}}`, the original's format, so that it can be added
+to a ScienceQA folder without captions) and `captions.jsonl`, a log with a line for each picture: after a kill, the same
+command resumes and repeats only the interrupted batch. `train.py` and `mmcot.predict` read `captions.json` by
+`--captions`.
 """
 
 import contextlib
@@ -24,10 +25,10 @@ def write_captions(
     problems: Dataset, folder: str | Path, model: str, prompt: str | None = None, batch_size: int = 8
 ) -> list[str]:
     """
-    Caption the first picture of each problem; a picture that several show is captioned once.
+    Caption the first picture of each problem; a picture that several problems share is captioned once.
 
     Returns:
-        The pictures that could not be decoded, an error message each. The problems of all others have their caption.
+        An error message for each picture that could not be decoded. The problems of all other pictures have a caption.
     """
     folder = Path(folder)
     captioner = Captioner(model, prompt, "cuda" if torch.cuda.is_available() else "cpu")
@@ -53,22 +54,22 @@ def write_captions(
 
 
 def read_finished(result: Path, header: dict[str, Any]) -> dict[str, str]:
-    """The captions that an earlier call wrote with the same model, for example of other splits."""
+    """Return the captions that an earlier call wrote with the same model, for example for other splits."""
     if not result.exists():
         return {}
     earlier = read_json(result)
     origin = {name: earlier.get(name) for name in header}
     if origin != header:
-        raise ValueError(f"{result} holds captions of {origin}, not of {header}. Choose another --output.")
+        raise ValueError(f"{result} contains captions of {origin}, not of {header}. Choose another --output.")
     return earlier["captions"]
 
 
 def open_log(file: Path, header: dict[str, Any]) -> ResumableLog:
-    """The captions so far, a line for each picture; the header names the model that wrote them."""
+    """Open the log of finished captions, a line for each picture; its header names the model that wrote them."""
     try:
         return ResumableLog(file, header)
     except OtherHeader as error:
-        reason = f"{file} holds captions of {error.found}, not of {header}"
+        reason = f"{file} contains captions of {error.found}, not of {header}"
     except ValueError as error:
         reason = f"{error}: not a log of captions"
     raise ValueError(f"{reason}. Choose another --output.")

@@ -1,11 +1,10 @@
-"""The features of a dataset's pictures on disk, read a row at a time; `feature_writer.py` writes them.
+"""Read the features of a dataset's pictures from disk, one row at a time; `feature_writer.py` writes them.
 
-Notable:
-- a store is `manifest.json` (`manifest.py`), `rows.bin` (one record of fixed size for each picture) and `rows.jsonl`
-  (the keys of each batch, a line for each batch);
-- a row is found by its picture's content (or, in an imported store, by problem id), mapped into memory for one read and
-  released at once: a pass over a store keeps none of it resident;
-- a store that does not fit a model or a dataset is refused, and the error names the difference.
+- A store consists of `manifest.json` (`manifest.py`), `rows.bin` (one record of fixed size per picture) and
+  `rows.jsonl` (a line per batch with the keys of its rows).
+- The key of a row is a digest of the picture's content or, in an imported store, the problem id. A row is memory-mapped
+  for a single read and released, so a pass over a store keeps none of it resident.
+- A store that does not fit a model or a dataset raises an error that names the difference.
 """
 
 from pathlib import Path
@@ -17,12 +16,12 @@ from datasets import Dataset
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mmcot.pictures.manifest import (
-    makers_of,
+    producers_of,
     read_manifest,
     record_type,
     settings_of,
     tower_settings,
-    warn_of_other_makers,
+    warn_of_other_producers,
     weights_digest,
 )
 from mmcot.problems.digests import ContentKeys
@@ -36,13 +35,13 @@ ROWS, KEYS = "rows.bin", "rows.jsonl"
 
 class FeatureStore:
     """
-    A finished store, to read from.
+    A finished feature store, opened for reading.
 
     Args:
-        folder: where `python -m mmcot.features` wrote it.
+        folder: the output folder of `python -m mmcot.features`.
 
     Raises:
-        ValueError: a file that is missing, cut off or was edited, by name.
+        ValueError: a file is missing, truncated or edited; the message names it.
     """
 
     def __init__(self, folder: str | Path):
@@ -54,7 +53,7 @@ class FeatureStore:
         if expected != found:
             raise ValueError(
                 f"{self.folder / ROWS} has {found} bytes; {len(keys)} rows of {self.record.itemsize} bytes are "
-                f"{expected}. The file was cut off or is still being written: run mmcot.features again."
+                f"{expected}. The file is truncated or still being written: run mmcot.features again."
             )
         self.rows = {key: row for row, key in enumerate(keys)}
         self.key_of = ContentKeys()
@@ -69,33 +68,35 @@ class FeatureStore:
 
     @property
     def needs_files(self) -> bool:
-        """Whether rows are found by the pictures' content; those of an imported file go by problem id."""
+        """Whether rows are identified by picture content, which requires the files; imported rows have problem ids."""
         return self.manifest["keys"] == "content"
 
     def read(self, key: str) -> dict[str, np.ndarray]:
-        """One record, copied: `features`, and of a detector `boxes` and `class_scores` too."""
+        """Return a copy of one record: `features` and, for a detector, `boxes` and `class_scores`."""
         offset = self.rows[key] * self.record.itemsize
-        # Mapped for this row alone: pages of a mapping that lives on would stay resident, all of the store in the end.
+        # Mapped for this row only: the pages of a long-lived mapping stay resident, in the end the whole store.
         row = np.memmap(self.folder / ROWS, dtype=self.record, mode="r", offset=offset, shape=(1,))[0]
         return {name: np.array(row[name]) for name in self.record.names}
 
     def keys_of(self, problem: dict[str, Any]) -> list[str]:
-        """The rows that a problem's pictures should have."""
+        """Return the keys of the rows that a problem's pictures need."""
         if not self.needs_files:
             return [problem["id"]] if problem["images"] or problem["id"] in self.rows else []
         return [self.key_of(picture) for picture in problem["images"]]
 
     def features_of(self, problem: dict[str, Any]) -> torch.Tensor:
-        """`(num_images * num_patches, hidden_size)`, its pictures one after another."""
+        """Return features of shape `(num_images * num_patches, hidden_size)`, the pictures concatenated."""
         features = [torch.from_numpy(self.read(key)["features"]) for key in self.keys_of(problem)]
         repeated = [patches.repeat(self.manifest["repeats"], 1) for patches in features]
         return torch.cat(repeated) if repeated else torch.zeros(0, self.hidden_size)
 
     def batch(self, problems: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
+        Collate the features of problems, padded to the largest number of patches.
+
         Returns:
             `vision_features` `(batch_size, num_patches, hidden_size)` in float32 and `vision_mask`
-            `(batch_size, num_patches)`, or nothing where no problem of the batch has a picture.
+            `(batch_size, num_patches)`; an empty dict if no problem of the batch has a picture.
         """
         features = [self.features_of(problem).float() for problem in problems]
         if not any(len(patches) for patches in features):
@@ -107,7 +108,7 @@ class FeatureStore:
         }
 
     def check_problems(self, problems: Dataset) -> None:
-        """Every picture of the problems has its row, or a `ValueError` names those without."""
+        """Raise a `ValueError` that names the problems with pictures that have no row."""
         absent = [row["id"] for row in problems if not all(key in self.rows for key in self.keys_of(row))]
         if absent:
             raise ValueError(
@@ -116,37 +117,37 @@ class FeatureStore:
             )
 
     def check_model(self, model: MMCoTForConditionalGeneration, image_processor: BaseImageProcessor | None) -> None:
-        """The features are those that the model's own tower would give, as far as the model has one."""
+        """Raise a `ValueError` if the features differ from the output of the model's own tower, where it has one."""
         config, tower = model.config, model.encoder.vision_tower
-        self.compare("width of the patches", self.hidden_size, config.vision_hidden_size)
+        self.require_equal("width of the patches", self.hidden_size, config.vision_hidden_size)
         name = config.vision_tower if tower is None else resolved_name(config.vision_config, config.vision_tower)
         if name is not None:
-            self.compare("vision_tower", self.manifest["vision_tower"], name)
+            self.require_equal("vision_tower", self.manifest["vision_tower"], name)
         if config.num_vision_tokens is not None:
-            self.compare("patches of a picture", self.num_patches, config.num_vision_tokens)
+            self.require_equal("patches of a picture", self.num_patches, config.num_vision_tokens)
         if tower is None or self.manifest["vision_config"] is None:
             return
         if not config.freeze_vision:
             raise ValueError(
-                f"{self.folder} holds features of a fixed tower; this model trains its own: freeze_vision."
+                f"{self.folder} contains features of a fixed tower, but this model trains its tower: freeze_vision."
             )
-        self.compare_fields("vision_config", self.manifest["vision_config"], tower_settings(config.vision_config))
-        self.compare_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
-        warn_of_other_makers(self.folder, self.manifest, makers_of(tower))
-        if tower.dtype != torch.float16:  # rounding it to bfloat16 rounds a second time
-            self.compare("weights of the tower", self.manifest["weights"], weights_digest(tower))
+        self.require_equal_fields("vision_config", self.manifest["vision_config"], tower_settings(config.vision_config))
+        self.require_equal_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
+        warn_of_other_producers(self.folder, self.manifest, producers_of(tower))
+        if tower.dtype != torch.float16:  # float16 weights were rounded before, so their digest in bfloat16 can differ
+            self.require_equal("weights of the tower", self.manifest["weights"], weights_digest(tower))
 
-    def compare_fields(self, name: str, here: dict, there: dict) -> None:
+    def require_equal_fields(self, name: str, here: dict, there: dict) -> None:
         for field in sorted(here.keys() | there.keys()):
-            self.compare(f"{name}.{field}", here.get(field), there.get(field))
+            self.require_equal(f"{name}.{field}", here.get(field), there.get(field))
 
-    def compare(self, name: str, here: Any, there: Any) -> None:
+    def require_equal(self, name: str, here: Any, there: Any) -> None:
         if here != there:
             raise ValueError(f"{self.folder} does not fit: {name} is {here!r} in the store, {there!r} in the model.")
 
 
 def read_key_batches(folder: Path) -> list[list[str]]:
-    """The keys of each whole batch."""
+    """Return the keys of each complete batch."""
     try:
         return read_log(folder / KEYS)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Writes the features of a dataset's pictures to disk, batch by batch (`feature_store.py` reads them).
+"""Write the features of a dataset's pictures to disk in batches; `feature_store.py` reads them.
 
-The rows of a batch are written before its keys, so a batch whose keys are there is whole. A kill loses the batch in
-hand, and the same command resumes.
+The rows of a batch are written before its keys, so a batch with keys is complete. After a kill, the same command
+resumes and repeats only the interrupted batch.
 """
 
 import json
@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 
 from mmcot.pictures.feature_store import KEYS, ROWS, file_size, read_key_batches
 from mmcot.pictures.manifest import (
-    MAKERS,
     MANIFEST,
+    PRODUCERS,
     fields_of,
     read_manifest,
     record_type,
-    warn_of_other_makers,
+    warn_of_other_producers,
     write_manifest,
 )
 from mmcot.storage.resumable_log import ResumableLog
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 
 class FeatureWriter:
     """
-    Adds batches to a store, after those that are in it. A batch is there with all its rows or not at all. A context
-    manager: the store is this process's until it is left.
+    Appends batches to a store; a batch is added with all its rows or not at all. As a context manager it locks the
+    store for this process.
 
     Args:
-        folder: the store, begun by the same call or new.
-        settings: the manifest's entries but for `record`, which the first batch decides.
-        is_cache: nobody named the folder: where another process writes there, wait until it has finished, and where its
-            files are cut off or damaged, remove them and say so in the log.
+        folder: the store, new or begun by an earlier call with the same settings.
+        settings: the manifest's entries except `record`, which the first batch determines.
+        is_cache: whether the folder is a cache and not chosen by the user: then wait for another process that writes
+            there, and remove truncated or damaged files with a log message.
 
     Raises:
-        ValueError: another process writes there, or the rows that are there are damaged or of another kind.
+        ValueError: another process writes to the folder, or its rows are damaged or have other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], is_cache: bool = False):
@@ -87,31 +87,31 @@ class FeatureWriter:
         (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def resume(self, batches: list[list[str]]) -> None:
-        """Remove the rows that a killed call wrote after its last whole batch."""
+        """Check the existing rows, and remove those that a killed call wrote after its last complete batch."""
         if not (self.folder / MANIFEST).exists():
-            raise ValueError(f"{self.folder} has rows and no {MANIFEST}: remove it and compute it again.")
+            raise ValueError(f"{self.folder} has rows but no {MANIFEST}: remove it and compute it again.")
         manifest = read_manifest(self.folder)
-        # A digest of the weights identifies the tower, whatever its folder or its repository's commit.
-        for name in self.settings.keys() - {"tower", "revision", *MAKERS}:
-            self.compare(name, manifest.get(name), self.settings[name])
-        warn_of_other_makers(self.folder, manifest, self.settings)
+        # The tower is identified by a digest of its weights, not by its folder or its repository's commit.
+        for name in self.settings.keys() - {"tower", "revision", *PRODUCERS}:
+            self.require_equal(name, manifest.get(name), self.settings[name])
+        warn_of_other_producers(self.folder, manifest, self.settings)
         self.record = record_type(manifest["record"])
         size = sum(map(len, batches)) * self.record.itemsize
         found = file_size(self.folder / ROWS)
         if found < size:
             raise ValueError(
-                f"{self.folder / ROWS} has {found} bytes; its {len(self.keys)} rows are {size}. The file was cut off: "
+                f"{self.folder / ROWS} has {found} bytes; its {len(self.keys)} rows are {size}. The file is truncated: "
                 f"remove {self.folder} and compute it again."
             )
         os.truncate(self.folder / ROWS, size)
 
     def add(self, keys: list[str], rows: np.ndarray) -> None:
         if not np.isfinite(rows["features"]).all():
-            raise ValueError(f"The features do not fit into {rows['features'].dtype}; take --dtype float32.")
+            raise ValueError(f"The features overflow {rows['features'].dtype}; use --dtype float32.")
         if self.record is None:
             write_manifest(self.folder, {**self.settings, "record": fields_of(rows.dtype)})
             self.record = rows.dtype
-        self.compare("record", fields_of(self.record), fields_of(rows.dtype))
+        self.require_equal("record", fields_of(self.record), fields_of(rows.dtype))
         with (self.folder / ROWS).open("ab") as file:
             file.write(rows.tobytes())
             file.flush()
@@ -119,9 +119,9 @@ class FeatureWriter:
         self.log.append(keys)
         self.keys.update(keys)
 
-    def compare(self, name: str, there: Any, here: Any) -> None:
+    def require_equal(self, name: str, there: Any, here: Any) -> None:
         if there != here:
             raise ValueError(
-                f"{self.folder} holds features of another kind: {name} is {there!r} there, {here!r} here. Choose "
-                f"another --output."
+                f"{self.folder} contains features with other settings: {name} is {there!r} there, {here!r} here. "
+                f"Choose another --output."
             )

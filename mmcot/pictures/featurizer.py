@@ -1,7 +1,8 @@
-"""Pictures -> features: the tower, its preprocessing, and a store that lacks some pictures.
+"""Compute features of pictures: load a tower and its preprocessing, and add missing pictures to a feature store.
 
-Each distinct picture is computed once, identified by its content. A picture that cannot be decoded is reported and left
-out. Training and prediction call `vision_source` for a dataset's pictures. The towers are in `vision_mmcot.py`.
+The features of each distinct picture, identified by its content, are computed once. A picture that cannot be decoded is
+reported and skipped. Training and prediction call `vision_source` for a dataset's pictures. `vision_mmcot.py` defines
+the towers.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.feature_writer import FeatureWriter
-from mmcot.pictures.manifest import makers_of, settings_of, tower_settings, weights_digest
+from mmcot.pictures.manifest import producers_of, settings_of, tower_settings, weights_digest
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.pictures.reading import Picture, aspect_ratio, distinct_pictures, read_picture
 from mmcot.storage.caches import code_digest
@@ -51,13 +52,14 @@ PREPROCESSINGS = ("checkpoint", "paper")
 @dataclass
 class Featurizer:
     """
-    A tower with all that goes with it.
+    A picture tower with its preprocessing and, if it is part of a detector, the detection heads.
 
     Args:
         tower: the picture tower.
         name (`str`, *optional*): its name in `TOWERS`.
-        image_processor: what prepares a picture for it.
-        detector (*optional*): the detection model that it is part of, whose heads say what each patch found.
+        image_processor: the image processor that prepares pictures for the tower.
+        detector (*optional*): the detection model that contains the tower; its heads give a box and a class score for
+            each patch.
     """
 
     tower: PreTrainedModel
@@ -67,7 +69,7 @@ class Featurizer:
 
     @torch.no_grad()
     def __call__(self, pixels: list[torch.FloatTensor], dtype: str) -> np.ndarray:
-        """A record for each picture, given as its pixels `(3, height, width)`."""
+        """Return a record for each picture, given as pixels of shape `(3, height, width)`."""
         inputs = {name: value.to(self.tower.device) for name, value in stack_pixels([[one] for one in pixels]).items()}
         patches, _ = encode_pictures(self.tower, self.name, **inputs)
         patches = patches[:, : patches.shape[1] // self.repeats]
@@ -76,7 +78,7 @@ class Featurizer:
             boxes = self.detector.bbox_predictor(patches).sigmoid()
             probabilities = self.detector.class_labels_classifier(patches).softmax(dim=-1)
             columns["boxes"] = (DTYPES["float32"], boxes)
-            columns["class_scores"] = (DTYPES["float32"], probabilities[..., :-1].amax(dim=-1))  # the last: no object
+            columns["class_scores"] = (DTYPES["float32"], probabilities[..., :-1].amax(dim=-1))  # without "no object"
         record = np.dtype([(name, dtype, tuple(values.shape[1:])) for name, (dtype, values) in columns.items()])
         rows = np.zeros(len(pixels), dtype=record)
         for name, (_, values) in columns.items():
@@ -93,9 +95,9 @@ class TowerOptions:
     """
     Args:
         vision: a checkpoint of a picture tower, or a name in `TOWERS`.
-        preprocessing: `checkpoint` (its own image processor) or `paper` (as the authors' extract_features.py).
-        revision: of the checkpoint.
-        vision_tower: how its output becomes patches, a name in `TOWERS`.
+        preprocessing: `checkpoint` (its own image processor) or `paper` (as in the authors' extract_features.py).
+        revision: revision of the checkpoint.
+        vision_tower: how the output is converted to patches, a name in `TOWERS`.
         bf16: run the tower in bfloat16.
     """
 
@@ -110,9 +112,9 @@ class TowerOptions:
 class FeatureOptions:
     """
     Args:
-        dtype: in which the features are stored, a name in `DTYPES`.
-        batch_size: pictures in a batch.
-        num_workers: processes that read and prepare pictures ahead.
+        dtype: precision of the stored features, a name in `DTYPES`.
+        batch_size: number of pictures per batch.
+        num_workers: number of processes that prefetch and prepare pictures.
     """
 
     dtype: str = "float16"
@@ -129,19 +131,19 @@ def load_featurizer(options: TowerOptions) -> Featurizer:
     else:
         tower = load_vision_tower(checkpoint, revision=options.revision).eval().to(DEVICE)
     if options.bf16:
-        (detector or tower).to(torch.bfloat16, memory_format=torch.channels_last)  # a tenth faster (benchmarks)
+        (detector or tower).to(torch.bfloat16, memory_format=torch.channels_last)  # 10 % faster (benchmarks/README.md)
     return Featurizer(tower, tower_name(options.vision, options.vision_tower), image_processor, detector)
 
 
 def load_detector(checkpoint: str, revision: str | None) -> PreTrainedModel | None:
-    """The detection model that the tower is part of, if the checkpoint is of one and holds its heads."""
+    """Load the detection model that contains the tower, if the checkpoint is a detector with its heads."""
     if not find_tower(tower_config(checkpoint, revision)).detects:
         return None
     detector, info = AutoModelForObjectDetection.from_pretrained(
         checkpoint, revision=revision, output_loading_info=True, trust_remote_code=False
     )
     if info["missing_keys"]:
-        logger.warning("%s holds no detection heads: boxes and class scores are not kept", checkpoint)
+        logger.warning("%s has no detection heads: boxes and class scores are not stored", checkpoint)
         return None
     return detector.eval().to(DEVICE)
 
@@ -149,7 +151,7 @@ def load_detector(checkpoint: str, revision: str | None) -> PreTrainedModel | No
 def load_image_processor(
     vision: str, preprocessing: str = "checkpoint", revision: str | None = None
 ) -> BaseImageProcessor:
-    """What prepares a picture for a tower: the checkpoint's own, or what the authors' extract_features.py does."""
+    """Load the image processor of a checkpoint, or build the preprocessing of the authors' extract_features.py."""
     if preprocessing not in PREPROCESSINGS:
         raise ValueError(f"preprocessing is {preprocessing!r}; expected {' or '.join(PREPROCESSINGS)}.")
     if preprocessing == "checkpoint":
@@ -161,14 +163,14 @@ def load_image_processor(
     if settings is None:
         published = [name for name, tower in TOWERS.items() if tower.paper_image_processor is not None]
         raise ValueError(
-            f"preprocessing 'paper' is known for {' and '.join(published)}, which the authors published; {vision} is "
-            f"of model_type {config.model_type!r}."
+            f"preprocessing 'paper' exists for {' and '.join(published)}, which the authors published; {vision} has "
+            f"model_type {config.model_type!r}."
         )
     return build_image_processor(settings)
 
 
 class Pixels(torch.utils.data.Dataset):
-    """Pictures -> their pixels; for one that cannot be decoded, the error. What the DataLoader's workers do."""
+    """Decodes pictures to pixels in DataLoader workers; returns the error message of one that cannot be decoded."""
 
     def __init__(self, pictures: list[Picture], image_processor: BaseImageProcessor):
         self.pictures = pictures
@@ -189,10 +191,10 @@ def compute_features(
     problems: Dataset, folder: str | Path, tower: TowerOptions, options: FeatureOptions = FeatureOptions()
 ) -> list[str]:
     """
-    Write the features of all distinct pictures of the problems, or those that the store lacks.
+    Write the features of all distinct pictures of the problems; features that the store already has are skipped.
 
     Returns:
-        The pictures that could not be decoded, an error message each. All others are in the store.
+        An error message for each picture that could not be decoded. All other pictures are in the store.
     """
     if not any(problems["images"]):
         raise ValueError(f"None of the {len(problems)} problems has a picture: there is nothing to compute.")
@@ -201,14 +203,14 @@ def compute_features(
         "tower": checkpoint_of(tower.vision),
         "revision": commit_of(tower.vision, tower.revision),
         "preprocessing": tower.preprocessing,
-        **described(featurizer, options.dtype),
+        **featurizer_settings(featurizer, options.dtype),
     }
     with FeatureWriter(Path(folder), settings) as writer:
         return compute_missing(writer, problems, featurizer, options)
 
 
-def described(featurizer: Featurizer, dtype: str) -> dict[str, Any]:
-    """Everything that decides the numbers of a featurizer, and how they are stored."""
+def featurizer_settings(featurizer: Featurizer, dtype: str) -> dict[str, Any]:
+    """Return all settings that determine the features and their storage, as entries of the manifest."""
     tower = featurizer.tower
     return {
         "weights": weights_digest(tower),
@@ -219,15 +221,15 @@ def described(featurizer: Featurizer, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "repeats": featurizer.repeats,
         "keys": "content",
-        **makers_of(tower),
+        **producers_of(tower),
     }
 
 
 def compute_missing(
     writer: FeatureWriter, problems: Dataset, featurizer: Featurizer, options: FeatureOptions
 ) -> list[str]:
-    """Add the features that the store lacks. Returns an error message for each picture that cannot be decoded."""
-    # Pictures of one shape have one size for the tower, and pass it together where they are neighbours.
+    """Add missing features to the store. Return an error message for each picture that cannot be decoded."""
+    # Pictures with equal aspect ratios are resized to the same size; as neighbours they share a pass of the tower.
     pictures = sorted(distinct_pictures(problems), key=lambda picture: aspect_ratio(picture[1]))
     batches = missing_batches(pictures, writer.keys, options.batch_size)
     num_missing = sum(map(len, batches))
@@ -248,8 +250,8 @@ def compute_missing(
 
 def missing_batches(pictures: list[Picture], present: set[str], batch_size: int) -> list[list[Picture]]:
     """
-    The batches of all pictures without those that are present, so that a picture shares its batch with the same
-    neighbours in a call that resumes.
+    Return the batches of all pictures, without the pictures that are present. Splitting before filtering gives a
+    picture the same batch neighbours in a resumed call.
     """
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
     missing = [[picture for picture in batch if picture[0] not in present] for batch in batches]
@@ -257,7 +259,7 @@ def missing_batches(pictures: list[Picture], present: set[str], batch_size: int)
 
 
 def load_pixels(batches: list[list[Picture]], featurizer: Featurizer, num_workers: int) -> DataLoader:
-    """For each batch the pixels of its pictures, or error messages."""
+    """Return a loader that yields, for each batch, the pixels or the error message of each picture."""
     starts = itertools.accumulate(map(len, batches), initial=0)
     return DataLoader(
         Pixels(list(itertools.chain(*batches)), featurizer.image_processor),
@@ -271,8 +273,10 @@ def vision_source(
     model: MMCoTForConditionalGeneration, image_processor: BaseImageProcessor | None, problems: Dataset
 ) -> FeatureStore | PixelStore | None:
     """
-    The source of the problems' pictures for a model, each decoded once: features of a fixed tower, computed once for
-    all models and runs that have it; else pixels. None for a model without a tower, or problems without pictures.
+    Return the source of the problems' pictures for a model; each picture is decoded once.
+
+    For a frozen tower the source is a store of features, computed once for all models and runs with that tower;
+    otherwise it is a store of pixels. None for a model without a tower, or problems without pictures.
     """
     if model.encoder.vision_tower is None or image_processor is None or not any(problems["images"]):
         return None
@@ -280,7 +284,7 @@ def vision_source(
         return PixelStore(problems, image_processor)
     featurizer = Featurizer(model.encoder.vision_tower.eval(), model.config.vision_tower, image_processor)
     options = FeatureOptions(dtype="float32")
-    settings = described(featurizer, options.dtype)
+    settings = featurizer_settings(featurizer, options.dtype)
     folder = cache_folder() / "features" / Hasher.hash((settings, code_digest(Featurizer, Pixels)))
     with FeatureWriter(folder, settings, is_cache=True) as writer:
         failed = compute_missing(writer, problems, featurizer, options)
@@ -290,7 +294,7 @@ def vision_source(
 
 
 def commit_of(checkpoint: str, revision: str | None) -> str | None:
-    """The commit of a checkpoint of the Hub; None of a folder."""
+    """Return the commit of a Hub checkpoint; None for a folder."""
     source = checkpoint_of(checkpoint)
     if Path(source).is_dir():
         return None

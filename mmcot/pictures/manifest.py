@@ -1,6 +1,7 @@
-"""The manifest of a feature store, `manifest.json`: what made its features, and the layout of a row.
+"""The manifest of a feature store, `manifest.json`: how its features were computed, and the layout of a row.
 
-A tower is identified by a digest of its weights, so a store fits a model wherever the tower was loaded from.
+The tower is identified by a digest of its weights, so a store fits a model regardless of where the tower was loaded
+from.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from mmcot.storage.files import read_json, write_json
 from modeling_mmcot import vision_mmcot
 
 MANIFEST = "manifest.json"
-MAKERS = ("code", "versions")  # in the manifest: what computed the features, beside tower and pictures
+PRODUCERS = ("code", "versions")  # manifest entries that identify the code and libraries that computed the features
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,11 @@ logger = logging.getLogger(__name__)
 def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{folder} is no feature store: it has no {MANIFEST}. python -m mmcot.features writes one.")
+        raise ValueError(f"{folder} is not a feature store: it has no {MANIFEST}. python -m mmcot.features writes one.")
     manifest = read_json(file)
     if manifest.get("digest") != manifest_digest(manifest):
         raise ValueError(
-            f"{file} was edited: its digest does not belong to what it says. Remove {folder} and compute it again."
+            f"{file} was edited: its digest does not match its contents. Remove {folder} and compute it again."
         )
     return manifest
 
@@ -48,7 +49,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def record_type(fields: list[list]) -> np.dtype:
     for name, dtype, _ in fields:
-        if dtype not in ("<f2", "<f4"):  # numpy would take bytes of a file for addresses of objects
+        if dtype not in ("<f2", "<f4"):  # with an object dtype, numpy would interpret bytes of the file as addresses
             raise ValueError(f"{MANIFEST}: record has {name} of type {dtype!r}; expected '<f2' or '<f4'.")
     return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in fields])
 
@@ -57,32 +58,34 @@ def fields_of(record: np.dtype) -> list[list]:
     return [[name, record[name].base.str, list(record[name].shape)] for name in record.names]
 
 
-def makers_of(tower: PreTrainedModel) -> dict[str, Any]:
-    """The code and the libraries that make a tower's features of a picture."""
+def producers_of(tower: PreTrainedModel) -> dict[str, Any]:
+    """Return digests and versions of the code and the libraries that compute a tower's features."""
     libraries = [*PICTURE_LIBRARIES, "torch", *(["timm"] if tower.config.model_type == "timm_wrapper" else [])]
     return {"code": code_digest(*PICTURE_CODE, vision_mmcot), "versions": versions_of(*libraries)}
 
 
-def warn_of_other_makers(folder: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
-    """Other code or libraries may give other features. Computing them takes long, so the user decides whether to."""
+def warn_of_other_producers(folder: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn that other code or libraries computed the features. Recomputing takes long, so it is left to the user."""
     there, here = ({"mmcot's code": made.get("code"), **made.get("versions", {})} for made in (manifest, now))
     differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if differing and "versions" in now:
-        words = ", ".join(f"{name} {short(there.get(name))} there, {short(here.get(name))} here" for name in differing)
+        details = ", ".join(
+            f"{name} {shorten(there.get(name))} there, {shorten(here.get(name))} here" for name in differing
+        )
         logger.warning(
-            "%s holds features that other code or libraries computed (%s): they may differ from those of now.",
+            "%s contains features that other code or libraries computed (%s): current ones may differ.",
             folder,
-            words,
+            details,
         )
 
 
-def short(value: str | None) -> str:
-    """A version, or the first digits of a digest."""
+def shorten(value: str | None) -> str:
+    """Return a version unchanged, or the first 12 characters of a digest."""
     return "unknown" if value is None else value[:12]
 
 
 def weights_digest(tower: PreTrainedModel) -> str:
-    """Of the weights as bfloat16, so that a model which holds them in that precision is known by it too."""
+    """Return a digest of the weights rounded to bfloat16, so that a bfloat16 copy of the tower has the same digest."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         rounded = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
@@ -92,7 +95,7 @@ def weights_digest(tower: PreTrainedModel) -> str:
 
 
 def tower_settings(vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a tower's configuration that decide its numbers: not its origin, nor the precision of its file."""
+    """Return the configuration fields that determine a tower's output, without its origin and its file's precision."""
     settings = json.loads(vision_config.to_json_string())
     for name in (
         "_name_or_path",

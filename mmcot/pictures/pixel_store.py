@@ -1,4 +1,4 @@
-"""The pixels of a dataset's pictures, prepared for a tower and kept on disk for all epochs and stages."""
+"""Cache the preprocessed pixels of a dataset's pictures on disk, for all epochs and stages."""
 
 import functools
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from mmcot.storage.caches import code_digest, load_or_compute, versions_of
 from mmcot.storage.files import cache_folder
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, stack_pixels
 
-# Pixels that would take more of the disk are not kept but decoded anew for each batch.
-MAX_KEPT = 8e9
+# Limit of the cache in bytes. Pictures whose pixels exceed it are decoded again for each batch.
+MAX_CACHED_BYTES = 8e9
 
 
 class PixelStore:
     """
-    The pixels of the problems' pictures, prepared for a tower and kept on disk by `datasets`; mapped, not loaded.
+    The pixels of the problems' pictures, preprocessed for a tower, in a memory-mapped cache of `datasets`.
 
     Raises:
-        ValueError: a picture that cannot be decoded, by name.
+        ValueError: a picture cannot be decoded; the message names it.
     """
 
     def __init__(self, problems: Dataset, image_processor: BaseImageProcessor):
@@ -35,15 +35,15 @@ class PixelStore:
         self.rows = {key: row for row, (key, *_) in enumerate(pictures)}
         self.image_processor = image_processor
         self.key_of = ContentKeys()
-        self.kept = self.keep(pictures)
+        self.cached = self.cache(pictures)
 
-    def keep(self, pictures: list[Picture]) -> Dataset | None:
-        if not pictures or len(pictures) * self.prepare(pictures[0]).nbytes > MAX_KEPT:
+    def cache(self, pictures: list[Picture]) -> Dataset | None:
+        if not pictures or len(pictures) * self.prepare(pictures[0]).nbytes > MAX_CACHED_BYTES:
             for picture in pictures:
                 self.prepare(picture)
             return None
-        makers = (code_digest(*PICTURE_CODE, PixelStore), versions_of(*PICTURE_LIBRARIES))
-        key = Hasher.hash((list(self.rows), self.image_processor.to_dict(), makers))
+        producers = (code_digest(*PICTURE_CODE, PixelStore), versions_of(*PICTURE_LIBRARIES))
+        key = Hasher.hash((list(self.rows), self.image_processor.to_dict(), producers))
         folder = cache_folder() / "pixels" / key
         make = functools.partial(
             Dataset.from_generator,
@@ -58,7 +58,7 @@ class PixelStore:
             with without_dataset_bars():
                 return load_or_compute(make, folder, len(pictures)).with_format("arrow")
         except DatasetGenerationError as error:
-            raise error.__cause__ from None  # which picture, and what is wrong with it
+            raise error.__cause__ from None  # the cause names the picture and the problem
 
     def generate(self, pictures: list[Picture]) -> Iterator[dict[str, Any]]:
         for picture in pictures:
@@ -70,14 +70,14 @@ class PixelStore:
         return picture_pixels(self.image_processor, as_rgb(read_picture(content, problem_id))).numpy()
 
     def read(self, picture: dict[str, Any], problem_id: str) -> torch.FloatTensor:
-        """`(3, height, width)`."""
-        if self.kept is None:
+        """Return pixels of shape `(3, height, width)`."""
+        if self.cached is None:
             return torch.from_numpy(self.prepare(("", picture, problem_id)))
-        row = self.kept[self.rows[self.key_of(picture)]]
+        row = self.cached[self.rows[self.key_of(picture)]]
         pixels = np.frombuffer(row["pixels"][0].as_buffer(), dtype="<f4").reshape(row["shape"][0].as_py())
         return torch.from_numpy(pixels.copy())
 
     def batch(self, problems: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`pixel_values` and `pixel_mask`, as the processor gives them; nothing where no problem has a picture."""
+        """Return `pixel_values` and `pixel_mask`, as the processor does; an empty dict if no problem has a picture."""
         pixels = [[self.read(picture, problem["id"]) for picture in problem["images"]] for problem in problems]
         return stack_pixels(pixels)

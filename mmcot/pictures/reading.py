@@ -1,6 +1,6 @@
-"""A dataset's pictures, read: one that is broken is named, and its pixels are kept for all epochs and stages.
+"""Read and decode a dataset's pictures; an error names the broken picture and its problem.
 
-What becomes of them is the model's side (`modeling_mmcot.pictures_mmcot`).
+`modeling_mmcot.pictures_mmcot` converts them to pixels.
 """
 
 import io
@@ -17,15 +17,15 @@ from mmcot.problems.schema import check_file
 from modeling_mmcot import pictures_mmcot
 from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, shrink_while_reading
 
-Picture = tuple[str, dict[str, Any], str]  # its content's key, itself, and the first problem that shows it
+Picture = tuple[str, dict[str, Any], str]  # content key, picture, and the first problem that shows it
 
-# What decides a picture's pixels, beside the picture and its image processor.
+# The code and libraries that, besides picture and image processor, determine the pixels.
 PICTURE_CODE = (pictures_mmcot, sys.modules[__name__])
 PICTURE_LIBRARIES = ("transformers", "pillow", "numpy")
 
 
 def distinct_pictures(problems: Dataset, first_only: bool = False) -> list[Picture]:
-    """Each picture once, in the order of the problems."""
+    """Return each picture once, in the order of the problems."""
     found: dict[str, Picture] = {}
     for problem in tqdm(problems.select_columns(["id", "images"]), desc="reading pictures", leave=False):
         for picture in problem["images"][: 1 if first_only else None]:
@@ -35,12 +35,12 @@ def distinct_pictures(problems: Dataset, first_only: bool = False) -> list[Pictu
 
 
 def open_header(picture: dict[str, Any]) -> Image.Image:
-    """A picture of a problem, its pixels not decoded yet; only of the formats that cannot start another program."""
+    """Open a picture without decoding its pixels; only in formats that cannot start another program."""
     return Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"], formats=FORMATS)
 
 
 def aspect_ratio(picture: dict[str, Any]) -> float:
-    """Width / height as the file's header says; 0 where that cannot be read."""
+    """Return width / height from the file's header; 0 if the header is unreadable."""
     try:
         with open_header(picture) as opened:
             return opened.width / opened.height
@@ -49,7 +49,7 @@ def aspect_ratio(picture: dict[str, Any]) -> float:
 
 
 def read_pictures(problem: dict[str, Any]) -> list[Image.Image]:
-    """The problem's pictures, decoded to the end and upright, in the mode of their files."""
+    """Return the problem's pictures, fully decoded and upright, in the modes of their files."""
     return [read_picture(picture, problem["id"]) for picture in problem["images"]]
 
 
@@ -65,14 +65,14 @@ def read_picture(picture: dict[str, Any], problem_id: str) -> Image.Image:
         raise ValueError(f"{where} is not an image that Pillow can read.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{where} is too large: {error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS where you trust it."
+            f"{where} is too large: {error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
-    except Exception as error:  # a damaged file makes Pillow's decoders raise errors of many kinds, SyntaxError too
-        raise ValueError(f"{where} is truncated or damaged ({error}); expected a whole image file.") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files, even SyntaxError
+        raise ValueError(f"{where} is truncated or damaged ({error}); expected a complete image file.") from error
 
 
 def decode(pictures: list[Picture]) -> tuple[dict[str, Image.Image], list[str]]:
-    """RGB pictures by key (see `distinct_pictures`), and an error message for each that cannot be decoded."""
+    """Return RGB pictures by key (see `distinct_pictures`), and an error message for each undecodable picture."""
     decoded, errors = {}, []
     for key, picture, problem_id in pictures:
         try:

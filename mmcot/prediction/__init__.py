@@ -1,1 +1,1 @@
-"""A system over a split of problems -> a predictions file."""
+"""Run a system over a split of problems and write a predictions file."""

@@ -1,7 +1,7 @@
-"""Batches of problems of like lengths, all of about the same cost: little padding, and an even pace.
+"""Batches of problems of similar lengths and of about equal cost: little padding and steady progress.
 
-The cost of a batch is its padded tokens, of sources and targets; a batch of short problems holds more of them. Nothing
-here knows what a token or a problem is.
+The cost of a batch is its number of padded source and target tokens, so a batch of short problems contains more of
+them. The functions work on lengths and indices only.
 """
 
 import math
@@ -10,28 +10,28 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-Lengths = tuple[int, int]  # of a problem's source and of its target; 0 where a target is not known
+Lengths = tuple[int, int]  # of a problem's source and target; 0 for an unknown target
 
-# An epoch's steps are made of this many steps' problems at a time, so that each epoch mixes them anew.
+# Number of steps whose problems are sorted by length together; each epoch draws other problems for a window.
 WINDOW = 64
 
 
 def length_batches(lengths: Sequence[Lengths], count: int, minimum: int = 1) -> list[list[int]]:
     """
-    The indices of all problems in `count` batches, none of less than `minimum` problems, such that the costliest batch
-    costs as little as can be.
+    Split the indices of all problems into `count` batches of at least `minimum` problems, such that the cost of the
+    most expensive batch is minimal.
     """
     return partition(by_both_lengths(lengths), lengths, count, minimum) if lengths else []
 
 
 def by_both_lengths(lengths: Sequence[Lengths]) -> list[int]:
-    """Indices such that neighbours have like sources and like targets: in strips by target, within them by source."""
+    """Sort indices so that neighbours have similar lengths: into strips by target length, within a strip by source."""
     by_target = sorted(range(len(lengths)), key=lambda index: lengths[index][::-1])
-    # As many strips as there are batches in a strip, for batches of 8; one where all targets are alike.
+    # As many strips as batches in a strip, for batches of 8; one strip if all targets have the same length.
     num_strips = min(len({target for _, target in lengths}), math.ceil(math.sqrt(len(lengths) / 8)))
     size = math.ceil(len(lengths) / max(1, num_strips))
     strips = [by_target[start : start + size] for start in range(0, len(lengths), size)]
-    # Every second strip from its end, so that a batch across two strips holds like sources too.
+    # Every second strip is reversed, so that a batch across two strips has similar sources too.
     return [
         index
         for number, strip in enumerate(strips)
@@ -40,16 +40,16 @@ def by_both_lengths(lengths: Sequence[Lengths]) -> list[int]:
 
 
 def partition(ordered: list[int], lengths: Sequence[Lengths], count: int, minimum: int = 1) -> list[list[int]]:
-    """That order cut into `count` batches; the costliest is as cheap as it can be."""
+    """Cut an ordered list into `count` batches, such that the cost of the most expensive batch is minimal."""
     low, high = 0, len(ordered) * sum(max(lengths[index][side] for index in ordered) for side in (0, 1))
-    while low < high:  # the smallest budget that is enough
+    while low < high:  # binary search for the smallest sufficient budget
         middle = (low + high) // 2
         if len(fill_batches(ordered, lengths, middle, minimum)) <= count:
             high = middle
         else:
             low = middle + 1
     batches = fill_batches(ordered, lengths, low, minimum)
-    while len(batches) < count:  # ties can leave fewer
+    while len(batches) < count:  # ties can give fewer batches
         batches.sort(key=lambda batch: (len(batch) >= 2 * minimum, cost(batch, lengths)))
         largest = batches.pop()
         batches.extend([largest[: len(largest) // 2], largest[len(largest) // 2 :]])
@@ -57,7 +57,7 @@ def partition(ordered: list[int], lengths: Sequence[Lengths], count: int, minimu
 
 
 def fill_batches(ordered: list[int], lengths: Sequence[Lengths], budget: int, minimum: int) -> list[list[int]]:
-    """Batches in that order, each as full as the budget allows, or of the minimum where that is over it."""
+    """Fill batches in order up to the budget; a batch of the minimum size may exceed it."""
     batches: list[list[int]] = []
     longest = (0, 0)
     for index in ordered:
@@ -74,35 +74,35 @@ def fill_batches(ordered: list[int], lengths: Sequence[Lengths], budget: int, mi
 
 
 def cost(batch: list[int], lengths: Sequence[Lengths]) -> int:
-    """Padded tokens."""
+    """Return the number of padded tokens."""
     return len(batch) * sum(max(lengths[index][side] for index in batch) for side in (0, 1))
 
 
 def split_by_cost(batches: list[list[int]], lengths: Sequence[Lengths], num_processes: int) -> list[list[list[int]]]:
-    """The batches of each process, the costliest first, so that all processes have about the same work."""
-    shared: list[list[list[int]]] = [[] for _ in range(num_processes)]
-    work = [0] * num_processes
+    """Return the batches of each process, most expensive first, with about equal total cost for all processes."""
+    by_process: list[list[list[int]]] = [[] for _ in range(num_processes)]
+    total_cost = [0] * num_processes
     for batch in sorted(batches, key=lambda batch: cost(batch, lengths), reverse=True):
-        process = work.index(min(work))
-        shared[process].append(batch)
-        work[process] += cost(batch, lengths)
-    return shared
+        process = total_cost.index(min(total_cost))
+        by_process[process].append(batch)
+        total_cost[process] += cost(batch, lengths)
+    return by_process
 
 
 class LengthBatchSampler(Sampler[list[int]]):
     """
-    The batches of an epoch: optimisation steps in random order, other ones in each epoch, and of each step its batches
-    one after another. Which problems a step holds does not depend on how many batches they are shared out to, as long
-    as a batch has 4 problems or more on average.
+    Yields the batches of an epoch: optimisation steps in random order, with the batches of a step in succession. Each
+    epoch has other steps. The problems of a step do not depend on the number of batches per step if a batch contains 4
+    or more problems on average.
 
     Args:
-        lengths: of each problem's source and target.
-        step_size: problems of a step, on average, over all its batches and processes.
-        batches_per_step: processes times accumulated batches.
-        seed: with the epoch, what decides the order.
+        lengths: source and target length of each problem.
+        step_size: average number of problems per step, over all batches and processes.
+        batches_per_step: number of processes times accumulated batches.
+        seed: determines the order, together with the epoch.
 
     Raises:
-        ValueError: there are fewer problems than a step has batches.
+        ValueError: there are fewer problems than batches per step.
     """
 
     def __init__(self, lengths: Sequence[Lengths], step_size: int, batches_per_step: int, seed: int):
@@ -134,11 +134,11 @@ class LengthBatchSampler(Sampler[list[int]]):
                 steps.append([window[index] for index in step])
         for number in torch.randperm(len(steps), generator=generator).tolist():
             batches = partition(steps[number], self.lengths, self.batches_per_step)
-            # The costliest first, so that processes that work at the same time have like work.
+            # Most expensive first, so that batches that run at the same time have similar costs.
             yield from sorted(batches, key=lambda batch: cost(batch, self.lengths), reverse=True)
 
     def windows(self, order: list[int]) -> Iterator[list[int]]:
-        """The problems of `WINDOW` steps each; what is left over at the end is in the last one."""
+        """Yield the problems of `WINDOW` steps at a time; the last window also contains the remainder."""
         num_windows = max(1, len(self) // self.batches_per_step // WINDOW)
         size = WINDOW * self.step_size
         for number in range(num_windows):

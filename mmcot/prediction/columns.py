@@ -1,4 +1,4 @@
-"""The columns of earlier stages: added to problems before a later stage reads them."""
+"""Add the columns of earlier stages to problems before a later stage reads them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from modeling_mmcot.stage_mmcot import Stage
 
 
 class MissingColumns(ValueError):
-    """An earlier stage has not written its column for every problem."""
+    """An earlier stage wrote its column for only some of the problems, or for none."""
 
 
 def with_columns(
     problems: Dataset, predictions: Mapping[str, Mapping[str, Any]], earlier: Sequence[Stage], required: bool = False
 ) -> Dataset:
     """
-    The problems with the columns that earlier stages wrote.
+    Add the columns that earlier stages wrote to the problems.
 
     Args:
-        predictions: by problem id, the columns that were written.
-        required: whether every stage must have written its column; by default a stage that wrote none is left out.
+        predictions: the written columns by problem id.
+        required: whether every stage must have written its column; by default a stage without output is skipped.
 
     Raises:
         MissingColumns: a stage's column is missing for some problems.
@@ -41,7 +41,7 @@ def with_columns(
 
 
 def with_gold_columns(problems: Dataset, earlier: Sequence[Stage]) -> Dataset:
-    """The problems with the columns that earlier stages learn to write, rendered from gold."""
+    """Add the columns that earlier stages learn to write, rendered from gold."""
     rows = [with_gold(row, earlier) for row in problems.remove_columns("images")] if earlier else []
     for stage in earlier:
         problems = with_column(problems, stage.writes, [row[stage.writes] for row in rows])
@@ -49,7 +49,7 @@ def with_gold_columns(problems: Dataset, earlier: Sequence[Stage]) -> Dataset:
 
 
 def with_gold(problem: dict[str, Any], earlier: Sequence[Stage]) -> dict[str, Any]:
-    """`with_gold_columns` of one problem, which is changed in place."""
+    """Apply `with_gold_columns` to one problem, in place."""
     for stage in earlier:
         problem[stage.writes] = stage.render_target(problem)
     return problem

@@ -1,8 +1,8 @@
-"""Problems -> the tokens of a stage's sources and targets, made once and kept on disk, and the batches of them.
+"""Tokenize the sources and targets of a stage once, cache the tokens on disk, and collate them into batches.
 
-What is kept is found again by all that it was made from: the problems, the stage's templates and lengths, the
-tokenizer, the code that puts them together and the libraries' versions (`caches.py`). Pictures stay where they are;
-they are read when a batch is made, in the workers of the DataLoader if it has any. Nothing here knows the model.
+The cache key covers all inputs: the problems, the stage's templates and lengths, the tokenizer, the code and the
+library versions (`caches.py`). Pictures are not cached here; the collator reads them, in DataLoader workers if there
+are any. This module is independent of the model.
 """
 
 import functools
@@ -30,16 +30,21 @@ from modeling_mmcot.stage_mmcot import Stage
 
 def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_targets: bool) -> Dataset:
     """
+    Tokenize problems for a stage.
+
     Args:
-        problems: rows with the columns that the stage reads, and with targets those that its target is made from.
+        problems: rows with the columns that the stage reads and, for targets, the columns that its target is made from.
 
     Returns:
-        A row for each problem: `input_ids`, with targets `labels`, `is_shortened` (its source was longer than the stage
-        reads), with targets `is_cut` (its target was longer than the stage writes), its `id` and `images` as they are.
+        A row for each problem: `id` and `images` unchanged, `input_ids`, `is_shortened` (whether the source exceeded
+        the stage's limit) and, with targets, `labels` and `is_cut` (whether the target exceeded the stage's limit).
     """
     key = Hasher.hash((problems._fingerprint, asdict(stage), tokenizer_state(processor.tokenizer), with_targets))
-    makers = (code_digest(processing_mmcot, stage_mmcot, tokenize), versions_of("tokenizers", "transformers", "jinja2"))
-    key = Hasher.hash((key, makers))
+    producers = (
+        code_digest(processing_mmcot, stage_mmcot, tokenize),
+        versions_of("tokenizers", "transformers", "jinja2"),
+    )
+    key = Hasher.hash((key, producers))
     file = cache_folder() / "examples" / f"{key}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
     texts = problems.remove_columns("images")
@@ -59,8 +64,8 @@ def tokenized(problems: Dataset, stage: Stage, processor: MMCoTProcessor, with_t
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides the tokens of a text: not how the last texts were padded or cut."""
-    if not hasattr(tokenizer, "backend_tokenizer"):  # ByT5's, written in Python
+    """Serialize the state that determines the tokens of a text, without the padding and truncation of earlier calls."""
+    if not hasattr(tokenizer, "backend_tokenizer"):  # ByT5's tokenizer, which is written in Python
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         parts = {"class": type(tokenizer).__name__, "special": special, "files": vocabulary_files(tokenizer)}
         return json.dumps({**parts, "vocabulary": tokenizer.get_vocab()}, sort_keys=True)
@@ -69,7 +74,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def vocabulary_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The digests of the files that hold its pieces, as it saves them; a byte-level one has none."""
+    """Return the digests of the vocabulary files that the tokenizer saves; a byte-level tokenizer has none."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_vocabulary(folder)
         return [sha256_of_file(file) for file in sorted(Path(folder).iterdir())]
@@ -85,24 +90,24 @@ def tokenize(columns: dict[str, list], stage: Stage, processor: MMCoTProcessor, 
     examples = {"input_ids": sources, "is_shortened": is_shortened}
     if with_targets:
         targets = [stage.render_target(problem) for problem in problems]
-        whole, cut = (
+        full, truncated = (
             processor.tokenizer(targets, verbose=False, **limits)["input_ids"]
             for limits in ({}, {"truncation": True, "max_length": stage.max_target_length})
         )
-        examples["labels"] = cut
-        examples["is_cut"] = [len(target) > stage.max_target_length for target in whole]
+        examples["labels"] = truncated
+        examples["is_cut"] = [len(target) > stage.max_target_length for target in full]
     return examples
 
 
 def lengths_of(examples: Dataset) -> list[Lengths]:
-    """Tokens of each source and target."""
+    """Return the number of source and target tokens of each example."""
     sources = map(len, examples["input_ids"])
     targets = map(len, examples["labels"]) if "labels" in examples.column_names else [0] * len(examples)
     return list(zip(sources, targets, strict=True))
 
 
 class StageCollator:
-    """Examples of a batch -> tensors; its pictures are read here, as pixels or as features."""
+    """Collates examples into tensors and reads their pictures, as pixels or as features."""
 
     def __init__(self, processor: MMCoTProcessor, stage: Stage, pictures: FeatureStore | PixelStore | None = None):
         self.tokenizer = processor.tokenizer

@@ -1,7 +1,8 @@
-"""Runs the stages over a split of problems.
+"""Run the stages over a split of problems.
 
-Gold columns are removed first, so no prompt can contain one. Problems are predicted in batches of like lengths, in one
-process or several, and returned in their order. `inference_mmcot.write_column` writes a stage's column for a batch.
+Gold columns are removed first, so no prompt can contain them. Problems are predicted in batches of similar lengths, in
+one or several processes, and returned in the order of the dataset. `inference_mmcot.write_column` writes a stage's
+column for a batch.
 """
 
 import logging
@@ -40,10 +41,11 @@ logger = logging.getLogger(__name__)
 class PredictOptions:
     """
     Args:
-        batch_size: problems in a batch, at most on average: batches have like lengths and like cost (`batching.py`).
-        max_tokens: padded source tokens in a batch at most, in place of `batch_size`.
-        num_workers: processes that read pictures or features ahead.
-        decode_answer: read a generated answer too, beside the scores of the choices.
+        batch_size: maximum average number of problems per batch; batches have similar lengths and costs
+            (`batching.py`).
+        max_tokens: maximum number of padded source tokens per batch, in place of `batch_size`.
+        num_workers: number of processes that prefetch pictures or features.
+        decode_answer: also generate an answer and parse it, in addition to scoring the choices.
     """
 
     batch_size: int = 32
@@ -64,14 +66,14 @@ def predict_stage(
     journal: Journal | None = None,
 ) -> None:
     """
-    Add the columns that a stage writes to `predictions`, for every problem, on every process alike.
+    Add the columns that a stage writes to `predictions`, for every problem and on every process.
 
     Args:
         problems: rows of the schema; their gold columns, if any, are removed.
-        predictions: by problem id, the columns of earlier stages; an id may be missing where there are none.
+        predictions: the columns of earlier stages by problem id; without earlier stages, ids may be absent.
         pictures: the source of the problems' pictures; by default `featurizer.vision_source`.
-        sample: how the stage's text is drawn; by default the model's own way, mostly the likeliest text.
-        journal: receives each finished batch, and has those of an interrupted call.
+        sample: sampling settings of the stage's text; by default the model's generation settings apply.
+        journal: records each finished batch, and contains the batches of an interrupted call.
     """
     model.eval()
     problems = with_columns(without_gold(problems), predictions, processor.stages.before(stage))
@@ -94,9 +96,9 @@ def predict_stage(
     written: list[tuple[Batch, list[dict]]] = []
     with progress_bar(stage, batches) as progress, packed_linears(model):
         for (ids, indices), inputs in zip(batches.items(), loader, strict=True):
-            given = [rows[index] for index in indices]
+            batch_rows = [rows[index] for index in indices]
             generation = {} if sample is None else sample.begin(ids)
-            columns = write_column(model, processor, stage, given, inputs, options.decode_answer, **generation)
+            columns = write_column(model, processor, stage, batch_rows, inputs, options.decode_answer, **generation)
             if journal is not None:
                 journal.write(part, ids, columns)
             written.append((ids, columns))
@@ -107,7 +109,7 @@ def predict_stage(
 def batches_to_write(
     ids: list[str], lengths: list[Lengths], options: PredictOptions, done: Mapping[Batch, list[dict]]
 ) -> dict[Batch, list[int]]:
-    """The batches of this process that are not done: the ids of the problems, and their indices."""
+    """Return the unfinished batches of this process, as a mapping from problem ids to indices."""
     batches = batches_of(lengths, options)
     batches = [batch for batch in batches if tuple(ids[index] for index in batch) not in done]
     state = PartialState()
@@ -129,19 +131,19 @@ def progress_bar(stage: Stage, batches: Mapping[Batch, list[int]]) -> tqdm:
 def add_columns(
     predictions: dict[str, dict], ids: list[str], written: list[tuple[Batch, list[dict]]], stage: Stage
 ) -> None:
-    """The columns of all batches and processes, in the order of the problems; cut texts are counted in the log."""
+    """Add the columns of all batches and processes in the order of the problems, and log the number of cut texts."""
     by_id = {id_: row for names, columns in written for id_, row in zip(names, columns, strict=True)}
     unfinished = count_unfinished([by_id[id_] for id_ in ids])
     if unfinished and PartialState().is_main_process:
         logger.warning(
-            f"{stage.name} stage: {unfinished} of {len(ids)} texts end at the limit of new tokens, before their end"
+            f"{stage.name} stage: {unfinished} of {len(ids)} texts reached the limit of new tokens and are cut off"
         )
     for id_ in ids:
         predictions.setdefault(id_, {}).update(by_id[id_])
 
 
 def log_shortened(stage: Stage, examples: Dataset | IterableDataset, which: str) -> dict[str, int] | None:
-    """Log and return how many sources and targets were longer than the stage's limits; None for a stream."""
+    """Log and return the number of sources and targets that exceed the stage's limits; None for a stream."""
     if isinstance(examples, IterableDataset):
         return None
     counts = {"of": len(examples), "sources": sum(examples["is_shortened"])}
@@ -166,17 +168,17 @@ def predict(
     drawing: Drawing = NOT_DRAWN,
 ) -> dict[str, dict]:
     """
-    The predictions of all stages, by problem id, in the order of the dataset. With several drawn rationales, the answer
-    has the highest mean probability over them (`self_consistency_mmcot.py`).
+    Return the predictions of all stages by problem id, in the order of the dataset. With several sampled rationales,
+    the answer is the choice with the highest mean probability over them (`self_consistency_mmcot.py`).
     """
-    drawn: list[dict[str, dict]] = []
+    samples: list[dict[str, dict]] = []
     for sample in drawing.samples():
         predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
         for stage in processor.stages:
             model = models[stage.name]
             predict_stage(model, processor, stage, problems, predictions, options, pictures, sample, journal)
-        drawn.append(predictions)
-    if len(drawn) == 1:
-        return drawn[0]
+        samples.append(predictions)
+    if len(samples) == 1:
+        return samples[0]
     rows, last = without_gold(problems).remove_columns("images"), processor.stages[-1]
-    return {row["id"]: agreed([predictions[row["id"]] for predictions in drawn], row, last) for row in rows}
+    return {row["id"]: agreed([predictions[row["id"]] for predictions in samples], row, last) for row in rows}

@@ -1,7 +1,7 @@
-"""Where predictions and scores come from: what was run, on what, and how.
+"""Record the origin of predictions and scores: the model, the problems and the options.
 
-Weights are identified by a digest of the files that are loaded. How a predictions file and its origin are kept together
-is in `predictions.py`.
+Weights are identified by a digest of the loaded files. `mmcot.storage.predictions` stores a predictions file together
+with its origin.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 
 WEIGHTS = ("*.safetensors",)
-# What decides the predictions of a model's folder.
+# The files of a model folder that determine its predictions.
 MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "*config.json", "tokenizer.json")
-# Of `mmcot.predict`, what changes the predictions.
+# Options of `mmcot.predict` that change the predictions.
 PREDICT_OPTIONS = ("decode_answer", "bf16", "features", "captions")
 VERSIONS = ("torch", "transformers", "peft", "datasets", "accelerate")
 
@@ -41,10 +41,12 @@ def provenance(
     store: FeatureStore | None = None,
 ) -> dict[str, Any]:
     """
+    Return the contents of a meta file: the origin of predictions.
+
     Args:
         model: a finished run, a folder in the Hub's layout, or a Hub id.
-        models: of each stage, loaded from it.
-        store: what stands in for the pictures.
+        models: the model of each stage, loaded from `model`.
+        store: the feature store that replaces the pictures.
     """
     folder = Path(loaded_from(model))
     folders = [folder, *(folder / stage.name for stage in processor.stages)]
@@ -64,28 +66,28 @@ def provenance(
 
 
 def loaded_from(model: str) -> str:
-    """The folder or repository that a system is loaded from: of a finished run its `hub/`."""
+    """Return the folder or repository that a system is loaded from: `hub/` of a finished run, else `model`."""
     exported = RunFolder(Path(model)).hub
     return str(exported) if exported.is_dir() else model
 
 
 def weights_of(model: str, processor: MMCoTProcessor) -> dict[str, str] | None:
-    """Of each stage's model as it is loaded from a run or a folder; None of a repository, which says its commit."""
+    """Return the weights digest of each stage of a run or folder; None for a repository, which has a commit instead."""
     folder = Path(loaded_from(model))
-    return all_weights(folder, processor) if folder.is_dir() else None
+    return weights_by_stage(folder, processor) if folder.is_dir() else None
 
 
-def all_weights(folder: Path, processor: MMCoTProcessor) -> dict[str, str]:
-    """Of each stage's model in a run's own stage folders, or in a folder in the Hub's layout."""
+def weights_by_stage(folder: Path, processor: MMCoTProcessor) -> dict[str, str]:
+    """Return the weights digest of each stage in a run's stage folders or in a folder in the Hub's layout."""
     return {stage.name: stage_weights(folder, stage.name) for stage in processor.stages}
 
 
 def check_export(run_folder: RunFolder, processor: MMCoTProcessor) -> None:
     """
-    The run's `hub/` holds the weights of its stages.
+    Check that the run's `hub/` contains the weights of its stages.
 
     Raises:
-        ValueError: a stage was trained again after `hub/` was written, or is being trained.
+        ValueError: a stage was retrained after `hub/` was written, or its training is not finished.
     """
     trained = [stage.name for stage in processor.stages if run_folder.stage(stage.name).is_dir()]
     differing = [
@@ -96,13 +98,13 @@ def check_export(run_folder: RunFolder, processor: MMCoTProcessor) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{run_folder.hub} does not hold the weights of the run's stages ({', '.join(differing)}): they were "
-            f"trained again after it was written. Run train.py to its end, which writes it anew."
+            f"{run_folder.hub} does not contain the weights of the run's stages ({', '.join(differing)}): they were "
+            f"trained again after it was written. Run train.py to its end to write it again."
         )
 
 
 def stage_weights(folder: Path, stage: str) -> str:
-    """Of a stage in a run's folder or one in the Hub's layout, with those of the base where it is an adapter."""
+    """Return the weights digest of a stage in a run folder or a Hub-layout folder; an adapter's covers its base too."""
     own = folder / stage if (folder / stage).is_dir() else folder
     run_folder = RunFolder(folder)
     base = run_folder.base if run_folder.is_adapted else folder
@@ -118,29 +120,29 @@ def origin_of_scores(
     selection: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    What scores are of, as far as it is said beside the predictions.
+    Return the origin of scores, from the arguments and the meta file beside the predictions.
 
     Args:
-        scores_file: where they will be written.
-        problems: that were scored, as `dataset` gives them.
+        scores_file: the file that the scores will be written to.
+        problems: the scored problems, as loaded from `dataset`.
         selection: the options of `mmcot.evaluate` that select problems of the split.
 
     Returns:
-        `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (by the commands' names, as far
-        as they are not the usual), `predictions` (the file's digest), `predictions_file` (its path from the scores
-        file, so that a run can be moved), `problems_digest`, and `weights`, each stage's digest, where it is known.
+        `dataset`, `dataset_known_as`, `split`, `predict_options` and `evaluate_options` (under the commands' option
+        names, without defaults), `predictions` (the file's digest), `predictions_file` (its path relative to the scores
+        file, so that a run can be moved), `problems_digest`, and, if known, `weights` (the digest of each stage).
 
     Raises:
-        ValueError: the meta file beside the predictions belongs to others (`predictions.read_meta`).
+        ValueError: the meta file beside the predictions belongs to other predictions (`predictions.read_meta`).
     """
     meta = read_meta(predictions_file) or {}
     selected = {name: value for name, value in (selection or {}).items() if value}
     options = {name: meta[name] for name in PREDICT_OPTIONS if meta.get(name)}
     if meta.get("num_rationales", 1) > 1:
         options |= {name: meta[name] for name in ("num_rationales", "temperature", "seed")}
-    some = {name: value for name, value in selected.items() if name not in ("allow_missing", "by")}
+    subset_options = {name: value for name, value in selected.items() if name not in ("allow_missing", "by")}
     origin = {"dataset": dataset, "dataset_known_as": known_dataset_name(dataset), "split": split}
-    origin |= {"predict_options": some | options, "evaluate_options": selected}
+    origin |= {"predict_options": subset_options | options, "evaluate_options": selected}
     origin |= {
         "predictions": digest_of_file(predictions_file),
         "predictions_file": Path(os.path.relpath(predictions_file, scores_file.parent)).as_posix(),
@@ -150,7 +152,7 @@ def origin_of_scores(
 
 
 def problems_digest(problems: Dataset) -> str:
-    """Of the problems' columns and their pictures' content, wherever those lie; of a file that is absent its name."""
+    """Return a digest of columns and picture contents, independent of paths; an absent file contributes its name."""
     digest, key_of = hashlib.sha256(), ContentKeys()
     for row in problems:
         pictures = [

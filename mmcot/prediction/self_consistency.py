@@ -1,4 +1,4 @@
-"""Several texts for each problem, the same in any number of processes; `self_consistency_mmcot.py` combines them."""
+"""Sample several texts for each problem, reproducibly; `self_consistency_mmcot.py` combines their answers."""
 
 import hashlib
 import json
@@ -13,25 +13,27 @@ from modeling_mmcot.self_consistency_mmcot import TEMPERATURE
 
 @dataclass(frozen=True)
 class Sample:
-    """One of several texts that are drawn for each problem: the same one in whatever process, and after a kill."""
+    """Settings of one of several sampled texts per problem: the text is the same in any process and after a kill."""
 
     number: int
     temperature: float
     seed: int
 
     def begin(self, ids: Batch) -> dict[str, Any]:
-        """Seeds the drawing for a batch, and gives the settings of `generate`."""
-        drawn = hashlib.sha256(json.dumps([self.seed, self.number, ids]).encode()).digest()
-        torch.manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
+        """Seed the sampling of a batch, and return the arguments of `generate`."""
+        digest = hashlib.sha256(json.dumps([self.seed, self.number, ids]).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return {"do_sample": True, "num_beams": 1, "temperature": self.temperature}
 
 
 @dataclass(frozen=True)
 class Drawing:
     """
+    Settings of self-consistency.
+
     Args:
-        num_rationales: with more than one, each stage before the last one draws so many texts.
-        temperature, seed: of that drawing.
+        num_rationales: number of texts that each stage before the last one samples per problem; 1 disables sampling.
+        temperature, seed: of the sampling.
     """
 
     num_rationales: int = 1
@@ -39,7 +41,7 @@ class Drawing:
     seed: int = 42
 
     def samples(self) -> list[Sample | None]:
-        """One entry for each pass over the stages; None for a text that is not drawn."""
+        """Return an entry for each pass over the stages; None stands for a pass without sampling."""
         if self.num_rationales == 1:
             return [None]
         return [Sample(number, self.temperature, self.seed) for number in range(self.num_rationales)]

@@ -1,4 +1,4 @@
-"""A finished run, a folder in the Hub's layout or a Hub id -> its processor and each stage's model."""
+"""Load a system, its processor and the model of each stage, and the problems that it predicts."""
 
 import argparse
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ from modeling_mmcot.loading_mmcot import load_stages
 
 def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTProcessor, Mapping[str, PreTrainedModel]]:
     """
-    The processor and each stage's model, from a finished run, a folder in the Hub's layout or a Hub id.
+    Load the processor and the model of each stage from a finished run, a folder in the Hub's layout or a Hub id.
 
     Raises:
-        ValueError: nothing is there, it is no such folder, or a run whose stages were trained again since it was
-            exported.
-        OSError: the Hub does not give it, or a file of it is damaged.
+        ValueError: the path is absent or is neither a finished run nor a model folder, or the run's stages were
+            retrained after the export.
+        OSError: the download from the Hub failed, or a file is damaged.
     """
     refuse_absent_path(model, "a finished run, a model folder, or an id of the Hub (USER/NAME)")
     folder, run_folder = Path(model), RunFolder(Path(model))
@@ -39,7 +39,7 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
         raise ValueError(
             f"{folder} is neither a finished run (it has no hub/) nor a model folder (it has no processor_config.json)."
         )
-    # Without the last argument, transformers asks at the terminal whether it may run a repository's code.
+    # Without `trust_remote_code=False`, transformers asks at the terminal whether to run a repository's code.
     processor = MMCoTProcessor.from_pretrained(model, trust_remote_code=False)
     if is_run:
         check_export(run_folder, processor)
@@ -52,10 +52,10 @@ def load_inputs(
     arguments: argparse.Namespace, processor: MMCoTProcessor, models: Mapping[str, PreTrainedModel]
 ) -> tuple[Dataset, FeatureStore | None]:
     """
-    The problems, and where asked for the store of their pictures' features; both are found to fit the models.
+    Load the problems and, with `--features`, the feature store of their pictures, and check that they fit the models.
 
     Raises:
-        ValueError: they do not, or no stage reads what an option gives.
+        ValueError: problems or features do not fit the models, or an option provides a column that no stage reads.
     """
     for name, column in (("features", "images"), ("captions", "caption")):
         if getattr(arguments, name) is not None and not processor.stages.read(column):
@@ -70,8 +70,8 @@ def load_inputs(
         problems = join_captions(problems, arguments.captions)
     if store is None:
         if processor.image_processor is None and processor.stages.see_pictures and any(problems["images"]):
-            raise ValueError(f"{arguments.model} has no picture tower, and problems have pictures: give --features.")
-        for model in models.values():  # kept on disk; here, so that a broken picture is named before any work
+            raise ValueError(f"{arguments.model} has no picture tower, but problems have pictures: specify --features.")
+        for model in models.values():  # fills the disk cache: reports broken pictures first
             vision_source(model, processor.image_processor, problems)
         return problems, None
     store.check_problems(problems)

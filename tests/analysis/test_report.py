@@ -235,7 +235,7 @@ def test_a_folder_with_other_content_is_left_alone_and_a_report_replaced(report,
     command += ["--output", str(tmp_path / "scores.json")]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="exists and holds something else than a report"):
+    with pytest.raises(SystemExit, match="exists and contains something other than a report"):
         main([*command, "--report", str(tmp_path / "mine")])
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     shutil.copytree(report, tmp_path / "old")
@@ -309,7 +309,9 @@ def drive(report, downloads):
         expect(page.locator("#agreement")).to_have_text(agreement)
         (downloads / "unknown.jsonl").write_text('{"id": "nobody", "label": "factual"}\n')
         page.set_input_files("#import", downloads / "unknown.jsonl")
-        expect(page.locator("#imported")).to_contain_text("1 labels are of problems that are not here: nobody")
+        expect(page.locator("#imported")).to_contain_text(
+            "1 labels have problem ids that are not in this report: nobody"
+        )
         expect(page.locator("#agreement")).to_have_text(agreement)
         assert said == []
         browser.close()

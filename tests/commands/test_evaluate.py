@@ -97,7 +97,7 @@ def test_scores_of_a_lone_predictions_file_lie_beside_it(tmp_path):
         (None, "no such predictions file"),
         ("[1, 2]", "expected a JSON object, found list"),
         ('{"1": "A", "2": 1}', "prediction 1 is 'A', expected an object with the key 'answer', or the answer itself"),
-        ('{"1": 0, "2": 1, "1": 1}', "1 ids stand there twice: 1"),
+        ('{"1": 0, "2": 1, "1": 1}', "1 ids occur more than once: 1"),
         ('{"1": {"answer": 0, "scores": [0.9, 0.3]}, "2": 1}', "prediction 1: 'scores' is .* add up to 1"),
         ('{"1": {"answer": 0, "scores": [1.0]}, "2": 1}', "prediction 1: 'scores' is .* expected 2 probabilities"),
         ('{"1": {"answer": 2}, "2": {"answer": 1}}', "prediction 1: 'answer' is 2, expected an integer from 0 to 1"),
@@ -157,7 +157,7 @@ def test_predictions_of_another_split_are_named_so(tmp_path):
     rows = [a_problem("1"), a_problem("2", split="val")]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     write_json(tmp_path / "val.json", {"2": 0})
-    with pytest.raises(SystemExit, match="1 predictions are of the split 'val', not of 'test'"):
+    with pytest.raises(SystemExit, match="1 predictions belong to the split 'val', not to 'test'"):
         main([str(tmp_path / "val.json"), "--dataset", str(tmp_path / "problems.jsonl")])
 
 

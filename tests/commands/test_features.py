@@ -309,7 +309,7 @@ def test_features_that_overflow_float16_are_refused(vit, tmp_path):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
     Image.effect_noise((9, 9), 90).save(tmp_path / "a.png")
     (tmp_path / "p.jsonl").write_text(json.dumps({"question": "?", "images": ["a.png"]}))
-    with pytest.raises(SystemExit, match="do not fit into float16; take --dtype float32"):
+    with pytest.raises(SystemExit, match="overflow float16; use --dtype float32"):
         main([str(tmp_path / "p.jsonl"), "--vision", str(tmp_path / "vit"), "--output", str(tmp_path / "store")])
 
 
@@ -498,7 +498,7 @@ def test_an_authors_file_that_does_not_fit_is_refused(scienceqa, tmp_path):
         return str(error.value)
 
     np.save(tmp_path / "large.npy", np.full((3, 100, 256), 1e5, dtype="float32"))
-    with pytest.raises(ValueError, match="do not fit into float16; take --dtype float32"):
+    with pytest.raises(ValueError, match="overflow float16; use --dtype float32"):
         import_authors_features(
             problems, tmp_path / "large", "detr", str(tmp_path / "large.npy"), str(tmp_path / "name_map.json")
         )
@@ -507,15 +507,15 @@ def test_an_authors_file_that_does_not_fit_is_refused(scienceqa, tmp_path):
     assert "lacks 1 problems that have a picture: 3." in error_of(name_map={"1": "0"})
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    assert "detr.npy is not a whole file of features" in error_of(name_map={"1": "0", "3": "1"})
+    assert "detr.npy is not a complete feature file" in error_of(name_map={"1": "0", "3": "1"})
     vit, _ = authors_file(tmp_path, "vit")
     vit.write_bytes(vit.read_bytes()[:9999])
-    assert "vit.pth is not a whole file of features" in error_of("vit", vit)
+    assert "vit.pth is not a complete feature file" in error_of("vit", vit)
 
 
 def test_an_npy_of_objects_is_not_unpickled(tmp_path):
     np.save(tmp_path / "detr.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="not a whole file of features"):
+    with pytest.raises(ValueError, match="not a complete feature file"):
         open_authors_features(str(tmp_path / "detr.npy"))
 
 

@@ -286,7 +286,7 @@ def test_texts_that_are_cut_at_the_limit_of_new_tokens_are_counted(tiny_run, tin
     written: dict[str, dict] = {}
     with caplog.at_level("WARNING"):
         predict_stage(model, processor, processor.stages[0], problems, written)
-    counted = "rationale stage: 4 of 4 texts end at the limit of new tokens, before their end" in caplog.text
+    counted = "rationale stage: 4 of 4 texts reached the limit of new tokens and are cut off" in caplog.text
     assert counted != ends
     assert all(columns.keys() == {"rationale"} for columns in written.values())
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mmcot.analysis import probes as probing
-from mmcot.analysis.probes import of_another, others, probe, with_permuted_choices
+from mmcot.analysis.probes import other_indices, probe, take_from_another, with_permuted_choices
 from mmcot.prediction.system import load_system
 from mmcot.probes import main
 from mmcot.problems.sources import load_problems
@@ -19,10 +19,10 @@ def problems(tiny_dataset):
 
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_each_gets_another_ones_each_once(count):
-    found = others(count, random.Random(1))
+    found = other_indices(count, random.Random(1))
     assert sorted(found) == list(range(count)) and all(index != other for index, other in enumerate(found))
     texts = [str(number) for number in range(count)]
-    assert all(a != b for a, b in zip(texts, of_another(texts, random.Random(1)), strict=True))
+    assert all(a != b for a, b in zip(texts, take_from_another(texts, random.Random(1)), strict=True))
 
 
 def test_permuted_problems_are_the_same_problems(problems):
@@ -99,7 +99,7 @@ def test_a_system_without_tower_is_not_probed_blind(tiny_run, tiny_dataset, monk
     processor, models = load_system(str(tiny_run))
     processor.image_processor = None
     monkeypatch.setattr("mmcot.probes.load_system", lambda model: (processor, models))
-    with pytest.raises(SystemExit, match="has no picture tower, and problems have pictures: give --features"):
+    with pytest.raises(SystemExit, match="has no picture tower, but problems have pictures: specify --features"):
         main([str(tiny_run), "--dataset", str(tiny_dataset)])
 
 

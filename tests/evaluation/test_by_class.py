@@ -56,7 +56,9 @@ def test_scores_by_own_classes(command, tmp_path, capsys):
 def test_a_column_that_is_not_there_is_named(command):
     with pytest.raises(SystemExit, match="there is no column 'levels'; found id, question"):
         evaluate.main([*command, "--by", "levels"])
-    with pytest.raises(SystemExit, match="--by answer: problems have no such column of texts; known: id, question"):
+    with pytest.raises(
+        SystemExit, match="--by answer: problems have no text column of that name; text columns: id, question"
+    ):
         evaluate.main([*command, "--by", "answer"])
     with pytest.raises(SystemExit, match="demo has the columns of its release: there is no 'level'"):
         evaluate.main([command[0], "--dataset", "demo", "--by", "level"])

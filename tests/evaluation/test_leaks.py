@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mmcot.evaluation.leaks import leaking
+from mmcot.evaluation.leaks import find_leaks
 from mmcot.predict import main
 from mmcot.prediction import predictor as predicting
 from mmcot.prediction.examples import tokenized
@@ -42,7 +42,7 @@ def careless(monkeypatch):
 
 
 def found(system, problems):
-    return leaking(problems, lambda rows: predict(*system, rows))
+    return find_leaks(problems, lambda rows: predict(*system, rows))
 
 
 def test_nothing_leaks(system, problems):
@@ -100,7 +100,7 @@ def test_the_command_says_so(tiny_run, tiny_dataset, capsys, monkeypatch):
     main(options)
     assert "No prediction of 4 differs" in capsys.readouterr().out
     leak = {"test-1": ["answer", "scores"]}
-    monkeypatch.setattr("mmcot.predict.leaking", lambda problems, predict_all: leak)
+    monkeypatch.setattr("mmcot.predict.find_leaks", lambda problems, predict_all: leak)
     with pytest.raises(SystemExit) as stopped:
         main(options)
     assert "1 of 4 predictions differ" in stopped.value.code

@@ -61,7 +61,7 @@ def test_an_answer_that_was_generated_stands_beside_the_scored_one(metric):
 
 
 def test_an_id_that_stands_there_twice_is_refused(metric):
-    with pytest.raises(ValueError, match="1 of 2 predictions are of an id that stands there already"):
+    with pytest.raises(ValueError, match="1 of 2 predictions repeat an id"):
         metric.compute(predictions=[{"id": "0", "answer": 0}, {"id": "0", "answer": 1}], references=[row(0), row(1)])
 
 

@@ -55,7 +55,7 @@ def test_a_rationale_that_says_nothing(text):
 def test_a_rule_of_the_lecture_that_is_turned_round():
     text = "The poles that face each other are south and south. Like poles attract. So, the magnets will attract."
     assert kind(PROBLEM, 0, text) == kind(PROBLEM, 0, text, images=[object()]) == "factual"
-    assert "'like poles attract', where gold says 'like poles repel'" in reason(PROBLEM, 0, text)
+    assert "'like poles attract', where gold reads 'like poles repel'" in reason(PROBLEM, 0, text)
 
 
 def test_a_misread_context():
@@ -105,7 +105,7 @@ def test_arithmetic_that_is_right_is_no_mistake_of_logic():
 def test_an_answer_that_is_not_the_rationales():
     text = "One tower was built of marble long ago by masons. So, the green tower is the tallest."
     assert kind(HEIGHTS, 1, text) == "logical"
-    assert "supports 'the green tower', and 'the blue tower' is answered" in reason(HEIGHTS, 1, text)
+    assert "supports 'the green tower', but the answer is 'the blue tower'" in reason(HEIGHTS, 1, text)
 
 
 def test_whether_the_picture_was_used_is_told_where_it_is_known():

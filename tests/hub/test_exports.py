@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from mmcot.evaluate import main as score_files
 from mmcot.hub.card import scores_of_run
 from mmcot.predict import main as predict
-from mmcot.prediction.provenance import all_weights, weights_of
+from mmcot.prediction.provenance import weights_by_stage, weights_of
 from mmcot.probes import main as probe
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.run_folder import RunFolder
@@ -35,7 +35,7 @@ def stale(tiny_run, tmp_path, request):
     return run
 
 
-SAID = r"run/hub does not hold the weights of the run's stages \((rationale|answer)\).*Run train.py to its end"
+SAID = r"run/hub does not contain the weights of the run's stages \((rationale|answer)\).*Run train.py to its end"
 
 
 def test_a_run_that_was_not_exported_since_it_was_trained_is_not_loaded(stale, tiny_dataset, tmp_path):
@@ -63,10 +63,10 @@ def test_weights_are_those_of_what_is_loaded_and_comparable_with_the_run_s(kind,
     run = shutil.copytree(request.getfixturevalue(kind), tmp_path / "run")
     processor = MMCoTProcessor.from_pretrained(run / "hub", trust_remote_code=False)
     exported = weights_of(str(run), processor)
-    assert exported == weights_of(str(run / "hub"), processor) == all_weights(run, processor)
+    assert exported == weights_of(str(run / "hub"), processor) == weights_by_stage(run, processor)
     for file in (run / "rationale").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    assert weights_of(str(run), processor) == exported != all_weights(run, processor)
+    assert weights_of(str(run), processor) == exported != weights_by_stage(run, processor)
 
 
 def test_maps_of_another_model_than_the_one_that_predicted_are_refused(tiny_run, tiny_dataset, tmp_path):
@@ -74,7 +74,7 @@ def test_maps_of_another_model_than_the_one_that_predicted_are_refused(tiny_run,
     change_weights(tmp_path / "other" / "rationale" / "model.safetensors")
     files = [str(tiny_run / "predictions" / "test.json"), "--dataset", str(tiny_dataset)]
     files += ["--output", str(tmp_path / "scores.json"), "--report", str(tmp_path / "page")]
-    with pytest.raises(SystemExit, match=r"of other weights than those that wrote .*test.json \(rationale\)"):
+    with pytest.raises(SystemExit, match=r"has other weights than the model that wrote .*test.json \(rationale\)"):
         score_files([*files, "--attention", str(tmp_path / "other")])
 
 

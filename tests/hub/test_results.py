@@ -93,7 +93,7 @@ def test_scores_of_a_run_and_of_a_cached_repository_are_found(files, tmp_path, c
 
 def test_scores_of_unlike_problems_do_not_stand_in_one_table(files, tmp_path):
     write_json(tmp_path / "other.json", scores(3, count=5))
-    with pytest.raises(SystemExit, match=r"is of other problems \(5\) than .*worse.json \(4\)"):
+    with pytest.raises(SystemExit, match=r"covers other problems \(5\) than .*worse.json \(4\)"):
         main(["--leaderboard", *files, str(tmp_path / "other.json")])
 
 

@@ -353,7 +353,7 @@ def test_paper_preprocessing_of_vit_is_timms():
 
 def test_paper_preprocessing_is_refused_where_the_authors_published_none(tmp_path):
     AutoModel.from_config(MMCoTConfig(vision_config=SMALL["resnet"]).vision_config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'paper' is known for detr and vit.*'resnet'"):
+    with pytest.raises(ValueError, match="'paper' exists for detr and vit.*'resnet'"):
         load_image_processor(str(tmp_path), "paper")
 
 

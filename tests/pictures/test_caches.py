@@ -176,6 +176,6 @@ def test_a_store_that_other_code_computed_is_told_and_left_as_it_is(tmp_path, vi
     assert not caplog.records
     edit_code(monkeypatch, pictures_mmcot)
     compute_features(rows, tmp_path / "store", TowerOptions(str(vit)))
-    assert "store holds features that other code or libraries computed (mmcot's code" in caplog.text
+    assert "store contains features that other code or libraries computed (mmcot's code" in caplog.text
     store = feature_store.FeatureStore(tmp_path / "store")
     assert len(store.rows) == 2 and store.manifest["versions"]["torch"] == torch.__version__.partition("+")[0]

@@ -227,7 +227,7 @@ def test_captions_of_another_origin_are_not_written_over(colors, blip, tmp_path)
 
 def test_captions_of_another_model_are_not_mixed(colors, blip, tmp_path):
     write_captions(colors, blip, tmp_path / "out")
-    with pytest.raises(SystemExit, match="holds captions of .*'prompt': ''.*not of .*'a picture of'"):
+    with pytest.raises(SystemExit, match="contains captions of .*'prompt': ''.*not of .*'a picture of'"):
         write_captions(colors, blip, tmp_path / "out", "--prompt", "a picture of")
 
 

@@ -46,7 +46,7 @@ def test_what_a_kill_leaves_behind_a_whole_batch_is_dropped(cut, detr, all_probl
         (folder / "rows.bin").write_bytes(rows)
         (folder / "rows.jsonl").write_bytes(b"".join(keys[:-1]) + (last_key if last_key != keys[-1] else b""))
         if cut < 2000:
-            with pytest.raises(ValueError, match="cut off or is still being written"):
+            with pytest.raises(ValueError, match="truncated or still being written"):
                 FeatureStore(folder)
         compute_features(all_problems, folder, TowerOptions(str(detr)), FeatureOptions(dtype="float32", batch_size=4))
         assert content(folder) == whole
@@ -70,7 +70,7 @@ def test_a_truncated_file_is_refused_with_both_sizes(store, tmp_path):
 
 def test_a_store_with_a_truncated_file_is_not_gone_on_with(store, detr, all_problems, tmp_path):
     copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
-    with pytest.raises(ValueError, match="The file was cut off: remove"):
+    with pytest.raises(ValueError, match="The file is truncated: remove"):
         compute_features(all_problems, copy, TowerOptions(str(detr)), FeatureOptions(dtype="float32"))
 
 
@@ -83,16 +83,16 @@ def test_an_edited_manifest_is_refused(store, tmp_path):
 def test_a_folder_without_manifest_is_no_store(store, tmp_path):
     copy = edit(store, tmp_path, "manifest.json", lambda text: text)
     (copy / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="is no feature store: it has no manifest.json"):
+    with pytest.raises(ValueError, match="is not a feature store: it has no manifest.json"):
         FeatureStore(copy)
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_features_are_not_added_to_a_store(store, detr, vit, all_problems, tmp_path, finished):
     copy = edit(store, tmp_path, "rows.jsonl", lambda lines: lines if finished else lines.splitlines(keepends=True)[0])
-    with pytest.raises(ValueError, match="features of another kind: dtype is 'float32' there, 'float16' here"):
+    with pytest.raises(ValueError, match="features with other settings: dtype is 'float32' there, 'float16' here"):
         compute_features(all_problems, copy, TowerOptions(str(detr)), FeatureOptions(dtype="float16"))
-    with pytest.raises(ValueError, match="features of another kind"):
+    with pytest.raises(ValueError, match="features with other settings"):
         compute_features(all_problems, copy, TowerOptions(str(vit)), FeatureOptions(dtype="float32"))
 
 
@@ -132,7 +132,7 @@ def test_a_store_is_refused_by_a_model_that_differs_and_says_in_what(store, detr
         ),
         (other_config, processor, "vision_config.num_queries is 5 in the store, 6 in the model"),
         (other_weights, processor, "weights of the tower is"),
-        (model_of(detr, freeze_vision=False), processor, "features of a fixed tower; this model trains its own"),
+        (model_of(detr, freeze_vision=False), processor, "features of a fixed tower, but this model trains its tower"),
         (
             model_of(detr),
             DetrImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 128}),

@@ -118,7 +118,7 @@ def test_pixels_are_prepared_once_and_anew_for_another_picture_or_preparation(tm
 def test_pixels_that_would_fill_the_disk_are_prepared_for_each_batch(tmp_path, own_cache, monkeypatch):
     rows, tools = problems(tmp_path), processor()
     kept = PixelStore(rows, tools.image_processor).batch(list(rows))
-    monkeypatch.setattr("mmcot.pictures.pixel_store.MAX_KEPT", 100)
+    monkeypatch.setattr("mmcot.pictures.pixel_store.MAX_CACHED_BYTES", 100)
     files = sorted(own_cache.rglob("*.arrow"))
     fresh = PixelStore(rows, tools.image_processor).batch(list(rows))
     assert all(torch.equal(fresh[name], kept[name]) for name in kept)
