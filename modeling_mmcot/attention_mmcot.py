@@ -68,7 +68,7 @@ def token_maps(
 
 
 def places(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> torch.FloatTensor:
-    """The distribution of each patch over the area of a picture `(3, height, width)`, `(num_patches, rows, columns)`."""
+    """Return the map of each patch of a picture `(3, height, width)`, `(num_patches, rows, columns)`; each sums to 1."""
     if is_detr(tower):
         attended = cross_attention(tower, pixels)
         sizes = ([math.ceil(side / stride) for side in pixels.shape[1:]] for stride in STRIDES)

@@ -50,7 +50,7 @@ def read_chat(messages: Sequence[Mapping]) -> dict[str, Any]:
             images.append(next(part[key] for key in IMAGE_KEYS if part.get(key) is not None))
         else:
             raise ValueError(
-                f'A part of a message must be {{"type": "text", "text": …}} or {{"type": "image", "image" or "url": …}}; '
+                f'A message part must be {{"type": "text", "text": …}} or {{"type": "image", "image" or "url": …}}; '
                 f"found {part.get('found', part)!r:.200}"
             )
     return {**read_text("\n".join(texts)), "image": images}

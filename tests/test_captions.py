@@ -153,7 +153,7 @@ def test_a_chat_model_is_asked_by_its_template_and_its_question_is_no_part_of_th
 
 def test_a_checkpoint_that_writes_no_text_is_refused(tmp_path):
     ViTModel(ViTConfig(**VISION)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'vit', which writes no text from a picture"):
+    with pytest.raises(ValueError, match="model_type 'vit', which does not generate text from pictures"):
         Captioner(str(tmp_path))
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
-from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts, rows_of_like_lengths, run_stages
+from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts, group_by_length, run_stages
 from modeling_mmcot.loading_mmcot import load_stages, share_tower
 
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
@@ -84,7 +84,7 @@ def test_sources_of_unlike_lengths_are_encoded_as_each_alone(side):
             alone = model.encoder(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}).last_hidden_state
             real = mask[row].bool()
             torch.testing.assert_close(states[row, real], alone[0, real], rtol=0, atol=1e-5)
-    assert rows_of_like_lengths(lengths) == [[0, 2], [5], [3], [4, 1]]
+    assert group_by_length(lengths) == [[0, 2], [5], [3], [4, 1]]
 
 
 def test_choices_over_unlike_sources_score_as_each_alone_and_no_padding_is_read(processor):

@@ -311,7 +311,7 @@ def test_a_tower_whose_states_are_of_another_form_is_refused():
 def test_a_tower_whose_width_is_not_the_configs_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="patches are 2048 wide, but vision_hidden_size is 1024"):
         tiny_model(vision_config=SMALL["clip"], vision_hidden_size=1024)
-    with pytest.raises(ValueError, match="'timm_wrapper'.*does not say how wide.*give vision_hidden_size"):
+    with pytest.raises(ValueError, match="'timm_wrapper'.*does not contain the width.*set vision_hidden_size"):
         MMCoTConfig(vision_config=SMALL["clip"])
     with pytest.raises(ValueError, match="patches are 16 wide, but vision_hidden_size is 24"):
         tiny_model().attach_tower(AutoModel.from_config(MMCoTConfig(vision_config=SMALL["resnet"]).vision_config))
