@@ -62,13 +62,13 @@ def token_maps(
     maps = []
     for number, pixels in enumerate(inputs["pixel_values"][0]):
         height, width = real_sizes(inputs["pixel_mask"][0, number, None].bool())[0].tolist()
-        cells = places(encoder.vision_tower, pixels[:, :height, :width], weights.shape[-1])
-        maps.append(torch.einsum("tp,prc->trc", weights[:, number], cells))
+        patch_maps = locate_patches(encoder.vision_tower, pixels[:, :height, :width], weights.shape[-1])
+        maps.append(torch.einsum("tp,prc->trc", weights[:, number], patch_maps))
     return TokenMaps(tokens, maps)
 
 
-def places(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> torch.FloatTensor:
-    """Return the map of each patch of a picture `(3, height, width)`, `(num_patches, rows, columns)`; each sums to 1."""
+def locate_patches(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> torch.FloatTensor:
+    """Return a map of each patch of a picture `(3, height, width)`, in shape `(num_patches, rows, columns)`."""
     if is_detr(tower):
         attended = cross_attention(tower, pixels)
         sizes = ([math.ceil(side / stride) for side in pixels.shape[1:]] for stride in STRIDES)

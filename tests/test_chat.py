@@ -174,9 +174,7 @@ def test_a_chat_is_answered_by_the_whole_system_with_settings_that_there_are(tin
     chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
     model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "hub", subfolder="rationale")
-    with pytest.raises(
-        ValueError, match="loaded from the subfolder 'rationale': load the repository without"
-    ):
+    with pytest.raises(ValueError, match="loaded from the subfolder 'rationale': load the repository without"):
         model.generate(**inputs)
     model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "hub")
     with pytest.raises(TypeError, match="'max_new_tokns': did you mean 'max_new_tokens'"):

@@ -200,10 +200,10 @@ def test_a_dataset_of_torch_ends_with_its_length(answer):
     ("columns", "said"),
     [
         ({"choices": ["w8"] * 27}, "at most 26; found 27"),
-        ({"image": {}}, "a picture is given as .*; found {}"),
-        ({"image": [None]}, "a picture is given as .*; found None"),
-        ({"image": {"bytes": None, "path": None}}, "a picture is given as"),
-        ({"image": 5}, "a picture is given as .*; found 5"),
+        ({"image": {}}, "a picture must be .*; found {}"),
+        ({"image": [None]}, "a picture must be .*; found None"),
+        ({"image": {"bytes": None, "path": None}}, "a picture must be"),
+        ({"image": 5}, "a picture must be .*; found 5"),
     ],
 )
 def test_what_cannot_be_answered_is_named(answer, columns, said):
