@@ -250,5 +250,5 @@ def test_a_model_without_a_pad_token_ends_its_texts(model, processor, inputs):
 def test_stop_strings_that_the_tokenizer_has_no_pieces_for_are_named(model, inputs):
     words = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(PIECES)}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    with pytest.raises(ValueError, match="stop_strings is .*no strings in the pieces of this tokenizer"):
+    with pytest.raises(ValueError, match="stop_strings is .*cannot match strings to the tokens of this tokenizer"):
         of_ours(model, MMCoTProcessor(tokenizer, None, STAGES), inputs, {"stop_strings": ["ab"]})

@@ -326,7 +326,7 @@ def test_a_download_is_bounded_in_size_and_time(served, monkeypatch):
 def test_a_redirect_does_not_lead_from_the_internet_into_the_own_network(served, monkeypatch):
     address, folder = served
     Image.new("RGB", (30, 20), "red").save(folder / "red.png")
-    with pytest.raises(ValueError, match="cannot be downloaded: .*redirects to ftp:.*expected a URL of http"):
+    with pytest.raises(ValueError, match="cannot be downloaded: .*redirects to ftp:.*expected an http or https URL"):
         as_pictures(f"{address}/to=ftp://127.0.0.1/red.png")
     monkeypatch.setattr(pictures_mmcot, "is_public", lambda url: "127.0.0.1" in url)
     with pytest.raises(ValueError, match="cannot be downloaded: .*redirects to http://localhost.*is not public"):

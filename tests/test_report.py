@@ -162,7 +162,7 @@ def test_a_class_token_has_no_place():
     found = locate_patches(tower, torch.zeros(3, 32, 32), 5)
     assert found.shape == (5, 2, 2) and found[0].sum() == 0 and torch.equal(found[1:].flatten(1), torch.eye(4))
     for size, count in (((32, 32), 7), ((32, 48), 9)):
-        with pytest.raises(ValueError, match=f"{count} patches of a picture of .*: expected those of a square one"):
+        with pytest.raises(ValueError, match=f"{count} patches of a picture of .*: expected a square picture"):
             locate_patches(tower, torch.zeros(3, *size), count)
 
 
