@@ -137,7 +137,7 @@ def test_what_is_given_stands_in_place_of_what_a_stage_writes(answer):
     assert (edited["rationale"], empty["rationale"]) == ("w20 w21 w22", "")
     assert free["scores"] != edited["scores"] != empty["scores"]
     for given in ({"solution": "w20"}, {"rationale": None}, {"rationale": ["w20"]}, ["rationale"], "rationale"):
-        with pytest.raises(ValueError, match=r"a dict of texts for what a stage writes .rationale.; found"):
+        with pytest.raises(ValueError, match=r"a dict of texts for generated columns .rationale.; found"):
             answer(RED, given=given)
 
 
@@ -253,7 +253,7 @@ def test_maps_of_where_a_stage_looked(answer):
     found = answer.token_maps(RED, "answer", {"rationale": "w20 w21"})
     assert found.tokens[:3] == ["w5", "w6", "w7"] and {"w20", "w21"} <= set(found.tokens)
     assert [maps.shape for maps in found.maps] == [(len(found.tokens), 2, 2)]
-    with pytest.raises(ValueError, match="The answer stage reads rationale: give what was written"):
+    with pytest.raises(ValueError, match="The answer stage reads rationale: pass the written text as given"):
         answer.token_maps(RED, "answer")
     with pytest.raises(ValueError, match="saw no picture"):
         answer.token_maps({**RED, "image": None}, "answer", {"rationale": ""})
@@ -282,7 +282,7 @@ def test_several_rationales_and_the_answer_that_they_agree_on(answer):
     result = answer(RED, num_rationales=5, temperature=50.0)
     assert len(result["rationales"]) == 5 > 1 < len(set(result["rationales"]))
     assert result["agreement"] in (0, 0.2, 0.4, 0.6, 0.8, 1) and sum(result["scores"]) == pytest.approx(1)
-    with pytest.raises(ValueError, match="do_sample=False always the same one"):
+    with pytest.raises(ValueError, match="do_sample=False always yields the same"):
         answer(RED, num_rationales=2, do_sample=False)
     with pytest.raises(ValueError, match="num_rationales is 0"):
         answer(RED, num_rationales=0)
@@ -348,11 +348,11 @@ def test_max_length_is_that_of_the_call(answer):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"choices": {"text": ["w8", "w9"], "label": ["A", "B"]}}, "`choices` of a problem is a list of str"),
-        ({"choices": "w8"}, "`choices` of a problem is a list of str"),
-        ({"choices": 5}, "`choices` of a problem is a list of str; found 5"),
+        ({"choices": {"text": ["w8", "w9"], "label": ["A", "B"]}}, "`choices` of a problem must be a list of str"),
+        ({"choices": "w8"}, "`choices` of a problem must be a list of str"),
+        ({"choices": 5}, "`choices` of a problem must be a list of str; found 5"),
         ({"choices": ["w8"] * 27}, "at most 26; found 27"),
-        ({"context": ["w8"]}, "`context` of a problem is a str; found"),
+        ({"context": ["w8"]}, "`context` of a problem must be a str; found"),
         ({"question": None}, "with a `question`"),
         ({"contxt": "w8"}, "unknown key 'contxt': did you mean 'context'"),
         ({"picture": "x.png"}, "unknown key 'picture'"),
