@@ -163,7 +163,7 @@ def of_ours(model, processor, inputs, settings):
 def test_each_setting_gives_the_text_of_transformers_or_is_refused_by_name(name, model, processor, inputs):
     settings = VALUES[name]
     if name not in SETTINGS:
-        with pytest.raises(ValueError, match=rf"\b(?:{'|'.join(settings)}) is .*which a stage does not take: \w+"):
+        with pytest.raises(ValueError, match=rf"\b(?:{'|'.join(settings)}) is .*which a stage does not support: \w+"):
             of_ours(model, processor, inputs, settings)
         with pytest.raises(ValueError, match=rf"^{name} is "):
             given_settings({name: settings[name]})
