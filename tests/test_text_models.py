@@ -196,5 +196,5 @@ def test_a_text_weight_that_is_missing_is_an_error(absent, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights[absent]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"lacks 1 weights, {absent} for one"):
+    with pytest.raises(ValueError, match=f"lacks 1 weights, for example {absent}"):
         MMCoTForConditionalGeneration.from_pretrained(tmp_path, vision_hidden_size=10)
