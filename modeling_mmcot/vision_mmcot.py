@@ -22,7 +22,7 @@ from .configuration_mmcot import vision_width
 
 
 def last_states(outputs: ModelOutput) -> torch.Tensor:
-    """Return the last states; a convolutional tower's grid `(batch_size, width, rows, columns)` is flattened by rows."""
+    """Return the last states; a convolutional grid `(batch_size, width, rows, columns)` is flattened by rows."""
     states = outputs.last_hidden_state
     return states if states.dim() == 3 else states.flatten(2).transpose(1, 2)
 
