@@ -43,7 +43,7 @@ from transformers import (
 
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.generation_mmcot import greedy_search, pack_choices
-from modeling_mmcot.inference_mmcot import encode, parts_of_like_lengths
+from modeling_mmcot.inference_mmcot import encode, split_by_length
 from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
 from modeling_mmcot.vision_mmcot import build_vision_tower, encode_pictures
 
@@ -445,7 +445,7 @@ def score(model: MMCoTForConditionalGeneration, batch: Batch, labels: torch.Long
     """Score the choices as `inference_mmcot.choose_answers` does."""
     encoded = encode(model, batch.inputs)
     mask, states = encoded["attention_mask"], encoded["encoder_outputs"].last_hidden_state
-    for rows, places in parts_of_like_lengths(mask.bool()):
+    for rows, places in split_by_length(mask.bool()):
         part = type(encoded["encoder_outputs"])(last_hidden_state=states[rows[:, None], places])
         model.score_choices(labels[rows], mask[rows[:, None], places], part)
 

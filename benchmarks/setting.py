@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from mmcot.problems.schema import with_column
 from mmcot.problems.sources import load_problems
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
-from modeling_mmcot.inference_mmcot import rows_of_like_lengths
+from modeling_mmcot.inference_mmcot import group_by_length
 from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
 
 DATASET = "../shared/scienceqa"
@@ -160,7 +160,7 @@ class Paced(MMCoTForConditionalGeneration):
         self.sources.extend(tuple(row[real].tolist()) for row, real in zip(rows, mask, strict=True))
 
     def generate(self, attention_mask: torch.Tensor, **kwargs) -> torch.LongTensor:
-        order = [row for rows in rows_of_like_lengths(attention_mask.sum(dim=1).tolist()) for row in rows]
+        order = [row for rows in group_by_length(attention_mask.sum(dim=1).tolist()) for row in rows]
         sources = dict(zip(order, self.sources[-len(order) :], strict=True))
         texts = [self.gold.get(sources[row], [0] * ANSWER_LENGTH) for row in range(len(order))]
         lengths = [len(text) for text in texts]

@@ -1,4 +1,4 @@
-"""`MMCoTConfig` by its own name. The class lives in `modeling_mmcot`, with the rest of what ships to the Hub."""
+"""Re-export of `MMCoTConfig`. The class is defined in `modeling_mmcot`, with the other code that ships to the Hub."""
 
 from modeling_mmcot.configuration_mmcot import MMCoTConfig
 

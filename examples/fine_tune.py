@@ -2,9 +2,9 @@
 
 python -m examples.fine_tune [--output_dir runs/own_data] [any option of train.py]
 
-The folder is written here from 240 drawn problems, so that the script runs without a network. Replace it by yours: one
-line of JSON for each problem. The recipe is `own_data.yaml`, whose model is tiny and starts from random weights: after
-60 steps it writes sentences of the right form, and its answers are near chance.
+This script writes the folder from 240 drawn problems, so that it runs without a network. Replace the folder with your
+own, with one line of JSON for each problem. The model of the recipe, `own_data.yaml`, is tiny and starts from random
+weights: after 60 steps it writes sentences of the right form, and its answers are near chance.
 """
 
 import itertools
@@ -19,7 +19,7 @@ RECIPE = Path(__file__).with_name("own_data.yaml")
 
 
 def write_problems(folder: Path, count: int = 240) -> None:
-    """Your part: a picture, a question, its choices, the index of the right choice, and why it is right."""
+    """Write the example folder. Your own needs the same: picture, question, choices, index of the answer, solution."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w") as file:
         for number, drawn in enumerate(itertools.islice(generate("train", skill="bar_chart"), count)):
@@ -33,5 +33,5 @@ if __name__ == "__main__":
     problems = Path(options[options.index("--output_dir") + 1] + "_problems")
     if not problems.exists():
         write_problems(problems)
-    # Rows that name no split are divided 8:1:1 by a hash of their content.
+    # Rows without a split are divided 8:1:1 by a hash of their content.
     main(["--config", str(RECIPE), "--dataset", str(problems), *options])

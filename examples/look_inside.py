@@ -1,10 +1,11 @@
-"""Look inside a model: where on the picture each token looked, and what an answer depends on.
+"""Look inside a model: the attention of each token over the picture, and the inputs that an answer depends on.
 
 python -m examples.look_inside [MODEL] [OUTPUT.png]
 
-MODEL is a folder in the Hub's layout or a Hub id with a picture tower; by default the one that `examples/fine_tune.py`
-leaves. The first part draws the attention of the fusion over the picture. The second part asks the same question
-without the picture, and with a rationale that names another choice. `python -m mmcot.probes` does this for a split.
+MODEL is a folder in the Hub's layout or a Hub id, with a picture tower. The default is the model that
+`examples/fine_tune.py` trains. The first part draws the attention of the fusion over the picture. The second part asks
+the same question without the picture, and with a rationale that names another choice. `python -m mmcot.probes` repeats
+this for a whole split.
 """
 
 import sys
@@ -21,7 +22,7 @@ PICTURE = Path(__file__).parents[1] / "space" / "examples" / "bar_chart.png"
 
 
 def draw_maps(picture: Image.Image, tokens: list[str], maps, output: str) -> None:
-    """One panel a token: the picture, and over it the attention to each patch."""
+    """Draw one panel per token: the picture, overlaid with the attention to each patch."""
     columns = 8
     rows = -(-len(tokens) // columns)
     figure, panels = pyplot.subplots(rows, columns, figsize=(1.6 * columns, 1.8 * rows), squeeze=False)
@@ -42,13 +43,13 @@ if __name__ == "__main__":
     problem = {"image": picture, "question": "Which bar is the tallest?", "choices": ["red", "green", "black"]}
 
     first = answer.processor.stages[0].name
-    seen = answer.token_maps(problem, first)
-    draw_maps(picture, seen.tokens, seen.maps[0].numpy(), output)
-    print(f"where each token of the {first} stage looked: {output}")
+    attention = answer.token_maps(problem, first)
+    draw_maps(picture, attention.tokens, attention.maps[0].numpy(), output)
+    print(f"attention of each token of the {first} stage: {output}")
 
     other = {"rationale": "Solution: The black bar is the tallest. So, it is black."}
     for name, result in {
-        "as it is": answer(problem),
+        "unchanged": answer(problem),
         "without the picture": answer({**problem, "image": None}),
         "another rationale": answer(problem, given=other),
     }.items():

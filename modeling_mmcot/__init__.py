@@ -1,4 +1,4 @@
-"""What ships to the Hub, and (here only, this file does not ship) its registration with this process's Auto classes."""
+"""The code that ships to the Hub. This file does not ship: it registers the classes with transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,

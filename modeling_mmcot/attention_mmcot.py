@@ -1,7 +1,7 @@
-"""Where on the picture the fusion looked: for each token of a source, a map over the picture.
+"""Maps of the fusion's attention: for each token of a source, its attention over the area of each picture.
 
-Patch towers have their grid. DETR's object queries have no place of their own: each is where its last decoder layer
-attended to. Nothing is drawn here: the Space and the report of `mmcot` show the maps.
+The patches of most towers form a grid. DETR's object queries have no fixed position: the cross-attention of the last
+decoder layer locates each of them. This file draws nothing: the Space and `mmcot`'s report page show the maps.
 """
 
 import copy
@@ -22,10 +22,14 @@ STRIDES = (8, 16, 32, 64)
 @dataclass
 class TokenMaps:
     """
+    The attention of each token of a source over the pictures of its problem.
+
     Args:
-        tokens: the source's.
-        maps (`list[torch.FloatTensor]`): of each picture, `(num_tokens, rows, columns)`. Over all pictures of a problem
-            a token's sum to 1, as far as its attention has a place (a class token has none).
+        tokens (`list[str]`):
+            The tokens of the source.
+        maps (`list[torch.FloatTensor]`):
+            One map per picture, of shape `(num_tokens, rows, columns)`. The maps of one token sum to 1 over all
+            pictures of the problem, less its attention to patches without a position (class tokens).
     """
 
     tokens: list[str]
@@ -37,12 +41,16 @@ def token_maps(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problem: dict, images: list[Image.Image]
 ) -> TokenMaps:
     """
+    Compute the attention maps of one stage for one problem.
+
     Args:
-        problem (`dict`): the columns that the stage reads, those of earlier stages among them.
-        images (`list[Image.Image]`): its pictures, RGB.
+        problem (`dict`):
+            The columns that the stage reads, including the columns that earlier stages write.
+        images (`list[Image.Image]`):
+            The pictures of the problem, in RGB.
 
     Raises:
-        ValueError: the tower's patches have no known places.
+        ValueError: If the positions of the tower's patches are unknown.
     """
     encoder = model.get_encoder()
     problem = {name: value for name, value in problem.items() if name not in ("image", "images")}
@@ -50,17 +58,17 @@ def token_maps(
     tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     read = inputs if model.virtual_tokens is None else model.virtual_tokens.before_source(inputs)
     weights = encoder(**read, output_fusion_attentions=True).fusion_attentions[0].float()
-    weights = weights[-len(tokens) :].view(len(tokens), len(images), -1)  # without those of virtual tokens
+    weights = weights[-len(tokens) :].view(len(tokens), len(images), -1)  # drops the rows of virtual tokens
     maps = []
     for number, pixels in enumerate(inputs["pixel_values"][0]):
         height, width = real_sizes(inputs["pixel_mask"][0, number, None].bool())[0].tolist()
-        cells = places(encoder.vision_tower, pixels[:, :height, :width], weights.shape[-1])
-        maps.append(torch.einsum("tp,prc->trc", weights[:, number], cells))
+        patch_maps = locate_patches(encoder.vision_tower, pixels[:, :height, :width], weights.shape[-1])
+        maps.append(torch.einsum("tp,prc->trc", weights[:, number], patch_maps))
     return TokenMaps(tokens, maps)
 
 
-def places(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> torch.FloatTensor:
-    """How much of each patch of a picture `(3, height, width)` lies where, `(num_patches, rows, columns)`."""
+def locate_patches(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) -> torch.FloatTensor:
+    """Return a map of each patch of a picture `(3, height, width)`, in shape `(num_patches, rows, columns)`."""
     if is_detr(tower):
         attended = cross_attention(tower, pixels)
         sizes = ([math.ceil(side / stride) for side in pixels.shape[1:]] for stride in STRIDES)
@@ -68,11 +76,11 @@ def places(tower: PreTrainedModel, pixels: torch.FloatTensor, num_patches: int) 
     side = math.isqrt(num_patches)
     if num_patches - side**2 not in (0, 1) or pixels.shape[1] != pixels.shape[2]:
         raise ValueError(
-            f"{num_patches} patches of a picture of {tuple(pixels.shape[1:])} pixels: expected those of a square one, "
-            f"on a square grid, with a class token or without."
+            f"{num_patches} patches of a picture of {tuple(pixels.shape[1:])} pixels: expected a square picture whose "
+            f"patches form a square grid, with or without a class token."
         )
     identity = torch.eye(side**2, device=pixels.device)
-    # A class token comes first, and has no place.
+    # A class token comes first and has no position.
     return torch.cat([identity.new_zeros(num_patches - side**2, side**2), identity]).unflatten(1, (side, side))
 
 
@@ -81,8 +89,8 @@ def is_detr(tower: PreTrainedModel) -> bool:
 
 
 def cross_attention(tower: PreTrainedModel, pixels: torch.FloatTensor) -> torch.FloatTensor:
-    """Of DETR's last decoder layer, mean over its heads, `(num_queries, rows * columns)`."""
-    # The others give no weights. Of a copy: other threads may be using the tower.
+    """The cross-attention of DETR's last decoder layer, averaged over its heads, `(num_queries, rows * columns)`."""
+    # Only eager attention returns weights. It is set on a copy, because other threads may be using the tower.
     tower = copy.deepcopy(tower)
     tower.set_attn_implementation("eager")
     outputs = tower(pixel_values=pixels[None], output_attentions=True)

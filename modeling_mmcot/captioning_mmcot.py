@@ -1,7 +1,7 @@
-"""Picture -> caption, by any image-text-to-text checkpoint of transformers.
+"""Picture -> caption, with any image-text-to-text checkpoint of transformers.
 
-Used where a recipe reads captions: by `MultimodalCoTPipeline` for a problem that comes without one, and by
-`python -m mmcot.features --captions` for a dataset. It does not know problems or stages.
+Captions are needed where a recipe reads them: `MultimodalCoTPipeline` computes them for problems without a caption, and
+`python -m mmcot.features --captions` for a whole dataset. This file does not depend on problems or stages.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 @dataclass(frozen=True)
 class CaptionerPreset:
-    """A captioner as somebody used it."""
+    """A published captioning setup: checkpoint, prompt and settings of `generate`."""
 
     checkpoint: str
     prompt: str
@@ -30,7 +30,7 @@ class CaptionerPreset:
 
 
 CAPTIONERS: dict[str, CaptionerPreset] = {
-    # The authors' extract_caption.py, with the decoding that LAVIS gives it by default.
+    # The authors' extract_caption.py, with the default decoding of LAVIS.
     "instructblip": CaptionerPreset(
         "Salesforce/instructblip-vicuna-7b",
         "Write a detailed description.",
@@ -42,13 +42,18 @@ GENERATION = {"num_beams": 1, "max_new_tokens": 256}
 
 class Captioner:
     """
+    Captions RGB pictures.
+
     Args:
-        model (`str`): a name in `CAPTIONERS`, a folder or a Hub id.
-        prompt (`str`, *optional*): what the model is asked; by default the preset's, or nothing.
-        device (`torch.device`, *optional*)
+        model (`str`):
+            A name in `CAPTIONERS`, a folder or a Hub id.
+        prompt (`str`, *optional*):
+            The prompt for the model. Defaults to the prompt of the preset, or to none.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            The device of the model.
 
     Raises:
-        ValueError: the checkpoint is not one that turns pictures into text.
+        ValueError: If the checkpoint is not an image-text-to-text model.
     """
 
     def __init__(self, model: str, prompt: str | None = None, device: torch.device | str = "cpu"):
@@ -57,7 +62,7 @@ class Captioner:
         model_type = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type
         if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise ValueError(
-                f"{checkpoint} is of model_type {model_type!r}, which writes no text from a picture; expected a "
+                f"{checkpoint} has model_type {model_type!r}, which does not generate text from pictures; expected a "
                 f"checkpoint of AutoModelForImageTextToText."
             )
         self.checkpoint, self.prompt, self.generation = checkpoint, prompt or preset.prompt, preset.generation
@@ -66,15 +71,15 @@ class Captioner:
         )
         self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         self.image_processor = None
-        if not isinstance(self.processor, ProcessorMixin):  # a VisionEncoderDecoder has its parts side by side
+        if not isinstance(self.processor, ProcessorMixin):  # VisionEncoderDecoder saves tokenizer and image processor
             self.processor = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
             self.image_processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        tokenizer.padding_side = "left"  # what is generated goes on from the end of the prompt
+        tokenizer.padding_side = "left"  # generation continues from the end of the prompt
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> list[str]:
-        """A caption for each RGB picture, without sampling; white space folded."""
+        """Return a caption for each RGB picture, without sampling and with white space folded."""
         inputs = self.prepare(pictures).to(self.model.device, self.model.dtype)
         tokens = self.model.generate(**inputs, do_sample=False, **self.generation)
         prompt = inputs.get("input_ids")
@@ -84,6 +89,7 @@ class Captioner:
         return [" ".join(text.split()) for text in texts]
 
     def prepare(self, pictures: list[Image.Image]):
+        """Return the model's inputs for the pictures and the prompt."""
         if self.image_processor is not None:
             return self.image_processor(pictures, return_tensors="pt")
         if getattr(self.processor, "chat_template", None):
@@ -91,7 +97,7 @@ class Captioner:
             text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            # A list of pictures for each text, as chat models with several pictures take it.
+            # One list of pictures per text, the format of chat models that accept several pictures.
             return self.processor(
                 images=[[picture] for picture in pictures],
                 text=[text] * len(pictures),

@@ -1,8 +1,9 @@
-"""Chat messages -> a problem, and its rationale and answer as one reply: how the Hub shows an image-text-to-text model.
+"""Chat messages -> a problem: the input format that the Hub's snippets use for image-text-to-text models.
 
-A chat is one user message whose text is question, context and choices as people write them. This file only reads it:
-`pipeline_mmcot.reply` runs the stages. It imports no other shipped file, because the processor, which is opened first,
-imports this one, and loaders of older transformers copy only what an entry file imports itself.
+A chat is one user message whose text contains the question, the context and the choices in free form. This file only
+parses it: `inference_mmcot.reply` runs the stages and returns rationale and answer as one reply. It imports no other
+shipped file, because the processor, which is loaded first, imports this one, and loaders of older transformers copy
+only the direct imports of an entry file.
 """
 
 import re
@@ -19,22 +20,23 @@ IMAGE_KEYS = ("image", "url", "path", "base64")
 
 
 def is_chat(inputs: Any) -> bool:
-    """Whether it is a list of messages."""
+    """Return whether the inputs are a list of messages."""
     return isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], Mapping) and "role" in inputs[0]
 
 
 def read_chat(messages: Sequence[Mapping]) -> dict[str, Any]:
     """
-    The problem that a chat's one message asks: `question`, `context`, `choices` and `image` (a list).
+    Read the problem in a chat of one message: `question`, `context`, `caption`, `choices` and `image` (a list).
 
     Raises:
-        ValueError: it is not one user message, or has a part that is neither text nor picture, or no text.
+        ValueError: If the chat is not one user message, or the message has a part that is neither a text nor a
+            picture, or no text.
     """
     roles = [message.get("role") for message in messages]
     if roles != ["user"]:
         raise ValueError(
-            f"This model answers one question at a time, without earlier turns: expected one message of the role "
-            f"'user', found {len(messages)} of the roles {roles}. Give what the question needs as its context."
+            f"This model answers one question at a time, without earlier turns: expected one message with the role "
+            f"'user', found {len(messages)} with the roles {roles}. Put earlier turns into the question's context."
         )
     content = messages[0].get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -48,7 +50,7 @@ def read_chat(messages: Sequence[Mapping]) -> dict[str, Any]:
             images.append(next(part[key] for key in IMAGE_KEYS if part.get(key) is not None))
         else:
             raise ValueError(
-                f'A part of a message is {{"type": "text", "text": …}} or {{"type": "image", "image" or "url": …}}; '
+                f'A message part must be {{"type": "text", "text": …}} or {{"type": "image", "image" or "url": …}}; '
                 f"found {part.get('found', part)!r:.200}"
             )
     return {**read_text("\n".join(texts)), "image": images}
@@ -56,13 +58,15 @@ def read_chat(messages: Sequence[Mapping]) -> dict[str, Any]:
 
 def read_text(text: str) -> dict[str, Any]:
     """
-    Question, context and choices of a text. Choices are the last lines that follow each other as "(A) …" or "A. …"; or
-    as "- …" or "1. …", where nothing but labelled lines comes after them; or one line "Options: (A) … (B) …". A line
-    may say what it is ("Context: …"); else the last line that ends with "?" is the question (the first line where none
-    does), and all others are the context.
+    Split a text into question, context, caption and choices.
+
+    The choices are the last block of consecutive lines "(A) …" or "A. …"; or of lines "- …" or "1. …", if only labelled
+    lines follow it; or one line "Options: (A) … (B) …". A line may begin with a label ("Context: …"). Without a
+    labelled question, the question is the last line that ends with "?", or else the first line. All other lines are
+    the context.
 
     Raises:
-        ValueError: there is no question, or the choices on one line cannot be separated.
+        ValueError: If the text has no question, or choices on one line cannot be separated.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     start, end = find_choices(lines)
@@ -75,16 +79,16 @@ def read_text(text: str) -> dict[str, Any]:
         if label is None:
             plain.append(line)
         elif label in CHOICE_LABELS and not found["text"]:
-            continue  # the heading of the lines below it
+            continue  # a heading of the lines below
         elif label in CHOICE_LABELS and choices:
             plain.append(line)
         elif label in CHOICE_LABELS:
-            choices = choices_in_a_line(found["text"])
+            choices = split_choices(found["text"])
         else:
             labelled["context" if label == "hint" else label].append(found["text"])
     if not labelled["question"]:
         if not plain:
-            raise ValueError("A message has no question: expected a text, found none beside choices and labels.")
+            raise ValueError("The message has no question: expected a text besides choices and labels.")
         asks = [number for number, line in enumerate(plain) if line.endswith("?")]
         labelled["question"].append(plain.pop(asks[-1] if asks else 0))
     return {
@@ -96,53 +100,56 @@ def read_text(text: str) -> dict[str, Any]:
 
 
 def find_choices(lines: list[str]) -> tuple[int, int]:
-    """The first line of the choices and the one after their last; two or more, whose letters run from A."""
-    for start, end in reversed(runs(lines, LETTERED)):
+    """Return the start and end of the block of choices: two or more lines, whose letters (if any) run from A."""
+    for start, end in reversed(find_blocks(lines, LETTERED)):
         found = [LETTERED.fullmatch(line) for line in lines[start:end]]
         letters = "".join(match["inner"] or match["outer"] for match in found)
         if end - start > 1 and string.ascii_uppercase.startswith(letters.upper()):
             return start, end
-    for start, end in runs(lines, LISTED)[-1:]:
+    for start, end in find_blocks(lines, LISTED)[-1:]:
         if end - start > 1 and all(LABEL.fullmatch(line) for line in lines[end:]):
             return start, end
     return len(lines), len(lines)
 
 
-def runs(lines: list[str], pattern: re.Pattern) -> list[tuple[int, int]]:
-    """Where lines that follow each other match, from the first line to the one after the last."""
+def find_blocks(lines: list[str], pattern: re.Pattern) -> list[tuple[int, int]]:
+    """Return the start and end of each block of consecutive lines that match the pattern."""
     found, start = [], None
     for number, line in enumerate([*lines, ""]):
-        is_one = pattern.fullmatch(line) is not None
-        if is_one and start is None:
+        is_match = pattern.fullmatch(line) is not None
+        if is_match and start is None:
             start = number
-        elif not is_one and start is not None:
+        elif not is_match and start is not None:
             found.append((start, number))
             start = None
     return found
 
 
-def choices_in_a_line(text: str) -> list[str]:
+def split_choices(text: str) -> list[str]:
     """
-    Of "(A) red (B) blue", as this model's own prompts have them.
+    Split one line of choices, "(A) red (B) blue", the format of this model's own prompts.
 
     Raises:
-        ValueError: they are written otherwise.
+        ValueError: If the line has another format.
     """
     empty, *parts = re.split(r"\(([A-Z])\)", text)
     letters, choices = parts[::2], [choice.strip() for choice in parts[1::2]]
     if empty.strip() or not all(choices) or not string.ascii_uppercase.startswith("".join(letters)):
-        raise ValueError(f"Choices stand one to a line, or in one line as '(A) … (B) …'; found {text!r:.200}")
+        raise ValueError(f"Choices must be one per line, or '(A) … (B) …' on one line; found {text!r:.200}")
     return choices
 
 
 class Conversation:
     """
-    Problems on their way from `processor.apply_chat_template` to `model.generate`, which runs all stages for them.
+    The problems of a chat, which `processor.apply_chat_template` passes to `model.generate` to run all stages.
 
     Args:
-        processor (`MMCoTProcessor`)
-        problems (`list[dict]`): of text columns.
-        images (`list[list[PIL.Image.Image]]`): each problem's pictures.
+        processor (`MMCoTProcessor`):
+            The processor, with all stages.
+        problems (`list[dict]`):
+            The text columns and choices of each problem.
+        images (`list[list[PIL.Image.Image]]`):
+            The pictures of each problem.
     """
 
     def __init__(self, processor, problems: list[dict], images: list[list]):

@@ -1,6 +1,6 @@
-"""The configuration: a T5 config plus the few fields that say how a picture is seen and fused.
+"""The model's configuration: T5's, plus fields for the picture tower and the fusion.
 
-Flat on purpose: the text model's fields are T5's own, under T5's names, so that any T5 `config.json` is a valid start.
+The configuration is flat: the text model's fields keep T5's names, so that any T5 `config.json` can be loaded.
 """
 
 from typing import ClassVar
@@ -11,43 +11,47 @@ from transformers import AutoConfig, MT5Config, PreTrainedConfig, T5Config
 
 __version__ = "0.1.0"
 
-# Of the files that make a model: rises when code can no longer read what an earlier version wrote, or the other way.
+# Version of the format of a model's files. Raise it when new code cannot read older files, or older code new files.
 FORMAT_VERSION = 1
 
 
-# Checkpoints that a model starts from, beside its own: T5 (v1.0, v1.1, FLAN-T5, UnifiedQA, FLAN-Alpaca, ByT5) and mT5.
+# Supported model types of text checkpoints: T5 (v1.0, v1.1, FLAN-T5, UnifiedQA, FLAN-Alpaca, ByT5) and mT5.
 TEXT_MODELS = ("t5", "mt5")
 
 
 class MMCoTConfig(T5Config):
     """
+    Configuration of [`MMCoTForConditionalGeneration`]: the fields of [`T5Config`], and the fields below for the picture
+    tower and the fusion.
+
     Args:
         tied_head (`bool`, *optional*):
-            Whether the output head is the embedding. By default it is where outputs are scaled (T5 v1.0), and of an
-            unscaled checkpoint (T5 v1.1, mT5) where its file holds no head.
-        fusion (`str`, defaults to `"gated"`):
-            How the picture enters the encoder's states; a name in `fusion_mmcot.FUSIONS`.
+            Whether the output head shares the embedding's weights. By default it does if outputs are scaled (T5 v1.0),
+            or if the file of an unscaled checkpoint (T5 v1.1, mT5) has no head.
+        fusion (`str`, *optional*, defaults to `"gated"`):
+            The fusion of the encoder's states with the picture; a name in `fusion_mmcot.FUSIONS`.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the picture tower (a dict names its `model_type`). `None` when features come from outside.
+            Configuration of the picture tower; a dict contains its `model_type` (default `"vit"`). `None` for a model
+            that takes precomputed `vision_features`.
         vision_tower (`str`, *optional*):
-            How the tower's output becomes patches; a name in `vision_mmcot.TOWERS`. By default the one that goes with
-            the `model_type` of `vision_config`.
+            A name in `vision_mmcot.TOWERS`, which defines the conversion of the tower's output to patches. By default
+            the tower is selected by the `model_type` of `vision_config`.
         vision_hidden_size (`int`, *optional*):
-            Width of one picture patch. Taken from `vision_config` where that says it (timm's does not); `None` without
-            a tower makes a model that reads text only.
+            Width of one picture patch. Read from `vision_config` if that contains it (timm's does not). If it is `None`
+            and there is no tower, the model reads text only.
         num_vision_tokens (`int`, *optional*):
-            Patches of one picture. Nothing is computed from it; a feature store of another number is refused.
-        max_images (`int`, defaults to 1):
-            The most pictures that one problem may have.
-        freeze_vision (`bool`, defaults to `False`):
-            Keep the tower as it is: no gradient, evaluation mode.
-        zeros_for_missing_pictures (`bool`, defaults to `False`):
-            Fuse a problem without picture with a patch of zeros, as the authors' checkpoints were trained. By default
-            such a problem is not fused at all and is plain T5's.
+            Number of patches of one picture. Only used to reject a feature store with another number of patches.
+        max_images (`int`, *optional*, defaults to 1):
+            Maximum number of pictures per problem.
+        freeze_vision (`bool`, *optional*, defaults to `False`):
+            Whether to freeze the tower: no gradients, always in evaluation mode.
+        zeros_for_missing_pictures (`bool`, *optional*, defaults to `False`):
+            Whether to fuse a problem without picture with a patch of zeros, as in the training of the authors'
+            checkpoints. By default such a problem is not fused, and its states are those of plain T5.
         stage_adapters (`list[str]`, *optional*):
-            Of a base that stages adapt: the subfolders of its repository that hold their adapters.
-        format_version (`int`):
-            Of the model's files. Any other than this code's is refused.
+            For a base model whose stages are adapters: the subfolders of the repository that contain the adapters.
+        format_version (`int`, *optional*):
+            Version of the format of the model's files. Versions other than this code's are rejected.
 
     Example:
 
@@ -82,15 +86,17 @@ class MMCoTConfig(T5Config):
     zeros_for_missing_pictures: bool = False
     stage_adapters: list[str] | None = None
     format_version: int = FORMAT_VERSION
-    # `register_for_auto_class` writes one Auto class per class of ours; these entries stand for all of them.
+    # `register_for_auto_class` writes only one Auto class per class; these fields list all of them.
     auto_map: dict | None = None
     custom_pipelines: dict | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """
+        Load the configuration's dict, also from a T5 checkpoint.
+
         Raises:
-            ValueError: the checkpoint is of a `model_type` that is no T5.
+            ValueError: If the checkpoint's `model_type` is not a supported T5.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return from_text_model(config_dict, pretrained_model_name_or_path), kwargs
@@ -100,29 +106,29 @@ class MMCoTConfig(T5Config):
             self.vision_config = AutoConfig.for_model(**{"model_type": "vit", **self.vision_config})
         super().__post_init__(**kwargs)
         if "/" in str(self._attn_implementation):
-            # A kernel of the Hub is code, and a model's file may not choose code.
+            # A kernel from the Hub is code, and a model's file must not select code to run.
             raise ValueError(
-                f"attn_implementation is {self._attn_implementation!r}, code of the Hub; expected a name that "
-                f"transformers has."
+                f"attn_implementation is {self._attn_implementation!r}, code of the Hub; expected an implementation in "
+                f"transformers."
             )
         if self.format_version != FORMAT_VERSION:
             age = "a newer" if self.format_version > FORMAT_VERSION else "an older"
             raise ValueError(
-                f"format_version is {self.format_version}: this model was made by {age} mmcot, and this code "
-                f"({__version__}) reads format {FORMAT_VERSION}. Load it with the code that lies beside it "
-                f"(trust_remote_code=True, without code_revision), or use the mmcot that made it."
+                f"format_version is {self.format_version}: this model was saved by {age} mmcot, and this code "
+                f"({__version__}) reads format {FORMAT_VERSION}. Load it with the code in its own repository "
+                f"(trust_remote_code=True, without code_revision), or with the mmcot version that saved it."
             )
         if self.vision_config is not None:
             width = vision_width(self.vision_config)
             if width is None and self.vision_hidden_size is None:
                 raise ValueError(
-                    f"vision_config (model_type {self.vision_config.model_type!r}) does not say how wide the tower's "
-                    f"patches are: give vision_hidden_size."
+                    f"vision_config (model_type {self.vision_config.model_type!r}) does not contain the width of the "
+                    f"tower's patches: set vision_hidden_size."
                 )
             if None not in (width, self.vision_hidden_size) and width != self.vision_hidden_size:
                 raise ValueError(
                     f"vision_hidden_size is {self.vision_hidden_size}, but vision_config describes a tower of width "
-                    f"{width}: leave vision_hidden_size out, or give a tower of that width."
+                    f"{width}: omit vision_hidden_size, or use a tower of that width."
                 )
             self.vision_hidden_size = width or self.vision_hidden_size
         model_class = "modeling_mmcot.MMCoTForConditionalGeneration"
@@ -132,7 +138,7 @@ class MMCoTConfig(T5Config):
             "AutoModelForSeq2SeqLM": model_class,
             "AutoModelForImageTextToText": model_class,
         }
-        # The second name is that of the card's `pipeline_tag`, which the Hub's own snippets use.
+        # The second task is the card's `pipeline_tag`, which the Hub's snippets use.
         self.custom_pipelines = {
             task: {
                 "impl": "pipeline_mmcot.MultimodalCoTPipeline",
@@ -145,10 +151,10 @@ class MMCoTConfig(T5Config):
 
 def from_text_model(config_dict: dict, name: str) -> dict:
     """
-    The configuration of a text checkpoint as one of this model.
+    Convert the configuration of a text checkpoint to one of this model.
 
     Raises:
-        ValueError: its `model_type` is another.
+        ValueError: If its `model_type` is not supported.
     """
     model_type = config_dict.get("model_type")
     if model_type in (None, MMCoTConfig.model_type):
@@ -156,19 +162,19 @@ def from_text_model(config_dict: dict, name: str) -> dict:
     if model_type not in TEXT_MODELS:
         reason = " (UMT5 has a position bias in each layer)" if model_type == "umt5" else ""
         raise ValueError(
-            f"{name}: its model_type is {model_type!r}{reason}; expected a text model that is a T5 "
-            f"({', '.join(TEXT_MODELS)}), or a model of this package ({MMCoTConfig.model_type})."
+            f"{name}: model_type is {model_type!r}{reason}; expected a T5 text model ({', '.join(TEXT_MODELS)}), or a "
+            f"model of this package ({MMCoTConfig.model_type})."
         )
     if model_type == "mt5":
-        # Its class never scales outputs, whatever `tie_word_embeddings` is in the file, by which T5's decides it.
+        # mT5 never scales outputs, whereas T5's config decides it by `tie_word_embeddings` in the file.
         config_dict = {**MT5Config.from_dict(config_dict).to_dict(), "scale_decoder_outputs": False}
     return {**config_dict, "model_type": MMCoTConfig.model_type}
 
 
 def vision_width(vision_config: PreTrainedConfig) -> int | None:
-    """Width of a tower's patches, as far as its configuration says it."""
-    stages = getattr(vision_config, "hidden_sizes", None)  # a convolutional tower's, one for each stage
-    return stages[-1] if stages else getattr(vision_config, "hidden_size", None)
+    """Return the width of a tower's patches, or None if its configuration does not contain it."""
+    widths = getattr(vision_config, "hidden_sizes", None)  # of a convolutional tower, one for each of its stages
+    return widths[-1] if widths else getattr(vision_config, "hidden_size", None)
 
 
 MMCoTConfig.register_for_auto_class()

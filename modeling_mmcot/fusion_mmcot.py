@@ -1,8 +1,8 @@
-"""How the picture enters the text: one module per fusion, and the table name -> class.
+"""Fusion of text states with picture patches: one module per fusion, and the table name -> class.
 
-A fusion maps text states and picture patches to new text states of the same shape, and returns the attention that each
-text token pays to each patch and its gate. The encoder calls it at its `place`. Pixels are the subject of
-`vision_mmcot.py`, tokens of `modeling_mmcot.py`.
+A fusion maps text states and picture patches to new text states of the same shape. It also returns the attention of
+each text token to each patch, and its gate. The encoder calls it at its `place`. `vision_mmcot.py` computes the
+patches, `modeling_mmcot.py` the text states.
 """
 
 from typing import ClassVar, NamedTuple
@@ -10,19 +10,21 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
-# Where the encoder calls a fusion: on the embedded tokens, before its first layer, or on its last states.
+# Places where the encoder calls a fusion: on the token embeddings, before its first layer, or on its last states.
 ENCODER_INPUT, ENCODER_OUTPUT = "encoder_input", "encoder_output"
 
 
 class FusionOutput(NamedTuple):
     """
+    Output of a fusion.
+
     Args:
         hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The fused states.
         attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`):
-            The attention over patches. It sums to 1 over a picture's patches and is 0 for a row without any.
+            The attention over patches. It sums to 1 over the patches of a row, and is 0 for a row without patches.
         gate (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            How much of the picture each token takes, 0 to 1; 0 for a row without any patch.
+            The weight of the picture in the fused states, 0 to 1; 0 for a row without patches.
     """
 
     hidden_states: torch.Tensor
@@ -32,8 +34,8 @@ class FusionOutput(NamedTuple):
 
 class Fusion(nn.Module):
     """
-    The part that all fusions share: masks, and rows without a picture. A subclass defines `attend` and `gate`, and its
-    `place` if it is another one.
+    Base class of all fusions: handles masks and rows without picture. A subclass defines `attend` and `gate`, and
+    overrides `place` if needed.
     """
 
     place: ClassVar[str] = ENCODER_OUTPUT
@@ -42,29 +44,31 @@ class Fusion(nn.Module):
         self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What each token sees of the picture, `(batch_size, sequence_length, hidden_size)`, and with what weights,
-        `(batch_size, sequence_length, num_patches)`. Each row of `vision_mask` has a real patch.
+        Return the attention output for each token, `(batch_size, sequence_length, hidden_size)`, and the attention
+        weights, `(batch_size, sequence_length, num_patches)`. Each row of `vision_mask` has a real patch.
         """
         raise NotImplementedError
 
     def gate(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """How much of the picture each token takes, 0 to 1, `(batch_size, sequence_length, hidden_size)`."""
+        """Return the weight of the picture for each token, 0 to 1, `(batch_size, sequence_length, hidden_size)`."""
         raise NotImplementedError
 
     def forward(
         self, hidden_states: torch.Tensor, vision_features: torch.Tensor, vision_mask: torch.Tensor
     ) -> FusionOutput:
         """
+        Fuse text states with picture patches.
+
         Args:
             hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
                 The text states at the fusion's place.
             vision_features (`torch.FloatTensor` of shape `(batch_size, num_patches, vision_hidden_size)`):
                 The patches.
             vision_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
-                True for a real patch. A row without any keeps its `hidden_states`, to the bit.
+                True for a real patch. A row without real patches keeps its `hidden_states`, bit for bit.
         """
         has_picture = vision_mask.any(dim=1)[:, None, None]
-        # A row without a real patch attends to all of them, and its result is dropped: no NaN, in the gradient neither.
+        # A row without real patches attends to all patches and its result is dropped: no NaN, also not in the gradient.
         # Masked patches are set to zero: 0 times NaN or infinity would be NaN in the sums below.
         vision_features = vision_features.masked_fill(~vision_mask[..., None], 0)
         attended, weights = self.attend(hidden_states, vision_features, vision_mask | ~has_picture[:, 0])
@@ -82,7 +86,8 @@ class GatedFusion(Fusion):
         g      = sigmoid(W_l h_lang + W_v h_attn)
         h      = (1 - g) * h_lang + g * h_attn
 
-    No biases and no further projections; the authors' released checkpoints hold another form, `GatedMHAFusion`.
+    There are no biases and no further projections. The authors' released checkpoints use another form,
+    `GatedMHAFusion`.
     """
 
     def __init__(self, hidden_size: int, vision_hidden_size: int):
@@ -105,7 +110,7 @@ class GatedFusion(Fusion):
 
 class GatedMHAFusion(Fusion):
     """
-    The fusion that the authors' released checkpoints hold (model.py of amazon-science/mm-cot, `JointEncoder`):
+    The fusion of the authors' released checkpoints (model.py of amazon-science/mm-cot, `JointEncoder`):
 
         h_vis  = W_h x_vis + b_h
         h_attn = MultiheadAttention(h_lang, h_vis, h_vis)      one head, its own projections and biases
@@ -133,7 +138,12 @@ FUSIONS: dict[str, type[Fusion]] = {"gated": GatedFusion, "gated_mha": GatedMHAF
 
 
 def build_fusion(name: str, hidden_size: int, vision_hidden_size: int) -> Fusion:
-    """The fusion of that name; an unknown one is a `ValueError` that lists those that exist."""
+    """
+    Build the fusion with the given name in `FUSIONS`.
+
+    Raises:
+        ValueError: If the name is unknown; the message lists the known names.
+    """
     if name not in FUSIONS:
         raise ValueError(f"fusion is {name!r}; known fusions: {', '.join(sorted(FUSIONS))}.")
     return FUSIONS[name](hidden_size, vision_hidden_size)

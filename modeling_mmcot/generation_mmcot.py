@@ -1,8 +1,7 @@
-"""Decoding without needless work: texts that are finished leave the batch, a token more does not copy those before it,
-targets share what they begin with.
+"""Fast decoding: finished texts leave the batch, the cache grows without copies, and targets share their prefix.
 
-`greedy_search` is given to `generate` as `custom_generate`; what `pack_choices` gives is decoded by `score_choices`.
-Nothing here knows of pictures: the encoder's states come fused.
+`greedy_search` is passed to `generate` as `custom_generate`; `score_choices` decodes the output of `pack_choices`. This
+file does not depend on pictures: the encoder's states are fused already.
 """
 
 import contextlib
@@ -26,11 +25,11 @@ from transformers.cache_utils import DynamicLayer
 
 from .versions_mmcot import CACHE
 
-# Finished rows leave together, when they are this share of the batch: each leaving copies the cache of those that stay.
-LEAVING_SHARE = 1 / 8
-# Tokens for which the cache has room when it grows.
-ROOM = 64
-# Bytes of weights that are held a second time at most.
+# Finished rows are removed when they reach this share of the batch, because each removal copies the remaining cache.
+FINISHED_SHARE = 1 / 8
+# Number of tokens by which the cache grows.
+CACHE_STEP = 64
+# Upper limit, in bytes, for packed copies of weights.
 MAX_PACKED = 4e9
 
 
@@ -43,23 +42,29 @@ def greedy_search(
     **model_kwargs,
 ) -> torch.LongTensor:
     """
-    What transformers' own greedy decoding gives, token for token; but a row that is finished leaves the batch.
+    Decode greedily, with the same tokens as transformers' own greedy search. Finished rows leave the batch.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, 1)`): the decoder's start tokens.
-        logits_processor, stopping_criteria: see every row of the batch, finished or not, as in transformers.
-        model_kwargs: as `generate` prepares them; `encoder_outputs` and their `attention_mask` are used.
+        input_ids (`torch.LongTensor` of shape `(batch_size, 1)`):
+            The decoder's start tokens.
+        logits_processor (`LogitsProcessorList`), stopping_criteria (`StoppingCriteriaList`):
+            Receive all rows of the batch, finished or not, as in transformers.
+        model_kwargs:
+            The model inputs that `generate` prepares; only `encoder_outputs` and `attention_mask` are used.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size, length)`: start token, text, eos, and pad tokens after it.
+        `torch.LongTensor` of shape `(batch_size, length)`: start token, text, eos and padding.
+
+    Raises:
+        FloatingPointError: If the first logits contain NaN.
     """
     with torch.inference_mode():
         sequences, tokens = input_ids, input_ids
-        # Not `pad_token_id`: where a model names none, `generate` pads with its eos.
+        # Not `pad_token_id`: for a model without one, `generate` pads with eos.
         pad = generation_config._pad_token_tensor
-        pad = input_ids.new_tensor(0) if pad is None else pad  # without any eos no text ends before the others
-        rows = torch.arange(len(input_ids), device=input_ids.device)  # those in the batch, by number in `sequences`
-        is_open = torch.ones_like(rows, dtype=torch.bool)  # of those in the batch, which are not finished
+        pad = input_ids.new_tensor(0) if pad is None else pad  # without eos, all texts have the same length
+        rows = torch.arange(len(input_ids), device=input_ids.device)  # the batch's rows, as indices into `sequences`
+        is_open = torch.ones_like(rows, dtype=torch.bool)  # which rows of the batch are not finished
         states, attention_mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
         cache = EncoderDecoderCache(
             Cache(layer_class_to_replicate=GrowingLayer), Cache(layer_class_to_replicate=DynamicLayer)
@@ -76,26 +81,26 @@ def greedy_search(
             if sequences.shape[1] == 1 and logits.isnan().any():
                 raise FloatingPointError("the decoder computes NaN")
             if logits_processor:
-                every = logits.new_zeros(len(sequences), logits.shape[-1])
-                every[rows] = logits
-                logits = logits_processor(sequences, every)[rows]
+                all_logits = logits.new_zeros(len(sequences), logits.shape[-1])
+                all_logits[rows] = logits
+                logits = logits_processor(sequences, all_logits)[rows]
             tokens = logits.argmax(dim=-1).where(is_open, pad)
             column = pad.expand(len(sequences), 1).clone()
             column[rows, 0] = tokens
             sequences = torch.cat([sequences, column], dim=1)
             is_open = is_open & ~stopping_criteria(sequences, None)[rows]
             tokens = tokens[:, None]
-            if (~is_open).sum() >= LEAVING_SHARE * len(rows):
+            if (~is_open).sum() >= FINISHED_SHARE * len(rows):
                 stay = is_open.nonzero()[:, 0]
                 rows, tokens, is_open, attention_mask = rows[stay], tokens[stay], is_open[stay], attention_mask[stay]
                 states = states[stay]
                 cache.self_attention_cache.batch_select_indices(stay)
                 cache.cross_attention_cache.batch_select_indices(stay)
-    return sequences.clone()  # outside of inference mode: a tensor like any other
+    return sequences.clone()  # outside of inference mode, so that the result is a normal tensor
 
 
 class GrowingLayer(DynamicLayer):
-    """A cache's layer with room for the tokens to come: they are written beside the earlier ones, which stay."""
+    """A cache layer with preallocated space: new tokens are written in place, without a copy of the earlier ones."""
 
     capacity = 0
 
@@ -107,7 +112,7 @@ class GrowingLayer(DynamicLayer):
         length = self.get_seq_length()
         total = length + key_states.shape[2]
         if total > self.capacity:
-            self.capacity = total + ROOM
+            self.capacity = total + CACHE_STEP
             batch_size, num_heads, _, head_dim = key_states.shape
             self.buffers = key_states.new_empty(2, batch_size, num_heads, self.capacity, head_dim)
             if length > 0:
@@ -119,48 +124,51 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)  # copies of those that stay, without room
+        super().batch_select_indices(indices)  # copies the remaining rows, without preallocated space
         self.capacity = 0
 
 
 @contextlib.contextmanager
 def packed_linears(model: PreTrainedModel) -> Iterator[None]:
     """
-    On a CPU, the model's float32 linear layers with their weights laid out as oneDNN reads them, which decodes two to
-    three times faster (benchmarks/README.md). The same results but for rounding; without gradients, and the weights
-    must not change meanwhile. Nothing happens on other devices, or where a second copy of the weights is too large.
+    Within the block, run the model's float32 linear layers on a CPU with weights in oneDNN's packed layout.
+
+    Decoding is two to three times faster (benchmarks/README.md), with the same results except for rounding. There are
+    no gradients, and the weights must not change inside the block. On other devices, or if the packed copies would
+    exceed `MAX_PACKED`, the layers stay unchanged.
     """
     linears = [
         module
         for module in model.modules()
         if type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter  # not a quantized one
+        and type(module.weight) is nn.Parameter  # not quantized
         and ("forward" not in module.__dict__ or module in PACKED)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
     ]
     is_useful = torch.backends.mkldnn.is_available() and sum(linear.weight.nbytes for linear in linears) < MAX_PACKED
-    is_useful = is_useful and not torch.is_autocast_enabled("cpu")  # whose bfloat16 inputs float32 weights do not take
-    taken = []
+    is_useful = is_useful and not torch.is_autocast_enabled("cpu")  # its bfloat16 inputs do not match float32 weights
+    packed = []
     try:
         with PACKING:
             for linear in linears if is_useful else []:
-                taken.append(linear)
-                pack(linear)
+                packed.append(linear)
+                pack_linear(linear)
         yield
     finally:
         with PACKING:
-            for linear in taken:
-                unpack(linear)
+            for linear in packed:
+                unpack_linear(linear)
 
 
-# Layers that are packed now, each with how many blocks use it and the state of its weights when it was packed. Threads
-# share the packed weights of one model, and the last of them to leave unpacks it.
+# The packed layers: for each, the number of blocks that use it and the state of its weights when it was packed. Threads
+# share the packed weights of a model, and the last thread that leaves its block unpacks them.
 PACKED: weakref.WeakKeyDictionary[nn.Linear, tuple[int, tuple]] = weakref.WeakKeyDictionary()
 PACKING = threading.Lock()
 
 
-def pack(linear: nn.Linear) -> None:
+def pack_linear(linear: nn.Linear) -> None:
+    """Replace the layer's `forward` by one with packed weights, and count one more user."""
     weight = linear.weight
     state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
     users, packed_state = PACKED.get(linear, (0, None))
@@ -170,7 +178,8 @@ def pack(linear: nn.Linear) -> None:
     PACKED[linear] = (users + 1, state)
 
 
-def unpack(linear: nn.Linear) -> None:
+def unpack_linear(linear: nn.Linear) -> None:
+    """Count one user fewer, and restore the layer's own `forward` after the last one."""
     users, state = PACKED.get(linear, (0, None))
     if users > 1:
         PACKED[linear] = (users - 1, state)
@@ -186,15 +195,21 @@ def packed_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 @dataclass
 class PackedChoices:
     """
-    The targets of each problem's choices as one sequence: what all of them begin with once, then each one's own rest.
+    The targets of each problem's choices as one sequence: their common prefix once, then the rest of each target.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`): for the decoder.
-        depth (`torch.LongTensor` of shape `(batch_size, packed_length)`): a token's position in its own target.
-        branch (`torch.LongTensor` of shape `(batch_size, packed_length)`): its choice; -1 in what all share, -2 where
-            there is nothing.
-        position, label, choice (`torch.LongTensor` of shape `(num_labels,)`): each target token, after which token of
-            `input_ids.flatten()` it stands, and the number of its choice in `(batch_size, num_choices)`, flattened.
+        input_ids (`torch.LongTensor` of shape `(batch_size, packed_length)`):
+            The decoder's input tokens.
+        depth (`torch.LongTensor` of shape `(batch_size, packed_length)`):
+            The position of each token in its own target.
+        branch (`torch.LongTensor` of shape `(batch_size, packed_length)`):
+            The index of each token's choice; -1 for the common prefix, -2 for padding.
+        position (`torch.LongTensor` of shape `(num_labels,)`):
+            For each target token, the index in `input_ids.flatten()` of the token before it.
+        label (`torch.LongTensor` of shape `(num_labels,)`):
+            The target tokens.
+        choice (`torch.LongTensor` of shape `(num_labels,)`):
+            For each target token, the index of its choice in the flattened `(batch_size, num_choices)`.
     """
 
     input_ids: torch.LongTensor
@@ -205,7 +220,7 @@ class PackedChoices:
     choice: torch.LongTensor
 
     def attention(self) -> torch.BoolTensor:
-        """Which token sees which, `(batch_size, packed_length, packed_length)`: its own target so far."""
+        """Return the attention mask, `(batch_size, packed_length, packed_length)`: a token sees its target so far."""
         query, key = self.branch[:, :, None], self.branch[:, None, :]
         is_own_target = (key == -1) | (key == query)
         return is_own_target & (self.depth[:, None, :] <= self.depth[:, :, None])
@@ -213,9 +228,13 @@ class PackedChoices:
 
 def pack_choices(choice_labels: torch.LongTensor, start_token_id: int) -> PackedChoices:
     """
+    Pack the targets of each problem's choices into one sequence.
+
     Args:
         choice_labels (`torch.LongTensor` of shape `(batch_size, num_choices, target_length)`):
-            Each choice's target, padded with -100. A problem with fewer choices has rows of -100 only.
+            The target of each choice, padded with -100. A problem with fewer choices has rows of -100 only.
+        start_token_id (`int`):
+            The decoder's start token.
     """
     num_choices = choice_labels.shape[1]
     packed, targets = [], []
@@ -227,7 +246,7 @@ def pack_choices(choice_labels: torch.LongTensor, start_token_id: int) -> Packed
         for choice, own in labels.items():
             flat = number * num_choices + choice
             targets.extend((number, depth, token, flat) for depth, token in enumerate(shared))
-            before = len(shared)  # the token after which the next one of this target stands
+            before = len(shared)  # index of the token before the target's next token
             for depth in range(len(shared), len(own)):
                 targets.append((number, before, own[depth], flat))
                 if depth + 1 < len(own):
@@ -235,14 +254,14 @@ def pack_choices(choice_labels: torch.LongTensor, start_token_id: int) -> Packed
                     tokens.append((own[depth], depth + 1, choice))
         packed.append(tokens)
     length = max(map(len, packed))
-    filled = [tokens + [(start_token_id, 0, -2)] * (length - len(tokens)) for tokens in packed]
-    input_ids, depth, branch = torch.tensor(filled, device=choice_labels.device).unbind(-1)
+    padded = [tokens + [(start_token_id, 0, -2)] * (length - len(tokens)) for tokens in packed]
+    input_ids, depth, branch = torch.tensor(padded, device=choice_labels.device).unbind(-1)
     number, position, label, choice = choice_labels.new_tensor(targets).view(-1, 4).unbind(-1)
     return PackedChoices(input_ids, depth, branch, number * length + position, label, choice)
 
 
 def shared_prefix(targets: list[list[int]]) -> list[int]:
-    """What all targets begin with, short of the whole of the shortest one."""
+    """Return the common prefix of all targets, without the last token of the shortest target."""
     prefix: list[int] = []
     for tokens in zip(*(target[:-1] for target in targets), strict=False):
         if len(set(tokens)) > 1:

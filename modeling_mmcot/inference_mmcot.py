@@ -1,7 +1,7 @@
-"""Runs the stages: problems with their pictures -> each stage's column.
+"""Inference: problems with their pictures -> the column of each stage.
 
-`write_column` is the one place where a stage's column is written; `mmcot.predict` uses it as well. Everything is
-generated freely from the problem, without any gold column.
+`write_column` is the only function that writes a stage's column; `mmcot.predict` uses it too. All columns are computed
+from the problem without gold columns.
 """
 
 import threading
@@ -31,7 +31,7 @@ from .stage_mmcot import ANSWER, CHOOSE, GENERATE, GOLD_COLUMNS, Stage, read_ans
 
 logger = logging.get_logger(__name__)
 
-# In a row of `write_column`: whether the generated text was cut at the limit of new tokens.
+# Key in a row of `write_column`: whether the generated text was cut at the limit of new tokens.
 UNFINISHED = "unfinished"
 
 
@@ -46,26 +46,35 @@ def write_column(
     **generation,
 ) -> list[dict]:
     """
-    What a stage writes for a batch of problems.
+    Write the column of a stage for a batch of problems.
 
     Args:
-        problems (`list[dict]`): rows with the columns that the stage reads.
-        inputs (`dict`): their tensors, as the processor gives them, or with `vision_features` and `vision_mask` in
-            place of pixels.
-        decode_answer (`bool`): of an answer stage, generate "The answer is (B)." too and read it (the paper's way).
-        streamer (`BaseStreamer`, *optional*): gets the tokens of a problem's text as they are generated.
-        generation: settings of `generate`, in place of the model's own.
+        problems (`list[dict]`):
+            Rows with the columns that the stage reads.
+        inputs (`dict[str, torch.Tensor]`):
+            The processor's outputs for the problems, or with `vision_features` and `vision_mask` in place of pixels.
+        decode_answer (`bool`, *optional*, defaults to `False`):
+            Whether a stage that answers also generates "The answer is (B)." and parses it (the paper's method).
+        streamer (`BaseStreamer`, *optional*):
+            Receives the tokens of a problem's text as they are generated.
+        generation:
+            Settings of `generate`, which override the model's own.
 
     Returns:
-        For each problem the new columns. A stage that answers gives `answer` (index, -1 without choices),
-        `answer_text` and `scores` (a probability per choice), and where asked `decoded_answer`; any other stage gives
-        the column that it writes. A generated text comes with `UNFINISHED`, which `count_unfinished` removes.
+        `list[dict]`: The new columns of each problem. A stage that answers returns `answer` (index, -1 without
+        choices), `answer_text`, `scores` (a probability per choice), and with `decode_answer` also `decoded_answer`.
+        Any other stage returns the column that it writes. A generated text comes with `UNFINISHED`, which
+        `count_unfinished` removes.
+
+    Raises:
+        ValueError: If a problem has gold columns, a setting of `generate` is rejected, or the model computes NaN or
+            infinity.
     """
     for problem in problems:
         leaked = [column for column in GOLD_COLUMNS if column in problem]
         if leaked:
-            raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): take them away before predicting.")
-    decoding_config(model.generation_config, generation)  # what is wrong in it, before anything is computed
+            raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): remove them before predicting.")
+    decoding_config(model.generation_config, generation)  # raises errors before anything is computed
     encoded = encode(model, inputs)
     is_finite = encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
     refuse_non_finite(problems, stage, is_finite)
@@ -82,7 +91,7 @@ def write_text(
     streamer: BaseStreamer | None,
     generation: dict[str, Any],
 ) -> list[dict]:
-    """`write_column` of a stage that generates a text."""
+    """`write_column` for a stage that generates a text."""
     generated = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
     return [{stage.writes: text, UNFINISHED: is_cut} for text, is_cut in zip(*generated, strict=True)]
 
@@ -97,7 +106,7 @@ def write_answer(
     streamer: BaseStreamer | None,
     generation: dict[str, Any],
 ) -> list[dict]:
-    """`write_column` of a stage that chooses an answer; it generates one for a problem without choices."""
+    """`write_column` for a stage that chooses an answer, and generates one for a problem without choices."""
     columns = choose_answers(model, processor, stage, problems, encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
     if decode_answer or open_ended:
@@ -115,21 +124,23 @@ KINDS = {GENERATE: write_text, CHOOSE: write_answer}
 
 
 def count_unfinished(columns: list[dict]) -> int:
-    """How many texts end at the limit of new tokens; their marks are removed."""
+    """Count the texts that were cut at the limit of new tokens, and remove their `UNFINISHED` keys."""
     return sum(written.pop(UNFINISHED, False) for written in columns)
 
 
 def refuse_non_finite(problems: list[dict], stage: Stage, is_finite: torch.BoolTensor) -> None:
     """
+    Check that the model's outputs are finite.
+
     Raises:
-        ValueError: a problem's numbers are not all finite; it names the first such problem and the stage.
+        ValueError: If the outputs for a problem are not finite; the message names the stage and the first such problem.
     """
-    for problem, is_right in zip(problems, is_finite.tolist(), strict=True):
-        if not is_right:
+    for problem, is_valid in zip(problems, is_finite.tolist(), strict=True):
+        if not is_valid:
             name = problem.get("id") or problem.get("question", "")
             raise ValueError(
                 f"The {stage.name} stage computes NaN or infinity for the problem {name!r:.100}: its weights, or the "
-                f"picture's features, hold numbers that are not finite (float16 overflows in T5: use bfloat16)."
+                f"picture's features, contain numbers that are not finite (float16 overflows in T5: use bfloat16)."
             )
 
 
@@ -142,16 +153,21 @@ def generate_finite(
     streamer: BaseStreamer | None = None,
     **generation,
 ) -> tuple[list[str], list[bool]]:
-    """`generate_texts`, where a NaN of the decoder is an error that names the stage and the problem."""
+    """
+    Run `generate_texts`, and report NaN logits with the stage and the problem.
+
+    Raises:
+        ValueError: If the decoder computes NaN for a problem.
+    """
     try:
         return generate_texts(model, processor, encoded, streamer=streamer, **generation)
     except FloatingPointError:
         for row, problem in enumerate(problems):
             states = encoded["encoder_outputs"].last_hidden_state[row : row + 1]
-            alone = {name: encoded[name][row : row + 1] for name in ("input_ids", "attention_mask")}
-            alone["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+            single = {name: encoded[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+            single["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
             try:
-                generate_texts(model, processor, alone, **generation)
+                generate_texts(model, processor, single, **generation)
             except FloatingPointError:
                 refuse_non_finite([problem], stage, torch.tensor([False]))
         raise
@@ -159,8 +175,10 @@ def generate_finite(
 
 class FiniteLogits(LogitsProcessor):
     """
+    Checks the logits and returns them unchanged.
+
     Raises:
-        FloatingPointError: a logit is NaN: no token would be the likeliest.
+        FloatingPointError: If a logit is NaN, because then no token is the most probable one.
     """
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -172,32 +190,34 @@ class FiniteLogits(LogitsProcessor):
 @torch.no_grad()
 def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
     """
-    The batch as the decoder reads it: seen and read once, however often it is decoded. Sources of like lengths pass the
-    encoder together, so that a long one does not pad all others; a decoder's batch does not mind.
+    Run the encoder once for a batch, and return the inputs of the decoder, which can be decoded several times.
+
+    Sources of similar length pass the encoder together, so that a long source does not pad all others. The decoder
+    takes them all as one batch.
     """
     inputs = BatchFeature(inputs).to(model.device, model.dtype)
-    input_ids = inputs["input_ids"]  # which `encoder_no_repeat_ngram_size` and its like look at
+    input_ids = inputs["input_ids"]  # needed by logits processors such as `encoder_no_repeat_ngram_size`
     if model.virtual_tokens is not None:
         inputs = model.virtual_tokens.before_source(inputs)
-    of_text = {"input_ids", "inputs_embeds", "attention_mask"} & inputs.keys()
+    text_inputs = {"input_ids", "inputs_embeds", "attention_mask"} & inputs.keys()
     mask = inputs["attention_mask"].bool()
     states = torch.zeros(*mask.shape, model.config.d_model, dtype=model.dtype, device=model.device)
-    for rows, columns in parts_of_like_lengths(mask):
+    for rows, columns in split_by_length(mask):
         part = {name: tensor[rows] for name, tensor in inputs.items()}
-        part.update({name: part[name][:, columns] for name in of_text})
+        part.update({name: part[name][:, columns] for name in text_inputs})
         states[rows[:, None], columns] = model.get_encoder()(**part).last_hidden_state.to(states)
     encoder_outputs = BaseModelOutput(last_hidden_state=states)
     return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"], "input_ids": input_ids}
 
 
-def parts_of_like_lengths(mask: torch.BoolTensor) -> Iterator[tuple[torch.LongTensor, torch.LongTensor]]:
-    """Rows of like lengths together, and the columns that they fill; of a mask `(batch_size, sequence_length)`."""
-    for rows in rows_of_like_lengths(mask.sum(dim=1).tolist()):
+def split_by_length(mask: torch.BoolTensor) -> Iterator[tuple[torch.LongTensor, torch.LongTensor]]:
+    """Yield groups of rows of similar length and their used columns, from a mask `(batch_size, sequence_length)`."""
+    for rows in group_by_length(mask.sum(dim=1).tolist()):
         yield torch.tensor(rows, device=mask.device), mask[rows].any(dim=0).nonzero()[:, 0]
 
 
-def rows_of_like_lengths(lengths: list[int]) -> list[list[int]]:
-    """The rows in groups, in none of which one is more than half as long again as another."""
+def group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Group row numbers such that the longest row of a group is at most 1.5 times as long as the shortest."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         if groups and lengths[row] <= 1.5 * lengths[groups[-1][0]]:
@@ -215,32 +235,31 @@ def generate_texts(
     **generation,
 ) -> tuple[list[str], list[bool]]:
     """
-    Each problem's text, and whether it was cut at the limit of new tokens.
+    Generate each problem's text, and return whether it was cut at the limit of new tokens.
 
-    By the model's own generation config, but for what is given. A streamer is told by transformers' own decoding; of
-    beams, which are not known before the end, the whole text at once.
+    `generation` overrides the model's own generation config. Only transformers' own decoding supports a streamer; with
+    beams, which are not final before the end, it receives the whole text at once.
     """
     config = decoding_config(model.generation_config, generation)
     if config.stop_strings is not None:
         check_stop_strings(config.stop_strings, processor)
     mode = config.get_generation_mode()
-    is_plain = config.use_cache is not False and config.cache_implementation is None and config.stop_strings is None
-    is_ours = mode == GenerationMode.GREEDY_SEARCH and is_plain and streamer is None
-    custom_generate = greedy_search if is_ours else None
-    streams = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    in_steps = streamer if streams else None
-    # Beams expand the encoder's output in place: of a copy.
+    is_default = config.use_cache is not False and config.cache_implementation is None and config.stop_strings is None
+    is_fast = mode == GenerationMode.GREEDY_SEARCH and is_default and streamer is None
+    custom_generate = greedy_search if is_fast else None
+    streams_tokens = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    # Beam search expands the encoder's output in place, so it gets its own output object.
     encoder_outputs = BaseModelOutput(last_hidden_state=encoded["encoder_outputs"].last_hidden_state)
     tokens = model.generate(
         **{**encoded, "encoder_outputs": encoder_outputs},
         generation_config=config,
         custom_generate=custom_generate,
-        # The greedy loop looks at its own logits.
+        # `greedy_search` checks its logits itself.
         logits_processor=None if custom_generate else LogitsProcessorList([FiniteLogits()]),
         **({} if config.stop_strings is None else {"tokenizer": processor.tokenizer}),
-        streamer=in_steps,
+        streamer=streamer if streams_tokens else None,
     )
-    if streamer is not None and not streams:
+    if streamer is not None and not streams_tokens:
         streamer.put(tokens[:, :1].cpu())
         streamer.put(tokens[0, 1:].cpu())
         streamer.end()
@@ -248,7 +267,7 @@ def generate_texts(
 
 
 def are_cut(tokens: torch.LongTensor, config: GenerationConfig) -> list[bool]:
-    """Whether each row lacks an end token; always False where a text may end without one."""
+    """Return whether each row lacks an end token; always False if a text may end without one."""
     if config.eos_token_id is None or config.stop_strings is not None:
         return [False] * len(tokens)
     end_tokens = torch.as_tensor(config.eos_token_id, device=tokens.device)
@@ -257,8 +276,10 @@ def are_cut(tokens: torch.LongTensor, config: GenerationConfig) -> list[bool]:
 
 def check_stop_strings(strings: str | list[str], processor: MMCoTProcessor) -> None:
     """
+    Check that the tokenizer supports stop strings.
+
     Raises:
-        ValueError: transformers cannot find strings in the pieces of this tokenizer.
+        ValueError: If transformers cannot match strings to the tokens of this tokenizer.
     """
     try:
         with TOKENIZING:
@@ -266,7 +287,7 @@ def check_stop_strings(strings: str | list[str], processor: MMCoTProcessor) -> N
     except ValueError as error:
         name = type(processor.tokenizer).__name__
         raise ValueError(
-            f"stop_strings is {strings!r}, and transformers finds no strings in the pieces of this tokenizer "
+            f"stop_strings is {strings!r}, but transformers cannot match strings to the tokens of this tokenizer "
             f"({name}): {error}."
         ) from error
 
@@ -275,11 +296,11 @@ def choose_answers(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], encoded: dict
 ) -> list[dict]:
     """
-    The answer by scoring the choices: softmax over each problem's own of their targets' log-probabilities.
+    Choose each answer by scoring the choices: a softmax over the log-probabilities of the targets of its choices.
 
-    With `stage.score` "mean" they are divided by the targets' numbers of tokens, with "calibrated" those without a
-    question are subtracted (Holtzman et al. 2021, equation 2, as a difference of logarithms): a long target is less
-    likely than a short one whatever is asked.
+    A long target is less probable than a short one for any question. Therefore, with `stage.score` "mean" each
+    log-probability is divided by its target's number of tokens, and with "calibrated" the log-probability of the same
+    target without a question is subtracted (Holtzman et al. 2021, equation 2, as a difference of logarithms).
     """
     if not any(problem["choices"] for problem in problems):
         return [{"answer": -1, "answer_text": "", "scores": []} for _ in problems]
@@ -303,17 +324,17 @@ def choose_answers(
 
 
 def score_targets(model: PreTrainedModel, labels: torch.LongTensor, encoded: dict) -> torch.FloatTensor:
-    """Each target's log-probability, `(batch_size, num_choices)`, of labels as `choice_labels` gives them."""
+    """Return the log-probability of each target, `(batch_size, num_choices)`, for labels from `choice_labels`."""
     mask, states = encoded["attention_mask"], encoded["encoder_outputs"].last_hidden_state
     log_probs = torch.empty(labels.shape[:2], device=labels.device)
-    for rows, places in parts_of_like_lengths(mask.bool()):  # one pass each: the work is in the sources' tokens
-        part = BaseModelOutput(last_hidden_state=states[rows[:, None], places])
-        log_probs[rows] = model.score_choices(labels[rows], mask[rows[:, None], places], part)
+    for rows, columns in split_by_length(mask.bool()):  # the cost grows with the length of the sources
+        part = BaseModelOutput(last_hidden_state=states[rows[:, None], columns])
+        log_probs[rows] = model.score_choices(labels[rows], mask[rows[:, None], columns], part)
     return log_probs
 
 
 def without_question(problems: list[dict], processor: MMCoTProcessor, stage: Stage) -> dict[str, torch.Tensor]:
-    """Of each problem the source that says nothing but the choices, without a picture."""
+    """Tokenize the source of each problem with its choices only: all other texts are empty, and there is no picture."""
     empty = dict.fromkeys(set(stage.reads) - {"choices", "images"}, "")
     return dict(processor.encode_texts([stage.render_source({**problem, **empty}) for problem in problems]))
 
@@ -328,13 +349,23 @@ def run_stages(
     **generation,
 ) -> list[dict]:
     """
-    All stages in order; for each problem the columns that they wrote. Pictures are prepared once, and seen once by each
-    tower: stages whose models have one tower between them share its patches.
+    Run all stages in order, and return the columns that they write for each problem.
+
+    Pictures are prepared once, and encoded once per tower: stages whose models share a tower share its patches.
 
     Args:
-        models: each stage's, as `load_stages` gives them.
-        given (`dict[str, str]`, *optional*): columns that are not written but taken from here.
-        generation: of `generate_texts`.
+        models (`Mapping[str, PreTrainedModel]`):
+            The model of each stage, from `load_stages`.
+        problems (`list[dict]`):
+            Rows with the columns that the stages read and no stage writes.
+        images (`list`):
+            The pictures of each problem.
+        decode_answer (`bool`, *optional*, defaults to `False`):
+            As in `write_column`.
+        given (`dict[str, str]`, *optional*):
+            Columns to use instead of running the stages that write them.
+        generation:
+            Settings of `generate`, and `streamer`.
     """
     given = given or {}
     columns: list[dict] = [dict(given) for _ in problems]
@@ -353,23 +384,21 @@ def run_stages(
         with stage_model(models, stage.name) as model, packed_linears(model):
             if stage.sees_pictures and pixels:
                 tower = model.get_encoder().vision_tower
-                # One that was trained beside adapters is another one for each stage.
+                # A tower that was trained together with adapters differs between stages.
                 tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
                 if id(tower) not in patches:
-                    patches[id(tower)] = see(model, pixels)
+                    patches[id(tower)] = compute_patches(model, pixels)
                 inputs.update(patches[id(tower)])
             new = write_column(model, processor, stage, rows, inputs, decode_answer, **generation)
         unfinished = count_unfinished(new)
         if unfinished:
-            logger.warning(
-                f"{stage.name} stage: {unfinished} of {len(new)} texts end at the limit of new tokens, before their end"
-            )
+            logger.warning(f"{stage.name} stage: {unfinished} of {len(new)} texts were cut at the limit of new tokens")
         for written, column in zip(columns, new, strict=True):
             written.update(column)
     return columns
 
 
-# transformers' from_pretrained is of one thread at a time.
+# transformers' from_pretrained is not thread-safe.
 LOADING = threading.Lock()
 
 
@@ -383,16 +412,21 @@ def reply(
     **generation,
 ) -> torch.LongTensor:
     """
-    `input_ids` and behind them each problem's rationale and answer, `(batch_size, sequence_length + reply_length)`, as
-    a decoder-only model's `generate` returns them, because the Hub's snippet cuts the prompt away. The first stage's
-    other inputs are made again here, with those of all stages.
+    Answer a chat with all stages, and return `input_ids` followed by each problem's rationale and answer, `(batch_size,
+    sequence_length + reply_length)`.
+
+    This is the output format of `generate` for decoder-only models, because the Hub's snippet removes the prompt. The
+    first stage's other inputs are ignored: the inputs of all stages are computed here from the conversation.
+
+    Raises:
+        ValueError: If the model was loaded from a stage's subfolder.
     """
     processor = conversation.processor
     generation = given_settings(generation)
     if model.loading_options.get("subfolder"):
         raise ValueError(
-            f"A chat is answered by all stages, and this model is the one in {model.loading_options['subfolder']!r}: "
-            f"load the repository without subfolder."
+            f"A chat is answered by all stages, but this model was loaded from the subfolder "
+            f"{model.loading_options['subfolder']!r}: load the repository without subfolder."
         )
     with LOADING:
         if model.stages is None:
@@ -405,13 +439,13 @@ def reply(
 
 
 def reply_text(processor: MMCoTProcessor, written: dict[str, Any]) -> str:
-    """What all stages wrote for a problem, in their order."""
+    """Join the texts that all stages wrote for a problem, in the order of the stages."""
     return " ".join(written[stage.writes] for stage in processor.stages if written[stage.writes])
 
 
 @torch.no_grad()
-def see(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The pictures of a batch as the model's tower sees them, in place of `pixel_values` and `pixel_mask`."""
+def compute_patches(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run the model's tower on `pixel_values` and `pixel_mask`, and return `vision_features` and `vision_mask`."""
     pixels = BatchFeature(pixels).to(model.device, model.dtype)
     features, mask = model.get_encoder().picture_patches(**pixels)
     return {"vision_features": features, "vision_mask": mask}

@@ -1,7 +1,7 @@
-"""A known answer that travels with a system: what each stage computed for one small problem where it was exported.
+"""The known answer of a system: the outputs of each stage for one small problem, recorded at export.
 
-The pipeline computes it again when it is loaded, and raises an error that names the difference: other weights, another
-template, a library that computes something else. This file knows no dataset.
+The pipeline recomputes it on loading and raises an error that names any difference: other weights, another template, or
+a library version with other results. This file does not depend on a dataset.
 """
 
 import hashlib
@@ -27,26 +27,30 @@ FILE = "known_answer.json"
 CHOICES = ["red", "blue"]
 TARGET = "The answer is (A)."
 MAX_NEW_TOKENS = 8
-NUM_LOGITS = 8  # of each position, evenly spread over the vocabulary
+NUM_LOGITS = 8  # per position, evenly spaced over the vocabulary
 NUM_POSITIONS = 4
-# By how much of the largest logit another machine or version may differ: by the rounding of the model's dtype.
+# Allowed difference between machines or versions, relative to the largest logit: the rounding of the model's dtype.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def known_answer(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor) -> dict[str, Any]:
-    """What each stage computes for the problem: its source, some logits, greedy tokens, and the choices' scores."""
+    """Compute the known answer of each stage: source, some logits, greedy text, and the scores of the choices."""
     return {
         "versions": versions(),
-        "stages": {stage.name: of_stage(models, processor, stage) for stage in processor.stages},
+        "stages": {stage.name: compute_stage_answer(models, processor, stage) for stage in processor.stages},
     }
 
 
 def versions() -> dict[str, str]:
+    """The installed versions of torch and transformers."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 @torch.no_grad()
-def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, stage: Stage) -> dict[str, Any]:
+def compute_stage_answer(
+    models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, stage: Stage
+) -> dict[str, Any]:
+    """Compute the known answer of one stage."""
     problem = {name: f"A {name}." for name in stage.reads if name not in (*GOLD_COLUMNS, "images")}
     problem = {**problem, "question": "Which color is it?", "choices": CHOICES}
     with stage_model(models, stage.name) as model:
@@ -71,7 +75,7 @@ def of_stage(models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, s
 
 
 def generation_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Settings of `generate` that are compared; versions of transformers differ in what an unset one is."""
+    """Return the settings of `generate` to compare; versions of transformers differ in the values of unset ones."""
     unset = {"max_new_tokens": None, "num_beams": 1, "do_sample": False, "length_penalty": 1.0, "eos_token_id": None}
     unset |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     found = {name: getattr(config, name, None) for name in unset}
@@ -79,7 +83,7 @@ def generation_settings(config: GenerationConfig) -> dict[str, Any]:
 
 
 def picture_inputs(model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage) -> dict[str, torch.Tensor]:
-    """A drawn picture, or features where the model has no tower; nothing for a stage that sees none."""
+    """Return a drawn picture, features for a model without tower, or nothing for a stage that reads no pictures."""
     width = model.config.vision_hidden_size
     if "images" not in stage.reads or width is None:
         return {}
@@ -89,16 +93,16 @@ def picture_inputs(model: PreTrainedModel, processor: MMCoTProcessor, stage: Sta
 
 
 def write_known_answer(folder: str | os.PathLike, models: Mapping[str, PreTrainedModel], processor) -> None:
-    """Into a folder that holds the whole system, whose weights' files it names by their SHA-256."""
-    weights = {name: sha256(path) for name, path in weights_of(folder).items()}
+    """Write the known answer and the SHA-256 of each file of weights into a folder that contains the whole system."""
+    weights = {name: sha256(path) for name, path in find_weight_files(folder).items()}
     known = {**known_answer(models, processor), "weights": weights}
     with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
         json.dump(known, file, indent=1)
         file.write("\n")
 
 
-def weights_of(folder: str | os.PathLike) -> dict[str, str]:
-    """The safetensors files of the folder and its subfolders, by their names from the folder on."""
+def find_weight_files(folder: str | os.PathLike) -> dict[str, str]:
+    """Map relative to full paths of the safetensors files in the folder and its subfolders."""
     paths = {}
     for parent, _, names in sorted(os.walk(folder)):
         for name in sorted(names):
@@ -115,93 +119,96 @@ def sha256(path: str) -> str:
 
 def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedModel], processor) -> None:
     """
-    Compare with the repository's known answer, where it has one.
+    Compare a loaded system with the known answer in its repository, if there is one.
 
     Raises:
-        ValueError: a file of weights is another than that of the export, or a stage computes something else: by how
-            much, and with which versions.
+        ValueError: If a file of weights differs from the exported one, or the outputs of a stage do; the message
+            contains the difference and the library versions.
     """
     repository, path = root.name_or_path, known_answer_file(root)
     if path is None:
         return
     known = read_known_answer(path, processor.stages.names)
-    # The files that were loaded lie beside it; the names that it holds open nothing.
-    found = weights_of(os.path.dirname(path))
+    # Only files in the same folder are hashed; the names in the known answer are never opened.
+    found = find_weight_files(os.path.dirname(path))
     for name, digest in known["weights"].items():
         if name not in found:
             raise ValueError(
-                f"{repository}: its known answer names {name}, which does not lie beside it: other weights were loaded "
-                f"(a variant?). check=False loads them all the same."
+                f"{repository}: its known answer names {name}, which is not in the same folder: other weights were "
+                f"loaded (a variant?). check=False loads them anyway."
             )
         if sha256(found[name]) != digest:
             raise ValueError(
                 f"{repository}: {name} is not the file that was exported with its known answer: it is damaged or was "
-                f"replaced. Download it again (force_download=True); of weights of your own, write the system with "
+                f"replaced. Download it again (force_download=True). If the weights are your own, save the system with "
                 f"pipe.save_pretrained, or load it with check=False."
             )
     if getattr(root, "is_quantized", False):
         logger.warning(
-            "Only the files of %s are checked: quantization changes its numbers by more than a fault would.", repository
+            "Only the files of %s are checked: quantization changes its outputs more than an error would.", repository
         )
         return
     for stage in processor.stages:
-        difference = differs(known["stages"][stage.name], of_stage(models, processor, stage))
+        difference = find_difference(known["stages"][stage.name], compute_stage_answer(models, processor, stage))
         if difference is not None:
             exported = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
             here = ", ".join(f"{name} {version}" for name, version in versions().items())
             raise ValueError(
                 f"{repository}: the {stage.name} stage does not compute what it computed when it was exported: "
-                f"{difference}. Exported with {exported}; here {here}. check=False loads it all the same."
+                f"{difference}. Exported with {exported}; here {here}. check=False loads it anyway."
             )
 
 
 def read_known_answer(path: str, stages: list[str]) -> dict[str, Any]:
     """
+    Read the file of a known answer.
+
     Raises:
-        ValueError: the file is no known answer of these stages.
+        ValueError: If the file is not a known answer of these stages.
     """
     try:
         with open(path, encoding="utf-8") as file:
             known = json.load(file)
         for stage in stages:
-            differs(known["stages"][stage], known["stages"][stage])  # itself: all that a comparison reads is there
-        is_whole = all(isinstance(known[name], dict) for name in ("weights", "versions"))
+            # A comparison with itself reads every field that a later comparison needs.
+            find_difference(known["stages"][stage], known["stages"][stage])
+        is_valid = all(isinstance(known[name], dict) for name in ("weights", "versions"))
     except (AttributeError, KeyError, TypeError, ValueError):
-        is_whole = False
-    if not is_whole:
+        is_valid = False
+    if not is_valid:
         raise ValueError(
-            f"{path} is damaged, or of another version of mmcot: expected a known answer of the stages "
+            f"{path} is damaged, or from another version of mmcot: expected a known answer of the stages "
             f"{', '.join(stages)}. Download it again (force_download=True), or load with check=False."
         )
     return known
 
 
 def known_answer_file(root: PreTrainedModel) -> str | None:
-    """The path of the known answer; None for a model from no repository, or from one that has none."""
+    """Return the path of the known answer; None without a repository or without a known answer in it."""
     if not root.name_or_path:
         return None
     options = {name: value for name, value in hub_options(root).items() if name != "force_download"}
     return cached_file(root.name_or_path, FILE, _raise_exceptions_for_missing_entries=False, **options)
 
 
-def differs(known: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """What differs by more than rounding, in words; None where nothing does."""
+def find_difference(known: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """Describe the first difference that rounding cannot explain; None if there is no such difference."""
     if found["source"] != known["source"]:
         return f"its source is {found['source']!r}, and was {known['source']!r}"
     if found["generation"] != known["generation"]:
-        return f"it generates by {found['generation']}, and did by {known['generation']}"
+        return f"its generation settings are {found['generation']}, and were {known['generation']}"
     expected, logits = torch.tensor(known["logits"]), torch.tensor(found["logits"])
     if logits.shape != expected.shape:
-        return f"its logits are of shape {tuple(logits.shape)}, and were {tuple(expected.shape)}"
+        return f"its logits have the shape {tuple(logits.shape)}, and had {tuple(expected.shape)}"
     dtypes = [getattr(torch, answer["dtype"]) for answer in (known, found)]
     tolerance = max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in dtypes)
     error = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not error <= tolerance:
-        return f"its logits differ by {error:.2g} of the largest, and rounding explains {tolerance:g}"
+        return f"its logits differ by {error:.2g} of the largest, and rounding explains at most {tolerance:g}"
     if dtypes == [torch.float32, torch.float32] and found["greedy"] != known["greedy"]:
-        return f"it writes {found['greedy']!r}, and wrote {known['greedy']!r}"
+        return f"it generates {found['greedy']!r}, and generated {known['greedy']!r}"
     scores, others = found.get("scores", []), known.get("scores", [])
     error = max((abs(one - other) for one, other in zip(scores, others, strict=True)), default=0.0)
     if not error <= tolerance:
-        return f"its scores differ by {error:.2g}, and rounding explains {tolerance:g}"
+        return f"its scores differ by {error:.2g}, and rounding explains at most {tolerance:g}"
     return None

@@ -1,6 +1,6 @@
-"""Each stage's model of a repository: a whole one in a subfolder, or an adapter over the base at the root.
+"""Loading of the stages' models: full models in subfolders of a repository, or adapters of the base model at its root.
 
-What a stage does with its model is `pipeline_mmcot.py`'s. PEFT is imported only where stages are adapters.
+`inference_mmcot.py` runs the models. PEFT is imported only if the stages are adapters.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from .settings_mmcot import check_own_settings
 from .versions_mmcot import check_versions
 from .virtual_tokens_mmcot import VirtualTokens
 
-# What `from_pretrained` was given for a repository's root and its other stages need too.
+# Arguments of `from_pretrained` that are passed on from the root's model to the other stages.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision")
 PLACEMENT_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers", "tp_plan", "quantization_config")
-FILE_OPTIONS = ("variant", "use_safetensors")  # not of adapters, which have one file
+FILE_OPTIONS = ("variant", "use_safetensors")  # not for adapters, which have one file of weights
 
 
 class LoadingOptions(dict):
-    """How a model was loaded, in memory only: a token among it reaches no file, not even a pickle."""
+    """The arguments a model was loaded with. They stay in memory: a token is never written, not even to a pickle."""
 
     def __reduce__(self):
         return LoadingOptions, ()
@@ -39,31 +39,37 @@ class LoadingOptions(dict):
 
 def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Mapping[str, PreTrainedModel]:
     """
-    The model of each stage, in evaluation mode, by the stage's name: loaded as the root was (token, cache, device map,
-    quantization), from the commit that it came from.
+    Load the model of each stage, in evaluation mode, with the root's arguments (token, cache, device map, quantization)
+    and from the root's commit.
 
     Args:
-        root (`PreTrainedModel`): what stands at the repository's root: the last stage, or the base that all adapt.
-        repository (`str`): a folder or a Hub id.
-        names (`list[str]`): the stages in order.
+        root (`PreTrainedModel`):
+            The model at the repository's root: the last stage's model, or the base model of all adapters.
+        repository (`str`):
+            A folder or a Hub id.
+        names (`list[str]`):
+            The names of the stages, in order.
+
+    Returns:
+        `Mapping[str, PreTrainedModel]`: The models by the names of their stages.
 
     Raises:
-        ValueError: a stage's generation config holds a setting that stages do not take.
+        ValueError: If a stage's generation config contains a setting that stages do not support.
     """
     if root.config.stage_adapters:
         adapters = StageAdapters(root, repository, names)
         for name, config in adapters.generation_configs.items():
             check_own_settings(config, os.path.join(repository, name))
         return adapters
-    options = {"dtype": root.dtype, **hub_options(root), **given_of(root, PLACEMENT_OPTIONS + FILE_OPTIONS)}
+    options = {"dtype": root.dtype, **hub_options(root), **select_options(root, PLACEMENT_OPTIONS + FILE_OPTIONS)}
     check_own_settings(root.generation_config, repository)
     models = {}
     for name in names[:-1]:
         model = type(root).from_pretrained(repository, subfolder=name, **options).eval()
         check_own_settings(model.generation_config, os.path.join(repository, name))
-        if not given_of(root, PLACEMENT_OPTIONS):
+        if not select_options(root, PLACEMENT_OPTIONS):
             model = model.to(root.device)
-        attention = root.config._attn_implementation  # Auto classes keep what was asked for in the configuration alone
+        attention = root.config._attn_implementation  # Auto classes store this argument only in the configuration
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
         share_tower(model, root)
@@ -72,32 +78,33 @@ def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Map
 
 
 def hub_options(root: PreTrainedModel) -> dict[str, Any]:
-    """Where a root's files come from: as it was asked for, at the commit that it was loaded from."""
-    options = given_of(root, HUB_OPTIONS)
+    """Return the options to download a root's files again, with the commit it was loaded from as revision."""
+    options = select_options(root, HUB_OPTIONS)
     commit = getattr(root.config, "_commit_hash", None)
     return options if commit is None else {**options, "revision": commit}
 
 
-def given_of(root: PreTrainedModel, names: tuple[str, ...]) -> dict[str, Any]:
-    """Of these options those that a root was loaded with."""
+def select_options(root: PreTrainedModel, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return those of the named options that a root was loaded with."""
     return {name: root.loading_options[name] for name in names if name in root.loading_options}
 
 
 def quantization_of_text(config: Any) -> Any:
     """
-    A quantization's configuration (or its dict), by which only the text model's linear layers are quantized, unless it
-    lists the modules to skip: each stage has a fusion of its own, beside its adapter, and the tower is small.
+    Restrict a quantization config (or its dict) to the text model's linear layers, unless it lists modules to skip.
+
+    The fusion is excluded because each stage trains its own beside its adapter, and the tower because it is small.
     """
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.copy(config)
     for name in ("llm_int8_skip_modules", "skip_modules", "modules_to_not_convert"):  # bitsandbytes, HQQ, most others
-        if getattr(config, name, ()) in (None, ["lm_head"]):  # the defaults
+        if getattr(config, name, ()) in (None, ["lm_head"]):  # the default values
             setattr(config, name, ["lm_head", "encoder.fusion", "encoder.vision_tower"])
     return config
 
 
 @contextlib.contextmanager
 def stage_model(models: Mapping[str, PreTrainedModel], name: str) -> Iterator[PreTrainedModel]:
-    """A stage's model for the length of the block. Where stages adapt one base, one thread at a time has it."""
+    """Provide a stage's model within the block. If the stages are adapters, one thread at a time uses the base."""
     if isinstance(models, StageAdapters):
         with models.activated(name) as model:
             yield model
@@ -106,7 +113,7 @@ def stage_model(models: Mapping[str, PreTrainedModel], name: str) -> Iterator[Pr
 
 
 def share_tower(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Let `model` use the other's tower where its own is the same, weight for weight: it is held and run once."""
+    """Replace the tower of `model` by the tower of `other` if all weights are equal, to store and run it only once."""
     own, tower = model.get_encoder().vision_tower, other.get_encoder().vision_tower
     if own is None or tower is None or model.config.vision_tower != other.config.vision_tower:
         return
@@ -117,12 +124,20 @@ def share_tower(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 class StageAdapters(Mapping):
     """
-    Stages that are adapters of one base, which is in memory once. Asking for a stage makes its adapter the active one,
-    and gives the base.
+    Stages that are adapters of one base model, which is in memory once. An item access activates the adapter of the
+    stage and returns the base.
+
+    Args:
+        base (`PreTrainedModel`):
+            The base model of all adapters.
+        repository (`str`):
+            A folder or a Hub id.
+        names (`list[str]`):
+            The names of the stages, which are also the subfolders of their adapters.
 
     Raises:
-        ImportError: PEFT is not installed, or too old.
-        ValueError: an adapter was trained on another base or another fusion.
+        ImportError: If PEFT is not installed, or too old.
+        ValueError: If an adapter is damaged, or was trained on another base or another fusion.
     """
 
     def __init__(self, base: PreTrainedModel, repository: str, names: list[str]):
@@ -151,13 +166,19 @@ class StageAdapters(Mapping):
             base.virtual_tokens = VirtualTokens(self.model)
 
     def load(self, folder: str, name: str) -> None:
+        """
+        Load a stage's adapter.
+
+        Raises:
+            ValueError: If a file of the adapter is damaged, or its tensors do not match the base or the fusion.
+        """
         try:
             result = self.model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-            # PEFT loads virtual tokens, and then tells of them both as missing and as unexpected.
+            # PEFT loads virtual tokens, but then reports them both as missing and as unexpected.
             found: Any = [key for key in result.missing_keys + result.unexpected_keys if not key.startswith("prompt_")]
         except SafetensorError as error:
             raise ValueError(f"{folder}/adapter_model.safetensors is damaged: {error}. Download it again.") from error
-        except (KeyError, RuntimeError) as error:  # no tensor of a part of the fusion; tensors of other shapes
+        except (KeyError, RuntimeError) as error:  # a missing tensor of the fusion; tensors of other shapes
             found = str(error)
         if found:
             raise ValueError(f"The adapter in {folder} was trained on another base or fusion: {found}")
@@ -170,7 +191,7 @@ class StageAdapters(Mapping):
 
     @contextlib.contextmanager
     def activated(self, name: str) -> Iterator[PreTrainedModel]:
-        """The base with that stage's adapter, for this thread alone; afterwards it is as it was before."""
+        """Provide the base with a stage's adapter to this thread only; restore the previous adapter afterwards."""
         with self.lock:
             base = self.model.get_base_model()
             active, generation_config = self.model.active_adapter, base.generation_config
@@ -181,7 +202,7 @@ class StageAdapters(Mapping):
                 base.generation_config = generation_config
 
     def save_pretrained(self, folder: str | os.PathLike, **kwargs) -> None:
-        """The base as it was before it was adapted, and a subfolder with each stage's adapter."""
+        """Save the base without adapters, and each stage's adapter in a subfolder."""
         base = self.model.get_base_model()
         with self.lock:
             self.model.save_pretrained(folder, selected_adapters=list(self), save_embedding_layers=False)
@@ -201,7 +222,7 @@ class StageAdapters(Mapping):
 
 
 def weights_before_adapting(base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A base's weights by its own names, without what PEFT put beside them."""
+    """Return a base's weights under their original names, without the weights that PEFT added."""
     weights = {}
     for name, tensor in base.state_dict().items():
         if not any(part in name for part in (".lora_", ".modules_to_save.")):
@@ -211,9 +232,11 @@ def weights_before_adapting(base: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def base_digest(base: PreTrainedModel) -> str | None:
     """
-    Tells a base from another of the same shape, by the beginnings of its weights in bfloat16, without the fusion's,
-    which each adapter brings. An adapter says it in its configuration, as the `revision` of its base. None of a base
-    whose weights are quantized, in shards, not there, or in float16, which rounds otherwise.
+    Compute a digest that distinguishes base models of the same shape: of the first values of each weight in bfloat16.
+
+    The fusion is not included, because each adapter contains its own. An adapter records the digest in its
+    configuration, as the `revision` of its base. The digest is None for a base whose weights are quantized, sharded,
+    not loaded, or in float16, which rounds differently.
     """
     if getattr(base, "is_quantized", False) or base.dtype == torch.float16:
         return None
@@ -222,13 +245,13 @@ def base_digest(base: PreTrainedModel) -> str | None:
         if parameter.is_meta or parameter.numel() == 0 or not parameter.is_floating_point():
             return None
         if ".fusion." not in name:
-            beginning = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16)
-            digest.update(name.encode() + beginning.view(torch.uint8).numpy().tobytes())
+            first_values = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16)
+            digest.update(name.encode() + first_values.view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def adapter_folder(repository: str, name: str, options: dict[str, Any]) -> str:
-    """Where a stage's adapter lies on this machine. PEFT (0.21) finds none in a subfolder when it is offline."""
+    """Return the local folder of a stage's adapter, because PEFT (0.21) does not find subfolders when offline."""
     files = [
         cached_file(repository, file, subfolder=name, **options)
         for file in ("adapter_config.json", "adapter_model.safetensors", "generation_config.json")

@@ -1,12 +1,12 @@
-"""The model: a T5 whose encoder ends with a look at the picture. Everything else is T5, inherited.
+"""The model: a T5 with a fusion of text and picture in its encoder. Everything else is inherited from T5.
 
 Notable:
-- the picture is seen once per problem: the encoder returns states that are fused already, so `generate`, its cache,
-  beams and the scoring of choices need nothing of their own;
-- T5's parameters keep T5's names; ours are `encoder.fusion` and `encoder.vision_tower`;
-- a row without picture is T5, to the bit (but for `zeros_for_missing_pictures`, of converted checkpoints, and the
-  rounding of FLAN-T5's activation, which is computed in one operation);
-- an output head that its checkpoint left untied (T5 v1.1, FLAN-T5) stays untied.
+- each picture is encoded once per problem: the encoder returns fused states, so that `generate`, its cache, beam search
+  and the scoring of choices need no changes;
+- T5's parameters keep T5's names; the new ones are in `encoder.fusion` and `encoder.vision_tower`;
+- a row without picture is computed as in T5, bit for bit (except with `zeros_for_missing_pictures`, for converted
+  checkpoints, and for the rounding of FLAN-T5's activation, which is computed in one operation);
+- an output head that is untied in its checkpoint (T5 v1.1, FLAN-T5) stays untied.
 """
 
 import math
@@ -35,28 +35,32 @@ from .versions_mmcot import CACHE, CUSTOM_CODE_METHOD, takes_cache_by_either_nam
 from .virtual_tokens_mmcot import VirtualTokens
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
-# Tokens of all choices of a problem together up to which they are scored in one packed pass, whose attention grows with
-# their square: up to here it was faster for few long choices as for many short ones (benchmarks/README.md).
+# Maximum number of tokens of all choices of a problem to score in one packed pass, whose attention cost grows with the
+# square of that number: up to this limit it is faster for few long and for many short choices (benchmarks/README.md).
 MAX_PACKED_LENGTH = 256
 
 
 @dataclass
 class MMCoTEncoderOutput(BaseModelOutput):
     """
+    Output of [`MMCoTEncoder`].
+
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The states that the decoder attends to, fused with the picture.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned with `output_hidden_states=True`):
-            T5's, of the embeddings and of each layer, each of shape `(batch_size, sequence_length, hidden_size)`. The
-            last are those before the fusion.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, returned with `output_attentions=True`):
-            T5's, one of shape `(batch_size, num_heads, sequence_length, sequence_length)` for each layer.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True` is passed):
+            T5's hidden states: of the embeddings and of each layer, each of shape
+            `(batch_size, sequence_length, hidden_size)`. A fusion of the last states is not included.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True` is passed):
+            T5's attention weights: one tensor of shape `(batch_size, num_heads, sequence_length, sequence_length)` for
+            each layer.
         fusion_attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, *optional*):
-            How much each token attended to each patch; 0 for a problem without picture, unless that is fused with
-            zeros (`config.zeros_for_missing_pictures`). Returned with `output_attentions=True` where the batch has a
+            The attention of each token to each patch; 0 for a problem without picture, unless it is fused with zeros
+            (`config.zeros_for_missing_pictures`). Returned when `output_attentions=True` is passed and the batch has a
             picture.
         fusion_gate (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-            How much of the picture each token takes, 0 to 1. Returned as `fusion_attentions` is.
+            The weight of the picture in the fused states, 0 to 1. Returned under the same conditions as
+            `fusion_attentions`.
     """
 
     fusion_attentions: torch.FloatTensor | None = None
@@ -66,7 +70,8 @@ class MMCoTEncoderOutput(BaseModelOutput):
 @dataclass
 class MMCoTSeq2SeqLMOutput(Seq2SeqLMOutput):
     """
-    T5's `Seq2SeqLMOutput`, and:
+    Output of [`MMCoTForConditionalGeneration`]: the fields of T5's [`~modeling_outputs.Seq2SeqLMOutput`], and the field
+    below.
 
     Args:
         fusion_attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, *optional*):
@@ -77,17 +82,17 @@ class MMCoTSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 class DamagedWeights(OSError, ValueError):
-    """A file of weights that cannot be read: what transformers raises for one (OSError), and a wrong value."""
+    """A damaged file of weights: an `OSError`, as transformers raises for it, and a `ValueError`."""
 
 
 class InitializedAsT5:
-    """Fresh weights for both classes below: T5's for its parts, and for ours such that states keep their size."""
+    """Initialization of both classes below: T5's for T5's modules, and a scale-preserving one for the new modules."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # True would make transformers skip `_init_weights` of every module without parameters of its own (T5's
-        # attention, its feed-forward, the fusion): they would start with a deviation of 1.0. It guards against remote
-        # code that fills tensors without transformers' init functions, and this code uses no others.
+        # With True, transformers skips `_init_weights` for all modules without direct parameters (T5's attention and
+        # feed-forward, the fusion), and they would start with a standard deviation of 1.0. That check protects against
+        # remote code that fills tensors without transformers' init functions; this code uses only these functions.
         return False
 
     @torch.no_grad()
@@ -110,7 +115,7 @@ setattr(InitializedAsT5, CUSTOM_CODE_METHOD, InitializedAsT5.is_custom_code)
 
 
 class MMCoTEncoder(InitializedAsT5, T5Stack):
-    """T5's encoder with the fusion, which the encoder calls at the fusion's place."""
+    """T5's encoder with a picture tower and a fusion, which it calls at the fusion's `place`."""
 
     config_class = MMCoTConfig
 
@@ -129,7 +134,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         self.post_init()
 
     def freeze_vision(self) -> None:
-        """Stop the tower's gradient, where the configuration says so."""
+        """Freeze the tower if `config.freeze_vision` is set: no gradients, evaluation mode."""
         if self.vision_tower is not None and self.config.freeze_vision:
             self.vision_tower.requires_grad_(False).eval()
 
@@ -153,9 +158,12 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         **kwargs,
     ) -> MMCoTEncoderOutput:
         """
-        The arguments of `MMCoTForConditionalGeneration.forward`; `last_hidden_state` is fused. With
-        `output_fusion_attentions` it gives the fusion's attention and gate without T5's attention, which SDPA does not
-        compute.
+        Encode the text and fuse it with the picture. See [`MMCoTForConditionalGeneration.forward`] for the arguments.
+
+        Args:
+            output_fusion_attentions (`bool`, *optional*, defaults to `False`):
+                Whether to return the fusion's attention and gate, also without T5's attention, which SDPA does not
+                compute.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -190,13 +198,13 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
     def fuse(
         self, states: torch.FloatTensor, patches: torch.FloatTensor | None, mask: torch.BoolTensor | None
     ) -> FusionOutput | None:
-        """The fusion's output for states of tokens; None without a fusion or without any picture."""
+        """Fuse the states of tokens with patches; None without a fusion or without any picture."""
         if self.fusion is None:
             return None
         if self.config.zeros_for_missing_pictures:
             patches, mask = self.zeros_where_missing(patches, mask, states)
         if patches is None and self.training:
-            # DDP requires that every parameter has its part in a step; the fusion changes nothing here.
+            # DDP requires that all parameters take part in a step; with this mask the fusion changes no state.
             patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
             mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
         return None if patches is None else self.fusion(states, patches.to(states), mask)
@@ -208,9 +216,15 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         vision_features: torch.FloatTensor | None = None,
         vision_mask: torch.Tensor | None = None,
     ) -> tuple[torch.FloatTensor | None, torch.BoolTensor | None]:
-        """Patches `(batch_size, num_patches, vision_hidden_size)` and their mask; None, None without any picture."""
+        """
+        Return the patches `(batch_size, num_patches, vision_hidden_size)` and their mask; None, None without any
+        picture.
+
+        Raises:
+            ValueError: If the inputs do not match each other or the configuration.
+        """
         if pixel_values is not None and vision_features is not None:
-            raise ValueError("pixel_values and vision_features were both given: a picture comes as one or the other.")
+            raise ValueError("pixel_values and vision_features were both given: expected only one of them.")
         if pixel_values is not None:
             if self.vision_tower is None:
                 raise ValueError(
@@ -220,7 +234,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             num_images = pixel_values.shape[1] if pixel_values.dim() == 5 else 1
             if num_images > self.config.max_images:
                 raise ValueError(
-                    f"pixel_values hold {num_images} pictures a problem, but config.max_images is "
+                    f"pixel_values contain {num_images} pictures per problem, but config.max_images is "
                     f"{self.config.max_images}."
                 )
             vision_features, picture_mask = encode_pictures(
@@ -242,15 +256,18 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             vision_mask = torch.ones(vision_features.shape[:2], dtype=torch.bool, device=vision_features.device)
         if vision_mask.shape != vision_features.shape[:2]:
             raise ValueError(
-                f"vision_mask is of shape {tuple(vision_mask.shape)}; vision_features of shape "
-                f"{tuple(vision_features.shape)} go with one of shape {tuple(vision_features.shape[:2])}."
+                f"vision_mask has the shape {tuple(vision_mask.shape)}; vision_features of shape "
+                f"{tuple(vision_features.shape)} require a mask of shape {tuple(vision_features.shape[:2])}."
             )
         return vision_features, vision_mask.bool()
 
     def zeros_where_missing(
         self, patches: torch.FloatTensor | None, mask: torch.BoolTensor | None, states: torch.FloatTensor
     ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
-        """Zeros as the patches of a row without picture. How many does not matter: attention to equals is uniform."""
+        """
+        Use zeros as the patches of rows without picture. Their number has no influence, because attention to equal
+        patches is uniform.
+        """
         if patches is None:
             patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
             return patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
@@ -266,13 +283,17 @@ def check_width(tower: PreTrainedModel, vision_hidden_size: int) -> None:
         )
 
 
-# GenerationMixin by name: else the Auto classes add it, in a new class at each load, because `generate` is overridden.
+# GenerationMixin is listed, because `generate` is overridden: otherwise Auto classes add it, in a new class per load.
 class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration, GenerationMixin):
     r"""
-    Multimodal chain-of-thought (Zhang et al. 2023, arXiv 2302.00923): T5 with a picture, one stage at a time.
+    Multimodal chain-of-thought (Zhang et al. 2023, arXiv 2302.00923): T5 with a picture, for one stage at a time.
 
-    Everything that T5 does, it does: `generate` with its cache and beams, resizing, saving, PEFT. Without a picture it
-    is T5, to the bit.
+    All features of T5 are supported: `generate` with cache and beam search, resizing of embeddings, saving, PEFT.
+    Without a picture, the outputs are those of T5, bit for bit.
+
+    Args:
+        config ([`MMCoTConfig`]):
+            The model's configuration.
 
     Example:
 
@@ -298,8 +319,8 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     config_class = MMCoTConfig
     input_modalities = ("image", "text")
     _no_split_modules = ["T5Block", *(fusion.__name__ for fusion in FUSIONS.values())]
-    stages: Mapping[str, PreTrainedModel] | None = None  # all of its repository, loaded when a chat is answered
-    virtual_tokens: VirtualTokens | None = None  # of the adapter by which it is prompted, set beside PEFT's own model
+    stages: Mapping[str, PreTrainedModel] | None = None  # all stages of the repository, loaded for the first chat
+    virtual_tokens: VirtualTokens | None = None  # of the active adapter, for adapters by prompt learning
 
     def __init__(self, config: MMCoTConfig):
         super().__init__(config)
@@ -307,13 +328,14 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         self.encoder = MMCoTEncoder(self.encoder.config)
         use_fast_layers(self.decoder)
         if config.vision_config is not None:
-            # transformers notes a part's dtype when it loads it; noted from the start, a saved model saves alike again.
+            # transformers sets a sub-config's dtype on loading. Setting it here keeps config.json the same when a model
+            # is saved, loaded and saved again.
             config.vision_config.dtype = self.encoder.vision_tower.dtype
         self.post_init()
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        # T5Config forces `tie_word_embeddings`; what still tells an untied head is that its outputs are not scaled.
+        # T5Config always sets `tie_word_embeddings`; only unscaled outputs still indicate an untied head.
         tied = dict(T5ForConditionalGeneration._tied_weights_keys)
         is_tied = self.config.scale_decoder_outputs if self.config.tied_head is None else self.config.tied_head
         if not is_tied:
@@ -321,7 +343,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         return tied
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-        # An unscaled T5 whose head is tied is saved without a head: in the file it is tied, so it stays tied.
+        # An unscaled T5 with a tied head is saved without head: if the file lacks the head, it must be tied.
         lacks_head = missing_keys and "lm_head.weight" in missing_keys and "shared.weight" not in missing_keys
         if lacks_head and self.config.tied_head is None and not self.config.scale_decoder_outputs:
             self.config.tied_head = True
@@ -331,14 +353,16 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs):
         """
-        As in transformers. Also: only the text model's linear layers are quantized, unless the quantization's
-        configuration lists the modules to skip; a stage in a subfolder gets the generation config that lies there; and
-        the model keeps (in memory only) how it was loaded, so that the other stages can be loaded alike.
+        Load a model as [`~PreTrainedModel.from_pretrained`] does, with these differences:
+
+        - only the text model's linear layers are quantized, unless the quantization config lists the modules to skip;
+        - a stage in a subfolder gets the generation config in that subfolder;
+        - the model remembers (in memory only) the arguments it was loaded with, to load the other stages with them.
 
         Raises:
-            ValueError: a weight other than the fusion's is missing in the checkpoint, or its file is damaged.
+            ValueError: If the checkpoint lacks a weight other than the fusion's, or its file is damaged.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
+        returns_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         try:
@@ -353,8 +377,8 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         missing = sorted(name for name in info["missing_keys"] if ".fusion." not in name)
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights, {missing[0]} for one, which would be "
-                f"random: only the fusion may be new."
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights, for example {missing[0]}, which would "
+                f"be random: only the fusion may be new."
             )
         model.loading_options = LoadingOptions(
             {
@@ -366,22 +390,26 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         folder = os.path.join(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         is_given = kwargs.get("generation_config") is not None
         if not is_given and os.path.isfile(os.path.join(folder, "generation_config.json")):
-            # transformers joins a subfolder to a folder's absolute path in a way that drops it, and takes the root's.
+            # transformers loses the subfolder of an absolute path, and would read the root's generation config.
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return (model, info) if wants_info else model
+        return (model, info) if returns_info else model
 
     @classmethod
     def from_text_vision_pretrained(
         cls, text_model: str, vision_model: str, vision_tower: str | None = None, **kwargs
     ) -> "MMCoTForConditionalGeneration":
         """
-        Join a pre-trained T5 and a pre-trained picture tower; only the fusion is new.
+        Build a model from a pre-trained T5 and a pre-trained picture tower; only the fusion is new.
 
         Args:
-            text_model (`str`): a T5 checkpoint (folder or Hub id).
-            vision_model (`str`): a checkpoint that `AutoModel` loads as the tower, or a name in `vision_mmcot.TOWERS`.
-            vision_tower (`str`, *optional*): how its output becomes patches, a name in `vision_mmcot.TOWERS`.
-            kwargs: passed to `from_pretrained` of the text model; fields of [`MMCoTConfig`] among them.
+            text_model (`str`):
+                A T5 checkpoint (folder or Hub id).
+            vision_model (`str`):
+                A checkpoint that `AutoModel` loads as the tower, or a name in `vision_mmcot.TOWERS`.
+            vision_tower (`str`, *optional*):
+                A name in `vision_mmcot.TOWERS`, which defines the conversion of the tower's output to patches.
+            kwargs:
+                Passed to `from_pretrained` of the text model; may include fields of [`MMCoTConfig`].
         """
         tower = load_vision_tower(vision_model)
         model = cls.from_pretrained(text_model, vision_hidden_size=tower_width(tower), **kwargs)
@@ -390,8 +418,9 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
     def generate(self, *args, problems: Any = None, **kwargs):
         """
-        transformers' own. With `problems`, which `processor.apply_chat_template` gives, the chats are answered by all
-        stages of this model's repository: `input_ids` and behind them the reply, `pipeline_mmcot.reply`.
+        Generate as [`~GenerationMixin.generate`] does. With `problems`, from `processor.apply_chat_template`, all
+        stages of the model's repository answer the chats, and the output is `input_ids` followed by the replies
+        (`inference_mmcot.reply`).
         """
         if problems is None:
             return super().generate(*args, **kwargs)
@@ -404,8 +433,13 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         Give the model a picture tower whose patches are `config.vision_hidden_size` wide.
 
         Args:
-            tower (`PreTrainedModel`): as `vision_mmcot.load_vision_tower` gives it.
-            name (`str`, *optional*): its name in `vision_mmcot.TOWERS`.
+            tower (`PreTrainedModel`):
+                The tower, from `vision_mmcot.load_vision_tower`.
+            name (`str`, *optional*):
+                Its name in `vision_mmcot.TOWERS`.
+
+        Raises:
+            ValueError: If the tower has another width, or does not match the name.
         """
         check_width(tower, self.config.vision_hidden_size)
         find_tower(tower.config, name)
@@ -438,56 +472,56 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         **kwargs,
     ) -> MMCoTSeq2SeqLMOutput:
         r"""
-        T5's own arguments, and the picture's. Pictures come as `pixel_values` or as `vision_features`, not both.
+        Run the model with T5's arguments and a picture, given as `pixel_values` or as `vision_features`, not both.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                The source's tokens, padded at the right or at the left.
+                The tokens of the source, padded on the right or on the left.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for a real token.
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_images, 3, height, width)`, *optional*):
-                Pictures for the tower, at most `config.max_images` a problem; their patches are read in this order. One
-                picture each may come as `(batch_size, 3, height, width)`.
+                Pictures for the tower, at most `config.max_images` per problem; their patches are concatenated in this
+                order. The shape `(batch_size, 3, height, width)`, with one picture per problem, is also accepted.
             pixel_mask (`torch.Tensor` of shape `(batch_size, num_images, height, width)`, *optional*):
-                1 for a real pixel, which are at the left and above, as image processors pad; all zero where there is no
-                picture. Without it every pixel is real.
+                1 for a real pixel, 0 for padding on the right and at the bottom, where image processors pad; all zeros
+                for a missing picture. By default all pixels are real.
             vision_features (`torch.FloatTensor` of shape `(batch_size, num_patches, vision_hidden_size)`, *optional*):
-                Patches that were computed before.
+                Precomputed patches.
             vision_mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*):
-                1 for a real patch; a row of zeros is a problem without picture, which plain T5 answers (unless
-                `config.zeros_for_missing_pictures`).
+                1 for a real patch. A row of zeros is a problem without picture, whose states are those of plain T5
+                (unless `config.zeros_for_missing_pictures` is set).
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
-                The target so far; made from `labels` where those are given.
+                The target so far. By default computed from `labels`.
             decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, *optional*):
                 1 for a real token.
             encoder_outputs (`MMCoTEncoderOutput` or `tuple`, *optional*):
-                Of this model's encoder: `last_hidden_state` of shape `(batch_size, sequence_length, hidden_size)` is
-                fused already and is not fused again.
+                Outputs of this model's encoder. `last_hidden_state` of shape
+                `(batch_size, sequence_length, hidden_size)` is already fused and is not fused again.
             cache (`Cache`, *optional*):
-                The decoder's keys and values of the target so far, as an earlier call returned them.
+                The decoder's keys and values of the target so far, returned by an earlier call.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                In place of `input_ids`.
+                Embeddings to use instead of `input_ids`.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch_size, target_length, hidden_size)`, *optional*):
-                In place of `decoder_input_ids`.
+                Embeddings to use instead of `decoder_input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 Target tokens; -100 is ignored.
             use_cache (`bool`, *optional*):
-                Return `cache`.
-            num_items_in_batch (`int`, *optional*):
-                Target tokens of the whole optimisation step, over all its batches and processes: the summed loss is
-                divided by it. Without it the loss is the mean over this batch. (T5's own forward ignores it.)
-            skip_logits (`bool`, *optional*):
-                With `labels`, give the loss without `logits`: the output head then runs over the real target tokens
-                only, never over padding.
-            smoothing (`float`, *optional*):
-                The share of each target token's probability that the loss spreads over the vocabulary, as
-                `transformers.trainer_pt_utils.LabelSmoother` does. (A name with `label` in it would make the Trainer
-                wait for labels of that name.)
+                Whether to return `cache`.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Number of target tokens of the whole optimization step, over all its batches and processes. The summed
+                loss is divided by it. By default the loss is the mean over this batch. (T5's own forward ignores it.)
+            skip_logits (`bool`, *optional*, defaults to `False`):
+                Whether to return the loss without `logits` (with `labels`). The output head then processes only the
+                real target tokens, not the padding.
+            smoothing (`float`, *optional*, defaults to 0.0):
+                The share of each target token's probability that the loss distributes over the vocabulary, as in
+                `transformers.trainer_pt_utils.LabelSmoother`. (If the name contained `label`, the Trainer would expect
+                labels of that name.)
 
         Returns:
             [`MMCoTSeq2SeqLMOutput`]: `loss` (a scalar, with `labels`), `logits` of shape
-            `(batch_size, target_length, vocab_size)`, `encoder_last_hidden_state` of shape
-            `(batch_size, sequence_length, hidden_size)`, fused, `fusion_attentions` of shape
+            `(batch_size, target_length, vocab_size)`, the fused `encoder_last_hidden_state` of shape
+            `(batch_size, sequence_length, hidden_size)`, `fusion_attentions` of shape
             `(batch_size, sequence_length, num_patches)` with `output_attentions=True`, and T5's other fields.
 
         Example:
@@ -582,18 +616,23 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         **encoder_inputs,
     ) -> torch.FloatTensor:
         """
-        The log-probability of each choice's target text, given the source (and the picture). One pass of the decoder:
-        the choices of a problem share its encoder's states, and what their targets begin with is computed once.
+        Compute the log-probability of the target text of each choice, given the source (and the picture).
+
+        The decoder runs once: the choices of a problem share its encoder states, and the common prefix of their targets
+        is computed once. Above `MAX_PACKED_LENGTH` tokens it runs once per choice.
 
         Args:
             choice_labels (`torch.LongTensor` of shape `(batch_size, num_choices, target_length)`):
-                Each choice's target, padded with -100. A problem with fewer choices has rows of -100 only.
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`)
-            encoder_outputs (`MMCoTEncoderOutput`, *optional*): of this model's encoder, in place of `encoder_inputs`.
-            encoder_inputs: the other inputs of `forward` that the encoder reads.
+                The target of each choice, padded with -100. A problem with fewer choices has rows of -100 only.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+                1 for a real token of the source.
+            encoder_outputs (`MMCoTEncoderOutput`, *optional*):
+                Outputs of this model's encoder, to use instead of `encoder_inputs`.
+            encoder_inputs:
+                The other inputs of `forward` that the encoder reads.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_choices)`; `-inf` where there is no choice.
+            `torch.FloatTensor` of shape `(batch_size, num_choices)`, with `-inf` for missing choices.
 
         Example:
 
@@ -636,7 +675,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     def score_one_by_one(
         self, choice_labels: torch.LongTensor, attention_mask: torch.Tensor, encoder_outputs: BaseModelOutput
     ) -> torch.FloatTensor:
-        """As `score_choices`, in a pass for each choice: the work of a packed one grows with the square of all."""
+        """Compute `score_choices` with one pass per choice: the cost of a packed pass grows with the square of all."""
         scores = []
         for labels in choice_labels.unbind(1):
             labels = labels[:, : max(1, int((labels != -100).sum(dim=1).max()))]
@@ -655,8 +694,8 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
     def packed_mask(self, packed: PackedChoices, prefix_length: int) -> torch.FloatTensor:
         """
-        What T5 adds to the decoder's attention, beyond its own bias, so that each token of a packed sequence is where
-        it is in its own target: `(batch_size, num_heads, packed_length, prefix_length + packed_length)`.
+        Return the mask to add to T5's position bias, so that each token of a packed sequence has the position in its
+        own target, `(batch_size, num_heads, packed_length, prefix_length + packed_length)`.
         """
         attention = self.decoder.block[0].layer[0].SelfAttention
         before = torch.arange(-prefix_length, 0, device=packed.depth.device).expand(len(packed.depth), -1)
@@ -674,7 +713,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         return mask.masked_fill(~is_seen[:, None], torch.finfo(mask.dtype).min)
 
     def next_token_logits(self, states: torch.FloatTensor) -> torch.FloatTensor:
-        """Of the decoder's last states."""
+        """Compute the logits from the decoder's last states."""
         if self.config.scale_decoder_outputs:
             states = states * self.model_dim**-0.5
         return self.lm_head(states)
@@ -686,7 +725,7 @@ def token_loss(
     num_items_in_batch: torch.Tensor | int | None,
     smoothing: float,
 ) -> torch.FloatTensor:
-    """Cross-entropy over the real target tokens: their mean, or their sum over `num_items_in_batch`."""
+    """Compute the cross-entropy of the real target tokens: the mean, or the sum divided by `num_items_in_batch`."""
     reduction = "mean" if num_items_in_batch is None else "sum"
     labels = labels.to(logits.device)
     loss = nn.functional.cross_entropy(

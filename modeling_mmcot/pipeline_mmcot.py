@@ -1,6 +1,6 @@
-"""`pipeline("multimodal-cot")`: problems, in whatever form a caller has them -> rationales and answers.
+"""`pipeline("multimodal-cot")`: problems in any supported form -> rationales and answers.
 
-The stages are run by `inference_mmcot.py`.
+`inference_mmcot.py` runs the stages.
 """
 
 import itertools
@@ -24,14 +24,14 @@ from .inference_mmcot import reply_text, run_stages
 from .loading_mmcot import StageAdapters, load_stages, stage_model
 from .pictures_mmcot import as_pictures
 from .processing_mmcot import own_images
-from .self_consistency_mmcot import TEMPERATURE, agreed
+from .self_consistency_mmcot import TEMPERATURE, majority_answer
 from .settings_mmcot import given_settings
 
 
 class Stream(torch.utils.data.IterableDataset):
     """
-    Problems that are read one after another. transformers streams torch's datasets in every version; it would take
-    another iterable for one problem, and before 5.14 read a whole generator first.
+    An iterable of problems as a dataset of torch, because all versions of transformers stream these. transformers takes
+    other iterables for one problem, and before 5.14 reads a whole generator first.
     """
 
     def __init__(self, problems: Iterable[dict]):
@@ -43,33 +43,40 @@ class Stream(torch.utils.data.IterableDataset):
 
 class MultimodalCoTPipeline(Pipeline):
     """
-    `pipeline("multimodal-cot", model=REPO, trust_remote_code=True)`: one problem or many -> rationale and answer.
+    Pipeline of all stages, for one or many problems: problem -> rationale and answer. It is loaded with
+    `pipeline("multimodal-cot", model=REPO, trust_remote_code=True)`.
 
-    A problem is a dict with `question`, and if it has them `choices` (list of str), `context`, `caption` and `image` (a
-    PIL image, a path, a URL, a list of them, or None; or `images`, as `datasets` keeps them). The result is a dict with
-    what each stage wrote (`rationale`), `answer` (the choice's text; without choices the generated one), `answer_index`
+    A problem is a dict with `question`, and optionally `choices` (list of str), `context`, `caption` and `image` (a PIL
+    image, a path, a URL, a list of these, or None; or `images`, as in `datasets`). The result is a dict with the text
+    of each stage (`rationale`), `answer` (the text of the choice; without choices the generated text), `answer_index`
     (-1 without choices) and `scores` (a probability per choice).
 
-    A chat (`pipe(text=messages)`: one user message, as `chat_mmcot.read_chat` takes it) gives `input_text` and
-    `generated_text`, the messages with the rationale and the answer as the assistant's reply.
+    For a chat (`pipe(text=messages)`, with one user message in a form that `chat_mmcot.read_chat` accepts), the result
+    contains `input_text` and `generated_text`: the messages with rationale and answer as the assistant's reply.
 
-    A list gives a list. A `datasets.Dataset`, a generator or any other iterable gives an iterator, which reads and
-    answers `batch_size` problems at a time: `for result in tqdm(answer(dataset, batch_size=32), total=len(dataset))`.
+    For a list, the pipeline returns a list. For a `datasets.Dataset`, a generator or any other iterable, it returns an
+    iterator, which reads and answers `batch_size` problems at a time:
+    `for result in tqdm(answer(dataset, batch_size=32), total=len(dataset))`.
 
-    A call takes besides:
+    A call also accepts:
 
-    - settings of `generate` (`max_new_tokens=…`, `num_beams=…`), or `generate_kwargs={…}`, for whatever is generated;
-    - `num_rationales` (`int`): draw so many and take the answer of the highest mean probability (Wang et al. 2023);
-    - `decode_answer` (`bool`): generate "The answer is (B)." too and read it (the paper's way), as `decoded_answer`;
-    - `given` (`dict[str, str]`): what stands in place of what a stage would write, as `{"rationale": "…"}`. (A
-      problem's own column of that name is not looked at: in a dataset it is the gold one.)
-    - `streamer` (`BaseStreamer`): gets the tokens of one problem's texts as they are generated, and `end()` after each.
+    - settings of `generate` (`max_new_tokens=…`, `num_beams=…`), or `generate_kwargs={…}`, for all generated texts;
+    - `num_rationales` (`int`): the number of rationales to sample; the answer is the one with the highest mean
+      probability (Wang et al. 2023);
+    - `decode_answer` (`bool`): whether to also generate "The answer is (B)." and parse it (the paper's method), as
+      `decoded_answer`;
+    - `given` (`dict[str, str]`): texts to use instead of running the stages that write them, for example
+      `{"rationale": "…"}`. (A problem's own column of that name is ignored, because in a dataset it is a gold column.)
+    - `streamer` (`BaseStreamer`): receives the tokens of one problem's texts as they are generated, and `end()` after
+      each text.
 
     Args:
-        caption_model (`str`, *optional*): what captions the first picture of a problem that comes without a caption,
-            where a stage reads captions: a checkpoint, or a name in `captioning_mmcot.CAPTIONERS`.
-        check (`bool`, defaults to `True`): compute the known answer that lies in the repository, where one does, and
-            raise an error if the result or a file of weights is another. Large files take seconds to read.
+        caption_model (`str`, *optional*):
+            A checkpoint, or a name in `captioning_mmcot.CAPTIONERS`. If a stage reads captions, this model captions the
+            first picture of each problem without a caption.
+        check (`bool`, *optional*, defaults to `True`):
+            Whether to recompute the known answer in the repository, if there is one, and raise an error if the result
+            or a file of weights differs. Hashing large files takes seconds.
 
     Example, with one stage and random weights:
 
@@ -108,7 +115,7 @@ class MultimodalCoTPipeline(Pipeline):
         names = self.processor.stages.names
         self.models = load_stages(self.model, self.model.name_or_path, names)
         if check:
-            from .known_answer_mmcot import check_known_answer  # which imports this file
+            from .known_answer_mmcot import check_known_answer
 
             check_known_answer(self.model, self.models, self.processor)
         reads_captions = self.processor.stages.read("caption")
@@ -129,7 +136,7 @@ class MultimodalCoTPipeline(Pipeline):
         if num_rationales is not None and num_rationales < 1:
             raise ValueError(f"num_rationales is {num_rationales}; expected 1 or more.")
         if twice := generation.keys() & (generate_kwargs or {}).keys():
-            raise ValueError(f"{', '.join(sorted(twice))} given twice: by itself and in generate_kwargs.")
+            raise ValueError(f"{', '.join(sorted(twice))} given twice: as a keyword and in generate_kwargs.")
         generation = given_settings({**(generate_kwargs or {}), **generation})
         options = {
             "decode_answer": decode_answer,
@@ -138,15 +145,21 @@ class MultimodalCoTPipeline(Pipeline):
             "num_rationales": num_rationales,
             "generation": generation or None,
         }
-        texts = {} if return_full_text is None else {"return_full_text": return_full_text}
-        return {}, {name: value for name, value in options.items() if value is not None}, texts
+        postprocess_params = {} if return_full_text is None else {"return_full_text": return_full_text}
+        return {}, {name: value for name, value in options.items() if value is not None}, postprocess_params
 
     def check_given(self, given: dict[str, str]) -> None:
-        known = [stage.writes for stage in self.processor.stages if not stage.answers]
-        is_fitting = isinstance(given, Mapping) and all(isinstance(text, str) for text in given.values())
-        if not is_fitting or set(given) - set(known):
-            names = ", ".join(known) or "none here"
-            raise ValueError(f"given is a dict of texts for what a stage writes ({names}); found {given!r}.")
+        """
+        Check the argument `given` of a call.
+
+        Raises:
+            ValueError: If it is not a dict of texts for columns that stages generate.
+        """
+        columns = [stage.writes for stage in self.processor.stages if not stage.answers]
+        is_dict_of_texts = isinstance(given, Mapping) and all(isinstance(text, str) for text in given.values())
+        if not is_dict_of_texts or set(given) - set(columns):
+            names = ", ".join(columns) or "none here"
+            raise ValueError(f"given must be a dict of texts for generated columns ({names}); found {given!r}.")
 
     def __call__(
         self,
@@ -160,9 +173,9 @@ class MultimodalCoTPipeline(Pipeline):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
         if text is not None:
-            inputs = self.asked_in_text(inputs, text, images)
+            inputs = self.build_chat(inputs, text, images)
         elif images is not None:
-            raise ValueError("images were given without a text: give text=…, or a problem with its `image`.")
+            raise ValueError("images were given without a text: pass text=…, or a problem with its `image`.")
         if isinstance(inputs, list) and not inputs:
             return []
         if is_chat(inputs):
@@ -175,52 +188,65 @@ class MultimodalCoTPipeline(Pipeline):
             inputs = Stream(map(inputs.__getitem__, range(len(inputs))))
         return super().__call__(inputs, *args, batch_size=batch_size, **kwargs)
 
-    def asked_in_text(self, inputs: Any, text: str | list, images: Any) -> Any:
-        """`pipe(text=messages)`, `pipe(picture, text="…")`: as pipelines of "image-text-to-text" are called."""
+    def build_chat(self, inputs: Any, text: str | list, images: Any) -> Any:
+        """
+        Build a chat from the arguments of an "image-text-to-text" pipeline: `pipe(text=messages)` or
+        `pipe(picture, text="…")`.
+
+        Raises:
+            ValueError: If pictures are given twice.
+        """
         if inputs is not None and images is not None:
-            raise ValueError("pictures were given twice: at the first place and as images=.")
+            raise ValueError("pictures were given twice: as the first argument and as images=.")
         images = inputs if images is None else images
         if not isinstance(text, str):
             if images is not None:
-                raise ValueError("A chat holds its pictures in its message: leave images out.")
+                raise ValueError("A chat contains its pictures in its message: omit images.")
             return text
         content = [{"type": "image", "image": picture} for picture in as_list(images)]
         return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
     def token_maps(self, problem: dict, stage: str, given: dict[str, str] | None = None) -> TokenMaps:
         """
-        Where a stage looked on a problem's pictures, by the tokens that it read.
+        Compute the attention of a stage over a problem's pictures, for each token of the stage's source.
 
         Args:
-            given (`dict[str, str]`, *optional*): what earlier stages wrote for it, as far as this one reads it.
+            problem (`dict`):
+                The problem, as in a call.
+            stage (`str`):
+                The name of the stage.
+            given (`dict[str, str]`, *optional*):
+                The texts of earlier stages that this stage reads.
 
         Raises:
-            ValueError: the problem has no picture, the stage sees none, or the tower's patches have no known places.
+            ValueError: If the problem has no picture, the stage reads no pictures, `given` lacks a column, or the
+                positions of the tower's patches are unknown.
         """
-        given, reading = given or {}, self.processor.stage(stage)
+        given, reader = given or {}, self.processor.stage(stage)
         self.check_given(given)
         row = self.preprocess(problem)
-        if not row["images"] or "images" not in reading.reads:
+        if not row["images"] or "images" not in reader.reads:
             raise ValueError(f"The {stage} stage saw no picture of this problem: there is no map.")
-        written = {earlier.writes for earlier in self.processor.stages.before(reading)}
-        if absent := written & set(reading.reads) - given.keys():
-            raise ValueError(f"The {stage} stage reads {', '.join(sorted(absent))}: give what was written.")
+        written = {earlier.writes for earlier in self.processor.stages.before(reader)}
+        if missing := written & set(reader.reads) - given.keys():
+            raise ValueError(f"The {stage} stage reads {', '.join(sorted(missing))}: pass the written text as given.")
         self.add_captions([row])
         with stage_model(self.models, stage) as model:
-            return token_maps(model, self.processor, reading, {**row["problem"], **given}, row["images"])
+            return token_maps(model, self.processor, reader, {**row["problem"], **given}, row["images"])
 
     def preprocess(self, problem: dict) -> dict:
+        """Return the problem's text columns and choices, and its pictures in RGB."""
         if isinstance(problem, Mapping) and problem.keys() == {"messages"}:
             return {**self.preprocess(read_chat(problem["messages"])), "messages": problem["messages"]}
-        complete = self.processor.complete(problem)
-        texts = {name: complete[name] for name in self.processor.text_columns}
+        completed = self.processor.complete_problem(problem)
+        texts = {name: completed[name] for name in self.processor.text_columns}
         images = as_pictures(own_images(problem))
         if len(images) > self.model.config.max_images:
             raise ValueError(
-                f"`image` of a problem holds {len(images)} pictures; this model takes at most "
+                f"`image` of a problem contains {len(images)} pictures; this model accepts at most "
                 f"{self.model.config.max_images} (config.max_images)."
             )
-        return {"problem": {**texts, "choices": complete["choices"]}, "images": images}
+        return {"problem": {**texts, "choices": completed["choices"]}, "images": images}
 
     def _forward(
         self,
@@ -238,9 +264,9 @@ class MultimodalCoTPipeline(Pipeline):
             generation["streamer"] = streamer
         if num_rationales > 1:
             if streamer is not None or given:
-                raise ValueError("num_rationales draws several texts: leave streamer and given out.")
+                raise ValueError("num_rationales samples several texts: omit streamer and given.")
             if generation.get("do_sample") is False:
-                raise ValueError("num_rationales draws several texts, and do_sample=False always the same one.")
+                raise ValueError("num_rationales samples several texts, but do_sample=False always yields the same.")
             generation = {"do_sample": True, "num_beams": 1, "temperature": TEMPERATURE, **generation}
         samples = [
             run_stages(self.models, self.processor, problems, images, decode_answer, given, **generation)
@@ -249,20 +275,22 @@ class MultimodalCoTPipeline(Pipeline):
         columns = samples[0]
         if num_rationales > 1:
             last = self.processor.stages[-1]
-            columns = [agreed(list(drawn), row, last) for row, *drawn in zip(problems, *samples, strict=True)]
+            columns = [majority_answer(list(drawn), row, last) for row, *drawn in zip(problems, *samples, strict=True)]
         return [
             {"choices": row["problem"]["choices"], "messages": row.get("messages"), **written}
             for row, written in zip(rows, columns, strict=True)
         ]
 
     def add_captions(self, rows: list[dict]) -> None:
-        bare = [row for row in rows if row["images"] and not row["problem"]["caption"]]
-        if self.captioner is not None and bare:
-            captions = self.captioner([row["images"][0] for row in bare])
-            for row, caption in zip(bare, captions, strict=True):
+        """Caption the first picture of each row without a caption, if there is a captioner."""
+        uncaptioned = [row for row in rows if row["images"] and not row["problem"]["caption"]]
+        if self.captioner is not None and uncaptioned:
+            captions = self.captioner([row["images"][0] for row in uncaptioned])
+            for row, caption in zip(uncaptioned, captions, strict=True):
                 row["problem"]["caption"] = caption
 
     def postprocess(self, columns: dict, return_full_text: bool = True) -> dict | list[dict]:
+        """Return the result for one problem, or the reply to its chat."""
         if columns["messages"] is not None:
             reply = reply_text(self.processor, columns)
             turn = {"role": "assistant", "content": reply}
@@ -288,7 +316,7 @@ class MultimodalCoTPipeline(Pipeline):
         forward_params,
         postprocess_params,
     ) -> Iterator[dict]:
-        """Batches of problems; transformers' own iterator collates tensors, and ours are made per stage."""
+        """Yield results batch by batch. transformers' iterator collates tensors, but here each stage makes its own."""
         rows = (self.preprocess(problem, **preprocess_params) for problem in inputs)
         while batch := list(itertools.islice(rows, batch_size)):
             for columns in self.forward(batch, **forward_params):
@@ -298,7 +326,7 @@ class MultimodalCoTPipeline(Pipeline):
         return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """The whole system, as it was loaded: every stage, the processor, the code. `push_to_hub` uploads it."""
+        """Save the whole system, as it was loaded: all stages, the processor, the code. `push_to_hub` uploads it."""
         self.processor.save_pretrained(save_directory)
         if isinstance(self.models, StageAdapters):
             self.models.save_pretrained(save_directory, **kwargs)
@@ -308,10 +336,10 @@ class MultimodalCoTPipeline(Pipeline):
                 folder = os.path.join(save_directory, stage.name)
                 self.models[stage.name].save_pretrained(folder, **kwargs)
                 for name in os.listdir(folder):
-                    if name.endswith(".py"):  # the code is at the root
+                    if name.endswith(".py"):  # the root already contains the code
                         os.remove(os.path.join(folder, name))
         custom_object_save(self, save_directory)
-        from .known_answer_mmcot import write_known_answer  # which imports this file
+        from .known_answer_mmcot import write_known_answer
 
         write_known_answer(save_directory, self.models, self.processor)
 

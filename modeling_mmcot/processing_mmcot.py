@@ -1,7 +1,7 @@
-"""Problem and picture -> the tensors that `forward` takes, by the templates of a stage (`stage_mmcot.py`).
+"""Problems and pictures -> the inputs of `forward`, with the templates of a stage (`stage_mmcot.py`).
 
-A source that is too long loses its least useful words, never the question, the choices or the cue. The stages are part
-of the processor's own config. Pictures are prepared by `pictures_mmcot.py`; the model is run by `inference_mmcot.py`.
+A source that is too long loses its least useful words, but never the question, the choices or the final cue. The stages
+are part of the processor's config. `pictures_mmcot.py` prepares pictures, `inference_mmcot.py` runs the model.
 """
 
 import bisect
@@ -21,22 +21,22 @@ from .chat_mmcot import Conversation, is_chat, read_chat
 from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
 from .stage_mmcot import GOLD_COLUMNS, LETTERS, Stage, Stages
 
-# A fast tokenizer keeps how the last call padded and cut: a call of another thread would change it under this one.
+# A fast tokenizer stores the padding and truncation of its last call, which another thread would overwrite.
 TOKENIZING = threading.RLock()
-# Columns that problems of our datasets have and no stage need read.
+# Columns of the supported datasets that a problem may have even if no stage reads them.
 KNOWN_COLUMNS = {
     *("id", "question", "choices", "context", "caption", "image", "images", "hint", "task", "split"),
     *("subject", "grade", "topic", "category", "skill"),
     *GOLD_COLUMNS,
 }
 
-# What a source that is too long gives up, in this order: (column, whether its last words go first). A rationale begins
-# with the lecture and ends with the conclusion, so it is shortened from its start.
+# The columns to shorten in a source that is too long, in this order: (column, whether to remove its last words). A
+# rationale begins with the lecture and ends with the conclusion, so its first words are removed.
 SHORTENED_COLUMNS = (("lecture", True), ("context", True), ("caption", True), ("rationale", False))
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a table has nothing there: None, NaN, pandas' NA and NaT."""
+    """Return whether a value is a table's marker of a missing value: None, NaN, pandas' NA or NaT."""
     return (
         value is None
         or type(value).__name__ in ("NAType", "NaTType")
@@ -46,36 +46,42 @@ def is_absent(value: Any) -> bool:
 
 def as_text(problem: Mapping, column: str) -> str:
     """
+    Return a problem's text column, "" if it is missing.
+
     Raises:
-        ValueError: the column holds something that is no text.
+        ValueError: If the column contains something other than a text.
     """
     value = problem.get(column)
     if is_absent(value):
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"`{column}` of a problem is a str; found {value!r:.200}.")
+        raise ValueError(f"`{column}` of a problem must be a str; found {value!r:.200}.")
     return value
 
 
 def as_choices(choices: Any) -> list[str]:
     """
+    Return a problem's choices as a list, empty if they are missing.
+
     Raises:
-        ValueError: they are no list of texts, or more than there are letters.
+        ValueError: If the choices are not a list of texts, or there are more choices than letters.
     """
     if is_absent(choices):
         return []
     is_list = isinstance(choices, Iterable) and not isinstance(choices, (str, Mapping))
     if not is_list or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"`choices` of a problem is a list of str; found {choices!r:.200}.")
+        raise ValueError(f"`choices` of a problem must be a list of str; found {choices!r:.200}.")
     if len(choices) > len(LETTERS):
-        raise ValueError(f"`choices` of a problem are at most {len(LETTERS)}; found {len(choices)}.")
+        raise ValueError(f"`choices` of a problem must be at most {len(LETTERS)}; found {len(choices)}.")
     return list(choices)
 
 
 def check_columns(problem: Mapping, read: set[str]) -> None:
     """
+    Check that all keys of a problem are known columns, because unknown ones would be ignored.
+
     Raises:
-        ValueError: the problem has a key that is no column, which would be ignored.
+        ValueError: If the problem has an unknown key.
     """
     known = KNOWN_COLUMNS | read
     for name in problem.keys() - known:
@@ -86,34 +92,46 @@ def check_columns(problem: Mapping, read: set[str]) -> None:
 
 def own_images(problem: Mapping) -> Any:
     """
-    The pictures that a problem holds as `image` or as `images`; None where it holds none.
+    Return the pictures in `image` or `images` of a problem; None if there are none.
 
     Raises:
-        ValueError: it holds both.
+        ValueError: If both are present.
     """
     given = [problem.get(name) for name in ("image", "images")]
     given = [entry for entry in given if not is_absent(entry) and not (isinstance(entry, (list, tuple)) and not entry)]
     if len(given) > 1:
-        raise ValueError("A problem holds pictures twice, as `image` and as `images`: give them once.")
+        raise ValueError("A problem has pictures twice, as `image` and as `images`: expected only one of them.")
     return given[0] if given else None
 
 
-def images_of(problems: list[dict], images: list | None) -> list | None:
-    """The pictures of each problem: what is given beside them, or what they hold themselves; both is an error."""
+def collect_images(problems: list[dict], images: list | None) -> list | None:
+    """
+    Return the pictures of each problem: from the argument `images`, or from the problems themselves.
+
+    Raises:
+        ValueError: If both have pictures.
+    """
     own = [own_images(problem) for problem in problems]
     if all(entry is None for entry in own):
         return images
     if images is not None:
-        raise ValueError("images were given, and the problems hold their own (`image` or `images`): give them once.")
+        raise ValueError("images were given, but the problems have their own (`image` or `images`): pass them once.")
     return own
 
 
 class MMCoTProcessor(ProcessorMixin):
     """
+    Processor of a system: a tokenizer, an image processor and the stages, whose templates render problems.
+
     Args:
-        tokenizer: T5's, or one that ends a text with eos as T5's does.
-        image_processor (*optional*): the picture tower's; None for a model without tower.
-        stages (`list[dict]` or `list[Stage]`, *optional*): the stages in their order.
+        tokenizer (`PreTrainedTokenizerBase`):
+            T5's tokenizer, or another one that appends eos to a text.
+        image_processor (`BaseImageProcessor`, *optional*):
+            The image processor of the picture tower; None for a model without tower.
+        stages (`list[dict]` or `list[Stage]`, *optional*):
+            The stages, in the order in which they run.
+        chat_template (`str`, *optional*):
+            Accepted by all processors of transformers; not used, because the stages have their own templates.
 
     Example:
 
@@ -145,7 +163,7 @@ class MMCoTProcessor(ProcessorMixin):
         self.image_processor = None if image_processor is None else in_pillow_backend(image_processor)
         self.stages = Stages(stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages or [])
 
-    # ProcessorMixin insists on every part that this names, and a model without tower has no image processor.
+    # ProcessorMixin requires all attributes in this list, but a model without tower has no image processor.
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["tokenizer"]
@@ -158,19 +176,19 @@ class MMCoTProcessor(ProcessorMixin):
 
     @staticmethod
     def get_possibly_dynamic_module(module_name):
-        # A file of the model's may name an audio tokenizer, which transformers loads from the repository that it names.
+        # A model's file could name an audio tokenizer, which transformers would load from any repository.
         if module_name not in ("PreTrainedTokenizerBase", "MistralCommonBackend"):
             raise ValueError(
-                f"A file of this processor's names the class {module_name!r}; expected none: it has no audio tokenizer."
+                f"A file of this processor names the class {module_name!r}; expected none: it has no audio tokenizer."
             )
         return ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     def save_pretrained(self, save_directory, **kwargs):
-        # A tokenizer keeps how it last padded and cut texts, and how it was loaded, which would be saved: one
-        # processor, several sets of files.
+        # A tokenizer would save the padding and truncation of its last call, and arguments of its loading: the same
+        # processor would be saved in different files.
         for name in ("is_local", "local_files_only", "dtype", "torch_dtype"):
             self.tokenizer.init_kwargs.pop(name, None)
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # ByT5's, written in Python, has none
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # None for tokenizers in Python (ByT5)
         if backend is not None:
             backend.no_padding()
             backend.no_truncation()
@@ -187,12 +205,13 @@ class MMCoTProcessor(ProcessorMixin):
 
     @property
     def text_columns(self) -> list[str]:
-        """The texts that a problem is given with: what some stage reads and none writes, without gold."""
+        """The text columns of an input problem: those that a stage reads and no stage writes, without gold columns."""
         read = {column for stage in self.stages for column in stage.reads}
         written = {stage.writes for stage in self.stages}
         return sorted(({"question", "context", "caption"} | read) - written - {"choices", "images", *GOLD_COLUMNS})
 
     def stage(self, name: str) -> Stage:
+        """Return the stage with the given name."""
         return self.stages.named(name)
 
     def __call__(
@@ -206,26 +225,34 @@ class MMCoTProcessor(ProcessorMixin):
         **kwargs,
     ) -> BatchFeature:
         """
-        Either `problems` with a `stage`, or `text` as any processor of transformers takes it.
+        Prepare either `problems` for a `stage`, or `text`, as for other processors of transformers.
 
         Args:
-            problems (`dict` or `list[dict]`): rows of the problem schema, their pictures as `image` or `images`; for a
-                later stage with the columns that the earlier ones wrote. `context`, `choices` and `caption` may be
-                missing.
-            stage (`str`): the stage whose templates to use.
-            images (*optional*): in place of the problems' own, one entry per problem: a picture, a list of pictures or
-                None. A picture is anything that `pictures_mmcot.open_picture` takes: a PIL image, a path, a URL, …
-            text (`str` or `list[str]`): ready-made sources.
-            with_targets (`bool`): give `labels` too, padded with -100.
-            kwargs: passed to the tokenizer, over the defaults (padding to the longest).
+            problems (`dict` or `list[dict]`, *optional*):
+                Rows of the problem schema, with pictures as `image` or `images`, and for a later stage with the columns
+                that earlier stages wrote. `context`, `choices` and `caption` may be missing.
+            stage (`str`, *optional*):
+                The name of the stage whose templates to use. Required with `problems`.
+            images (*optional*):
+                Pictures to use instead of the problems' own, one entry per problem: a picture, a list of pictures or
+                None. `pictures_mmcot.open_picture` lists the accepted types: a PIL image, a path, a URL, …
+            text (`str` or `list[str]`, *optional*):
+                Sources that are already rendered.
+            with_targets (`bool`, *optional*, defaults to `False`):
+                Whether to also return `labels`, padded with -100.
+            return_tensors (`str`, *optional*, defaults to `"pt"`):
+                The type of the returned tensors.
+            kwargs:
+                Passed to the tokenizer, overriding the defaults (padding to the longest).
 
         Returns:
-            `input_ids`, `attention_mask` of shape `(batch_size, sequence_length)`; where the model sees pictures
-            `pixel_values` `(batch_size, num_images, 3, height, width)` and `pixel_mask`
-            `(batch_size, num_images, height, width)`; and with targets `labels` `(batch_size, target_length)`.
+            `BatchFeature`: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`; if the stage
+            reads pictures, `pixel_values` of shape `(batch_size, num_images, 3, height, width)` and `pixel_mask` of
+            shape `(batch_size, num_images, height, width)`; with targets, `labels` of shape
+            `(batch_size, target_length)`.
         """
         if (problems is None) == (text is None):
-            raise ValueError("Give problems with a stage, or text: exactly one of them.")
+            raise ValueError("Pass either problems with a stage, or text: exactly one of them.")
         kwargs = {"padding": True, "return_tensors": return_tensors, **kwargs}
         if text is not None:
             batch = self.encode_texts(text, **kwargs)
@@ -233,10 +260,10 @@ class MMCoTProcessor(ProcessorMixin):
             return BatchFeature(dict(batch), tensor_type=return_tensors)
         problems = [problems] if isinstance(problems, Mapping) else list(problems)
         if not problems:
-            raise ValueError("problems is empty: give at least one.")
+            raise ValueError("problems is empty: expected at least one.")
         stage = self.stage(stage)
-        images = images_of(problems, images)
-        problems = [self.complete(problem) for problem in problems]
+        images = collect_images(problems, images)
+        problems = [self.complete_problem(problem) for problem in problems]
         for problem in problems:
             self.check_written(problem, stage)
         batch = self.encode_texts([self.fit_source(problem, stage) for problem in problems], **kwargs)
@@ -247,15 +274,15 @@ class MMCoTProcessor(ProcessorMixin):
             batch["labels"] = self.tokenize_targets(targets, truncation=True, max_length=stage.max_target_length)
         return BatchFeature(dict(batch), tensor_type=return_tensors)
 
-    def complete(self, problem: Mapping) -> dict:
+    def complete_problem(self, problem: Mapping) -> dict:
         """
-        A problem with a text in each column of text, "" where it has none, and its choices as a list.
+        Return the problem with all text columns, "" for missing ones, and its choices as a list.
 
         Raises:
-            ValueError: it has no question, a key that is no column, or a column of another kind.
+            ValueError: If the problem has no question, an unknown key, or a column of another type.
         """
         if not isinstance(problem, Mapping) or not isinstance(problem.get("question"), str):
-            raise ValueError(f"A problem is a dict with a `question` (str); found {problem!r:.200}.")
+            raise ValueError(f"A problem must be a dict with a `question` (str); found {problem!r:.200}.")
         check_columns(problem, {column for stage in self.stages for column in (*stage.reads, stage.writes)})
         texts = {name: as_text(problem, name) for name in self.text_columns}
         if not texts["context"]:
@@ -264,19 +291,21 @@ class MMCoTProcessor(ProcessorMixin):
 
     def check_written(self, problem: Mapping, stage: Stage) -> None:
         """
+        Check that the problem has all columns that earlier stages write and this stage reads.
+
         Raises:
-            ValueError: the problem lacks what an earlier stage writes and this one reads.
+            ValueError: If a column is missing.
         """
         for earlier in self.stages.before(stage):
             if earlier.writes in stage.reads and is_absent(problem.get(earlier.writes)):
                 raise ValueError(
-                    f"The {stage.name} stage reads `{earlier.writes}`, which the {earlier.name} stage writes: give it."
+                    f"The {stage.name} stage reads `{earlier.writes}`, which the {earlier.name} stage writes: add it."
                 )
 
     def choice_labels(self, problems: list[dict], stage: str) -> torch.LongTensor:
         """
-        Each choice's target as labels, `(batch_size, max_choices, target_length)`, -100 where there is nothing. It is
-        not cut at `max_target_length`: choices that are longer could become the same.
+        Return the targets of all choices as labels, `(batch_size, max_choices, target_length)`, padded with -100. They
+        are not truncated to `max_target_length`, because longer choices could become equal.
         """
         stage = self.stage(stage)
         num_choices = max(len(problem["choices"]) for problem in problems)
@@ -290,11 +319,12 @@ class MMCoTProcessor(ProcessorMixin):
         return labels.view(len(problems), num_choices, -1)
 
     def tokenize_targets(self, targets: list[str], **kwargs) -> torch.LongTensor:
+        """Return the tokens of the targets, padded with -100."""
         tokens = self.encode_texts(targets, **kwargs)
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
 
     def encode_texts(self, texts: str | list[str], **kwargs):
-        """The tokenizer's own call. It keeps the padding and cutting of a call in itself: one thread at a time."""
+        """Call the tokenizer, one thread at a time, because it stores the padding and truncation of a call."""
         with TOKENIZING:
             return self.tokenizer(texts, **{"padding": True, "return_tensors": "pt", **kwargs})
 
@@ -309,14 +339,19 @@ class MMCoTProcessor(ProcessorMixin):
         **kwargs,
     ):
         """
-        A chat of one user message (`chat_mmcot.read_chat` says how it is read) as inputs of `generate`, which then
-        answers it by all stages. There is no template to give: a message becomes a problem, and the stages have theirs.
+        Convert a chat of one user message to inputs of `generate`, which answers it with all stages.
+
+        `chat_mmcot.read_chat` reads the message as a problem. A `chat_template` is not supported, because the stages
+        have their own templates.
 
         Returns:
-            The first stage's source (`str`, or a list for several chats); with `tokenize=True` its `input_ids`; with
-            `return_dict=True` all its inputs, and `problems`, by which `generate` knows that it is a chat.
+            The source of the first stage (`str`, or a list for several chats); with `tokenize=True` its `input_ids`;
+            with `return_dict=True` all its inputs, and `problems`, by which `generate` recognizes a chat.
+
+        Raises:
+            ValueError: If a chat cannot be read as a problem, or an argument is not supported.
         """
-        kwargs = {name: value for name, value in kwargs.items() if (name, value) != ("padding", True)}  # it pads anyway
+        kwargs = {name: value for name, value in kwargs.items() if (name, value) != ("padding", True)}  # the default
         if chat_template is not None or kwargs:
             names = ", ".join([*(["chat_template"] if chat_template is not None else []), *kwargs])
             raise ValueError(f"apply_chat_template: {names} has no effect here; the stages have their own templates.")
@@ -336,53 +371,63 @@ class MMCoTProcessor(ProcessorMixin):
         return batch
 
     def fit_source(self, problem: dict, stage: Stage) -> str:
-        """The stage's source, shortened to its `max_source_length` where it has to be."""
+        """Render the stage's source, shortened to `max_source_length` if necessary."""
         source = stage.render_source(problem)
         if not self.is_too_long(source, stage):
             return source
         for column, from_end in SHORTENED_COLUMNS:
             if column not in stage.reads or not problem.get(column):
                 continue
-            problem = self.shorten(problem, column, from_end, stage)
+            problem = self.shorten_column(problem, column, from_end, stage)
             if not self.is_too_long(stage.render_source(problem), stage):
                 break
         return stage.render_source(problem)
 
-    def shorten(self, problem: dict, column: str, from_end: bool, stage: Stage) -> dict:
-        """The problem with as many words of that column as fit."""
+    def shorten_column(self, problem: dict, column: str, from_end: bool, stage: Stage) -> dict:
+        """Return the problem with as many words of the column as fit into the source."""
         words = problem[column].split()
 
-        def without(count: int) -> dict:
-            kept = words[: len(words) - count] if from_end else words[count:]
-            return {**problem, column: " ".join(kept)}
+        def remove_words(count: int) -> dict:
+            remaining = words[: len(words) - count] if from_end else words[count:]
+            return {**problem, column: " ".join(remaining)}
 
-        fits = bisect.bisect_left(
-            range(len(words)), True, key=lambda count: not self.is_too_long(stage.render_source(without(count)), stage)
+        num_removed = bisect.bisect_left(
+            range(len(words)),
+            True,
+            key=lambda count: not self.is_too_long(stage.render_source(remove_words(count)), stage),
         )
-        return without(fits)
+        return remove_words(num_removed)
 
     def is_too_long(self, source: str, stage: Stage) -> bool:
+        """Return whether the source has more tokens than `max_source_length`."""
         tokens = self.encode_texts(source, padding=False, return_tensors=None, verbose=False)
         return len(tokens["input_ids"]) > stage.max_source_length
 
     def prepare_pictures(self, images, batch_size: int) -> dict[str, torch.Tensor]:
         """
-        Pixels of a batch, or nothing where no problem of it has a picture.
+        Prepare the pictures of a batch.
+
+        Args:
+            images:
+                One entry per problem: a picture, a list of pictures or None.
+            batch_size (`int`):
+                The number of problems.
 
         Returns:
-            `pixel_values` `(batch_size, num_images, 3, height, width)` and `pixel_mask`
-            `(batch_size, num_images, height, width)`, num_images being the most that a problem of the batch has.
+            `dict[str, torch.Tensor]`: `pixel_values` of shape `(batch_size, num_images, 3, height, width)` and
+            `pixel_mask` of shape `(batch_size, num_images, height, width)`, where `num_images` is the maximum number of
+            pictures per problem in the batch. Empty if no problem has a picture.
         """
         if images is None:
             return {}
         images = images if isinstance(images, (list, tuple)) else [images]
         if len(images) != batch_size:
-            raise ValueError(f"images has {len(images)} entries for {batch_size} problems: give one entry per problem.")
+            raise ValueError(f"images has {len(images)} entries for {batch_size} problems: expected one per problem.")
         is_empty = [entry is None or (isinstance(entry, (list, tuple)) and not entry) for entry in images]
         if self.image_processor is None and not all(is_empty):
             raise ValueError(
-                "A picture was given, but there is no image processor: this model has no picture tower, and its "
-                "pictures come as vision_features that were computed before."
+                "A picture was given, but there is no image processor: this model has no picture tower, and reads "
+                "pictures as precomputed vision_features."
             )
         pixels = [[picture_pixels(self.image_processor, picture) for picture in as_pictures(entry)] for entry in images]
         return stack_pixels(pixels)

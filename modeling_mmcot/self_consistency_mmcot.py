@@ -1,4 +1,7 @@
-"""The answer that several drawn texts agree on (Wang et al. 2023, arXiv 2203.11171). It draws none itself."""
+"""Self-consistency: the aggregated answer of several sampled rationales (Wang et al. 2023, arXiv 2203.11171).
+
+This file only aggregates: the pipeline and `mmcot.predict` sample the rationales.
+"""
 
 from collections import Counter
 from typing import Any
@@ -7,13 +10,16 @@ import torch
 
 from .stage_mmcot import Stage
 
-TEMPERATURE = 0.7  # of the drawing, where nothing else is asked for
+TEMPERATURE = 0.7  # default temperature for sampling
 
 
-def agreed(samples: list[dict], problem: dict, stage: Stage) -> dict:
+def majority_answer(samples: list[dict], problem: dict, stage: Stage) -> dict:
     """
-    One prediction from those of several samples: the columns of the first that gives the answer agreed on, the mean
-    `scores`, every sample's `rationales`, and `agreement`, the share of samples that give that answer.
+    Aggregate several samples into one prediction.
+
+    The answer is the choice with the highest mean probability; without choices, the most frequent text. The prediction
+    consists of the columns of the first sample with that answer, the mean `scores`, the `rationales` of all samples,
+    and `agreement`, the share of samples with that answer.
     """
     columns: dict[str, Any] = {}
     if problem["choices"]:

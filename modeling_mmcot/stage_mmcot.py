@@ -1,8 +1,8 @@
 """A stage: the columns that it reads, the column that it writes, and its templates.
 
-A stage is data (Jinja templates, like chat templates). The stages are saved in the processor's config, next to the
-weights. A source template sees only the columns that the stage reads; a target template sees the gold columns as well.
-This file imports no other shipped file.
+A stage is data (Jinja templates, like chat templates). The processor's config contains the stages and is saved next to
+the weights. A source template has access only to the columns that the stage reads; a target template also to the gold
+columns. This file imports no other shipped file.
 """
 
 import functools
@@ -13,13 +13,12 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 GENERATE, CHOOSE = "generate", "choose"
-# What a stage does with a batch of problems: write a text, or score the choices. Each kind is a function in
-# `inference_mmcot.KINDS`.
+# Kinds of stages: generate a text, or score the choices. `inference_mmcot.KINDS` maps each kind to a function.
 KINDS = (GENERATE, CHOOSE)
 ANSWER = "answer_text"  # the column that a stage of kind "choose" writes
 GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
-# How a stage that answers compares choices: by the log-probabilities of their targets' tokens in sum, on average, or in
-# sum less what the target has without a question (`inference_mmcot.choose_answers`).
+# Scores to compare choices by: the sum or the mean of the log-probabilities of the target's tokens, or the sum minus
+# that of the same target without a question (`inference_mmcot.choose_answers`).
 SCORES = ("total", "mean", "calibrated")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_PATTERN = re.compile(r"The answer is \(([A-Z])\)")
@@ -32,8 +31,8 @@ _QUESTION = (
 _GOLD = "{{ lecture | one_line }} {{ solution | one_line }}"
 _ANSWER = "The answer is ({{ letters[answer] }})."
 
-# The prompts of the original's utils_prompt.py, by its names for them: what is given - what is asked for
-# (Q question, C context, M choices, G rationale; L lecture, E solution, A answer).
+# The prompts of the original's utils_prompt.py, under its names: inputs - outputs (Q question, C context, M choices,
+# G rationale; L lecture, E solution, A answer).
 PAPER_TEMPLATES: dict[str, dict[str, str]] = {
     "QCM-A": {"source": _QUESTION + "Answer:", "target": _ANSWER},
     "QCM-E": {"source": _QUESTION + "Solution:", "target": "Solution: {{ solution | one_line }}"},
@@ -49,37 +48,48 @@ PAPER_TEMPLATES: dict[str, dict[str, str]] = {
 
 
 def one_line(text: str) -> str:
-    """
-    Line breaks as the two characters backslash and n, as the original writes those of lectures and solutions. (T5's
-    vocabulary has no backslash and reads an unknown piece and an n there, in the original too.)
+    r"""
+    Replace line breaks by the two characters `\n`, as the original does in lectures and solutions. (T5's vocabulary has
+    no backslash and tokenizes them as an unknown token and an n, also in the original.)
     """
     return text.replace("\n", "\\n")
 
 
-# The sandbox that transformers uses for chat templates; a column that a template may not see is an error.
+# The sandbox that transformers uses for chat templates. A column that the template has no access to is an error.
 ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
 ENVIRONMENT.filters["one_line"] = one_line
 compile_template = functools.lru_cache(ENVIRONMENT.from_string)
 
 
-# A stage's name is also its folder's.
+# A stage's name is also the name of its folder.
 STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 @dataclass
 class Stage:
     """
-    One pass of the model: it reads columns of a problem (and its pictures) and writes one new column.
+    One pass of the model, which reads columns of a problem (and its pictures) and writes one new column.
 
     Args:
-        name (`str`): the stage's name, also its folder's.
-        reads (`list[str]`): the columns that the source template sees; `images` among them when it sees the pictures.
-        writes (`str`): the column that it writes.
-        source (`str`), target (`str`): Jinja templates. The target's sees every column, the gold ones too.
-        max_source_length (`int`), max_target_length (`int`): in tokens.
-        score (`str`): of a stage that answers, how choices are compared: a name in `SCORES`.
-        kind (`str`, *optional*): a name in `KINDS`. By default "choose" for the stage that writes `answer_text`, and
-            "generate" for every other one.
+        name (`str`):
+            The name of the stage, and of its folder.
+        reads (`list[str]`):
+            The columns that the source template can use, including `images` if the stage reads the pictures.
+        writes (`str`):
+            The column that the stage writes.
+        source (`str`):
+            Jinja template of the source.
+        target (`str`):
+            Jinja template of the target, which can use all columns, including the gold ones.
+        max_source_length (`int`, *optional*, defaults to 512):
+            Maximum length of the source, in tokens.
+        max_target_length (`int`, *optional*, defaults to 512):
+            Maximum length of the target, in tokens.
+        score (`str`, *optional*, defaults to `"total"`):
+            The score by which a stage that answers compares choices; a name in `SCORES`.
+        kind (`str`, *optional*):
+            A name in `KINDS`. Defaults to `"choose"` for the stage that writes `answer_text`, and to `"generate"` for
+            all others.
     """
 
     name: str
@@ -94,15 +104,17 @@ class Stage:
 
     def __post_init__(self):
         """
+        Check all fields, because a stage comes from a file and its name is used as a folder's name.
+
         Raises:
-            ValueError: a field is not of its kind. A stage comes from a file, and its name is a folder's.
+            ValueError: If a field has a wrong type or value.
         """
         self.kind = self.kind or default_kind(self.writes)
         texts = {name: isinstance(getattr(self, name), str) for name in ("name", "writes", "source", "target")}
         is_name = texts["name"] and STAGE_NAME.fullmatch(self.name) is not None
         is_list = isinstance(self.reads, (list, tuple)) and all(isinstance(column, str) for column in self.reads)
         checks = {
-            "name": (is_name, "letters, digits, _ and -, as it is a folder's name too"),
+            "name": (is_name, "letters, digits, _ and -, because it is also a folder's name"),
             "reads": (is_list, "a list of columns"),
             "writes": (texts["writes"] and self.writes != "", "a column"),
             "source": (texts["source"], "a template"),
@@ -115,26 +127,28 @@ class Stage:
         }
         for name in ("max_source_length", "max_target_length"):
             checks[name] = (type(getattr(self, name)) is int and getattr(self, name) > 0, "a number of tokens")
-        for name, (is_right, expected) in checks.items():
-            if not is_right:
+        for name, (is_valid, expected) in checks.items():
+            if not is_valid:
                 raise ValueError(f"{name} of a stage is {getattr(self, name)!r:.80}; expected {expected}.")
 
     def render_source(self, problem: dict) -> str:
+        """Render the source template with the columns that the stage reads."""
         return render(self.source, {name: problem[name] for name in self.reads if name in problem})
 
     def render_target(self, problem: dict) -> str:
-        """The text to learn: the written column where the problem has it already, else the target template's."""
+        """Return the training target: the written column if the problem has it already, else the rendered template."""
         if self.writes in problem:
             return fold(problem[self.writes])
         return render(self.target, problem)
 
     @property
     def answers(self) -> bool:
-        """Whether this stage gives the answer, which is chosen by scoring the choices."""
+        """Whether this stage writes the answer, by scoring the choices."""
         return self.kind == CHOOSE
 
     @property
     def sees_pictures(self) -> bool:
+        """Whether this stage reads the pictures."""
         return "images" in self.reads
 
 
@@ -147,39 +161,48 @@ class Stages(list[Stage]):
 
     @property
     def see_pictures(self) -> bool:
-        """Whether any stage does."""
+        """Whether any stage reads the pictures."""
         return self.read("images")
 
     def read(self, column: str) -> bool:
-        """Whether any stage reads the column."""
+        """Return whether any stage reads the column."""
         return any(column in stage.reads for stage in self)
 
     def named(self, name: str) -> Stage:
+        """
+        Return the stage with the given name.
+
+        Raises:
+            ValueError: If there is no such stage.
+        """
         for stage in self:
             if stage.name == name:
                 return stage
         raise ValueError(f"stage is {name!r}; this processor's stages: {', '.join(self.names) or 'none'}.")
 
     def before(self, stage: Stage) -> "Stages":
+        """Return the stages before the given one."""
         return Stages(self[: self.index(stage)])
 
     def after(self, stage: Stage) -> "Stages":
+        """Return the stages after the given one."""
         return Stages(self[self.index(stage) + 1 :])
 
 
 def default_kind(writes: str) -> str:
-    """The kind of a stage that names none, by the column that it writes."""
+    """Return the default kind of a stage that writes the given column."""
     return CHOOSE if writes == ANSWER else GENERATE
 
 
 def render(template: str, columns: dict) -> str:
+    """Render a Jinja template with columns, and fold white space."""
     return fold(compile_template(template).render(letters=LETTERS, **columns))
 
 
 def read_answer(text: str, num_choices: int) -> int:
     """
-    The index in "The answer is (B).", the paper's way; -1 where there is none, several, or none of these choices. As in
-    the original, two statements of an answer cannot be read, even where they agree.
+    Return the index of the choice in "The answer is (B).", the paper's method; -1 if there is no such statement, more
+    than one, or no such choice. As in the original, two statements cannot be read, even if they agree.
     """
     letters = ANSWER_PATTERN.findall(text)
     index = LETTERS.index(letters[0]) if len(letters) == 1 else -1
@@ -187,5 +210,5 @@ def read_answer(text: str, num_choices: int) -> int:
 
 
 def fold(text: str) -> str:
-    """White space folded to single blanks, as in the original."""
+    """Replace all white space by single spaces, as in the original."""
     return " ".join(text.split())

@@ -1,7 +1,7 @@
 """Prompt learning: virtual tokens before the source (prompt tuning) or in the decoder's attention (prefix tuning).
 
-PEFT trains, saves and loads them, and puts them into a whole forward pass. Here is what decoding needs that reads the
-source once and shares the encoder's states: the same tokens for the encoder alone and for the decoder alone.
+PEFT trains, saves and loads the virtual tokens, and inserts them into a full forward pass. Decoding here runs the
+encoder once and shares its states, so this file inserts the same tokens into the encoder and the decoder separately.
 """
 
 import torch
@@ -13,27 +13,31 @@ from .versions_mmcot import CACHE
 
 class VirtualTokens:
     """
-    Those of the active adapter, for its base. The decoder gets a prefix by itself, whenever its cache is empty.
+    The virtual tokens of the active adapter. A hook adds the prefix to the decoder whenever its cache is empty.
 
     Args:
-        model (`PeftModelForSeq2SeqLM`): adapted by prompt or prefix tuning.
+        model (`PeftModelForSeq2SeqLM`):
+            A model adapted by prompt or prefix tuning.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.has_prefix = model.active_peft_config.peft_type == "PREFIX_TUNING"
         if self.has_prefix:
-            model.get_base_model().decoder.register_forward_pre_hook(self.put_prefix, with_kwargs=True)
+            model.get_base_model().decoder.register_forward_pre_hook(self.add_prefix, with_kwargs=True)
 
     def before_source(self, inputs: BatchFeature) -> BatchFeature:
         """
+        Insert the virtual tokens of prompt tuning before the source.
+
         Args:
-            inputs (`BatchFeature`): with `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`.
+            inputs (`BatchFeature`):
+                Inputs with `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`.
 
         Returns:
-            Of prompt tuning, with `inputs_embeds` of shape
+            `BatchFeature`: For prompt tuning, inputs with `inputs_embeds` of shape
             `(batch_size, num_virtual_tokens + sequence_length, hidden_size)` in place of `input_ids`, and a mask of
-            that length; of prefix tuning `inputs` as they are.
+            that length. For prefix tuning, the unchanged `inputs`.
         """
         if self.has_prefix:
             return inputs
@@ -46,13 +50,14 @@ class VirtualTokens:
         return inputs
 
     def prefix(self, batch_size: int) -> EncoderDecoderCache | None:
-        """Of prefix tuning, the keys and values that stand before the decoder's own; nothing of its cross-attention."""
+        """Return the keys and values of prefix tuning before the decoder's own; the cross-attention has none."""
         return self.model.get_prompt(batch_size) if self.has_prefix else None
 
-    def put_prefix(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def add_prefix(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Add the prefix to the decoder's empty cache, or pass it as the cache (a hook before `forward`)."""
         cache = kwargs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 0:
-            return None  # it is there
+            return None  # the cache already contains the prefix
         tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         prefix = self.prefix(len(tokens))
         if cache is None:

@@ -28,7 +28,7 @@ from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
 from modeling_mmcot.stage_mmcot import Stage
-from modeling_mmcot.versions_mmcot import REQUIRED, needed
+from modeling_mmcot.versions_mmcot import REQUIRED, requirement
 from modeling_mmcot.vision_mmcot import TOWERS
 
 PICTURE = "stages.png"
@@ -117,8 +117,8 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         template_str=resources.files("mmcot.hub").joinpath("card_template.md").read_text(encoding="utf-8"),
         repo_id=publication.repo_id,
         version=__version__,
-        needs=[needed(name) for name in REQUIRED],
-        needs_peft=needed("peft"),
+        needs=[requirement(name) for name in REQUIRED],
+        needs_peft=requirement("peft"),
         stages=processor.stages,
         picture=PICTURE,
         sees_pictures=processor.stages.see_pictures,

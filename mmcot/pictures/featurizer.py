@@ -36,10 +36,10 @@ from modeling_mmcot.vision_mmcot import (
     encode_pictures,
     find_tower,
     load_vision_tower,
+    remove_unread_parts,
     resolved_name,
     tower_config,
     tower_name,
-    without_unread_parts,
 )
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def load_featurizer(options: TowerOptions) -> Featurizer:
     image_processor = load_image_processor(options.vision, options.preprocessing, options.revision)
     detector = load_detector(checkpoint, options.revision)
     if detector is not None:
-        tower = without_unread_parts(detector.model)
+        tower = remove_unread_parts(detector.model)
     else:
         tower = load_vision_tower(checkpoint, revision=options.revision).eval().to(DEVICE)
     if options.bf16:

@@ -31,7 +31,7 @@ from mmcot.storage.journal import Batch, Journal
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.inference_mmcot import count_unfinished, write_column
-from modeling_mmcot.self_consistency_mmcot import agreed
+from modeling_mmcot.self_consistency_mmcot import majority_answer
 from modeling_mmcot.stage_mmcot import Stage
 
 logger = logging.getLogger(__name__)
@@ -181,4 +181,4 @@ def predict(
     if len(samples) == 1:
         return samples[0]
     rows, last = without_gold(problems).remove_columns("images"), processor.stages[-1]
-    return {row["id"]: agreed([predictions[row["id"]] for predictions in samples], row, last) for row in rows}
+    return {row["id"]: majority_answer([predictions[row["id"]] for predictions in samples], row, last) for row in rows}

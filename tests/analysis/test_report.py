@@ -26,7 +26,7 @@ from mmcot.problems.schema import FEATURES, with_column
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
 from mmcot.training.adapters import adapt
-from modeling_mmcot.attention_mmcot import places
+from modeling_mmcot.attention_mmcot import locate_patches
 
 CHROMIUM = shutil.which("chromium")
 
@@ -97,8 +97,8 @@ def test_detrs_queries_are_where_its_decoder_attended(detr):
     tower = AutoModel.from_config(DetrConfig.from_pretrained(detr)).eval()
     pixels = torch.randn(3, 96, 160)
     with torch.no_grad():
-        maps = places(tower, pixels, 5)
-        tower.set_attn_implementation("eager")  # of a tower that is not, `places` takes a copy
+        maps = locate_patches(tower, pixels, 5)
+        tower.set_attn_implementation("eager")  # otherwise `cross_attention` copies the tower
         attentions = tower(pixel_values=pixels[None], output_attentions=True).cross_attentions[-1]
     assert maps.shape[0] == 5 and maps.shape[1] / maps.shape[2] == 96 / 160
     assert torch.allclose(maps.flatten(1), attentions[0].mean(dim=0))
@@ -159,11 +159,11 @@ def test_maps_of_a_prompted_stage_are_those_of_what_it_reads(tiny_run, tiny_data
 
 def test_a_class_token_has_no_place():
     tower = tiny_model().encoder.vision_tower
-    found = places(tower, torch.zeros(3, 32, 32), 5)
+    found = locate_patches(tower, torch.zeros(3, 32, 32), 5)
     assert found.shape == (5, 2, 2) and found[0].sum() == 0 and torch.equal(found[1:].flatten(1), torch.eye(4))
     for size, count in (((32, 32), 7), ((32, 48), 9)):
-        with pytest.raises(ValueError, match=f"{count} patches of a picture of .*: expected those of a square one"):
-            places(tower, torch.zeros(3, *size), count)
+        with pytest.raises(ValueError, match=f"{count} patches of a picture of .*: expected a square picture"):
+            locate_patches(tower, torch.zeros(3, *size), count)
 
 
 def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tmp_path, monkeypatch):

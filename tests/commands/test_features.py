@@ -288,7 +288,7 @@ def test_prediction_refuses_a_store_of_another_tower(runs, detr, tiny_dataset, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--vision_tower", "clip"], "'clip', a tower of model_type 'timm_wrapper'; vision_config is of .*'detr'"),
+        (["--vision_tower", "clip"], "'clip', a tower with model_type 'timm_wrapper', but vision_config has .*'detr'"),
         (["--vision_preprocessing", "chekpoint"], "preprocessing is 'chekpoint'; expected checkpoint or paper"),
     ],
 )

@@ -22,7 +22,7 @@ from mmcot.problems.sources import load_problems
 from mmcot.problems.subsets import select
 from mmcot.storage.journal import Journal
 from modeling_mmcot.pictures_mmcot import as_pictures
-from modeling_mmcot.self_consistency_mmcot import agreed
+from modeling_mmcot.self_consistency_mmcot import majority_answer
 from modeling_mmcot.stage_mmcot import Stage
 
 
@@ -247,10 +247,10 @@ def test_an_answer_whose_text_shows_the_rationale_can_be_agreed_on():
         {"rationale": "so", "answer": 0, "answer_text": "The answer is (A) because so", "scores": [0.6, 0.0, 0.4]},
         {"rationale": "no", "answer": 1, "answer_text": "The answer is (B) because no", "scores": [0.0, 0.5, 0.5]},
     ]
-    found = agreed(samples, {"id": "1", "question": "?", "choices": ["a", "b", "c"]}, stage)
+    found = majority_answer(samples, {"id": "1", "question": "?", "choices": ["a", "b", "c"]}, stage)
     assert found["answer"] == 2 and found["agreement"] == 0
     assert found["answer_text"] == "The answer is (C) because so"
-    assert agreed(samples[:1], {"choices": ["a", "b", "c"]}, stage)["answer_text"] == samples[0]["answer_text"]
+    assert majority_answer(samples[:1], {"choices": ["a", "b", "c"]}, stage)["answer_text"] == samples[0]["answer_text"]
 
 
 def test_an_answer_that_samples_agree_on(tiny_run, tiny_dataset):

@@ -349,5 +349,5 @@ def test_a_model_of_another_format_is_refused_by_name(version, age, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["format_version"] == 1, "a model says what it is"
     (tmp_path / "config.json").write_text(json.dumps({**config, "format_version": version}))
-    with pytest.raises(ValueError, match=f"format_version is {version}: this model was made by {age} mmcot"):
+    with pytest.raises(ValueError, match=f"format_version is {version}: this model was saved by {age} mmcot"):
         MMCoTForConditionalGeneration.from_pretrained(tmp_path)

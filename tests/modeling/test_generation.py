@@ -9,7 +9,7 @@ from conftest import log_probability, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from modeling_mmcot.generation_mmcot import ROOM, GrowingLayer, greedy_search, packed_linears
+from modeling_mmcot.generation_mmcot import CACHE_STEP, GrowingLayer, greedy_search, packed_linears
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def rows_decoded(model):
 def test_greedy_search_gives_the_tokens_of_transformers(model, sources, ends):
     options = {"logits_processor": LogitsProcessorList([LikesEos()] if ends == "one_after_another" else [])}
     if ends == "never":
-        options.update(suppress_tokens=[1], max_new_tokens=2 * ROOM + 10)
+        options.update(suppress_tokens=[1], max_new_tokens=2 * CACHE_STEP + 10)
     expected = model.generate(**sources, **options)
     assert torch.equal(model.generate(**sources, **options, custom_generate=greedy_search), expected)
     lengths = (expected != 0).sum(dim=1)
@@ -71,12 +71,12 @@ def test_finished_texts_leave_the_batch(model, sources):
 def test_a_growing_cache_holds_what_a_plain_one_does_and_seldom_copies():
     torch.manual_seed(0)
     plain, growing, places = DynamicLayer(), GrowingLayer(), []
-    for number in range(3 * ROOM):
-        new = torch.randn(2, 6 if number <= ROOM else 3, 4, 1, 8)
+    for number in range(3 * CACHE_STEP):
+        new = torch.randn(2, 6 if number <= CACHE_STEP else 3, 4, 1, 8)
         for expected, found in zip(plain.update(*new), growing.update(*new), strict=True):
             assert torch.equal(found, expected)
         places.append(growing.keys.data_ptr())
-        if number == ROOM:
+        if number == CACHE_STEP:
             for layer in (plain, growing):
                 layer.batch_select_indices(torch.tensor([0, 2, 5]))
     assert sum(place != before for before, place in pairwise(places)) <= 5

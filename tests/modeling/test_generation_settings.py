@@ -163,7 +163,7 @@ def of_ours(model, processor, inputs, settings):
 def test_each_setting_gives_the_text_of_transformers_or_is_refused_by_name(name, model, processor, inputs):
     settings = VALUES[name]
     if name not in SETTINGS:
-        with pytest.raises(ValueError, match=rf"\b(?:{'|'.join(settings)}) is .*which a stage does not take: \w+"):
+        with pytest.raises(ValueError, match=rf"\b(?:{'|'.join(settings)}) is .*which a stage does not support: \w+"):
             of_ours(model, processor, inputs, settings)
         with pytest.raises(ValueError, match=rf"^{name} is "):
             given_settings({name: settings[name]})
@@ -250,5 +250,5 @@ def test_a_model_without_a_pad_token_ends_its_texts(model, processor, inputs):
 def test_stop_strings_that_the_tokenizer_has_no_pieces_for_are_named(model, inputs):
     words = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(PIECES)}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    with pytest.raises(ValueError, match="stop_strings is .*no strings in the pieces of this tokenizer"):
+    with pytest.raises(ValueError, match="stop_strings is .*cannot match strings to the tokens of this tokenizer"):
         of_ours(model, MMCoTProcessor(tokenizer, None, STAGES), inputs, {"stop_strings": ["ab"]})

@@ -11,7 +11,7 @@ from test_pipeline import processor  # noqa: F401 (a fixture)
 from transformers import pipeline
 
 from modeling_mmcot import MMCoTForConditionalGeneration
-from modeling_mmcot.known_answer_mmcot import FILE, differs, known_answer_file, of_stage, sha256
+from modeling_mmcot.known_answer_mmcot import FILE, compute_stage_answer, find_difference, known_answer_file, sha256
 
 
 @pytest.fixture
@@ -97,10 +97,10 @@ def test_a_changed_template_is_caught(folder):
 def test_a_keyword_of_another_name_is_caught(processor, monkeypatch):  # noqa: F811
     """As transformers 5.23 met a decoder cache called `cache`: swallowed, no error, other tokens."""
     models, stage = {"rationale": tiny_model(5, initializer_factor=6.0)}, processor.stages[0]
-    expected = of_stage(models, processor, stage)
-    assert differs(expected, of_stage(models, processor, stage)) is None
+    expected = compute_stage_answer(models, processor, stage)
+    assert find_difference(expected, compute_stage_answer(models, processor, stage)) is None
     monkeypatch.setattr("modeling_mmcot.generation_mmcot.CACHE", "another_name")
-    assert "it writes" in differs(expected, of_stage(models, processor, stage))
+    assert "it generates" in find_difference(expected, compute_stage_answer(models, processor, stage))
 
 
 def test_a_saved_pipeline_is_the_whole_system_again(folder, tmp_path):
@@ -123,7 +123,7 @@ def test_a_name_that_leads_outside_opens_nothing(folder, tmp_path):
     found = known(folder)
     for name in ("../secret.safetensors", str(secret)):
         (folder / FILE).write_text(json.dumps({**found, "weights": {name: sha256(str(secret))}}))
-        with pytest.raises(ValueError, match="which does not lie beside it"):
+        with pytest.raises(ValueError, match="which is not in the same folder"):
             load(folder)
 
 

@@ -236,14 +236,14 @@ def test_pixels_without_a_tower_are_refused(build, batch):
 
 def test_more_pictures_than_the_limit_are_refused(build, batch):
     batch["pixel_values"] = batch["pixel_values"].expand(-1, 3, -1, -1, -1)
-    with pytest.raises(ValueError, match="hold 3 pictures a problem, but config.max_images is 2"):
+    with pytest.raises(ValueError, match="contain 3 pictures per problem, but config.max_images is 2"):
         build(max_images=2).encoder(**batch)
 
 
 def test_masks_of_another_size_are_refused(build, batch):
-    with pytest.raises(ValueError, match=r"pixel_mask is of shape \(3, 1, 16, 32\).*\(3, 1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"pixel_mask has the shape \(3, 1, 16, 32\).*\(3, 1, 32, 32\)"):
         build().encoder(**{**batch, "pixel_mask": batch["pixel_mask"][:, :, :16]})
-    with pytest.raises(ValueError, match=r"vision_mask is of shape \(3, 5\).*\(3, 4\)"):
+    with pytest.raises(ValueError, match=r"vision_mask has the shape \(3, 5\).*\(3, 4\)"):
         features = {"vision_features": torch.randn(3, 4, 24), "vision_mask": torch.ones(3, 5)}
         build().encoder(input_ids=batch["input_ids"], **features)
 

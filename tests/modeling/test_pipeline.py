@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
-from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts, rows_of_like_lengths, run_stages
+from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts, group_by_length, run_stages
 from modeling_mmcot.loading_mmcot import load_stages, share_tower
 
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
@@ -84,7 +84,7 @@ def test_sources_of_unlike_lengths_are_encoded_as_each_alone(side):
             alone = model.encoder(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}).last_hidden_state
             real = mask[row].bool()
             torch.testing.assert_close(states[row, real], alone[0, real], rtol=0, atol=1e-5)
-    assert rows_of_like_lengths(lengths) == [[0, 2], [5], [3], [4, 1]]
+    assert group_by_length(lengths) == [[0, 2], [5], [3], [4, 1]]
 
 
 def test_choices_over_unlike_sources_score_as_each_alone_and_no_padding_is_read(processor):
@@ -137,7 +137,7 @@ def test_what_is_given_stands_in_place_of_what_a_stage_writes(answer):
     assert (edited["rationale"], empty["rationale"]) == ("w20 w21 w22", "")
     assert free["scores"] != edited["scores"] != empty["scores"]
     for given in ({"solution": "w20"}, {"rationale": None}, {"rationale": ["w20"]}, ["rationale"], "rationale"):
-        with pytest.raises(ValueError, match=r"a dict of texts for what a stage writes .rationale.; found"):
+        with pytest.raises(ValueError, match=r"a dict of texts for generated columns .rationale.; found"):
             answer(RED, given=given)
 
 
@@ -200,10 +200,10 @@ def test_a_dataset_of_torch_ends_with_its_length(answer):
     ("columns", "said"),
     [
         ({"choices": ["w8"] * 27}, "at most 26; found 27"),
-        ({"image": {}}, "a picture is given as .*; found {}"),
-        ({"image": [None]}, "a picture is given as .*; found None"),
-        ({"image": {"bytes": None, "path": None}}, "a picture is given as"),
-        ({"image": 5}, "a picture is given as .*; found 5"),
+        ({"image": {}}, "a picture must be .*; found {}"),
+        ({"image": [None]}, "a picture must be .*; found None"),
+        ({"image": {"bytes": None, "path": None}}, "a picture must be"),
+        ({"image": 5}, "a picture must be .*; found 5"),
     ],
 )
 def test_what_cannot_be_answered_is_named(answer, columns, said):
@@ -253,7 +253,7 @@ def test_maps_of_where_a_stage_looked(answer):
     found = answer.token_maps(RED, "answer", {"rationale": "w20 w21"})
     assert found.tokens[:3] == ["w5", "w6", "w7"] and {"w20", "w21"} <= set(found.tokens)
     assert [maps.shape for maps in found.maps] == [(len(found.tokens), 2, 2)]
-    with pytest.raises(ValueError, match="The answer stage reads rationale: give what was written"):
+    with pytest.raises(ValueError, match="The answer stage reads rationale: pass the written text as given"):
         answer.token_maps(RED, "answer")
     with pytest.raises(ValueError, match="saw no picture"):
         answer.token_maps({**RED, "image": None}, "answer", {"rationale": ""})
@@ -282,7 +282,7 @@ def test_several_rationales_and_the_answer_that_they_agree_on(answer):
     result = answer(RED, num_rationales=5, temperature=50.0)
     assert len(result["rationales"]) == 5 > 1 < len(set(result["rationales"]))
     assert result["agreement"] in (0, 0.2, 0.4, 0.6, 0.8, 1) and sum(result["scores"]) == pytest.approx(1)
-    with pytest.raises(ValueError, match="do_sample=False always the same one"):
+    with pytest.raises(ValueError, match="do_sample=False always yields the same"):
         answer(RED, num_rationales=2, do_sample=False)
     with pytest.raises(ValueError, match="num_rationales is 0"):
         answer(RED, num_rationales=0)
@@ -348,11 +348,11 @@ def test_max_length_is_that_of_the_call(answer):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"choices": {"text": ["w8", "w9"], "label": ["A", "B"]}}, "`choices` of a problem is a list of str"),
-        ({"choices": "w8"}, "`choices` of a problem is a list of str"),
-        ({"choices": 5}, "`choices` of a problem is a list of str; found 5"),
+        ({"choices": {"text": ["w8", "w9"], "label": ["A", "B"]}}, "`choices` of a problem must be a list of str"),
+        ({"choices": "w8"}, "`choices` of a problem must be a list of str"),
+        ({"choices": 5}, "`choices` of a problem must be a list of str; found 5"),
         ({"choices": ["w8"] * 27}, "at most 26; found 27"),
-        ({"context": ["w8"]}, "`context` of a problem is a str; found"),
+        ({"context": ["w8"]}, "`context` of a problem must be a str; found"),
         ({"question": None}, "with a `question`"),
         ({"contxt": "w8"}, "unknown key 'contxt': did you mean 'context'"),
         ({"picture": "x.png"}, "unknown key 'picture'"),

@@ -201,5 +201,5 @@ def test_a_problems_own_pictures_and_what_it_may_leave_out(processor):
         found = processor({"question": "Why?", **own}, stage=stage)
         assert found.keys() == given.keys()
         assert all(torch.equal(found[name], given[name]) for name in given)
-    with pytest.raises(ValueError, match="give them once"):
+    with pytest.raises(ValueError, match="pass them once"):
         processor({"question": "Why?", "image": picture}, stage=stage, images=[picture])

@@ -173,7 +173,7 @@ importlib.metadata.version = lambda name: "6.0.0" if name == "transformers" else
 {opened}{open_it}"model", trust_remote_code=True)
 """
     assert refusal(code, tmp_path) == (
-        "ImportError: mmcot needs transformers>=5.12,<6, and transformers 6.0.0 is installed: "
+        "ImportError: mmcot needs transformers>=5.12,<6, but transformers 6.0.0 is installed: "
         "pip install 'transformers>=5.12,<6'"
     )
 
@@ -189,7 +189,7 @@ from transformers import {opened}
 {opened}.from_pretrained("model", trust_remote_code=True)
 """
     found = refusal(code, tmp_path)
-    assert found.startswith(f"ImportError: mmcot needs transformers>=5.12,<6, and transformers {environment.name} is")
+    assert found.startswith(f"ImportError: mmcot needs transformers>=5.12,<6, but transformers {environment.name} is")
 
 
 def refusal(code: str, folder: Path) -> str:
@@ -224,5 +224,5 @@ def test_the_window_of_versions(library, installed, is_refused, monkeypatch):
 
 def test_a_python_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(versions_mmcot.sys, "version_info", (3, 10, 4))
-    with pytest.raises(ImportError, match="needs Python 3.11 or newer, and this is 3.10"):
+    with pytest.raises(ImportError, match="needs Python 3.11 or newer, but this is 3.10"):
         versions_mmcot.check_versions()

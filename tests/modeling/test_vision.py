@@ -268,13 +268,15 @@ def test_a_tower_of_a_clip_or_siglip_model_is_its_picture_half(tmp_path):
 
 def test_a_folder_that_does_not_hold_the_tower_is_refused_and_not_filled_with_random_weights(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not hold a picture tower of model_type 'vit': .* tensors are missing"):
+    with pytest.raises(
+        ValueError, match="does not contain a picture tower of model_type 'vit': .* tensors are missing"
+    ):
         load_vision_tower(str(tmp_path))
 
 
 def test_a_pixel_mask_that_is_no_rectangle_at_the_corner_is_refused(batch):
     batch["pixel_mask"][0, 0, :9, :9] = False
-    with pytest.raises(ValueError, match="not a rectangle at its left upper corner"):
+    with pytest.raises(ValueError, match="not a rectangle in its upper left corner"):
         tiny_model().encoder(**batch)
 
 
@@ -304,21 +306,23 @@ def test_a_tower_whose_states_are_of_another_form_is_refused():
         "model_args": {"depths": [1] * 4},
     }
     tower = build_vision_tower(MMCoTConfig(vision_config=config, vision_hidden_size=768).vision_config).eval()
-    with pytest.raises(ValueError, match="patches 7 wide, where it is 768 wide"):
+    with pytest.raises(ValueError, match="patches 7 wide, but its width is 768"):
         encode_pictures(tower, None, torch.randn(1, 3, 224, 224), None)
 
 
 def test_a_tower_whose_width_is_not_the_configs_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="patches are 2048 wide, but vision_hidden_size is 1024"):
         tiny_model(vision_config=SMALL["clip"], vision_hidden_size=1024)
-    with pytest.raises(ValueError, match="'timm_wrapper'.*does not say how wide.*give vision_hidden_size"):
+    with pytest.raises(ValueError, match="'timm_wrapper'.*does not contain the width.*set vision_hidden_size"):
         MMCoTConfig(vision_config=SMALL["clip"])
     with pytest.raises(ValueError, match="patches are 16 wide, but vision_hidden_size is 24"):
         tiny_model().attach_tower(AutoModel.from_config(MMCoTConfig(vision_config=SMALL["resnet"]).vision_config))
 
 
 def test_a_name_that_does_not_fit_its_tower_is_refused(batch):
-    with pytest.raises(ValueError, match="'detr', a tower of model_type 'detr'; vision_config is of model_type 'vit'"):
+    with pytest.raises(
+        ValueError, match="'detr', a tower with model_type 'detr', but vision_config has model_type 'vit'"
+    ):
         tiny_model(vision_tower="detr").encoder(**batch)
     with pytest.raises(ValueError, match="'dtr'; known towers: detr, vit, clip"):
         tiny_model(vision_tower="dtr").encoder(**batch)

@@ -153,7 +153,7 @@ def test_a_chat_model_is_asked_by_its_template_and_its_question_is_no_part_of_th
 
 def test_a_checkpoint_that_writes_no_text_is_refused(tmp_path):
     ViTModel(ViTConfig(**VISION)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'vit', which writes no text from a picture"):
+    with pytest.raises(ValueError, match="model_type 'vit', which does not generate text from pictures"):
         Captioner(str(tmp_path))
 
 
@@ -281,7 +281,7 @@ def test_the_pipeline_captions_a_picture_that_comes_without_a_caption(blip, tmp_
     assert captioned(own) == plain(own), "a caption that is there is kept"
     without = {**problem, "image": None}
     assert captioned(without) == plain(without)
-    with pytest.raises(ValueError, match="`image` of a problem holds 2 pictures; this model takes at most 1"):
+    with pytest.raises(ValueError, match="`image` of a problem contains 2 pictures; this model accepts at most 1"):
         plain({**problem, "image": PICTURES[:2]})
     together = captioned([problem, own, without], batch_size=3)
     for result, alone in zip(together, [captioned(p) for p in (problem, own, without)], strict=True):

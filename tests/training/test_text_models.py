@@ -93,7 +93,7 @@ def test_a_head_that_is_tied_in_the_file_stays_tied(tmp_path):
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_kind_of_model_is_refused_by_name(name, tmp_path):
     OTHERS[name].save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"model_type is '{name}'.*expected a text model that is a T5"):
+    with pytest.raises(ValueError, match=f"model_type is '{name}'.*expected a T5 text model"):
         MMCoTForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -196,5 +196,5 @@ def test_a_text_weight_that_is_missing_is_an_error(absent, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights[absent]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"lacks 1 weights, {absent} for one"):
+    with pytest.raises(ValueError, match=f"lacks 1 weights, for example {absent}"):
         MMCoTForConditionalGeneration.from_pretrained(tmp_path, vision_hidden_size=10)
