@@ -3,10 +3,10 @@
     python -m benchmarks.gpu [--demo runs/demo/hub] [--output FILE.json]     # one GPU, bfloat16, about 6 minutes
     python -m benchmarks.gpu --device cpu --small                            # the same code at tiny sizes, 2 minutes
 
-Needs torch, transformers, peft and timm; from this repository modeling_mmcot and mmcot/problems/demo.py, but not the rest
-of mmcot. Weights and texts are random (except with `--demo`), so the speeds do not depend on the quality of a model.
-Prints a table and writes a JSON file. A case that fails becomes a row with its error; the other cases still
-run, and the exit status is 1. README.md in this folder explains the rows.
+Needs torch, transformers, peft and timm; from this repository modeling_mmcot and mmcot/problems/demo.py, but not the
+rest of mmcot. Weights and texts are random (except with `--demo`), so the speeds do not depend on the quality of a
+model. Prints a table and writes a JSON file. A case that fails becomes a row with its error; the other cases still run,
+and the exit status is 1. README.md in this folder explains the rows.
 """
 
 import argparse

@@ -12,9 +12,10 @@ import random
 from collections import Counter
 from pathlib import Path
 
+from sklearn.metrics import cohen_kappa_score
+
 from benchmarks.setting import DATASET, report
 from mmcot.evaluation.mistakes import KINDS, sort_mistake
-from mmcot.evaluation.uncertainty import kappa
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json
 
@@ -115,7 +116,7 @@ def main() -> None:
         "n": len(truths),
         "confusion": {truth: row for truth, row in matrix.items() if row},
         "agreement": round(100 * sum(a == b for a, b in zip(truths, found, strict=True)) / len(truths), 1),
-        "kappa": round(kappa(truths, found), 3),
+        "kappa": round(cohen_kappa_score(truths, found), 3),
     }
     report(f"mistakes {arguments.what}", result, arguments.output)
 

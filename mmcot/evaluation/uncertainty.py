@@ -1,10 +1,9 @@
-"""Uncertainty of scores: bootstrap intervals, tests of paired answers, agreement of labels, calibration.
+"""Uncertainty of scores: bootstrap intervals, tests of paired answers, calibration.
 
 The functions take plain numbers, independent of the problem schema. Resampling is seeded: equal values give equal
 intervals.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,14 +43,6 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     if only_first + only_second == 0:
         return 1.0
     return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
-
-
-def kappa(first: Sequence[str], second: Sequence[str]) -> float:
-    """Return Cohen's kappa of two labellings of the same items; nan if both use only one and the same label."""
-    count = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / count
-    expected = sum(first.count(label) * second.count(label) for label in {*first}) / count**2
-    return math.nan if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def calibration(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Intervals cover what they should; tests, agreement and calibration are those of well-kept libraries."""
 
-import math
-
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, cohen_kappa_score
-from statsmodels.stats import contingency_tables, inter_rater
+from sklearn.metrics import brier_score_loss
+from statsmodels.stats import contingency_tables
 
-from mmcot.evaluation.uncertainty import calibration, kappa, mcnemar, mean_interval
+from mmcot.evaluation.uncertainty import calibration, mcnemar, mean_interval
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -51,17 +49,6 @@ def test_mcnemar_is_statsmodels_and_scipys(both, first, second, neither):
 
 def test_systems_that_never_differ_are_not_told_apart():
     assert mcnemar([True, False], [True, False]) == 1
-
-
-def test_kappa_is_that_of_scikit_learn_and_statsmodels():
-    random = np.random.default_rng(0)
-    labels = ["factual", "commonsense", "logical"]
-    first = [labels[number] for number in random.integers(0, 3, 92)]
-    second = [label if random.random() < 0.6 else labels[random.integers(0, 3)] for label in first]
-    assert kappa(first, second) == pytest.approx(cohen_kappa_score(first, second))
-    table, _ = inter_rater.to_table(np.array([first, second]).T)
-    assert kappa(first, second) == pytest.approx(inter_rater.cohens_kappa(table).kappa)
-    assert math.isnan(kappa(["a", "a"], ["a", "a"]))
 
 
 def test_calibration_is_that_of_scikit_learn():
