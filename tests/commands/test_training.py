@@ -78,6 +78,7 @@ def test_the_same_command_again_changes_nothing_and_shows_the_result(tiny_run, t
     assert "Avg" in output and f"Run folder: {tiny_run}" in output and "One test problem" in output
 
 
+@pytest.mark.slow
 def test_the_run_s_own_recipe_reproduces_it(tiny_run, tmp_path):
     run_script(
         "train.py", "--config", tiny_run / "recipe.yaml", "--output_dir", tmp_path / "again", "--use_cpu", "true"

@@ -101,6 +101,7 @@ upload_folder(repo_id="ada/mmcot_scienceqa", repo_type="space", folder_path=sys.
 """
 
 
+@pytest.mark.slow
 def test_a_space_that_holds_the_folder_loads_without_mmcot(tmp_path):
     with LoopbackHub() as hub:
         environment = client_environment(hub, tmp_path / "home", hub.add_user("ada"))
@@ -110,6 +111,7 @@ def test_a_space_that_holds_the_folder_loads_without_mmcot(tmp_path):
     assert json.loads(result.stdout.splitlines()[-1])["accuracy"]["Avg"] == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["nltk", "rouge", "scipy"])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, offline, package):
     result = load_as_a_stranger(FOLDER, tmp_path, absent=(package,), **offline)

@@ -109,6 +109,7 @@ def test_a_score_that_is_none_or_of_a_stage_without_choices_is_refused(tmp_path,
         parse_recipe(words)
 
 
+@pytest.mark.slow
 def test_a_run_predicts_by_the_score_of_its_recipe(tmp_path, tiny_dataset):
     words = recipe_with(tmp_path, tiny_dataset, score="calibrated")
     run_script("train.py", *words, "--max_steps", "2")

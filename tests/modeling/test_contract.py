@@ -278,6 +278,7 @@ def test_compiled_without_a_break_in_the_graph(build, batch, pictures):
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_with_problems_without_picture(build, inputs):
     model = build()
     torch._dynamo.reset()

@@ -118,6 +118,7 @@ print(problems[0][0].size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss -
 """
 
 
+@pytest.mark.slow
 def test_60_megapixels_are_read_in_bounded_memory(tmp_path):
     """Eight of them in one batch: what is kept of one is bounded before the next is decoded."""
     Image.new("RGB", (10_000, 6_000), "red").save(tmp_path / "x.jpg")

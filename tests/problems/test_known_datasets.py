@@ -246,6 +246,7 @@ def test_no_gold_of_aokvqa_is_left_for_prediction(aokvqa):
     assert all(text not in json.dumps(row) for text in [*gold["rationales"], "his ride"])
 
 
+@pytest.mark.slow
 def test_every_rationale_is_trained_on(aokvqa_run):
     """By the rationale stage as a target, by the answer stage as what it reads."""
     _, options, _ = aokvqa_run

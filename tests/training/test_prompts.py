@@ -126,6 +126,7 @@ def prompt_run(tiny_dataset, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_stranger_answers_as_the_run_did(prompt_run, tiny_dataset, tmp_path):
     shutil.copytree(prompt_run / "hub", tmp_path / "model")
     for stage in ("rationale", "answer"):

@@ -144,6 +144,7 @@ def of_split(rows, split):
     return [row for row in rows if row["split"] == split]
 
 
+@pytest.mark.slow
 def test_a_byte_level_tokenizer_trains_and_predicts(byt5_run):
     output = byt5_run / "test.json"
     run_script(*("-m", "mmcot.predict", byt5_run / "run", "--dataset", byt5_run / "problems.jsonl", "--output", output))
@@ -153,6 +154,7 @@ def test_a_byte_level_tokenizer_trains_and_predicts(byt5_run):
     assert [row["answer"] for row in predicted.values()] == [written[name]["answer"] for name in predicted]
 
 
+@pytest.mark.slow
 def test_a_stranger_asks_a_byte_level_system(byt5_run, tmp_path):
     found = as_a_stranger(
         """
