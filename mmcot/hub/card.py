@@ -31,6 +31,8 @@ from modeling_mmcot.stage_mmcot import Stage
 from modeling_mmcot.versions_mmcot import REQUIRED, requirement
 from modeling_mmcot.vision_mmcot import TOWERS
 
+# Options of `mmcot.predict` and `mmcot.evaluate` that `mmcot.probes` has, too.
+PROBE_OPTIONS = ("columns", "split_seed", "ids", "filter", "limit", "features", "captions")
 PICTURE = "stages.png"
 
 
@@ -138,6 +140,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         scores=scores,
         predict_options=scores and command_options(scores["predict_options"]),
         evaluate_options=scores and command_options(scores["evaluate_options"]),
+        probe_options=scores and command_options(probe_options(scores)),
         probes=read_probes(run_folder, processor),
         code=code,
         code_digests=digests,
@@ -214,6 +217,12 @@ def publish_scores(scores: dict[str, Any], folder: Path) -> list[EvalResult]:
     entries = eval_entries(scores, dataset.id, notes)
     write_eval_results(folder / ".eval_results" / f"{dataset.id.replace('/', '--')}.yaml", entries)
     return eval_results(scores, dataset.id, scores["split"])
+
+
+def probe_options(scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `mmcot.probes` for the problems, pictures and captions that were scored."""
+    used = scores["predict_options"] | scores["evaluate_options"]
+    return {name: used[name] for name in PROBE_OPTIONS if name in used}
 
 
 def command_options(options: dict[str, Any]) -> str:

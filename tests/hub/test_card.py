@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from mmcot.hub.card import code_digests, command_options, without_paths
+from mmcot.hub.card import code_digests, command_options, probe_options, without_paths
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,15 @@ def test_a_command_shows_no_paths_of_this_machine():
         "files": ["../x/y", "z"],
     }
     assert command_options(options) == "--target_column rationale=texts.json --limit 6 --bf16 --files y z"
+
+
+def test_the_command_for_probes_reads_the_problems_that_were_scored():
+    scores = {
+        "predict_options": {"decode_answer": True, "captions": "captions.json", "columns": "question=query"},
+        "evaluate_options": {"columns": "question=query", "split_seed": 7, "by": ["skill"], "allow_missing": True},
+    }
+    command = command_options(probe_options(scores))
+    assert command == "--columns question=query --split_seed 7 --captions captions.json"
 
 
 def test_the_digests_of_the_code_are_those_of_its_files(tmp_path):
