@@ -6,6 +6,7 @@ import random
 import pytest
 from analysis.test_report import drive
 from conftest import run_script
+from demonstration import chance, percent_right, select_picture_problems, train
 from test_predict import plainly
 
 from mmcot.evaluate import main as evaluate
@@ -25,30 +26,13 @@ def problems():
 
 @pytest.fixture(scope="module")
 def picture_problems(problems):
-    chosen = problems.filter(lambda row: row["skill"] in PICTURE_SKILLS)
-    assert len(chosen) >= 1000
-    return chosen
-
-
-def train(recipe, folder):
-    run_script("train.py", "--config", f"configs/{recipe}.yaml", "--output_dir", folder)
-    predictions = json.loads((folder / "predictions/test.json").read_text())
-    return predictions, json.loads((folder / "scores/test.json").read_text())
+    return select_picture_problems(problems)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     return folder, *train("demo/two_stages", folder)
-
-
-def percent_right(problems, predictions):
-    right = [predictions[row["id"]]["answer"] == row["answer"] for row in problems]
-    return 100 * sum(right) / len(right)
-
-
-def chance(problems):
-    return sum(100 / len(row["choices"]) for row in problems) / len(problems)
 
 
 def of_skill(problems, skill):
@@ -115,8 +99,3 @@ def test_nothing_leaks_and_its_report_can_be_used(demo, problems, tmp_path):
     file.write_text(json.dumps({problem_id: predictions[problem_id] for problem_id in some}))
     evaluate([str(file), "--dataset", "demo", "--report", str(report), "--attention", str(folder), "--ids", *some])
     drive(report, tmp_path)
-
-
-def test_without_pictures_the_picture_skills_are_at_chance(picture_problems, tmp_path):
-    predictions, _ = train("demo/no_vision", tmp_path / "demo_no_vision")
-    assert percent_right(picture_problems, predictions) == pytest.approx(chance(picture_problems), abs=5)
