@@ -1,4 +1,4 @@
-"""The demonstration trained without pictures. It takes ten minutes; a file of its own runs beside `test_demo_run.py`."""
+"""The demonstration trained without pictures, in ten minutes; a file of its own runs beside `test_demo_run.py`."""
 
 import pytest
 from demonstration import chance, percent_right, select_picture_problems, train
