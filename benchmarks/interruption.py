@@ -35,7 +35,7 @@ class Phase:
     A part of a run.
 
     Args:
-        begins_with: a path in the run folder that exists from the start of the phase; `*` stands for a step number.
+        begins_with: a path in the run folder that exists from the start of the phase; `*` matches a step number.
         number: the number of finished epochs at the start of the phase.
         seconds: how long after the start of the phase a kill can occur.
     """

@@ -41,7 +41,7 @@ class Drawing:
     seed: int = 42
 
     def samples(self) -> list[Sample | None]:
-        """Return an entry for each pass over the stages; None stands for a pass without sampling."""
+        """Return an entry for each pass over the stages; None means a pass without sampling."""
         if self.num_rationales == 1:
             return [None]
         return [Sample(number, self.temperature, self.seed) for number in range(self.num_rationales)]
