@@ -100,7 +100,7 @@ def main() -> None:
         "problems": len(pairs),
         "same answers": sum(one[0] == other[0] for one, other in pairs),
         "same rationales": sum(one[1] == other[1] for one, other in pairs),
-        "problems a second": {
+        "problems per second": {
             way: round(arguments.count / statistics.median(run["seconds"] for run in runs))
             for way, runs in runs_by_way.items()
         },

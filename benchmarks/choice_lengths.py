@@ -31,7 +31,7 @@ from modeling_mmcot.stage_mmcot import SCORES
 RESULTS = Path(__file__).parent / "results" / "choice_lengths"
 SCIENCEQA = Path("../shared/scienceqa")
 SEEDS = (0, 1, 2)
-UNLIKE = 3  # minimum difference in tokens between the longest and the shortest target of a problem
+MIN_DIFFERENCE = 3  # minimum difference in tokens between the longest and the shortest target of a problem
 SHARED_SETTINGS = {
     "stages": [
         {
@@ -138,7 +138,7 @@ def target_lengths(processor: MMCoTProcessor, problems: Dataset) -> list[list[in
 
 def by_length(gold: list[int], answers: list[int], lengths: list[list[int]]) -> dict[str, dict]:
     classes = {"all": range(len(gold))}
-    unlike = [row for row in classes["all"] if max(lengths[row]) - min(lengths[row]) >= UNLIKE]
+    unlike = [row for row in classes["all"] if max(lengths[row]) - min(lengths[row]) >= MIN_DIFFERENCE]
     classes["unlike"] = unlike
     for name, extreme in (("gold is shortest", min), ("gold is longest", max)):
         classes[name] = [row for row in unlike if lengths[row][gold[row]] == extreme(lengths[row])]
@@ -171,9 +171,9 @@ def tables() -> str:
             header = [f"{kind} ({classes[kind]['n']})" for kind in classes] + ["shortest taken", "longest taken"]
             lines += ["| score | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
             for score in SCORES:
-                arms = [result[split][score] for result in results]
-                cells = [share([arm[kind] for arm in arms], "right") for kind in classes]
-                cells += [share([arm["unlike"] for arm in arms], which) for which in ("shortest", "longest")]
+                by_seed = [result[split][score] for result in results]
+                cells = [share([counts[kind] for counts in by_seed], "right") for kind in classes]
+                cells += [share([counts["unlike"] for counts in by_seed], which) for which in ("shortest", "longest")]
                 lines.append(f"| {score} | " + " | ".join(cells) + " |")
             lines.append("")
     return "\n".join(lines)

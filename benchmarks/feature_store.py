@@ -56,7 +56,7 @@ def features_command(dataset: str, checkpoint: Path, output: Path, dtype: str) -
     return [sys.executable, "-m", "mmcot.features", dataset, *options]
 
 
-def every_picture(dataset: str, file: Path) -> str:
+def write_picture_problems(dataset: str, file: Path) -> str:
     """Write a JSONL with a problem for each picture of a ScienceQA folder, including those not in problems.json."""
     pictures = sorted(Path(dataset).absolute().glob("images/*/*/image.png"))
     file.write_text(
@@ -67,7 +67,7 @@ def every_picture(dataset: str, file: Path) -> str:
 
 def kills(dataset: str, output: Path) -> dict:
     checkpoint = detr_checkpoint(output / "detr")
-    dataset = every_picture(dataset, output / "pictures.jsonl")
+    dataset = write_picture_problems(dataset, output / "pictures.jsonl")
     start = time.perf_counter()
     subprocess.run(features_command(dataset, checkpoint, output / "whole", "float16"), check=True)
     seconds = time.perf_counter() - start
@@ -196,22 +196,22 @@ def inputs(rows: list[dict], processor: MMCoTProcessor, stage: str, store: Featu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "memory", "pixels"))
+    parser.add_argument("measurement", choices=("kills", "memory", "pixels"))
     parser.add_argument("--dataset", default="../shared/scienceqa")
     parser.add_argument("--rows", type=int, default=100_000, help="number of rows of the synthetic store")
     parser.add_argument("--output", type=Path, help="folder that is kept; by default a temporary folder")
     arguments = parser.parse_args()
     output = arguments.output or Path(tempfile.mkdtemp(prefix="feature_store-"))
     output.mkdir(parents=True, exist_ok=True)
-    if arguments.what == "kills":
+    if arguments.measurement == "kills":
         result = kills(arguments.dataset, output)
-    elif arguments.what == "memory":
+    elif arguments.measurement == "memory":
         result = memory(arguments.rows, output)
     else:
         result = pixels(arguments.dataset, output)
     if arguments.output is None:
         shutil.rmtree(output)
-    print(json.dumps({"what": arguments.what, **result, **machine()}, indent=2))
+    print(json.dumps({"measurement": arguments.measurement, **result, **machine()}, indent=2))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ Case = Callable[[], list[Row]]
 
 
 def rate_row(section: str, name: str, figure: float, limit: float | None, unit="problems a second", **fields) -> Row:
-    """Return a row whose figure is better when higher."""
+    """Return a row for a figure that is better if it is higher."""
     return Row(section, name, figure, unit, limit=limit, gap=None if limit is None else limit / figure, **fields)
 
 
@@ -608,8 +608,8 @@ def demonstration_problems(count: int) -> list[dict]:
     return [{name: row[name] for name in columns} for row in rows]
 
 
-def save_stand_in(folder: Path, problems: list[dict]) -> None:
-    """Save a model with the demonstration's stages and random weights, used without an exported demonstration."""
+def save_random_demonstration(folder: Path, problems: list[dict]) -> None:
+    """Save a model with the demonstration's stages and random weights, for runs without `--demo`."""
     columns = ["question", "context", "choices", "images"]
     stages = [
         Stage("rationale", columns, "rationale", **PAPER_TEMPLATES["QCM-E"], max_target_length=16),
@@ -641,7 +641,7 @@ def demonstration_rows(setting: Setting) -> list[Row]:
     problems = demonstration_problems(8 if setting.small else 200)
     with tempfile.TemporaryDirectory() as temporary:
         if setting.demo is None:
-            save_stand_in(Path(temporary), problems)
+            save_random_demonstration(Path(temporary), problems)
         folder = setting.demo or temporary
         expected = answer_all(folder, problems, torch.device("cpu"), torch.float32)
         found = {

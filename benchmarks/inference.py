@@ -30,7 +30,7 @@ from benchmarks.setting import (
     DETR,
     SHAPES,
     EndsAt,
-    Paced,
+    GoldTextModel,
     RandomFeatures,
     our_model,
     padded,
@@ -51,8 +51,9 @@ from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_text
 from modeling_mmcot.stage_mmcot import Stage
 
 STRIDE = 16
-FEW, MANY, TRIED = 24, 200, 32
-LONG = 3  # repeats of measurements that take about a minute, to limit the total to a quarter of an hour
+FEW, MANY = 24, 200  # numbers of problems of the two comparisons
+TRIED = 32  # number of problems that select the batch size of plain T5
+LONG_REPEATS = 3  # for measurements that take about a minute, to limit the total to a quarter of an hour
 OUR_BATCH_SIZE = 64
 GENERATED_SIZES, SCORED_SIZES = (250, 1000), (250, 4000)
 
@@ -83,7 +84,9 @@ def first_problems(count: int, with_pictures: bool):
 def ours(rows, batch_size: int) -> Callable[[], dict]:
     """Return a function that runs both stages as `mmcot.predict` does."""
     tools, texts = processor(), Texts(rows)
-    model = our_model("small", Paced).pace(tools.tokenizer, texts.sources["rationale"], list(rows["gold_rationale"]))
+    model = our_model("small", GoldTextModel).set_gold_texts(
+        tools.tokenizer, texts.sources["rationale"], list(rows["gold_rationale"])
+    )
     rows_without_gold = without_gold(rows).remove_columns("gold_rationale")
 
     def run() -> dict:
@@ -126,9 +129,9 @@ def original_with_cache(model, batches: list[dict]) -> None:
 
 @torch.no_grad()
 def original_without_cache(model, batches: list[dict]) -> float:
-    """Return estimated seconds: of each sixteen text lengths, only the middle one is run and counted sixteen times."""
+    """Return estimated seconds: of sixteen text lengths, the middle one is run, and its time counts sixteen times."""
     seconds = 0.0
-    for batch in tqdm(batches, desc="original's way", leave=False):
+    for batch in tqdm(batches, desc="original's method", leave=False):
         start = time.perf_counter()
         inputs = {name: value for name, value in batch.items() if name != "lengths"}
         states = BaseModelOutput(model.encoder(**inputs).last_hidden_state)
@@ -185,17 +188,17 @@ def measure_few(directory: str | None) -> dict:
     model = our_model("small", fusion="gated_mha", zeros_for_missing_pictures=True).eval()
     model.generation_config.eos_token_id = None
     work = {"ours": ours(rows, FEW), "with cache": lambda: original_with_cache(model, batches)}
-    seconds = timed(work, LONG, warm_up=0)
+    seconds = timed(work, LONG_REPEATS, warm_up=0)
     without_cache = [original_without_cache(model, batches)]
     result = {
         "problems": FEW,
         "seconds": {
             "ours": summary(seconds["ours"]),
-            "original's way with its cache": summary(seconds["with cache"]),
-            "original's way": without_cache[0],
+            "original's method with its cache": summary(seconds["with cache"]),
+            "original's method": without_cache[0],
         },
-        "original's way / ours": ratio(without_cache, seconds["ours"]),
-        "original's way with its cache / ours": ratio(seconds["with cache"], seconds["ours"]),
+        "original's method / ours": ratio(without_cache, seconds["ours"]),
+        "original's method with its cache / ours": ratio(seconds["with cache"], seconds["ours"]),
     }
     if directory is not None:
         # One batch of 8 of each stage suffices to check that the work is the same.
@@ -213,7 +216,7 @@ def measure_many() -> dict:
     some = Texts(rows.select(range(TRIED)))
     size, by_size = best_batch_size(lambda size: plain(some, size), (8, 16, 32))
     work = {"ours": ours(rows, OUR_BATCH_SIZE), "plain T5": plain(Texts(rows), size)}
-    seconds = timed(work, LONG, warm_up=0)
+    seconds = timed(work, LONG_REPEATS, warm_up=0)
     return {
         "problems": MANY,
         "batch_sizes": {"ours": OUR_BATCH_SIZE, "plain T5": size},
@@ -228,7 +231,9 @@ def measure_scoring() -> dict:
     rows = first_problems(BATCH_SIZE, with_pictures=False)
     texts, tools = Texts(rows), processor()
     stage = tools.stage("answer")
-    model = our_model("small", Paced).pace(tools.tokenizer, texts.sources["rationale"], list(rows["gold_rationale"]))
+    model = our_model("small", GoldTextModel).set_gold_texts(
+        tools.tokenizer, texts.sources["rationale"], list(rows["gold_rationale"])
+    )
     examples = [
         {"input_ids": source, "id": row["id"], "images": row["images"]}
         for source, row in zip(texts.sources["answer"], rows, strict=True)
@@ -278,7 +283,9 @@ def measure_scale() -> dict:
 def one_pass(rows: list[dict], stage: Stage) -> dict[str, float]:
     table, tools = Dataset.from_list(rows), processor()
     texts = Texts(table)
-    model = our_model("small", Paced).pace(tools.tokenizer, texts.sources["rationale"], list(table["gold_rationale"]))
+    model = our_model("small", GoldTextModel).set_gold_texts(
+        tools.tokenizer, texts.sources["rationale"], list(table["gold_rationale"])
+    )
     predictions = {row["id"]: {"rationale": row["gold_rationale"]} for row in rows}
     start = time.perf_counter()
     predict_stage(model, tools, stage, table.remove_columns("gold_rationale"), predictions, pictures=RandomFeatures())

@@ -118,7 +118,7 @@ def measure(folder: Path, kills: int, seed: int) -> dict:
         after = generator.uniform(0, phase.seconds)
         while not kill_in_phase(run, folder / "killed.log", phase, after, steps_per_epoch):
             after /= 2  # the run ended before the kill
-        moments.append(f"{phase.name}, {after:.2f} s after it began or the command was given")
+        moments.append(f"{phase.name}, {after:.2f} s after its start, or after the command if it had started before")
     finish(run, folder / "killed.log")
     expected, found = content(uninterrupted), content(run)
     return {

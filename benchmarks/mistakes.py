@@ -1,6 +1,6 @@
 """Evaluate the rules of `mmcot.evaluation.mistakes` on artificial mistakes and on GPT-3's, which a reader labelled.
 
-    python -m benchmarks.mistakes made               # 30 of each kind, in rationales of the demonstration
+    python -m benchmarks.mistakes artificial         # 30 of each kind, in rationales of the demonstration
     python -m benchmarks.mistakes gpt3               # GPT-3's 92 wrong answers (benchmarks/gpt3_labels.jsonl)
 
 The labels of GPT-3's mistakes are older than the rules. Prints the confusion matrix, agreement and Cohen's kappa.
@@ -76,7 +76,7 @@ def with_conclusion(solution: str, row: dict, wrong: str) -> str:
     return f"{head}. {conclusion.replace(row['choices'][row['answer']].removeprefix('it '), wrong.removeprefix('it '))}"
 
 
-def made() -> tuple[list[str], list[str]]:
+def artificial_mistakes() -> tuple[list[str], list[str]]:
     """Return the kinds of artificial mistakes, and the kinds that the rules give."""
     rows = load_problems("demo", "test").to_list()
     truths, found = [], []
@@ -95,7 +95,7 @@ def made() -> tuple[list[str], list[str]]:
     return truths, found
 
 
-def gpt3() -> tuple[list[str], list[str]]:
+def gpt3_mistakes() -> tuple[list[str], list[str]]:
     """Return the labels of GPT-3's mistakes, and the kinds that the rules give."""
     labels = {row["id"]: row["label"] for row in map(json.loads, LABELS.read_text().splitlines())}
     predictions = read_json(GPT3)["predictions"]
@@ -106,10 +106,10 @@ def gpt3() -> tuple[list[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("made", "gpt3"))
+    parser.add_argument("source", choices=("artificial", "gpt3"))
     parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
-    truths, found = made() if arguments.what == "made" else gpt3()
+    truths, found = artificial_mistakes() if arguments.source == "artificial" else gpt3_mistakes()
     pairs = Counter(zip(truths, found, strict=True))
     matrix = {truth: {kind: pairs[truth, kind] for kind in KINDS if pairs[truth, kind]} for truth in KINDS}
     result = {
@@ -118,7 +118,7 @@ def main() -> None:
         "agreement": round(100 * sum(a == b for a, b in zip(truths, found, strict=True)) / len(truths), 1),
         "kappa": round(cohen_kappa_score(truths, found), 3),
     }
-    report(f"mistakes {arguments.what}", result, arguments.output)
+    report(f"mistakes {arguments.source}", result, arguments.output)
 
 
 if __name__ == "__main__":

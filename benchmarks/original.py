@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 
-def run(directory: str, what: str, batch: dict, shape: dict, repeats: int = 5) -> list[float]:
+def run(directory: str, task: str, batch: dict, shape: dict, repeats: int = 5) -> list[float]:
     """
     Run the authors' model on a batch.
 
     Args:
         directory: folder with the authors' files and a `.venv`.
-        what: `training` (a step on the batch) or `generation` (of texts that end at `batch["lengths"]`).
+        task: `training` (a step on the batch) or `generation` (of texts that end at `batch["lengths"]`).
         batch: `input_ids`, `attention_mask`, `vision_features`, and `labels` or `lengths`.
 
     Returns:
@@ -33,7 +33,7 @@ def run(directory: str, what: str, batch: dict, shape: dict, repeats: int = 5) -
         command = [
             Path(directory) / ".venv/bin/python",
             Path(__file__).resolve(),
-            what,
+            task,
             file,
             json.dumps(shape),
             str(repeats),
@@ -44,7 +44,7 @@ def run(directory: str, what: str, batch: dict, shape: dict, repeats: int = 5) -
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def main(what: str, file: str, shape: str, repeats: str) -> None:
+def main(task: str, file: str, shape: str, repeats: str) -> None:
     sys.path.insert(0, str(Path.cwd()))
     import torch
     from model import T5ForMultimodalGeneration
@@ -82,7 +82,7 @@ def main(what: str, file: str, shape: str, repeats: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    work, warm_up = (step, 1) if what == "training" else (generate, 0)
+    work, warm_up = (step, 1) if task == "training" else (generate, 0)
     seconds = []
     for _ in range(warm_up + int(repeats)):
         start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Run the recipes of `configs/` at full model size: one step of each stage, cost of a training, memory of a base.
 
-    python -m benchmarks.recipes steps [NAME …]      # each recipe from its YAML to an exported folder, one step a stage
+    python -m benchmarks.recipes steps [NAME …]      # each recipe from YAML to exported folder, one step per stage
     python -m benchmarks.recipes memory              # parameters and memory, by size of the base and method
     python -m benchmarks.recipes cost                # FLOPs of a whole training, and hours estimated from them
 
@@ -174,7 +174,7 @@ def train(recipe: Path, run: Path, *options: str, kill_after: Path | None = None
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "peak_resident_gb": round(peak.resident / 1e9, 2),
-        "of_which_not_files": round(peak.anonymous / 1e9, 2),
+        "peak_not_mapped_gb": round(peak.anonymous / 1e9, 2),
     }
 
 
@@ -211,8 +211,8 @@ def measure_steps(names: list[str], work: str | None) -> dict:
             results[name]["parameters"] = parameters(run / "hub")
             results[name]["predicted"] = len(read_json(run / "predictions" / "test.json"))
             if "xl" not in name:  # a run without pictures differs only in its inputs, so the long one is skipped
-                without_pictures = train(recipe, folder / "blind", "--save_strategy", "no", "--max_images", "0")
-                results[name]["without_pictures"] = without_pictures
+                options = ("--save_strategy", "no", "--max_images", "0")
+                results[name]["without_pictures"] = train(recipe, folder / "without_pictures", *options)
         finally:
             shutil.rmtree(folder)
     return results
@@ -251,7 +251,7 @@ def estimate_memory(size: str, method: str) -> dict:
         quantized = sum(model.get_submodule(name).weight.numel() for name in names)
     weights = (total - trained - quantized) * BYTES[method] + quantized * QUANTIZED_BYTES
     state = weights + trained * (4 + 4 + 8)
-    return {"parameters": total, "trained": trained, "reckoned_gb": round(state / 1e9, 2)}
+    return {"parameters": total, "trained": trained, "estimated_gb": round(state / 1e9, 2)}
 
 
 def step_alone(size: str, method: str) -> float:
@@ -315,20 +315,20 @@ def measure_cost() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("steps", "memory", "cost", "step"))
+    parser.add_argument("measurement", choices=("steps", "memory", "cost", "step"))
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--work", metavar="DIR", help="folder for checkpoints and runs")
     parser.add_argument("--output", metavar="FILE", help="also write the JSON to this file")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if arguments.what == "step":  # a separate process for each, because peak memory never falls
+    if arguments.measurement == "step":  # a separate process for each, because peak memory never falls
         print(step_alone(*arguments.names))
         return
-    if arguments.what == "steps":
+    if arguments.measurement == "steps":
         result = measure_steps(arguments.names or list(NAMES), arguments.work)
     else:
-        result = measure_memory() if arguments.what == "memory" else measure_cost()
-    report(f"recipes {arguments.what}", result, arguments.output)
+        result = measure_memory() if arguments.measurement == "memory" else measure_cost()
+    report(f"recipes {arguments.measurement}", result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Common parts of the speed benchmarks: problems, model shapes, text lengths, timing, description of the machine.
+"""Shared parts of the speed benchmarks: problems, model shapes, text lengths, timing, description of the machine.
 
 The problems are real (`../shared/scienceqa`, with captions). The models have FLAN-T5's shapes and random weights, and
 the pictures are random features of DETR's shape. Random weights never end a text, so each generated rationale is
@@ -143,19 +143,21 @@ class EndsAt(StoppingCriteria):
         return input_ids.shape[1] - 1 >= self.lengths.to(input_ids.device)
 
 
-class Paced(MMCoTForConditionalGeneration):
+class GoldTextModel(MMCoTForConditionalGeneration):
     """Our model with generated texts replaced by gold ones, which end at the gold length."""
 
-    def pace(self, tokenizer: PreTrainedTokenizerBase, sources: list[list[int]], texts: list[str]) -> "Paced":
-        """Set the text of each source; for other sources, generation writes `ANSWER_LENGTH` tokens."""
+    def set_gold_texts(
+        self, tokenizer: PreTrainedTokenizerBase, sources: list[list[int]], texts: list[str]
+    ) -> "GoldTextModel":
+        """Set the gold text of each source; for any other source, `generate` writes `ANSWER_LENGTH` tokens."""
         tokens = tokenizer(texts, truncation=True, max_length=512)["input_ids"]
         self.gold = {tuple(source): text for source, text in zip(sources, tokens, strict=True)}
         self.sources: list[tuple[int, ...]] = []  # in the order of encoding
-        self.encoder.register_forward_pre_hook(self.note_sources, with_kwargs=True)
+        self.encoder.register_forward_pre_hook(self.record_sources, with_kwargs=True)
         self.generation_config.eos_token_id = None
         return self.eval()
 
-    def note_sources(self, module, args, kwargs) -> None:
+    def record_sources(self, module, args, kwargs) -> None:
         rows, mask = kwargs["input_ids"], kwargs["attention_mask"].bool()
         self.sources.extend(tuple(row[real].tolist()) for row, real in zip(rows, mask, strict=True))
 

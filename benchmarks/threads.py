@@ -80,7 +80,7 @@ def main() -> None:
     result: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as temporary:
         systems = {
-            "whole models": str(arguments.run / "hub"),
+            "full models": str(arguments.run / "hub"),
             "adapters": with_adapters(arguments.run / "hub", Path(temporary) / "adapters"),
         }
         cases = [(name, torch_threads, callers) for name in systems for torch_threads in (1, 2) for callers in CALLERS]
@@ -94,7 +94,7 @@ def main() -> None:
             with ProcessPoolExecutor(callers, mp_context=spawn, initializer=load, initargs=initargs) as executor:
                 by_processes, _ = speed(executor, problem_list)
             result[f"{name}, torch's threads: {torch_threads}, callers: {callers}"] = {
-                "problems a second": {"threads": by_threads, "processes": by_processes},
+                "problems per second": {"threads": by_threads, "processes": by_processes},
                 "same rationales": sum(map(str.__eq__, expected, rationales)),
             }
     report("threads", result, None)

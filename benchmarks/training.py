@@ -50,7 +50,7 @@ from mmcot.prediction.batching import LengthBatchSampler, cost
 from mmcot.prediction.examples import StageCollator, lengths_of, tokenized
 from mmcot.problems.schema import with_column
 
-STEPS, BASE_STEPS = 4, 6  # batches per repeat, for our model and plain T5
+STEPS, BASE_STEPS = 4, 6  # batches per repeat, at FLAN-T5-small's and FLAN-T5-base's shape
 SIZES = (250, 4000)
 
 
@@ -63,7 +63,7 @@ def examples_of(stage: str):
 
 
 def batches_of(examples, stage: str, count: int) -> tuple[list[dict[str, torch.Tensor]], float]:
-    """Return some batches of an epoch, as the Trainer receives them, and the number of average problems they equal."""
+    """Return some batches of an epoch, as the Trainer receives them, and how many average problems cost the same."""
     collate = StageCollator(processor(), processor().stage(stage), RandomFeatures())
     lengths = lengths_of(examples)
     epoch = list(LengthBatchSampler(lengths, BATCH_SIZE, batches_per_step=1, seed=0))
@@ -102,7 +102,7 @@ def original_batch(examples, stage: str) -> dict[str, torch.Tensor]:
     }
 
 
-def original_way() -> Callable[[dict[str, torch.Tensor]], None]:
+def original_method() -> Callable[[dict[str, torch.Tensor]], None]:
     return stepper(our_model("small", fusion="gated_mha", zeros_for_missing_pictures=True))
 
 
@@ -113,32 +113,32 @@ def measure_stage(stage: str) -> dict:
     slow_batch = original_batch(examples, stage)
     ours = stepper(our_model("small"), skip_logits=True)
     t5 = stepper(plain_t5("small"))
-    baseline = original_way()
+    baseline = original_method()
     seconds = timed(
         {
             "ours": lambda: [ours(batch) for batch in batches],
             "plain T5": lambda: [t5(batch) for batch in texts],
-            "original's way": lambda: baseline(slow_batch),
+            "original's method": lambda: baseline(slow_batch),
         }
     )
     per_step = {
         "ours": [value / num_problems * BATCH_SIZE for value in seconds["ours"]],
         "plain T5": [value / num_problems * BATCH_SIZE for value in seconds["plain T5"]],
-        "original's way": seconds["original's way"],
+        "original's method": seconds["original's method"],
     }
     return {
         "problems_of_each_step": [len(batch["labels"]) for batch in batches],
         "seconds_of_8_problems": {name: summary(values) for name, values in per_step.items()},
-        "original's way / ours": ratio(per_step["original's way"], per_step["ours"]),
+        "original's method / ours": ratio(per_step["original's method"], per_step["ours"]),
         "ours / plain T5": ratio(per_step["ours"], per_step["plain T5"]),
     }
 
 
 def compare_original(stage: str, directory: str) -> dict:
     """Time the same step in our baseline and in the authors' code, one after the other."""
-    batch, baseline = original_batch(examples_of(stage), stage), original_way()
+    batch, baseline = original_batch(examples_of(stage), stage), original_method()
     seconds = {
-        "original's way": timed({stage: lambda: baseline(batch)})[stage],
+        "original's method": timed({stage: lambda: baseline(batch)})[stage],
         "the original itself": original.run(directory, "training", batch, SHAPES["small"]),
     }
     return {

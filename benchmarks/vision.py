@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.feature_store import detr_checkpoint, every_picture
+from benchmarks.feature_store import detr_checkpoint, write_picture_problems
 from benchmarks.setting import DATASET, REPEATS, ratio, report, summary, timed
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.feature_writer import FeatureWriter
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
-        rows = load_problems(every_picture(DATASET, Path(folder) / "pictures.jsonl"), "test")
+        rows = load_problems(write_picture_problems(DATASET, Path(folder) / "pictures.jsonl"), "test")
     rows = rows.select(range(0, len(rows), arguments.every))
     pictures = distinct_pictures(rows)
     with tempfile.TemporaryDirectory() as folder:

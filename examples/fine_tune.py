@@ -19,7 +19,7 @@ RECIPE = Path(__file__).with_name("own_data.yaml")
 
 
 def write_problems(folder: Path, count: int = 240) -> None:
-    """Write the example folder. Your own needs the same: picture, question, choices, index of the answer, solution."""
+    """Write the example folder: for each problem a picture, question, choices, index of the answer and solution."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w") as file:
         for number, drawn in enumerate(itertools.islice(generate("train", skill="bar_chart"), count)):
