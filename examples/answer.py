@@ -3,7 +3,7 @@
 python -m examples.answer [MODEL] [PICTURE] [QUESTION] [CHOICE …]
 
 MODEL is a folder in the Hub's layout or a Hub id. The default is the model that `examples/fine_tune.py` trains, whose
-answers are near chance; `make demo` trains one that reads its charts (`runs/demo/hub`).
+answers are near chance; `make demo` trains a model that reads these charts (`runs/demo/hub`).
 """
 
 import sys
