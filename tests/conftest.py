@@ -1,4 +1,4 @@
-"""What several test files need: the shared data, tiny models with random weights, a run of a tiny recipe."""
+"""Fixtures that several test files share: data, tiny models with random weights, the run of a tiny recipe."""
 
 import functools
 import io
@@ -52,15 +52,15 @@ TINY_VISION = {
 
 
 def shared(path: str) -> Path:
-    """A file of `../shared`; a test that needs one is skipped where it is absent."""
+    """Return the path of a file in `../shared`, or skip the test if that file is absent."""
     file = SHARED / path
     if not file.exists():
-        pytest.skip(f"needs the data beside the repository, and {file} is absent")
+        pytest.skip(f"{file} is not on this machine: the data beside the repository is needed")
     return file
 
 
 def tiny_model(seed: int = 0, **config) -> MMCoTForConditionalGeneration:
-    """Random weights of some size (`initializer_factor`), so that differences show in what is generated."""
+    """A model with random weights. A larger `initializer_factor` makes generated texts differ visibly."""
     torch.manual_seed(seed)
     model = MMCoTForConditionalGeneration(MMCoTConfig(**{**TINY_TEXT, "vision_config": TINY_VISION, **config}))
     model.generation_config.update(max_new_tokens=12)
@@ -69,13 +69,13 @@ def tiny_model(seed: int = 0, **config) -> MMCoTForConditionalGeneration:
 
 @pytest.fixture(params=FUSIONS)
 def build(request):
-    """`tiny_model` with each fusion in turn."""
+    """`tiny_model` with each of the fusions."""
     return functools.partial(tiny_model, fusion=request.param)
 
 
 @pytest.fixture
 def batch():
-    """Three problems: the second has a shorter text, the third no picture."""
+    """Three problems: the second has a shorter text, the third has no picture."""
     torch.manual_seed(2)
     input_ids = torch.randint(3, 60, (3, 9))
     attention_mask = torch.ones_like(input_ids)
@@ -100,13 +100,13 @@ def labels():
 
 @torch.no_grad()
 def log_probability(model, inputs, target):
-    """Of a target's tokens, `(target_length,)`, by a pass of their own; `inputs` are of one problem."""
+    """Log-probability of the tokens of `target`, `(target_length,)`, in one pass. `inputs` contain one problem."""
     log_probs = model(**inputs, labels=target[None]).logits[0].log_softmax(dim=-1)
     return log_probs.gather(1, target[:, None]).sum()
 
 
 def run_script(*command, check: bool = True, cwd: Path = REPOSITORY, is_fresh: bool = False, **environment: str):
-    """A command in a process of its own; with `is_fresh`, in one that imports everything itself, as a user's does."""
+    """Run a command in a new process. With `is_fresh`, that process imports every library itself, as a user's does."""
     words, environment = list(map(str, command)), {**os.environ, **environment}
     if is_fresh:
         words = [sys.executable, *words]
@@ -120,8 +120,8 @@ def run_script(*command, check: bool = True, cwd: Path = REPOSITORY, is_fresh: b
     return result
 
 
-# Nothing of ours, and of the libraries that training needs none, can be imported where this has run.
-STRANGER = """
+# A process that runs this code can import neither our packages nor the libraries that only training needs.
+ISOLATION = """
 import importlib.util, json, sys
 not_needed = {"trl", "peft", "datasets", "accelerate", "nltk", "rouge", "torchvision", "timm"}
 for name in not_needed - set(sys.argv.pop().split()):
@@ -136,8 +136,8 @@ from transformers import pipeline
 
 def as_a_stranger(code, cwd, *arguments, needs=""):
     """
-    Run code isolated (`-I`), in another folder, offline, with nothing cached; what it prints last. `needs` names what a
-    tower wants of the libraries that are otherwise kept away.
+    Run code in isolated mode (`-I`), in another folder, offline, with an empty cache. Returns its last line, parsed.
+    `needs` names the blocked libraries that a tower requires, separated by spaces.
     """
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -145,7 +145,7 @@ def as_a_stranger(code, cwd, *arguments, needs=""):
         "PATH": "/usr/bin:/bin",
         "OMP_NUM_THREADS": "2",
     }
-    words = ("-I", "-c", STRANGER + textwrap.dedent(code), *arguments, needs)
+    words = ("-I", "-c", ISOLATION + textwrap.dedent(code), *arguments, needs)
     result = run_python(*words, cwd=cwd, env=environment)
     assert result.returncode == 0, result.stderr[-5000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
@@ -153,18 +153,18 @@ def as_a_stranger(code, cwd, *arguments, needs=""):
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
-    """Makes a folder by a function of its path, once for all processes of pytest-xdist."""
-    place = tmp_path_factory.getbasetemp()
+    """A function that makes a folder with `make(folder)`, once for all processes of pytest-xdist."""
+    parent = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        place = place.parent / "made_once"
-        place.mkdir(exist_ok=True)
+        parent = parent.parent / "made_once"
+        parent.mkdir(exist_ok=True)
 
     def make_once(name, make):
-        folder, is_made = place / name, place / f"{name}.made"
-        with FileLock(place / f"{name}.lock"):
-            if not is_made.exists():
+        folder, marker = parent / name, parent / f"{name}.made"
+        with FileLock(parent / f"{name}.lock"):
+            if not marker.exists():
                 make(folder)
-                is_made.touch()
+                marker.touch()
         return folder
 
     return make_once
@@ -185,7 +185,7 @@ def write_tiny_dataset(folder: Path):
 
 @pytest.fixture(scope="session")
 def tiny_dataset(make_once) -> Path:
-    """A JSONL of 72 demonstration problems in three splits, with their pictures on disk beside it."""
+    """A JSONL file of 72 demonstration problems in three splits, with their pictures beside it."""
     return make_once("dataset", write_tiny_dataset) / "problems.jsonl"
 
 
@@ -233,13 +233,13 @@ def store(detr, all_problems, tmp_path_factory):
 
 
 def content(folder):
-    """The bytes of a feature store."""
+    """The bytes of each file of a feature store."""
     return {name: (folder / name).read_bytes() for name in ("manifest.json", "rows.bin", "rows.jsonl")}
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_dataset, make_once, tmp_path_factory) -> Path:
-    """The finished run of `tests/tiny.yaml`, made as a user makes one."""
+    """The finished run of `tests/tiny.yaml`, trained by `train.py`."""
     command = ("train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir")
     finished = make_once("tiny", lambda folder: run_script(*command, folder))
     return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "tiny")
@@ -250,7 +250,7 @@ LORA = ("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q", "v"
 
 @pytest.fixture(scope="session")
 def adapter_recipe(tiny_dataset, tmp_path_factory) -> Path:
-    """The tiny one in FLAN-T5's shape: gated feed-forward, a head of its own."""
+    """The tiny recipe with FLAN-T5's architecture: gated feed-forward layers and an untied output head."""
     values = yaml.safe_load(TINY_RECIPE.read_text())
     values["dataset"] = str(tiny_dataset)
     values["text_config"].update(feed_forward_proj="gated-gelu", scale_decoder_outputs=False)
@@ -261,7 +261,7 @@ def adapter_recipe(tiny_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter_run(adapter_recipe, make_once, tmp_path_factory) -> Path:
-    """A finished run whose stages adapt one base."""
+    """A finished run whose stages are adapters of one base."""
     command = ("train.py", "--config", adapter_recipe, *LORA, "--output_dir")
     finished = make_once("adapters", lambda folder: run_script(*command, folder))
     return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "adapters")
@@ -306,7 +306,7 @@ def hub_rows(size: int) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def hub_dataset(tmp_path_factory):
-    """The files of the Hub's dataset, as `hf download` leaves them."""
+    """Files like those that `hf download` writes for ScienceQA's dataset on the Hub."""
     folder = tmp_path_factory.mktemp("ScienceQA")
     for split in ("train", "validation", "test"):
         dataset = datasets.Dataset.from_list(hub_rows(5), features=HUB_FEATURES)
@@ -316,7 +316,7 @@ def hub_dataset(tmp_path_factory):
 
 @pytest.fixture
 def text_recipe(tmp_path):
-    """The tiny one, of one stage that reads no pictures."""
+    """Options for the tiny recipe with a single stage, which reads no pictures."""
     values = yaml.safe_load(TINY_RECIPE.read_text())
     values = {name: value for name, value in values.items() if name not in ("vision_config", "image_processor")}
     values["stages"] = [{**values["stages"][1], "reads": ["question", "context", "choices"], "template": "QCM-A"}]

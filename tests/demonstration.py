@@ -1,4 +1,4 @@
-"""Trainings of the demonstration and their scores, for the tests of its recipes."""
+"""Trains recipes of the demonstration and computes their figures, for the tests of these recipes."""
 
 import json
 

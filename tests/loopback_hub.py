@@ -1,6 +1,6 @@
-"""A loopback server that speaks as much of the Hub's HTTP API as the real huggingface_hub client needs.
+"""A loopback server with the part of the Hub's HTTP API that the real huggingface_hub client needs.
 
-For tests that ask what an upload leaves on the Hub and what a download gets from it, with faults at chosen requests:
+Tests compare the Hub's files after an upload or a download, and inject faults into chosen requests:
 
     with LoopbackHub() as hub:
         token = hub.add_user("ada")
@@ -8,9 +8,9 @@ For tests that ask what an upload leaves on the Hub and what a download gets fro
         subprocess.run(command, env=client_environment(hub, home, token))
         assert hub.files("model", "ada/name")["README.md"] == card
 
-It is not the Hub: all is in memory, and there are no pull requests, tags, gated repositories, copies within a commit,
-Xet storage, pages of results, redirects to other hosts or rules of `.gitignore`. Its rules for cards are fewer, but for
-the license stricter.
+Differences from the Hub: everything is in memory, and there are no pull requests, tags, gated repositories, copies
+within a commit, Xet storage, paginated results, redirects to other hosts or `.gitignore` rules. Cards are checked by
+fewer rules, but the rule for the license is stricter.
 """
 
 import base64
@@ -54,7 +54,7 @@ class StoredFile:
 
     @functools.cached_property
     def in_git(self) -> bytes:
-        """What git itself holds: the content, or the pointer to it."""
+        """The bytes in git: the content, or the LFS pointer to it."""
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
         return pointer.encode() if self.in_lfs else self.content
 
@@ -62,16 +62,16 @@ class StoredFile:
     def etag(self) -> str:
         return self.sha256 if self.in_lfs else git_blob_id(self.in_git)
 
-    def described(self, path: str) -> dict:
-        described = {"type": "file", "path": path, "size": len(self.content), "oid": git_blob_id(self.in_git)}
+    def as_tree_entry(self, path: str) -> dict:
+        entry = {"type": "file", "path": path, "size": len(self.content), "oid": git_blob_id(self.in_git)}
         if self.in_lfs:
-            described["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": len(self.in_git)}
-        return described
+            entry["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": len(self.in_git)}
+        return entry
 
-    def described_as_sibling(self, path: str) -> dict:
-        described = self.described(path)
-        sibling = {"rfilename": path, "size": described["size"], "blobId": described["oid"]}
-        return sibling | ({"lfs": {**described["lfs"], "sha256": self.sha256}} if self.in_lfs else {})
+    def as_sibling(self, path: str) -> dict:
+        entry = self.as_tree_entry(path)
+        sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
+        return sibling | ({"lfs": {**entry["lfs"], "sha256": self.sha256}} if self.in_lfs else {})
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Commit:
         tree = sorted((path, git_blob_id(file.in_git)) for path, file in self.files.items())
         return hashlib.sha1(repr((self.parent, self.title, self.message, self.date, tree)).encode()).hexdigest()
 
-    def described(self) -> dict:
-        told = {"id": self.id, "title": self.title, "message": self.message, "date": self.date}
-        return told | {"authors": [{"user": self.author}]}
+    def as_history_entry(self) -> dict:
+        entry = {"id": self.id, "title": self.title, "message": self.message, "date": self.date}
+        return entry | {"authors": [{"user": self.author}]}
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Repository:
     def commit(self, revision: str) -> Commit:
         commit_id = self.branches.get(revision, revision)
         if commit_id not in self.commits:
-            raise Refusal(404, "Revision not found", "RevisionNotFound")
+            raise ErrorResponse(404, "Revision not found", "RevisionNotFound")
         return self.commits[commit_id]
 
     def history(self, revision: str) -> list[Commit]:
@@ -133,7 +133,7 @@ class User(NamedTuple):
 
 
 class UploadGrant(NamedTuple):
-    """Stands for the signed address of the storage, to which the client sends no token."""
+    """Replaces the signed address of the Hub's storage, because the client sends no token there."""
 
     repository: Repository
     oid: str
@@ -154,8 +154,8 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Refusal(Exception):
-    """By `code` the client tells apart what was not found."""
+class ErrorResponse(Exception):
+    """An error response. The client chooses the class of a not-found error by `code`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None):
         codes = {"X-Error-Code": code} if code else {}
@@ -164,7 +164,7 @@ class Refusal(Exception):
 
 @dataclass
 class Fault:
-    """What happens instead of an answer: another one, or the end of the connection within the body or after it."""
+    """Replaces the normal answer of a request by another answer, or closes the connection during or after the body."""
 
     method: str
     path_pattern: str
@@ -179,10 +179,10 @@ def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None 
 
 
 class LoopbackHub:
-    """Repositories, users and faults; in a `with` block also the server.
+    """Repositories, users and faults. The server runs inside a `with` block.
 
-    `requests` has for each request its method, its path and the answer's status, None where the connection ended
-    instead.
+    `requests` lists the method, the path and the answer's status of each request. The status is None if the connection
+    was closed without a whole answer.
     """
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ class LoopbackHub:
         self._server.server_close()
 
     def add_user(self, name: str, organizations: Sequence[str] = ()) -> str:
-        """A user who may write in their own namespace and in those of `organizations`. Returns their token."""
+        """Add a user who may write in their own namespace and in those of `organizations`. Returns the user's token."""
         token = f"hf_{secrets.token_hex(17)}"
         self._users[token] = User(name, tuple(organizations))
         return token
@@ -218,24 +218,23 @@ class LoopbackHub:
         times: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Answer requests with an error, without doing what they ask: the next `times`, or all.
+        """Answer the next `times` matching requests, or all, with an error and do not execute them.
 
         Args:
-            path_pattern: a regular expression to be found in the path.
+            path_pattern: a regular expression, searched in the path.
         """
-        refusal = Refusal(status, "A fault that the test asked for", headers=headers)
-        self._faults.append(Fault(method, path_pattern, times, answer=refusal.answer))
+        error = ErrorResponse(status, "A fault that the test requested", headers=headers)
+        self._faults.append(Fault(method, path_pattern, times, answer=error.answer))
 
     def cut(self, method: str, path_pattern: str, *, after_bytes: int, times: int | None = 1) -> None:
-        """End the connection after so many bytes of the request's body or, where it has none, of the answer's."""
+        """Close the connection after `after_bytes` of the request's body or, if it has none, of the answer's body."""
         self._faults.append(Fault(method, path_pattern, times, cut_after=after_bytes))
 
-    def lose(self, method: str, path_pattern: str) -> None:
-        """Do what the next request asks, and end the connection in place of the answer."""
+    def lose_answer(self, method: str, path_pattern: str) -> None:
+        """Execute the next matching request, and close the connection without an answer."""
         self._faults.append(Fault(method, path_pattern, 1, loses_answer=True))
 
-    def heal(self) -> None:
-        """No fault any more."""
+    def clear_faults(self) -> None:
         self._faults.clear()
 
     def files(self, repo_type: str, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -243,7 +242,7 @@ class LoopbackHub:
         return {path: file.content for path, file in commit.files.items()}
 
     def commits(self, repo_type: str, repo_id: str, revision: str = "main") -> list[str]:
-        """Their ids, newest first."""
+        """The ids of the commits, newest first."""
         return [commit.id for commit in self._repositories[repo_type, repo_id].history(revision)]
 
     def is_private(self, repo_type: str, repo_id: str) -> bool:
@@ -265,8 +264,8 @@ class LoopbackHub:
         try:
             with self._lock:
                 return self._route(request)
-        except Refusal as refusal:
-            return refusal.answer
+        except ErrorResponse as error:
+            return error.answer
 
     def _route(self, request: Request) -> Answer:
         method = "GET" if request.method == "HEAD" else request.method
@@ -279,18 +278,18 @@ class LoopbackHub:
                     repository = self._repository(request, repo_type, arguments.pop("name"), route.access)
                     return route.answer(self, request, repository, **arguments)
                 return route.answer(self, request, **arguments)
-        raise Refusal(404, "The loopback Hub does not know this route")
+        raise ErrorResponse(404, "The loopback Hub does not know this route")
 
     def _user(self, request: Request) -> User | None:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self._users:
-            raise Refusal(401, "Invalid credentials in Authorization header")
+            raise ErrorResponse(401, "Invalid credentials in Authorization header")
         return self._users.get(token)
 
     def _known_user(self, request: Request) -> User:
         user = self._user(request)
         if user is None:
-            raise Refusal(401, "Invalid username or password.")
+            raise ErrorResponse(401, "Invalid username or password.")
         return user
 
     def _repository(self, request: Request, repo_type: str, name: str, access: str) -> Repository:
@@ -298,11 +297,11 @@ class LoopbackHub:
         repository = self._repositories.get((repo_type, name))
         is_writer = user is not None and user.may_write(name.split("/")[0])
         if repository is None or (repository.private and not is_writer):
-            # The same answer for both, so that nobody learns of a private repository.
-            raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
+            # The answer is the same for both, because an error must not reveal that a private repository exists.
+            raise ErrorResponse(404 if user else 401, "Repository not found", "RepoNotFound")
         if access == "write" and not is_writer:
             self._known_user(request)
-            raise Refusal(403, "You don't have the rights to write in this namespace")
+            raise ErrorResponse(403, "You don't have the rights to write in this namespace")
         return repository
 
     def _whoami(self, request: Request) -> Answer:
@@ -311,21 +310,21 @@ class LoopbackHub:
         return as_json({"type": "user", "name": user.name, "orgs": organizations})
 
     def _create_repository(self, request: Request) -> Answer:
-        wanted = json.loads(request.body)
+        options = json.loads(request.body)
         user = self._known_user(request)
-        namespace = wanted["organization"] or user.name
+        namespace = options["organization"] or user.name
         if not user.may_write(namespace):
-            raise Refusal(403, "You don't have the rights to create a repository in this namespace")
-        repo_type, name = wanted.get("type", "model"), f"{namespace}/{wanted['name']}"
-        repository = Repository(repo_type, name, wanted.get("visibility") == "private", wanted.get("sdk"))
+            raise ErrorResponse(403, "You don't have the rights to create a repository in this namespace")
+        repo_type, name = options.get("type", "model"), f"{namespace}/{options['name']}"
+        repository = Repository(repo_type, name, options.get("visibility") == "private", options.get("sdk"))
         address = {"url": f"{self.url}{repository.address}", "name": name}
         if (repo_type, name) in self._repositories:
-            # Also with this error the client reads the address.
+            # The body contains the address too, because the client reads it from this error.
             return as_json({"error": f"You already created this {repo_type} repo", **address}, 409)
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
         files = {".gitattributes": StoredFile(attributes.encode())}
         if repo_type == "space":
-            files["README.md"] = StoredFile(f"---\ntitle: {wanted['name']}\nsdk: {wanted['sdk']}\n---\n".encode())
+            files["README.md"] = StoredFile(f"---\ntitle: {options['name']}\nsdk: {options['sdk']}\n---\n".encode())
         repository.add(Commit(None, "initial commit", "", user.name, files), "main")
         self._repositories[repo_type, name] = repository
         return as_json(address)
@@ -339,7 +338,7 @@ class LoopbackHub:
     def _info(self, request: Request, repository: Repository, revision: str = "main") -> Answer:
         commit = repository.commit(revision)
         siblings = [
-            file.described_as_sibling(path) if "blobs" in request.query else {"rfilename": path}
+            file.as_sibling(path) if "blobs" in request.query else {"rfilename": path}
             for path, file in sorted(commit.files.items())
         ]
         info = {"id": repository.name, "author": repository.name.split("/")[0], "sha": commit.id}
@@ -355,13 +354,13 @@ class LoopbackHub:
 
     def _create_branch(self, request: Request, repository: Repository, branch: str) -> Answer:
         if branch in repository.branches:
-            raise Refusal(409, "This reference exists already")
+            raise ErrorResponse(409, "This reference already exists")
         start = json.loads(request.body).get("startingPoint", "main")
         repository.branches[branch] = repository.commit(start).id
         return as_json({})
 
     def _history(self, request: Request, repository: Repository, revision: str) -> Answer:
-        return as_json([commit.described() for commit in repository.history(revision)])
+        return as_json([commit.as_history_entry() for commit in repository.history(revision)])
 
     def _discussions(self, request: Request, repository: Repository) -> Answer:
         return as_json({"discussions": [], "count": 0, "start": 0})
@@ -369,38 +368,38 @@ class LoopbackHub:
     def _tree(self, request: Request, repository: Repository, revision: str, folder: str = "") -> Answer:
         entries = tree(repository.commit(revision).files)
         if folder and folder not in entries:
-            raise Refusal(404, "Entry not found", "EntryNotFound")
+            raise ErrorResponse(404, "Entry not found", "EntryNotFound")
         levels = slice(None) if request.query.get("recursive") == "true" else slice(1)
-        inside = [
+        listed = [
             entry for path, entry in entries.items() if PurePosixPath(folder) in PurePosixPath(path).parents[levels]
         ]
-        return as_json(inside)
+        return as_json(listed)
 
     def _paths(self, request: Request, repository: Repository, revision: str) -> Answer:
         entries = tree(repository.commit(revision).files)
-        asked = parse_qs(request.body.decode())["paths"]
-        return as_json([entries[path] for path in asked if path in entries])
+        requested = parse_qs(request.body.decode())["paths"]
+        return as_json([entries[path] for path in requested if path in entries])
 
     def _resolve(self, request: Request, repository: Repository, revision: str, path: str) -> Answer:
         commit = repository.commit(revision)
         headers = {"X-Repo-Commit": commit.id}
         if path not in commit.files:
-            raise Refusal(404, "Entry not found", "EntryNotFound", headers)
+            raise ErrorResponse(404, "Entry not found", "EntryNotFound", headers)
         file = commit.files[path]
         headers |= {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if file.in_lfs:
             headers |= {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
-        return asked_range(file.content, request.headers.get("Range", ""), headers)
+        return answer_range(file.content, request.headers.get("Range", ""), headers)
 
     def _preupload(self, request: Request, repository: Repository, revision: str) -> Answer:
-        standing = repository.commit(revision).files
+        current = repository.commit(revision).files
         files = [
             {
                 "path": file["path"],
                 "uploadMode": upload_mode(file["path"], file["size"], base64.b64decode(file["sample"])),
                 "shouldIgnore": False,
-                # By this the client leaves out of its commit what has not changed.
-                "oid": standing[file["path"]].etag if file["path"] in standing else None,
+                # The client compares this id with its own and omits unchanged files from its commit.
+                "oid": current[file["path"]].etag if file["path"] in current else None,
             }
             for file in json.loads(request.body)["files"]
         ]
@@ -422,29 +421,29 @@ class LoopbackHub:
     def _store_lfs_object(self, request: Request, oid: str) -> Answer:
         grant = self._upload_grants.get(request.query.get("grant", ""))
         if grant is None or grant.oid != oid:
-            raise Refusal(403, "No grant for this upload")
+            raise ErrorResponse(403, "No grant for this upload")
         if len(request.body) != grant.size or hashlib.sha256(request.body).hexdigest() != oid:
-            raise Refusal(400, "The body is not the object that was announced")
+            raise ErrorResponse(400, "The body is not the object that was announced")
         grant.repository.lfs_objects[oid] = request.body
         return Answer(200)
 
     def _verify_lfs_object(self, request: Request, repository: Repository) -> Answer:
         announced = json.loads(request.body)
-        stored_lfs_object(repository, announced["oid"], announced["size"])
+        find_lfs_object(repository, announced["oid"], announced["size"])
         return as_json({})
 
     def _commit(self, request: Request, repository: Repository, revision: str) -> Answer:
         if "create_pr" in request.query:
-            raise Refusal(400, "The loopback Hub has no pull requests")
+            raise ErrorResponse(400, "The loopback Hub has no pull requests")
         if revision not in repository.branches:
-            raise Refusal(404, "Revision not found", "RevisionNotFound")
+            raise ErrorResponse(404, "Revision not found", "RevisionNotFound")
         head = repository.commit(revision)
         header, *changes = [json.loads(line) for line in request.body.splitlines()]
         if header["key"] != "header":
-            raise Refusal(400, "A commit starts with its header")
-        # The client may give the first digits of an id only.
+            raise ErrorResponse(400, "A commit starts with its header")
+        # The client may send an abbreviated id.
         if not head.id.startswith(header["value"].get("parentCommit", "")):
-            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            raise ErrorResponse(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
         for change in changes:
             apply_change(repository, files, change["key"], change["value"])
@@ -477,14 +476,14 @@ def card_errors(content: str, repo_type: str) -> list[str]:
 
 
 def tree(files: Mapping[str, StoredFile]) -> dict[str, dict]:
-    """What stands at each path, folders included. A folder's id is not git's."""
+    """The entry of each path, including folders. A folder's id differs from git's."""
     folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
     entries = {folder: {"type": "directory", "path": folder, "oid": git_blob_id(folder.encode())} for folder in folders}
-    return entries | {path: file.described(path) for path, file in files.items()}
+    return entries | {path: file.as_tree_entry(path) for path, file in files.items()}
 
 
-def asked_range(content: bytes, asked: str, headers: Mapping[str, str]) -> Answer:
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
+def answer_range(content: bytes, requested: str, headers: Mapping[str, str]) -> Answer:
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", requested)
     if match is None:
         return Answer(200, content, headers)
     first, last = int(match[1]), min(int(match[2] or len(content)), len(content) - 1)
@@ -498,10 +497,10 @@ def upload_mode(path: str, size: int, sample: bytes) -> str:
     return "lfs" if is_large or b"\0" in sample else "regular"
 
 
-def stored_lfs_object(repository: Repository, oid: str, size: int) -> bytes:
+def find_lfs_object(repository: Repository, oid: str, size: int) -> bytes:
     content = repository.lfs_objects.get(oid)
     if content is None or len(content) != size:
-        raise Refusal(400, "An LFS pointer points to an object that was not uploaded")
+        raise ErrorResponse(400, "An LFS pointer points to an object that was not uploaded")
     return content
 
 
@@ -510,22 +509,22 @@ def apply_change(repository: Repository, files: dict[str, StoredFile], key: str,
     if key == "file":
         files[path] = StoredFile(base64.b64decode(value["content"], validate=True))
     elif key == "lfsFile":
-        files[path] = StoredFile(stored_lfs_object(repository, value["oid"], value["size"]), in_lfs=True)
+        files[path] = StoredFile(find_lfs_object(repository, value["oid"], value["size"]), in_lfs=True)
     elif key in ("deletedFile", "deletedFolder"):
         folder = path.rstrip("/") + "/"
         deleted = [each for each in files if (each == path if key == "deletedFile" else each.startswith(folder))]
         if not deleted:
-            raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+            raise ErrorResponse(404, "A file with this name doesn't exist", "EntryNotFound")
         for each in deleted:
             del files[each]
     else:
-        raise Refusal(400, "Unknown change in a commit")
+        raise ErrorResponse(400, "Unknown change in a commit")
 
 
 class Route(NamedTuple):
     method: str
     pattern: str
-    access: str | None  # what the user needs to the repository in the path, "read" or "write"
+    access: str | None  # the right that the user needs for the repository in the path: "read", "write" or none
     answer: Callable[..., Answer]
 
 
@@ -554,19 +553,19 @@ ROUTES = (
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections are kept alive
-    disable_nagle_algorithm = True  # else the body waits for the headers' acknowledgement
+    protocol_version = "HTTP/1.1"  # because it keeps connections alive
+    disable_nagle_algorithm = True  # because otherwise the body waits for the acknowledgement of the headers
 
     def __init__(self, hub: LoopbackHub, *arguments: object) -> None:
         self.hub = hub
         super().__init__(*arguments)
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # a client that was killed is no error of the server
+        with contextlib.suppress(ConnectionError):  # because a killed client is not an error of the server
             super().handle()
 
     def log_message(self, *_: object) -> None:
-        """Nothing: `LoopbackHub.requests` has them."""
+        """Print nothing, because `LoopbackHub.requests` lists the requests."""
 
     def serve(self) -> None:
         address = urlsplit(self.path)
@@ -575,7 +574,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         is_upload_cut = length > 0 and cut_after is not None
         body = self.rfile.read(min(length, cut_after) if is_upload_cut else length)
-        if is_upload_cut or len(body) < length:  # half a commit must never be taken for a whole one
+        if is_upload_cut or len(body) < length:  # a truncated commit must never be applied
             self.record(None)
             self.hang_up()
             return
@@ -585,14 +584,14 @@ class Handler(BaseHTTPRequestHandler):
             self.record(None)
             self.hang_up()
             return
-        # Before the client has its answer, or a test could look too early.
+        # Recorded before the client receives its answer, because a test may read `requests` immediately after it.
         self.record(answer.status if cut_after is None else None)
         self.send(answer, cut_after)
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def record(self, status: int | None) -> None:
-        # The query is left out: a grant to upload stands in it.
+        # The query is omitted, because it contains upload grants.
         self.hub.requests.append((self.command, unquote(urlsplit(self.path).path), status))
 
     def send(self, answer: Answer, cut_after: int | None) -> None:
@@ -607,7 +606,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def hang_up(self) -> None:
         self.close_connection = True
-        with contextlib.suppress(OSError):  # the client may be gone already
+        with contextlib.suppress(OSError):  # the client may have closed the connection already
             self.connection.shutdown(socket.SHUT_RDWR)
 
 

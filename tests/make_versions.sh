@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# One folder for each minor version of transformers, with that version and what it pins; torch and the rest are shared.
-# tests/make_versions.sh FOLDER PIP [VERSION …]; by default every minor version from 5.12 on, and 4.57.6, to be refused.
+# Installs each minor version of transformers, with the packages that it pins, into a folder of its own. torch and all
+# other packages come from the shared environment.
+# tests/make_versions.sh FOLDER PIP [VERSION …]; the default is every minor version from 5.12 on, and 4.57.6, because
+# mmcot must refuse it.
 set -euo pipefail
 folder=$1 pip=$2
 shift 2

@@ -1,8 +1,9 @@
-"""Runs commands in forks of a process that has imported the large libraries, which takes longer than most commands.
+"""Runs commands in forks of a process that has imported the large libraries, because that import takes longer than
+most commands.
 
-Each command has a process of its own, as with `python`: its environment, folder, arguments and modules. Nothing of
-Hugging Face is imported before the fork, since those libraries read the environment when they are imported.
-Run as a script, this file is that process: it reads a command a line, as JSON, and writes its exit code.
+Each command has a process of its own, as with `python`: its environment, folder, arguments and modules. Hugging Face's
+libraries are imported after the fork, because they read the environment at import.
+Run as a script, this file is the forking process: it reads one JSON command per line and writes the exit code of each.
 """
 
 import atexit
@@ -17,7 +18,7 @@ from pathlib import Path
 
 
 def run_python(*command, cwd: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess:
-    """As `subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True)`."""
+    """Same result as `subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True)`."""
     words = list(map(str, command))
     server = start_server()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,8 +46,8 @@ def import_libraries():
     import torchvision  # noqa: F401
 
 
-def next_command() -> list:
-    """Forks for each command that is asked for. Returns in the forked process alone."""
+def fork_for_command() -> list:
+    """Fork for each command on standard input. Returns only in the forked process."""
     for line in sys.stdin:
         process = os.fork()
         if process == 0:
@@ -55,7 +56,7 @@ def next_command() -> list:
     sys.exit()
 
 
-def become(cwd: str, env: dict[str, str], outputs: list[str]):
+def set_up_process(cwd: str, env: dict[str, str], outputs: list[str]):
     import torch
 
     for number, file in enumerate([os.devnull, *outputs]):
@@ -67,11 +68,11 @@ def become(cwd: str, env: dict[str, str], outputs: list[str]):
     os.environ.clear()
     os.environ.update(env)
     if "OMP_NUM_THREADS" in env:
-        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # torch read it before the fork
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # because torch read the variable before the fork
 
 
 def run(words: list[str], env: dict[str, str]):
-    """Isolated (`-I`) or not, a module (`-m`), code (`-c`) or a script."""
+    """Run a module (`-m`), code (`-c`) or a script, in isolated mode (`-I`) or not."""
     is_isolated = words[0] == "-I"
     kind, *arguments = words[is_isolated:]
     if kind in ("-m", "-c"):
@@ -91,6 +92,6 @@ def run(words: list[str], env: dict[str, str]):
 
 if __name__ == "__main__":
     import_libraries()
-    words, cwd, env, outputs = next_command()
-    become(cwd, env, outputs)
+    words, cwd, env, outputs = fork_for_command()
+    set_up_process(cwd, env, outputs)
     run(words, env)

@@ -1,4 +1,4 @@
-"""Files of problems as people have them, written for tests, and what an error has to say."""
+"""Writes files of problems in the forms that users have, and checks the parts of an error message."""
 
 import io
 import json
@@ -13,7 +13,7 @@ ROW = {"id": "p1", "question": "Which color is it?", "choices": ["red", "blue"],
 
 
 def png(color: str = "red", mode: str = "RGB") -> bytes:
-    """A picture of one color; of noise, which does not compress, so that half of the file holds half of the rows."""
+    """A picture of one color, or of "noise", which does not compress: half of such a file contains half of its rows."""
     size, file = (64, 64), io.BytesIO()
     picture = Image.effect_noise(size, 90) if color == "noise" else Image.new("RGB", size, color)
     picture.convert(mode).save(file, "PNG")
@@ -50,7 +50,7 @@ def check_pictures(problems) -> None:
 
 
 def scienceqa(folder, splits=None, **fields) -> str:
-    """A ScienceQA folder of two test problems, the first with a picture; `fields` replace those of the first."""
+    """A ScienceQA folder with two test problems, the first with a picture. `fields` replace fields of the first."""
     first = {"question": "What is it?", "choices": ["a", "b"], "answer": 0, "hint": "Look.", "image": "image.png"}
     first |= {"grade": "grade3", "subject": "natural science", "task": "closed choice", "split": "test"}
     second = {**first, "question": "Why?", "hint": "", "image": None}

@@ -537,11 +537,11 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
             result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
             assert said in str(result.error) and "is unchanged" in str(result.error), (name, result)
             assert failing.commits("model", "ada/again") == before, name
-            failing.heal()
+            failing.clear_faults()
         assert on_the_hub(failing, "ada/again") == old
         code = WRITES.format(revisions=[None], repo_id="ada/again")
         assert as_a_user(code, user.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
-        failing.lose("POST", "/commit/")
+        failing.lose_answer("POST", "/commit/")
         lost = user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost")
         assert "now, but the Hub's response was lost: the same command compares" in lost.error
         assert not user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost").error
