@@ -1,4 +1,4 @@
-"""Examples in the docstrings of what ships run. Links, modules and functions that the pages name exist."""
+"""Runs the docstring examples of `modeling_mmcot/`, and checks the links, modules and functions that the pages name."""
 
 import doctest
 import importlib
@@ -27,34 +27,34 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PACKAGE = "(?:mmcot|modeling_mmcot|configuration_mmcot)"
 FILE = re.compile(rf"(?<![\w./-])({PACKAGE}/[\w/.]*\w/?)")
 MODULE = re.compile(rf"(?<![\w./-])({PACKAGE}(?:\.\w+)+)(?![\w(])")
-# "`folder/file.py`: `name`, `Class.method`" says that the file defines these names.
+# "`folder/file.py`: `name`, `Class.method`" means that the file defines these names.
 DEFINITIONS = re.compile(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_runs(name):
+def test_docstring_example_runs(name):
     report = []
     results = doctest.DocTestRunner().run(EXAMPLES[name], out=report.append)
     assert results.failed == 0 < results.attempted, "".join(report)
 
 
-def test_each_public_class_and_forward_have_an_example():
-    described = {getattr(modeling_mmcot, name).__module__ + "." + name for name in modeling_mmcot.__all__}
-    described.add("modeling_mmcot.modeling_mmcot.MMCoTForConditionalGeneration.forward")
-    assert described <= set(EXAMPLES)
+def test_public_classes_and_forward_have_examples():
+    documented = {getattr(modeling_mmcot, name).__module__ + "." + name for name in modeling_mmcot.__all__}
+    documented.add("modeling_mmcot.modeling_mmcot.MMCoTForConditionalGeneration.forward")
+    assert documented <= set(EXAMPLES)
 
 
 def anchors(page):
-    """Those that GitHub makes of a page's headings."""
+    """The anchors that GitHub generates for the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
     removed = string.punctuation.replace("-", "").replace("_", "") + "–…"
     return {heading.lower().translate(str.maketrans("", "", removed)).replace(" ", "-") for heading in headings}
 
 
 @pages
-def test_a_relative_link_leads_somewhere(page):
+def test_relative_links_resolve(page):
     for target in LINK.findall(FENCE.sub("", page.read_text())):
         if "://" in target:
             continue
@@ -65,7 +65,7 @@ def test_a_relative_link_leads_somewhere(page):
 
 
 @pages
-def test_a_module_or_file_that_is_named_exists(page):
+def test_named_modules_and_files_exist(page):
     text = page.read_text()
     for path in FILE.findall(text):
         assert (REPOSITORY / path).exists(), path
@@ -74,7 +74,7 @@ def test_a_module_or_file_that_is_named_exists(page):
 
 
 def is_defined(name):
-    """Whether it is a module, or a name in one."""
+    """Whether `name` is a module or an attribute of a module."""
     try:
         importlib.import_module(name)
     except ModuleNotFoundError:
@@ -84,7 +84,7 @@ def is_defined(name):
 
 
 @pages
-def test_a_file_defines_the_names_beside_it(page):
+def test_files_define_the_names_listed_beside_them(page):
     for path, listed in DEFINITIONS.findall(page.read_text()):
         source = (REPOSITORY / path).read_text()
         for name in re.findall(r"[\w.]+", listed):
@@ -92,7 +92,7 @@ def test_a_file_defines_the_names_beside_it(page):
             assert re.search(rf"^\s*(def|class) {last}\b|^{last}\b.* = ", source, re.MULTILINE), f"{path}: {name}"
 
 
-def test_the_quickstarts_recipe_is_one(tmp_path, monkeypatch):
+def test_quickstart_recipe_is_valid(tmp_path, monkeypatch):
     (recipe,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "quickstart.md").read_text(), re.DOTALL)
     (tmp_path / "mine.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The scripts and the notebook of `examples/`: each runs, offline, in a process of its own."""
+"""Runs each script and the notebook of `examples/` offline, in a process of its own."""
 
 import json
 
@@ -10,32 +10,32 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The run that `examples/fine_tune.py` leaves."""
+    """The run folder that `examples/fine_tune.py` writes."""
     run = tmp_path_factory.mktemp("examples") / "own_data"
     result = run_script("-m", "examples.fine_tune", "--output_dir", run, HF_HUB_OFFLINE="1")
     assert f"Run folder: {run}" in result.stdout
     return run
 
 
-def test_a_picture_is_answered(trained):
+def test_answers_default_picture(trained):
     result = run_script("-m", "examples.answer", trained / "hub", HF_HUB_OFFLINE="1")
     lines = result.stdout.splitlines()
     assert lines[0].startswith("rationale:") and [line.split()[-1] for line in lines[2:]] == ["red", "green", "black"]
 
 
-def test_a_question_of_ones_own_is_answered(trained):
+def test_answers_question_about_own_picture(trained):
     picture = REPOSITORY / "space" / "examples" / "map.png"
     result = run_script("-m", "examples.answer", trained / "hub", picture, "Which?", "one", "two", HF_HUB_OFFLINE="1")
     assert [line.split()[-1] for line in result.stdout.splitlines()[2:]] == ["one", "two"]
 
 
-def test_a_model_is_looked_into(trained, tmp_path):
+def test_look_inside_draws_maps_and_probes_answers(trained, tmp_path):
     result = run_script("-m", "examples.look_inside", trained / "hub", tmp_path / "maps.png", HF_HUB_OFFLINE="1")
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
     assert "without the picture:" in result.stdout and "another rationale:" in result.stdout
 
 
-def test_the_notebooks_cells_run(tmp_path):
+def test_notebook_cells_run(tmp_path):
     notebook = json.loads((REPOSITORY / "examples" / "quickstart.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     (tmp_path / "cells.py").write_text("\n".join(cells))

@@ -1,4 +1,4 @@
-"""The GPU benchmark: its CPU form, from the command to the JSON; what it does with a case that fails; its limits."""
+"""The GPU benchmark: its small form on a CPU, from the command to the JSON file; failing cases; theoretical limits."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ CPU = gpu.Setting(torch.device("cpu"), small=True, demo=None)
 
 
 @pytest.mark.slow
-def test_the_cpu_form_gives_rows_of_every_section(tmp_path):
+def test_small_form_on_cpu_writes_rows_of_every_section(tmp_path):
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--output", str(output)]
     done = subprocess.run([*command, "--minutes", "15"], cwd=ROOT, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def test_the_cpu_form_gives_rows_of_every_section(tmp_path):
     assert all(word in variants for word in ("LoRA", "DETR", "ViT", "eager", "checkpointing", "compiled", "static"))
 
 
-def test_a_case_that_fails_is_a_row_and_an_exit_status(tmp_path, monkeypatch, capsys):
+def test_records_failed_case_in_row_and_exit_status(tmp_path, monkeypatch, capsys):
     def fail() -> list[gpu.Row]:
         raise torch.OutOfMemoryError("too large")
 
@@ -58,7 +58,7 @@ def test_a_case_that_fails_is_a_row_and_an_exit_status(tmp_path, monkeypatch, ca
     torch.set_num_threads(threads)
 
 
-def test_flops_are_those_that_torch_counts():
+def test_flops_match_torch_counter():
     batch = gpu.make_batch(CPU, "tiny", (128, 128), (64, 64), 3, "DETR")
     model = gpu.build_model(CPU, "tiny", "DETR").eval()
     model.set_attn_implementation("eager")  # torch does not count a CPU's fused attention
@@ -67,13 +67,13 @@ def test_flops_are_those_that_torch_counts():
     shape, sources, targets = gpu.SHAPES["tiny"], batch.source_lengths, batch.target_lengths
     expected = gpu.encoder_flops(shape, sources) + gpu.fusion_flops(shape, sources, "DETR")
     expected += gpu.decoder_flops(shape, sources, targets)
-    # torch counts the whole square of the decoder's attention to itself, of which the causal half is counted here.
+    # Added because torch counts the whole square of the decoder's self-attention, and the benchmark the causal half.
     inner = shape["num_heads"] * shape["d_kv"]
     expected += 2 * shape["num_decoder_layers"] * sum(target * target * inner for target in targets)
     assert counter.get_total_flops() == pytest.approx(expected)
 
 
-def test_the_limits_of_a_known_device():
+def test_computes_limits_only_for_known_device():
     peak, bandwidth = gpu.PEAKS["NVIDIA H100 80GB HBM3"]
     known = gpu.Setting(torch.device("cpu"), True, None, peak, bandwidth)
     batch = gpu.rationale_batch(known, "tiny")

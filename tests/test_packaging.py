@@ -1,4 +1,4 @@
-"""What `pip install .` gives: the packages, the recipes and the card's template, usable from any folder."""
+"""`pip install .` installs the packages, the recipes and the card template, usable from any folder."""
 
 import shutil
 
@@ -10,7 +10,7 @@ CONTENT += ("setup.py", "pyproject.toml", "requirements.txt", "LICENSE", "README
 
 
 @pytest.mark.slow
-def test_installed_it_works_from_any_folder(tmp_path):
+def test_installed_package_works_from_any_folder(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in CONTENT:

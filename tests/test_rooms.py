@@ -1,4 +1,4 @@
-"""The rooms of `mmcot/` import along the arrows of docs/architecture.md alone."""
+"""The rooms of `mmcot/` import only along the arrows of docs/architecture.md."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-# What each room may import directly; the rooms beneath those are allowed as well.
+# The rooms that each room may import; imports of these rooms' own rooms are allowed as well.
 ARROWS = {
     "storage": (),
     "problems": ("storage",),
@@ -34,13 +34,13 @@ def imported_modules(file: Path) -> set[str]:
     return modules | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
 
 
-def test_every_room_is_named_here():
+def test_arrows_list_every_room():
     folder = REPOSITORY / "mmcot"
     assert {path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"} == ARROWS.keys()
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(REPOSITORY / "mmcot")))
-def test_a_module_imports_along_the_arrows(file):
+def test_module_imports_only_along_arrows(file):
     room = file.parent.name
     if room == "mmcot":
         return  # a command, which may import every room
@@ -51,13 +51,13 @@ def test_a_module_imports_along_the_arrows(file):
         assert not {module for module in imported_modules(file) if module.split(".")[0] in ("modeling_mmcot", "torch")}
 
 
-def test_commands_are_not_imported_by_rooms_or_by_each_other():
+def test_no_module_imports_a_command():
     commands = {f"mmcot.{file.stem}" for file in (REPOSITORY / "mmcot").glob("*.py")} - {"mmcot.__init__"}
     for file in MODULES:
         assert not commands & imported_modules(file), file
 
 
 @pytest.mark.parametrize("module", ["mmcot.evaluation.metrics", "mmcot.evaluation.predictions", "mmcot.storage.files"])
-def test_figures_need_no_torch(module):
+def test_figures_and_files_import_no_torch(module):
     code = f"import sys, {module}; assert not {{'torch', 'transformers'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -1,4 +1,4 @@
-"""Attacks by files that strangers write: a model's, a run's, a recipe's. docs/security.md names what guards each."""
+"""Attacks by malicious files of a model, a run, a recipe or a dataset. docs/security.md lists each defence."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from modeling_mmcot.stage_mmcot import Stage, render
 from modeling_mmcot.vision_mmcot import build_vision_tower
 
 
-def test_every_test_that_the_list_names_is_there():
+def test_docs_name_existing_tests():
     file = ""
     files = {path.name: path for path in (REPOSITORY / "tests").rglob("test_*.py")}
     text = (REPOSITORY / "docs" / "security.md").read_text()
@@ -49,7 +49,7 @@ def change(file, **values):
 
 
 def test_a_processors_file_calls_nothing_but_image_processors(folder, tmp_path):
-    """It ran the code of a second repository from `mmcot.predict FOLDER`, without trust_remote_code."""
+    """Such a file once made `mmcot.predict FOLDER` run code of a second repository without trust_remote_code."""
     evil = tmp_path / "evil"
     evil.mkdir()
     (evil / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}))
@@ -180,7 +180,7 @@ def test_a_source_template_sees_no_column_that_its_stage_does_not_read():
 
 
 def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
-    """What its rows hold are the pictures; a path would be opened here, and shown in a report."""
+    """Pictures are bytes in the rows, because a path would open a file of this machine and show it in a report."""
     Image.new("RGB", (4, 3)).save(tmp_path / "private.png")
     row = {**hub_rows(1)[0], "image": {"bytes": None, "path": str(tmp_path / "private.png")}}
     (tmp_path / "hub").mkdir()
@@ -193,7 +193,7 @@ def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
 
 
 def test_a_tokenizers_file_runs_no_code(folder, tmp_path, says_yes):
-    """Nor does the question whether it may appear: the commands run installed code only."""
+    """The user is not asked for permission either, because the commands run only installed code."""
     evil = tmp_path / "evil"
     evil.mkdir()
     (evil / "evil.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')\nclass Tok: pass\n")
@@ -225,7 +225,7 @@ def test_a_towers_configuration_opens_no_other_file_or_repository(vision):
 
 
 def test_a_stores_record_holds_numbers(tmp_path):
-    """numpy took what a file holds for addresses of Python's objects, and the process crashed."""
+    """numpy interpreted bytes of the file as addresses of Python objects, and the process crashed."""
     for dtype in ("|O", "O", "<i8", "|V8", None):
         with pytest.raises(ValueError, match="record has features of type"):
             record_type([["features", dtype, [1, 4]]])
@@ -270,15 +270,15 @@ def test_a_way_to_generate_runs_no_code_of_the_hub(settings):
 
 
 def test_weights_are_never_pickles(folder):
-    """A pickle in place of the weights is not opened, whatever transformers would do with it."""
+    """A pickle in place of the weights is never opened, even if transformers would open it."""
     (folder / "model.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         MMCoTForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
 
 
-def test_loading_through_the_meta_device_leaves_no_buffer_unset(folder):
-    """A fault that gave other repositories' remote code garbage under transformers 5."""
+def test_loading_through_meta_device_sets_every_buffer(folder):
+    """Under transformers 5 this fault leaves uninitialized buffers in other repositories' remote code."""
     found = as_a_stranger(
         """
         model = AutoModel.from_pretrained("model", trust_remote_code=True, device_map=None)
