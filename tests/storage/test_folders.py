@@ -1,4 +1,4 @@
-"""`replaced_folder`: a folder is whole or absent after success, an error, and a kill at any moment."""
+"""`replaced_folder`: the folder is whole or absent after success, after an error and after a kill at any moment."""
 
 import os
 import signal
@@ -29,36 +29,38 @@ def target(tmp_path):
     return tmp_path / "parent" / "target"
 
 
-def test_a_new_folder_and_one_that_replaces_it(target):
+def test_writes_new_folder_and_replaces_it(target):
     write(target, "old")
     (target / "more").write_text("more")
     write(target, "new")
     assert text_of(target) == "new" and not (target / "more").exists()
     assert os.listdir(target.parent) == ["target"]
-    assert target.stat().st_mode & 0o777 == target.parent.stat().st_mode & 0o777, "not a private folder of tempfile's"
+    assert target.stat().st_mode & 0o777 == target.parent.stat().st_mode & 0o777, (
+        "the mode is that of a private temporary folder"
+    )
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_an_error_leaves_the_target_as_it_was_and_nothing_beside_it(target, is_there):
-    if is_there:
+@pytest.mark.parametrize("exists", [True, False])
+def test_error_leaves_target_unchanged_and_no_temporary_folder(target, exists):
+    if exists:
         write(target, "old")
     with pytest.raises(KeyboardInterrupt), replaced_folder(target) as new_folder:
         (new_folder / "half").write_text("ha")
         raise KeyboardInterrupt
-    assert os.listdir(target.parent) == (["target"] if is_there else [])
-    assert not is_there or text_of(target) == "old"
+    assert os.listdir(target.parent) == (["target"] if exists else [])
+    assert not exists or text_of(target) == "old"
 
 
-def test_an_error_while_the_folders_are_renamed_keeps_the_old_one(target, monkeypatch):
+def test_error_during_rename_keeps_old_folder(target, monkeypatch):
     write(target, "old")
     with pytest.raises(FileNotFoundError), replaced_folder(target) as new_folder:
         new_folder.rmdir()
     assert text_of(target) == "old" and os.listdir(target.parent) == ["target"]
 
 
-# The folders beside the target after a kill: while it is written, before either rename, and after the second one.
+# The moments of the kill: while files are written, before each rename, and after the second rename.
 @pytest.mark.parametrize("moment", ["written", "first rename", "second rename", "old one removed"])
-def test_a_kill_leaves_a_whole_folder_and_the_next_call_removes_the_rest(target, moment):
+def test_kill_leaves_whole_folder_and_next_call_removes_leftovers(target, moment):
     write(target, "old")
     code = f"""
 import os, pathlib, shutil, signal
@@ -97,7 +99,7 @@ with folders.replaced_folder({str(target)!r}) as new_folder:
     assert text_of(target) == "newer" and os.listdir(target.parent) == ["target"]
 
 
-def test_folders_of_running_processes_and_of_other_targets_are_not_touched(target):
+def test_keeps_folders_of_running_processes_and_other_targets(target):
     target.parent.mkdir()
     kept = [f".target.{os.getppid()}.tmp", f".other.{DEAD}.tmp", ".target.old.tmp", f".target.{DEAD}.txt", "target.tmp"]
     for name in [*kept, f".target.{DEAD}.tmp", f".target.{os.getpid()}.tmp"]:

@@ -1,4 +1,4 @@
-"""`ResumableLog`: what a kill leaves is resumed, and what is not the same log is refused and not touched."""
+"""`ResumableLog` resumes a log that a kill truncated, and refuses a file with another header without changing it."""
 
 import json
 
@@ -21,7 +21,7 @@ def file(tmp_path):
     return tmp_path / "made" / "log.jsonl"
 
 
-def test_a_second_call_has_the_entries_of_the_first(file):
+def test_second_call_reads_entries_of_first(file):
     assert write(file, [1], {"a": "ü"}) == []
     assert write(file, [3]) == [[1], {"a": "ü"}]
     assert read_log(file, HEADER) == [[1], {"a": "ü"}, [3]]
@@ -29,7 +29,7 @@ def test_a_second_call_has_the_entries_of_the_first(file):
     assert json.loads(header) == {"model": "Größe", "sizes": [1, 2]}
 
 
-def test_a_kill_at_any_byte_loses_the_line_in_hand_alone(file):
+def test_kill_at_any_byte_loses_only_unfinished_line(file):
     write(file, [1], {"a": "ü"})
     whole = file.read_bytes()
     for length in range(len(whole)):
@@ -40,15 +40,15 @@ def test_a_kill_at_any_byte_loses_the_line_in_hand_alone(file):
         assert file.read_bytes() == whole
 
 
-def test_a_header_that_another_encoder_wrote_is_the_same(file):
-    """A journal of an earlier version holds its settings in UTF-8."""
+def test_accepts_same_header_in_another_encoding(file):
+    """Earlier versions wrote the header in UTF-8 instead of ASCII escapes."""
     file.parent.mkdir()
     file.write_text(json.dumps(HEADER, ensure_ascii=False) + "\n[1]\n", encoding="utf-8")
     assert write(file, [2]) == [[1]] and read_log(file, HEADER) == [[1], [2]]
 
 
 @pytest.mark.parametrize("content", ['{"model": "other"}\n[1]\n', '{"model": "ot', "a letter", "[1]\n"])
-def test_another_header_is_refused_and_the_file_is_not_touched(file, content):
+def test_refuses_another_header_and_keeps_file(file, content):
     file.parent.mkdir()
     file.write_text(content)
     with pytest.raises(OtherHeader, match="log.jsonl"):
@@ -56,14 +56,14 @@ def test_another_header_is_refused_and_the_file_is_not_touched(file, content):
     assert file.read_text() == content
 
 
-def test_a_line_that_is_not_json_is_named(file):
+def test_error_names_line_that_is_not_json(file):
     file.parent.mkdir()
     file.write_text("[1]\n{\n")
     with pytest.raises(ValueError, match="log.jsonl, line 2: not valid JSON"):
         read_log(file)
 
 
-def test_a_log_without_header(file):
+def test_appends_to_log_without_header(file):
     assert read_log(file) == []
     log = ResumableLog(file)
     log.append(["a"], ["b"])

@@ -1,4 +1,4 @@
-"""The paths of a run's folder: those of DESIGN section 4, and those that finished runs really have."""
+"""The paths of a run folder: those of DESIGN section 4, and the files of finished runs."""
 
 from pathlib import Path
 
@@ -33,22 +33,22 @@ LAYOUT = {
 }
 
 
-@pytest.mark.parametrize("place", LAYOUT)
-def test_each_path_has_its_place_in_the_layout(place):
-    assert LAYOUT[place] == Path("runs/demo") / place
+@pytest.mark.parametrize("path", LAYOUT)
+def test_path_matches_layout(path):
+    assert LAYOUT[path] == Path("runs/demo") / path
 
 
-def test_a_fold_belongs_to_its_run_and_adapts_its_base():
+def test_fold_belongs_to_run_and_shares_its_base():
     assert RUN.fold(1).run == RUN.run == RUN
     assert RUN.fold(1).fold_of == RUN and RUN.fold_of is None
     assert RUN.fold(1).base == RUN.base
 
 
-def test_messages_show_the_path():
+def test_formats_as_path():
     assert f"{RUN}" == "runs/demo" and f"{RUN.fold(1)}" == "runs/demo/folds/1"
 
 
-def test_a_finished_run_has_these_files(tiny_run):
+def test_finished_run_contains_files_of_layout(tiny_run):
     folder = RunFolder(tiny_run)
     files = [folder.recipe, folder.inputs, folder.splits]
     files += [file(stage) for stage in ("rationale", "answer") for file in (folder.train_results, folder.curves)]
@@ -59,12 +59,12 @@ def test_a_finished_run_has_these_files(tiny_run):
     assert len(folder.predictions_so_far("test")) == 20
 
 
-def test_stages_of_an_adapted_run_share_a_base(adapter_run):
+def test_run_of_adapters_and_its_folds_are_adapted(adapter_run):
     folder = RunFolder(adapter_run)
     assert folder.is_adapted and folder.fold(0).is_adapted
 
 
-def test_a_stage_is_trained_when_its_results_are_written(tmp_path):
+def test_stage_is_trained_after_results_are_written(tmp_path):
     folder = RunFolder(tmp_path)
     folder.stage("answer").mkdir()
     assert not folder.is_trained("answer") and folder.trained_stages() == []
@@ -72,7 +72,7 @@ def test_a_stage_is_trained_when_its_results_are_written(tmp_path):
     assert folder.is_trained("answer") and folder.trained_stages() == ["answer"]
 
 
-def test_a_run_is_judged_by_test_and_without_its_scores_by_val(tmp_path):
+def test_judged_split_is_val_only_without_test_scores(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.judged_split() is None
     write_json(folder.scores("val"), {})
@@ -81,7 +81,7 @@ def test_a_run_is_judged_by_test_and_without_its_scores_by_val(tmp_path):
     assert folder.judged_split() == "test"
 
 
-def test_nothing_is_predicted_before_a_stage_has_written(tmp_path):
+def test_predictions_are_empty_before_a_stage_writes(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.predictions_so_far("test") == {}
     write_json(folder.predictions("test"), {"1": {"rationale": "text"}})
