@@ -1,4 +1,4 @@
-"""Scores by the classes of a user's own columns, in text, JSON, page and card; and what a card says of the splits."""
+"""Scores by the classes of a user's own columns, in text, JSON, report and card; the splits that the card describes."""
 
 import pytest
 from problem_files import jsonl, says
@@ -23,12 +23,12 @@ def rows():
 
 @pytest.fixture
 def command(tmp_path):
-    """Four of six right: 0, 1, 2 and 4."""
+    """Options that score six predictions. The answers to 0, 1, 2 and 4 are right."""
     write_json(tmp_path / "p.json", {str(n): int(n in (3, 5)) for n in range(6)})
     return [str(tmp_path / "p.json"), "--dataset", jsonl(tmp_path, *rows())]
 
 
-def test_scores_by_own_classes(command, tmp_path, capsys):
+def test_scores_classes_of_own_columns(command, tmp_path, capsys):
     evaluate.main([*command, "--by", "skill", "level", "year", "--report", str(tmp_path / "page")])
     scores = read_json(tmp_path / "p.scores.json")
     by = scores["by"]
@@ -53,7 +53,7 @@ def test_scores_by_own_classes(command, tmp_path, capsys):
     assert "<th>NAT</th>" not in page and "<th>NO</th>" in page
 
 
-def test_a_column_that_is_not_there_is_named(command):
+def test_error_names_missing_column(command):
     with pytest.raises(SystemExit, match="there is no column 'levels'; found id, question"):
         evaluate.main([*command, "--by", "levels"])
     with pytest.raises(
@@ -64,13 +64,13 @@ def test_a_column_that_is_not_there_is_named(command):
         evaluate.main([command[0], "--dataset", "demo", "--by", "level"])
 
 
-def test_a_class_of_no_answer_is_wrong():
+def test_missing_prediction_counts_as_wrong_in_its_class():
     problems = [{"id": "1", "choices": ["a"], "answer": 0, "skill": "x"}]
     found = score_by(problems, {"1": {"answer": -1, "missing": True}}, ["skill"])
     assert found["skill"]["x"] == {"n": 1, "accuracy": 0.0, "interval": None}
 
 
-# In the card.
+# The tests below read the card.
 
 
 def question(number: int, **columns) -> dict:
@@ -79,19 +79,19 @@ def question(number: int, **columns) -> dict:
     return {"question": f"What is {number} modulo 2?", **gold, "level": "low" if number < 30 else "high", **columns}
 
 
-def one_step(text_recipe, *options) -> list[str]:
+def one_step_options(text_recipe, *options) -> list[str]:
     return [*text_recipe, "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", *options]
 
 
-def test_the_card_says_scores_by_class_and_how_rows_were_divided(text_recipe, tmp_path):
+def test_card_shows_scores_by_class_and_split_seed(text_recipe, tmp_path):
     file = jsonl(tmp_path, *map(question, range(60)))
     options = ["--dataset", file, "--split_seed", "7"]
-    train.main(one_step(text_recipe, *options))
+    train.main(one_step_options(text_recipe, *options))
     run = tmp_path / "run"
     predictions = run / "predictions" / "test.json"
     assert read_json(predictions.with_name("test.meta.json"))["split_seed"] == 7
     evaluate.main([str(predictions), *options, "--by", "level"])
-    export(RunFolder(run), prepare(parse_recipe(one_step(text_recipe, *options))).processor)
+    export(RunFolder(run), prepare(parse_recipe(one_step_options(text_recipe, *options))).processor)
     card, scores = (run / "hub" / "README.md").read_text(), read_json(RunFolder(run).scores("test"))
     one = scores["by"]["level"]["high"]
     assert says(card, "| level | n | accuracy |", f"| high | {one['n']} | {one['accuracy']:.2f} |")
@@ -111,14 +111,14 @@ def test_the_card_says_scores_by_class_and_how_rows_were_divided(text_recipe, tm
     assert read_json(tmp_path / "again.meta.json")["split_seed"] == 7
 
 
-def test_the_card_says_that_test_problems_were_trained_on(text_recipe, tmp_path):
+def test_card_warns_about_test_problems_in_training_data(text_recipe, tmp_path):
     rows = [question(number, split="train") for number in range(20)]
     rows += [question(number, split="val", id=f"v{number}") for number in range(20, 24)]
     rows += [question(number, split="test", id=f"t{number}") for number in (3, 4, 5, 30)]
     file = jsonl(tmp_path, *rows)
     with pytest.raises(SystemExit, match="3 of 4 test problems are in train too"):
-        train.main(one_step(text_recipe, "--dataset", file))
-    train.main(one_step(text_recipe, "--dataset", file, "--allow_overlap", "true"))
+        train.main(one_step_options(text_recipe, "--dataset", file))
+    train.main(one_step_options(text_recipe, "--dataset", file, "--allow_overlap", "true"))
     card = (tmp_path / "run" / "hub" / "README.md").read_text()
     assert says(
         card,

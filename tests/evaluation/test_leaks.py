@@ -1,4 +1,4 @@
-"""Gold text that reaches a prediction is caught, wherever it comes in."""
+"""`find_leaks` reports gold text that reaches a prediction by the prompt, the labels or the decoding."""
 
 import dataclasses
 
@@ -27,8 +27,8 @@ def problems(tiny_dataset):
 
 
 @pytest.fixture
-def careless(monkeypatch):
-    """A pipeline that leaves gold columns where they are, and gives batches their labels."""
+def gold_kept(monkeypatch):
+    """Keep gold columns, and add labels to the batches. Returns a `write_column` that ignores these labels."""
     monkeypatch.setattr(predicting, "without_gold", lambda problems: problems)
     monkeypatch.setattr("modeling_mmcot.inference_mmcot.GOLD_COLUMNS", ())
     monkeypatch.setattr(predicting, "tokenized", lambda *given, with_targets: tokenized(*given, with_targets=True))
@@ -41,32 +41,32 @@ def careless(monkeypatch):
     return without_labels
 
 
-def found(system, problems):
+def leaks_of(system, problems):
     return find_leaks(problems, lambda rows: predict(*system, rows))
 
 
-def test_nothing_leaks(system, problems):
-    assert found(system, problems) == {}
+def test_finds_no_leak_in_correct_system(system, problems):
+    assert leaks_of(system, problems) == {}
 
 
-def test_gold_columns_that_nobody_looks_at_are_no_leak(system, problems, careless):
-    assert found(system, problems) == {}
+def test_ignores_gold_columns_that_no_stage_reads(system, problems, gold_kept):
+    assert leaks_of(system, problems) == {}
 
 
-def test_a_leak_in_the_prompt(system, problems, careless):
+def test_finds_gold_column_in_prompt(system, problems, gold_kept):
     processor, models = system
-    stage = processor.stages[1]  # the first one's texts are all alike after so short a training
+    stage = processor.stages[1]  # because the rationale stage writes equal texts after so short a training
     processor.stages[1] = dataclasses.replace(
         stage, source="{{ solution }} " + stage.source, reads=[*stage.reads, "solution"]
     )
-    assert found((processor, models), problems)
+    assert leaks_of((processor, models), problems)
 
 
-def test_a_leak_in_the_labels(system, problems, careless, monkeypatch):
-    """The answer is that of the choice whose target the batch's labels are."""
+def test_finds_answer_taken_from_labels(system, problems, gold_kept, monkeypatch):
+    """A system that answers with the choice that the labels of the batch contain."""
 
     def looks_at_labels(model, processor, stage, rows, inputs, *options, **generation):
-        columns = careless(model, processor, stage, rows, inputs, *options, **generation)
+        columns = gold_kept(model, processor, stage, rows, inputs, *options, **generation)
         if stage.answers:
             targets = processor.batch_decode(inputs["labels"].masked_fill(inputs["labels"] == -100, 0), True)
             for column, row, target in zip(columns, rows, targets, strict=True):
@@ -75,15 +75,15 @@ def test_a_leak_in_the_labels(system, problems, careless, monkeypatch):
         return columns
 
     monkeypatch.setattr(predicting, "write_column", looks_at_labels)
-    leaks = found(system, problems)
+    leaks = leaks_of(system, problems)
     assert set(leaks) == set(problems["id"]) and all("answer" in columns for columns in leaks.values())
 
 
-def test_a_leak_in_the_decoding(system, problems, careless, monkeypatch):
-    """Rationales are the likeliest token at each place of a teacher-forced pass, as in the paper's first version."""
+def test_finds_teacher_forced_decoding(system, problems, gold_kept, monkeypatch):
+    """Each token of a rationale is the most likely one of a teacher-forced pass, as in the paper's first version."""
 
     def teacher_forced(model, processor, stage, rows, inputs, *options, **generation):
-        columns = careless(model, processor, stage, rows, inputs, *options, **generation)
+        columns = gold_kept(model, processor, stage, rows, inputs, *options, **generation)
         if not stage.answers:
             with torch.no_grad():
                 tokens = model(**inputs).logits.argmax(dim=-1)
@@ -92,10 +92,10 @@ def test_a_leak_in_the_decoding(system, problems, careless, monkeypatch):
         return columns
 
     monkeypatch.setattr(predicting, "write_column", teacher_forced)
-    assert found(system, problems)
+    assert leaks_of(system, problems)
 
 
-def test_the_command_says_so(tiny_run, tiny_dataset, capsys, monkeypatch):
+def test_command_reports_leaks_and_fails(tiny_run, tiny_dataset, capsys, monkeypatch):
     options = [str(tiny_run), "--dataset", str(tiny_dataset), "--leak_check", "--limit", "4"]
     main(options)
     assert "No prediction of 4 differs" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The metric as users of `evaluate` know it: loaded from its folder or a Hub, with the figures of `mmcot.evaluate`."""
+"""The metric, loaded with `evaluate.load` from its folder or from a Hub, gives the figures of `mmcot.evaluate`."""
 
 import json
 
@@ -20,8 +20,8 @@ def metric(tmp_path_factory):
     return evaluate.load(FOLDER, cache_dir=str(tmp_path_factory.mktemp("metrics")))
 
 
-def test_gpt3s_published_answers_give_its_published_figures(metric, tmp_path):
-    """Through the command and through `evaluate.load`: the original's own numbers, and the same as each other."""
+def test_reproduces_published_figures_of_gpt3(metric, tmp_path):
+    """The command and `evaluate.load` give equal figures, and these are the published ones."""
     published = read_json(shared("fixtures/reference_text/gpt3_test361.json"))
     dataset = str(shared("scienceqa"))
     write_json(tmp_path / "gpt3.json", published["predictions"])
@@ -45,7 +45,7 @@ def row(number, **columns):
     return {"subject": "natural science", "grade": "grade2"} | columns
 
 
-def test_rows_of_the_hubs_dataset_are_references_too(metric):
+def test_accepts_rows_of_hub_dataset_as_references(metric):
     references = [row(0, image=object, hint="", solution="So."), row(1, image=None, hint="Look.", solution="So.")]
     references[0]["image"] = {"bytes": b"PNG", "path": None}
     predictions = [{"id": "0", "answer": 0, "scores": [0.75, 0.25]}, {"id": "1", "answer": 1, "scores": [0.5, 0.5]}]
@@ -54,19 +54,19 @@ def test_rows_of_the_hubs_dataset_are_references_too(metric):
     assert found["calibration"]["brier"] == pytest.approx((2 * 0.25**2 + 0.5) / 2)
 
 
-def test_an_answer_that_was_generated_stands_beside_the_scored_one(metric):
+def test_reports_accuracy_of_decoded_answers(metric):
     predictions = [{"id": "0", "answer": 0, "decoded_answer": -1}, {"id": "1", "answer": 0, "decoded_answer": 0}]
     found = metric.compute(predictions=predictions, references=[row(0), row(1)])
     assert (found["accuracy"]["Avg"], found["decoded_accuracy"]["Avg"]) == (100, 50)
 
 
-def test_an_id_that_stands_there_twice_is_refused(metric):
+def test_refuses_duplicate_id(metric):
     with pytest.raises(ValueError, match="1 of 2 predictions repeat an id"):
         metric.compute(predictions=[{"id": "0", "answer": 0}, {"id": "0", "answer": 1}], references=[row(0), row(1)])
 
 
-def load_as_a_stranger(path, cwd, absent=("mmcot",), **environment):
-    """`evaluate.load` and one figure, in a fresh process that cannot import the packages in `absent`."""
+def load_in_isolation(path, cwd, absent=("mmcot",), **environment):
+    """Load and compute the metric in a new process that cannot import the packages in `absent`."""
     predictions = [{"id": "0", "answer": 0, "scores": [0.75, 0.25], "rationale": "It is so."}]
     references = [row(0, solution="It is so."), row(1, solution="It is not.")]
     code = f"""
@@ -84,8 +84,8 @@ def offline(tmp_path):
     return {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_folder_loads_without_mmcot(tmp_path, offline):
-    result = load_as_a_stranger(FOLDER, tmp_path, absent=("mmcot", "modeling_mmcot"), **offline)
+def test_folder_loads_without_mmcot(tmp_path, offline):
+    result = load_in_isolation(FOLDER, tmp_path, absent=("mmcot", "modeling_mmcot"), **offline)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert (found["accuracy"]["Avg"], found["accuracy"]["SOC"], found["n"]) == (50, None, 2)
@@ -102,24 +102,24 @@ upload_folder(repo_id="ada/mmcot_scienceqa", repo_type="space", folder_path=sys.
 
 
 @pytest.mark.slow
-def test_a_space_that_holds_the_folder_loads_without_mmcot(tmp_path):
+def test_space_with_folder_loads_without_mmcot(tmp_path):
     with LoopbackHub() as hub:
         environment = client_environment(hub, tmp_path / "home", hub.add_user("ada"))
         run_script("-c", UPLOAD, FOLDER, cwd=tmp_path, **environment)
-        result = load_as_a_stranger("ada/mmcot_scienceqa", tmp_path, **environment)
+        result = load_in_isolation("ada/mmcot_scienceqa", tmp_path, **environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads(result.stdout.splitlines()[-1])["accuracy"]["Avg"] == 50
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["nltk", "rouge", "scipy"])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, offline, package):
-    result = load_as_a_stranger(FOLDER, tmp_path, absent=(package,), **offline)
+def test_error_names_missing_package_and_install_command(tmp_path, offline, package):
+    result = load_in_isolation(FOLDER, tmp_path, absent=(package,), **offline)
     assert f"you need to install the following dependencies['{package}'] using 'pip install {package}'" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["metrics.py", "uncertainty.py"])
-def test_the_folder_computes_by_the_packages_own_code(name):
+def test_folder_copies_code_of_package(name):
     source = (REPOSITORY / "mmcot" / "evaluation" / name).read_text()
     copy = (REPOSITORY / "metrics" / "mmcot_scienceqa" / name).read_text()
     assert copy == source.replace("from mmcot.evaluation.", "from ."), (

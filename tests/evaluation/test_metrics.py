@@ -1,4 +1,4 @@
-"""Scores of metrics.py: against those that the original's metric code gives GPT-3's answers, and at the edges."""
+"""Scores of metrics.py: equal to those of the original's code on GPT-3's answers, and correct in edge cases."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ SCIENCEQA = SHARED / "scienceqa"
 NO_RATIONALE = {"bleu1": None, "bleu4": None, "rougeL": None}
 
 
-def a_problem(id_="1", **columns):
+def make_problem(id_="1", **columns):
     row = {"context": "", "images": [], "subject": "natural science", "grade": "grade4", "solution": "It is red."}
     return {"id": id_, "choices": ["a", "b"], "answer": 1} | row | columns
 
@@ -42,22 +42,22 @@ def gpt3_scores(gpt3, scienceqa_test):
     return score(scienceqa_test, gpt3["predictions"])
 
 
-def test_accuracies_of_gpt3(gpt3, gpt3_scores):
+def test_accuracies_of_gpt3_match_original(gpt3, gpt3_scores):
     expected = {name: entry["accuracy"] for name, entry in gpt3["accuracy"].items()}
     assert gpt3_scores["accuracy"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_class_sizes_of_scienceqa(gpt3, scienceqa_test):
+def test_class_sizes_of_scienceqa_match_original(gpt3, scienceqa_test):
     assert class_sizes(scienceqa_test) == {name: entry["n"] for name, entry in gpt3["accuracy"].items()}
 
 
-def test_rationale_scores_of_gpt3(gpt3, gpt3_scores):
+def test_rationale_scores_of_gpt3_match_original(gpt3, gpt3_scores):
     expected = {name: gpt3["rationale"][name] for name in NO_RATIONALE}
     assert gpt3_scores["rationale"] == pytest.approx(expected, abs=0.01)
 
 
-def test_scores_file_has_the_keys_of_the_design():
-    scores = score([a_problem()], {"1": {"answer": 1, "rationale": "It is red."}})
+def test_scores_have_documented_keys():
+    scores = score([make_problem()], {"1": {"answer": 1, "rationale": "It is red."}})
     assert list(scores)[:3] == ["accuracy", "rationale", "n"]
     assert " ".join(scores["accuracy"]) == " ".join(CLASSES) == "NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg"
     assert scores["n"] == 1
@@ -76,61 +76,61 @@ def test_scores_file_has_the_keys_of_the_design():
     ],
 )
 def test_classes_of_a_problem(columns, classes):
-    assert {name for name, size in class_sizes([a_problem(**columns)]).items() if size} == classes
+    assert {name for name, size in class_sizes([make_problem(**columns)]).items() if size} == classes
 
 
-def test_a_class_without_problems_is_none_and_one_without_a_right_answer_is_zero():
-    percent = accuracy([a_problem("1"), a_problem("2", subject="social science")], {"1": 1, "2": 0})
+def test_accuracy_is_none_without_problems_and_zero_without_right_answers():
+    percent = accuracy([make_problem("1"), make_problem("2", subject="social science")], {"1": 1, "2": 0})
     assert (percent["NAT"], percent["SOC"], percent["LAN"], percent["Avg"]) == (100, 0, None, 50)
     assert set(accuracy([], {}).values()) == {None}
 
 
-def test_no_answer_to_a_problem_of_unknown_answer_is_not_right():
-    assert accuracy([a_problem(answer=-1)], {"1": -1})["Avg"] == 0
+def test_missing_answer_is_wrong_if_gold_answer_is_unknown():
+    assert accuracy([make_problem(answer=-1)], {"1": -1})["Avg"] == 0
 
 
-def test_a_rationale_equal_to_the_solution_scores_100_with_and_without_its_cue():
-    problems = [a_problem(solution="The ball is red. It is not blue.")]
+def test_rationale_equal_to_solution_scores_100_with_and_without_prefix():
+    problems = [make_problem(solution="The ball is red. It is not blue.")]
     for rationale in ("The ball is red. It is not blue.", "Solution: The ball is red. It is not blue."):
         assert rationale_scores(problems, {"1": rationale}) == pytest.approx(dict.fromkeys(NO_RATIONALE, 100), abs=1e-4)
 
 
-def test_pairs_without_words_on_both_sides_do_not_count():
-    problems = [a_problem("1"), a_problem("2"), a_problem("3", solution=""), a_problem("4", solution="...")]
+def test_ignores_pairs_with_an_empty_text():
+    problems = [make_problem("1"), make_problem("2"), make_problem("3", solution=""), make_problem("4", solution="...")]
     alone = rationale_scores(problems[:1], {"1": "It is blue."})
     rationales = {"1": "It is blue.", "2": "Solution: .", "3": "It is red.", "4": "It is red."}
     assert rationale_scores(problems, rationales) == alone
     assert rationale_scores(problems[2:], rationales) == NO_RATIONALE
 
 
-def test_predictions_without_a_rationale_have_no_rationale_scores():
-    assert score([a_problem()], {"1": {"answer": 1}})["rationale"] == NO_RATIONALE
+def test_rationale_scores_are_none_without_rationales():
+    assert score([make_problem()], {"1": {"answer": 1}})["rationale"] == NO_RATIONALE
 
 
-def test_two_texts_of_600_words_pass_the_recursion_limit_which_stays():
+def test_scores_long_texts_without_changing_recursion_limit():
     limit = sys.getrecursionlimit()
     gold, generated = (" ".join(["The", *(f"{name}{i}" for i in range(600))]) for name in "ab")
-    assert 0 < rationale_scores([a_problem(solution=gold)], {"1": generated})["rougeL"] < 1
+    assert 0 < rationale_scores([make_problem(solution=gold)], {"1": generated})["rougeL"] < 1
     assert sys.getrecursionlimit() == limit
 
 
-def test_a_pair_without_a_common_4_gram_scores_without_a_warning():
+def test_pair_without_common_4_gram_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = rationale_scores([a_problem()], {"1": "It is blue and green now."})
+        scores = rationale_scores([make_problem()], {"1": "It is blue and green now."})
     assert scores["bleu4"] == pytest.approx(0)
 
 
-def test_decoded_answers_that_cannot_be_read_are_wrong():
-    problems = [a_problem("1"), a_problem("2")]
+def test_unreadable_decoded_answer_is_wrong():
+    problems = [make_problem("1"), make_problem("2")]
     predictions = {"1": {"answer": 1, "decoded_answer": 1}, "2": {"answer": 1, "decoded_answer": -1}}
     scores = score(problems, predictions)
     assert (scores["accuracy"]["NAT"], scores["decoded_accuracy"]["NAT"]) == (100, 50)
     assert scores["decoded_accuracy"]["SOC"] is None
 
 
-def test_other_ids_than_the_problems_are_refused():
-    problems = [a_problem(str(i)) for i in range(10, 20)]
+def test_refuses_ids_that_differ_from_problems():
+    problems = [make_problem(str(i)) for i in range(10, 20)]
     predictions = {str(i): {"answer": 1} for i in range(17, 22)}
     with pytest.raises(ValueError) as error:
         score(problems, predictions)
@@ -151,16 +151,16 @@ def test_other_ids_than_the_problems_are_refused():
         ({"answer": 1, "rationale": None}, "'rationale' is None"),
     ],
 )
-def test_a_prediction_that_is_none_of_the_choices_is_refused(prediction, found):
+def test_refuses_invalid_prediction(prediction, found):
     with pytest.raises(ValueError, match=f"prediction 1: {found}"):
-        score([a_problem()], {"1": prediction})
+        score([make_problem()], {"1": prediction})
 
 
-def test_a_problem_without_choices_has_no_answer():
-    assert score([a_problem(choices=[], answer=-1)], {"1": {"answer": -1}})["accuracy"]["Avg"] == 0
+def test_accepts_no_answer_to_problem_without_choices():
+    assert score([make_problem(choices=[], answer=-1)], {"1": {"answer": -1}})["accuracy"]["Avg"] == 0
 
 
-def test_metrics_know_nothing_of_the_model():
+def test_metrics_import_no_model_code():
     modules = "{'torch', 'transformers', 'modeling_mmcot'}"
     program = f"import sys, mmcot.evaluation.metrics; print(sorted({modules} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The rules that sort mistakes, each on a case that it is for and on one that it is not for."""
+"""The rules that sort mistakes, each on a case that it matches and on one that it does not match."""
 
 import pytest
 
@@ -34,31 +34,31 @@ def reason(problem, answer, rationale, **others):
     return sort_mistake({**problem, **others}, {"answer": answer, "rationale": rationale}).reason
 
 
-def test_a_right_answer_with_its_own_rationale_is_no_mistake():
+def test_right_answer_with_matching_or_empty_rationale_is_no_mistake():
     assert kind(PROBLEM, 1, PROBLEM["solution"]) is None
     assert kind(PROBLEM, 1, "") is None
 
 
-def test_a_right_answer_against_its_rationale():
+def test_right_answer_against_its_rationale():
     assert kind(PROBLEM, 1, "The poles are south and south. So, the magnets will attract.") == "wrong_rationale"
 
 
-def test_a_wrong_answer_against_a_right_rationale():
+def test_wrong_answer_against_right_rationale():
     assert kind(PROBLEM, 0, PROBLEM["solution"]) == "right_rationale"
 
 
 @pytest.mark.parametrize("text", ["", "Solution:", "Attract.", "It is so. It is so. It is so. It is so. It is so."])
-def test_a_rationale_that_says_nothing(text):
+def test_rationale_without_content(text):
     assert kind(PROBLEM, 0, text) == "no_rationale"
 
 
-def test_a_rule_of_the_lecture_that_is_turned_round():
+def test_inverted_rule_of_lecture_is_factual():
     text = "The poles that face each other are south and south. Like poles attract. So, the magnets will attract."
     assert kind(PROBLEM, 0, text) == kind(PROBLEM, 0, text, images=[object()]) == "factual"
     assert "'like poles attract', where gold reads 'like poles repel'" in reason(PROBLEM, 0, text)
 
 
-def test_a_misread_context():
+def test_misread_context_is_factual():
     problem = {
         "question": "What did Ann eat?",
         "context": "On Monday Ann ate a green apple at the lake.",
@@ -67,12 +67,12 @@ def test_a_misread_context():
     assert kind(PROBLEM, 0, "On Monday Ann ate a green pear at the lake. So it is a pear.", **problem) == "factual"
 
 
-def test_something_seen_that_is_not_there():
+def test_false_statement_about_picture_is_commonsense():
     text = "The poles that face each other are south and north. So, they attract."
     assert kind(PROBLEM, 0, text, images=[object()]) == "commonsense"
 
 
-def test_a_conclusion_that_does_not_follow():
+def test_conclusion_that_does_not_follow_is_logical():
     text = PROBLEM["solution"].replace("will repel", "will attract")
     assert kind(PROBLEM, 0, text) == "logical" and "does not follow" in reason(PROBLEM, 0, text)
 
@@ -92,23 +92,23 @@ def test_a_conclusion_that_does_not_follow():
         ),
     ],
 )
-def test_arithmetic_comparisons_and_contradictions(text, found):
+def test_wrong_arithmetic_or_contradiction_is_logical(text, found):
     assert kind(HEIGHTS, 1, text) == "logical" and found in reason(HEIGHTS, 1, text)
 
 
-def test_arithmetic_that_is_right_is_no_mistake_of_logic():
+def test_right_arithmetic_is_no_logical_mistake():
     text = "Blue has 9 stones of glass. 9 is greater than 5, and 4 + 5 = 9. The blue tower is the tallest."
     verdict = sort_mistake(HEIGHTS, {"answer": 1, "rationale": text})
     assert "greater" not in verdict.reason and "+" not in verdict.reason
 
 
-def test_an_answer_that_is_not_the_rationales():
+def test_answer_that_rationale_does_not_support_is_logical():
     text = "One tower was built of marble long ago by masons. So, the green tower is the tallest."
     assert kind(HEIGHTS, 1, text) == "logical"
     assert "supports 'the green tower', but the answer is 'the blue tower'" in reason(HEIGHTS, 1, text)
 
 
-def test_whether_the_picture_was_used_is_told_where_it_is_known():
+def test_picture_not_used_needs_picture_and_prediction_without_it():
     problem = {**PROBLEM, "images": [object()]}
     prediction = {"answer": 0, "rationale": "The poles that face each other are south and north. So, they attract."}
     assert sort_mistake(problem, prediction).picture_not_used is None
@@ -128,7 +128,7 @@ def test_whether_the_picture_was_used_is_told_where_it_is_known():
         ("Das ist dunkelblau.", None),
     ],
 )
-def test_the_choice_that_a_rationale_supports(text, expected):
+def test_finds_choice_that_rationale_supports(text, expected):
     assert supported_choice(text, ["blue", "dark blue", "red"]) == expected
 
 
@@ -142,7 +142,7 @@ def test_the_choice_that_a_rationale_supports(text, expected):
         ("What?", ["…", "?"], None),
     ],
 )
-def test_choices_are_read_as_rationales_are(text, choices, expected):
+def test_normalizes_choices_like_rationales(text, choices, expected):
     assert supported_choice(text, choices) == expected
 
 
@@ -156,12 +156,12 @@ def test_choices_are_read_as_rationales_are(text, choices, expected):
         "The masses are 4,7,9, and blue has 9. 9 is the highest. The blue tower is the tallest.",
     ],
 )
-def test_what_is_true_of_numbers_is_no_mistake_of_logic(text):
+def test_true_statement_about_numbers_is_no_logical_mistake(text):
     verdict = sort_mistake(HEIGHTS, {"answer": 1, "rationale": text})
     assert " than " not in verdict.reason and "highest" not in verdict.reason, verdict
 
 
-def test_sentences_of_decimal_numbers_and_lines():
+def test_splits_sentences_at_lines_but_not_in_decimal_numbers():
     assert sentences("Solution: It is 3.5 m high.\\nSo it's tall!") == [
         ["it", "is", "3.5", "m", "high"],
         ["so", "it's", "tall"],

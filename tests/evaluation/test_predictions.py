@@ -1,4 +1,4 @@
-"""Predictions stay with what made them and with the problems that they answer; anything else is refused by name."""
+"""A predictions file is scored only with its own meta file and against the problems that it answers."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def pairs(tiny_run, other_system, tiny_dataset, tmp_path_factory):
 
 @pytest.fixture
 def mixed(pairs, tmp_path):
-    """One system's predictions beside another's meta file, as a call that was killed between the two left them."""
+    """One system's predictions beside another's meta file: the result of a kill between the two writes."""
     shutil.copy(pairs / "one.json", tmp_path / "mixed.json")
     shutil.copy(pairs / "other.meta.json", tmp_path / "mixed.meta.json")
     shutil.copy(pairs / "one.json", tmp_path / "plain.json")
@@ -54,9 +54,9 @@ def mixed(pairs, tmp_path):
         ("mixed.json", "--submission", "submission.json"),
         ("plain.json", "--report", "page", "--without_picture", "mixed.json"),
     ],
-    ids=["scored", "compared", "of seeds", "submitted", "shown"],
+    ids=["score", "compare", "seeds", "submission", "report"],
 )
-def test_predictions_beside_the_meta_file_of_others_are_refused(mixed, tiny_dataset, monkeypatch, options):
+def test_refuses_meta_file_of_other_predictions(mixed, tiny_dataset, monkeypatch, options):
     monkeypatch.chdir(mixed.parent)
     with pytest.raises(SystemExit, match="mixed.meta.json does not belong to mixed.json.*Predict again; or remove"):
         score_files([*options, "--dataset", str(tiny_dataset)])
@@ -65,12 +65,12 @@ def test_predictions_beside_the_meta_file_of_others_are_refused(mixed, tiny_data
         evaluate(mixed, str(tiny_dataset), "test")
 
 
-def test_predictions_without_a_meta_file_are_scored_without_weights(mixed, tiny_dataset):
+def test_scores_predictions_without_meta_file(mixed, tiny_dataset):
     score_files([str(mixed.with_name("plain.json")), "--dataset", str(tiny_dataset)])
     assert "weights" not in read_json(mixed.with_name("plain.scores.json"))
 
 
-def test_the_meta_file_of_an_older_version_is_refused(pairs, tiny_dataset, tmp_path):
+def test_refuses_meta_file_of_older_version(pairs, tiny_dataset, tmp_path):
     shutil.copy(pairs / "one.json", tmp_path / "old.json")
     meta = read_json(pairs / "one.meta.json")
     write_json(tmp_path / "old.meta.json", {name: value for name, value in meta.items() if name != "predictions"})
@@ -78,22 +78,20 @@ def test_the_meta_file_of_an_older_version_is_refused(pairs, tiny_dataset, tmp_p
         score_files([str(tmp_path / "old.json"), "--dataset", str(tiny_dataset)])
 
 
-def test_a_call_that_is_killed_between_the_two_files_is_seen_and_made_good(
-    pairs, other_system, tiny_dataset, tmp_path, monkeypatch
-):
+def test_next_call_repairs_files_of_killed_call(pairs, other_system, tiny_dataset, tmp_path, monkeypatch):
     for file in ("one.json", "one.meta.json"):
         shutil.copy(pairs / file, tmp_path / file.replace("one", "p"))
     command = [str(other_system), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")]
     written = []
 
-    def once(path, data):
+    def write_once(path, data):
         if written:
             raise KeyboardInterrupt
         written.append(path)
         write_json(path, data)
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patch.setattr("mmcot.storage.predictions.write_json", once)
+        patch.setattr("mmcot.storage.predictions.write_json", write_once)
         predict(command)
     scoring = [str(tmp_path / "p.json"), "--dataset", str(tiny_dataset)]
     with pytest.raises(SystemExit, match="p.meta.json does not belong to"):
@@ -104,10 +102,8 @@ def test_a_call_that_is_killed_between_the_two_files_is_seen_and_made_good(
     assert read_json(tmp_path / "p.scores.json")["weights"] == read_json(pairs / "other.meta.json")["weights"]
 
 
-@pytest.mark.parametrize("without_digest", [False, True], ids=["others", "of an older version"])
-def test_a_run_writes_again_what_does_not_belong_to_its_meta_file(
-    tiny_run, pairs, tiny_dataset, tmp_path, without_digest
-):
+@pytest.mark.parametrize("without_digest", [False, True], ids=["of another system", "of an older version"])
+def test_run_rewrites_predictions_that_do_not_match_meta_file(tiny_run, pairs, tiny_dataset, tmp_path, without_digest):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     shutil.copy(pairs / "other.json", run / "predictions" / "test.json")
@@ -121,8 +117,8 @@ def test_a_run_writes_again_what_does_not_belong_to_its_meta_file(
     assert read_json(run / "scores/test.json")["accuracy"] == read_json(tiny_run / "scores/test.json")["accuracy"]
 
 
-def changed(tiny_dataset, folder, change):
-    """The dataset with its rows changed, and its pictures beside it."""
+def write_changed_dataset(tiny_dataset, folder, change):
+    """Write a copy of the dataset with changed rows, and its pictures beside it."""
     shutil.copytree(tiny_dataset.parent, folder)
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
     file = folder / tiny_dataset.name
@@ -130,7 +126,7 @@ def changed(tiny_dataset, folder, change):
     return file
 
 
-def other_picture(folder, row):
+def replace_pictures(folder, row):
     for name in row["images"]:
         shutil.copy(next(file for file in sorted(folder.glob("*.png")) if file.name != name), folder / name)
     return row
@@ -139,7 +135,7 @@ def other_picture(folder, row):
 @pytest.mark.parametrize(
     ("change", "differing"),
     [
-        (other_picture, "other pictures"),
+        (replace_pictures, "other pictures"),
         (lambda _, row: {**row, "question": row["question"] + " Say it."}, "other questions, choices, answers"),
         (lambda _, row: {**row, "choices": row["choices"][::-1]}, "other questions, choices, answers"),
         (lambda _, row: {**row, "solution": "No."}, "other questions, choices, answers"),
@@ -147,11 +143,9 @@ def other_picture(folder, row):
     ids=["pictures", "question", "choices", "gold"],
 )
 @pytest.mark.parametrize("writer", ["predict", "run"])
-def test_predictions_are_scored_against_their_own_problems_alone(
-    tiny_run, pairs, tiny_dataset, tmp_path, change, differing, writer
-):
+def test_refuses_to_score_changed_problems(tiny_run, pairs, tiny_dataset, tmp_path, change, differing, writer):
     file = {"predict": pairs / "one.json", "run": tiny_run / "predictions" / "test.json"}[writer]
-    dataset = changed(tiny_dataset, tmp_path / "changed", change)
+    dataset = write_changed_dataset(tiny_dataset, tmp_path / "changed", change)
     with pytest.raises(SystemExit) as refused:
         score_files([str(file), "--dataset", str(dataset), "--output", str(tmp_path / "scores.json")])
     for words in (str(tiny_dataset), str(dataset), differing, "predict again"):
@@ -161,14 +155,14 @@ def test_predictions_are_scored_against_their_own_problems_alone(
         evaluate(file, str(dataset), "test")
 
 
-def test_predictions_with_pictures_withheld_are_shown_beside_those_of_the_same_texts(
-    tiny_run, pairs, tiny_dataset, tmp_path
-):
+def test_report_compares_predictions_without_pictures_of_same_texts(tiny_run, pairs, tiny_dataset, tmp_path):
     showing = [str(pairs / "one.json"), "--dataset", str(tiny_dataset), "--report", str(tmp_path / "page")]
     showing += ["--output", str(tmp_path / "scores.json")]
     without = {"blind": {"images": []}, "other": {"images": [], "question": "Another?"}}
     for name, columns in without.items():
-        dataset = changed(tiny_dataset, tmp_path / name, lambda _, row, columns=columns: {**row, **columns})
+        dataset = write_changed_dataset(
+            tiny_dataset, tmp_path / name, lambda _, row, columns=columns: {**row, **columns}
+        )
         predict([str(tiny_run), "--dataset", str(dataset), "--output", str(tmp_path / f"{name}.json")])
     score_files([*showing, "--without_picture", str(tmp_path / "blind.json")])
     assert "picture_not_used" in (tmp_path / "page" / "problems.js").read_text()
@@ -176,9 +170,9 @@ def test_predictions_with_pictures_withheld_are_shown_beside_those_of_the_same_t
         score_files([*showing, "--without_picture", str(tmp_path / "other.json")])
 
 
-def test_what_a_system_is_given_besides_is_no_other_problem(tiny_run, pairs, tiny_dataset, tmp_path):
-    """Elsewhere, with captions, or without the pictures' files, they are the same problems."""
-    moved = changed(tiny_dataset, tmp_path / "moved", lambda _, row: {**row, "caption": "a picture"})
+def test_scores_after_dataset_moves_or_loses_picture_files(tiny_run, pairs, tiny_dataset, tmp_path):
+    """The problems stay the same in another folder, with captions, or without the files of their pictures."""
+    moved = write_changed_dataset(tiny_dataset, tmp_path / "moved", lambda _, row: {**row, "caption": "a picture"})
     for number, dataset in enumerate((tiny_dataset, moved, moved)):
         if number == 2:
             for picture in moved.parent.glob("*.png"):
@@ -188,7 +182,7 @@ def test_what_a_system_is_given_besides_is_no_other_problem(tiny_run, pairs, tin
     score_files(["--leaderboard", *(str(tmp_path / f"{number}.json") for number in range(3))])
 
 
-def test_some_problems_of_a_split_are_those_that_were_predicted(tiny_run, tiny_dataset, tmp_path):
+def test_scores_first_problems_of_split(tiny_run, tiny_dataset, tmp_path):
     rows = ["--dataset", str(tiny_dataset), "--limit", "6"]
     predict([str(tiny_run), *rows, "--output", str(tmp_path / "p.json")])
     score_files([str(tmp_path / "p.json"), *rows])
@@ -196,8 +190,8 @@ def test_some_problems_of_a_split_are_those_that_were_predicted(tiny_run, tiny_d
     assert read_json(tmp_path / "p.scores.json")["n"] == 20
 
 
-def test_pictures_that_a_system_does_not_take_are_not_compared(tmp_path, tiny_dataset):
-    """Of a ScienceQA problem with pictures of its choices, a system may take the first alone."""
+def test_ignores_changes_of_unread_pictures(tmp_path, tiny_dataset):
+    """A system with `max_images` 1 reads only the first picture of a ScienceQA problem with pictures of its choices."""
     from mmcot.problems.digests import digest_of_problems
     from mmcot.storage.predictions import write_predictions
 
@@ -224,7 +218,7 @@ def test_pictures_that_a_system_does_not_take_are_not_compared(tmp_path, tiny_da
         shutil.copy(others[0], pictures / "choice_0.png")
 
 
-def test_a_run_is_scored_as_the_command_scores_it(tiny_run, tiny_dataset, tmp_path):
+def test_command_gives_scores_of_run(tiny_run, tiny_dataset, tmp_path):
     file = tiny_run / "predictions" / "test.json"
     output = tmp_path / "run" / "scores" / "test.json"
     shutil.copytree(tiny_run / "predictions", tmp_path / "run" / "predictions")
@@ -232,9 +226,9 @@ def test_a_run_is_scored_as_the_command_scores_it(tiny_run, tiny_dataset, tmp_pa
     assert read_json(output) == read_json(tiny_run / "scores" / "test.json")
 
 
-def test_scores_of_problems_with_other_pictures_do_not_stand_in_one_table(tiny_run, pairs, tiny_dataset, tmp_path):
-    """Their ids, answers and questions are the same."""
-    dataset = changed(tiny_dataset, tmp_path / "changed", other_picture)
+def test_leaderboard_refuses_scores_of_other_pictures(tiny_run, pairs, tiny_dataset, tmp_path):
+    """The ids, answers and questions are equal; only the pictures differ."""
+    dataset = write_changed_dataset(tiny_dataset, tmp_path / "changed", replace_pictures)
     predict([str(tiny_run), "--dataset", str(dataset), "--output", str(tmp_path / "p.json")])
     score_files([str(tmp_path / "p.json"), "--dataset", str(dataset)])
     with pytest.raises(SystemExit) as refused:
@@ -244,7 +238,7 @@ def test_scores_of_problems_with_other_pictures_do_not_stand_in_one_table(tiny_r
 
 
 @pytest.mark.slow
-def test_predictions_of_the_demonstration_are_not_scored_as_those_of_a_harder_one(tiny_run, tmp_path):
+def test_refuses_predictions_of_another_demonstration_variant(tiny_run, tmp_path):
     rows = ["--limit", "8", "--output", str(tmp_path / "p.json")]
     predict([str(tiny_run), "--dataset", "demo", *rows])
     with pytest.raises(SystemExit, match="predicted from 'demo' .* of 'demo:5' with the same ids have other"):

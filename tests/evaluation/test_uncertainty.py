@@ -1,4 +1,4 @@
-"""Intervals cover what they should; tests, agreement and calibration are those of well-kept libraries."""
+"""Intervals have their nominal coverage. McNemar's test and the calibration equal those of established libraries."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from statsmodels.stats import contingency_tables
 from mmcot.evaluation.uncertainty import calibration, mcnemar, mean_interval
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_have_nominal_coverage():
     """1,000 systems that are right with probability 0.8, on 361 problems each."""
     random = np.random.default_rng(0)
     covered = 0
@@ -20,8 +20,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 930 <= covered <= 970
 
 
-def test_intervals_of_differences_cover_the_truth_as_often_as_they_say():
-    """Of systems that are right with probabilities 0.7 and 0.8, mostly on the same problems."""
+def test_intervals_of_differences_have_nominal_coverage():
+    """Pairs of systems that are right with probabilities 0.7 and 0.8, mostly on the same problems."""
     random = np.random.default_rng(1)
     covered = 0
     for draw in range(1000):
@@ -32,14 +32,14 @@ def test_intervals_of_differences_cover_the_truth_as_often_as_they_say():
     assert 930 <= covered <= 970
 
 
-def test_an_interval_is_the_same_each_time_and_none_of_one_problem():
+def test_interval_is_deterministic_and_none_for_one_problem():
     assert mean_interval([1, 0, 1, 1], seed=3) == mean_interval([1, 0, 1, 1], seed=3)
     assert mean_interval([True]) is None
     assert mean_interval([1, 1, 1]) == (1, 1)
 
 
 @pytest.mark.parametrize(("both", "first", "second", "neither"), [(50, 9, 3, 8), (5, 0, 7, 1), (9, 4, 4, 0)])
-def test_mcnemar_is_statsmodels_and_scipys(both, first, second, neither):
+def test_mcnemar_matches_statsmodels_and_scipy(both, first, second, neither):
     a = [True] * both + [True] * first + [False] * second + [False] * neither
     b = [True] * both + [False] * first + [True] * second + [False] * neither
     expected = contingency_tables.mcnemar([[both, first], [second, neither]], exact=True).pvalue
@@ -47,11 +47,11 @@ def test_mcnemar_is_statsmodels_and_scipys(both, first, second, neither):
     assert mcnemar(a, b) == pytest.approx(stats.binomtest(first, first + second).pvalue)
 
 
-def test_systems_that_never_differ_are_not_told_apart():
+def test_mcnemar_of_equal_systems_is_one():
     assert mcnemar([True, False], [True, False]) == 1
 
 
-def test_calibration_is_that_of_scikit_learn():
+def test_calibration_matches_scikit_learn():
     random = np.random.default_rng(0)
     scores = random.dirichlet([1, 1, 1], size=500).tolist()
     answers = random.integers(0, 3, 500).tolist()
@@ -68,7 +68,7 @@ def test_calibration_is_that_of_scikit_learn():
     assert found["ece"] == pytest.approx(sum(gaps) / 500)
 
 
-def test_certain_and_right_is_perfectly_calibrated():
+def test_certain_right_answers_are_perfectly_calibrated():
     assert calibration([[1.0, 0.0], [0.0, 1.0]], [0, 1]) == {
         "ece": 0,
         "brier": 0,
