@@ -1,4 +1,4 @@
-"""The report: a page of what was predicted, as a researcher uses it, in a real browser from the disk."""
+"""The report of predictions: the page's data, its attention maps, and its controls in a browser."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ CHROMIUM = shutil.which("chromium")
 
 @pytest.fixture(scope="module")
 def report(tiny_run, tiny_dataset, tmp_path_factory):
-    """Of the tiny run, with pictures withheld as the other file."""
+    """The tiny run's report, with predictions without pictures, whose answer is always 0."""
     folder = tmp_path_factory.mktemp("reports")
     predictions = read_json(tiny_run / "predictions" / "test.json")
     withheld = {name: {**columns, "answer": 0} for name, columns in predictions.items()}
@@ -49,7 +49,7 @@ def problems_of(report):
     return json.loads(text.removeprefix("const PROBLEMS = ").rstrip().removesuffix(";"))
 
 
-def test_the_page_holds_every_problem_as_it_was_predicted(report, tiny_run, tiny_dataset):
+def test_page_contains_every_problem_with_its_prediction(report, tiny_run, tiny_dataset):
     rows, predictions = problems_of(report), read_json(tiny_run / "predictions" / "test.json")
     problems = load_problems(str(tiny_dataset), "test")
     processor, _ = load_system(str(tiny_run))
@@ -70,7 +70,7 @@ def test_the_page_holds_every_problem_as_it_was_predicted(report, tiny_run, tiny
             assert row["verdict"]["picture_not_used"] == unused
 
 
-def test_the_overlay_is_the_fusions_attention(report, tiny_run, tiny_dataset):
+def test_overlay_shows_fusion_attention(report, tiny_run, tiny_dataset):
     number, row = next((number, row) for number, row in enumerate(problems_of(report)) if row["pictures"])
     script = (report / "attention" / f"{number}.js").read_text()
     data = json.loads(re.fullmatch(rf"attention\({number}, (.*)\);\n", script)[1])
@@ -93,26 +93,26 @@ def test_the_overlay_is_the_fusions_attention(report, tiny_run, tiny_dataset):
     assert np.abs(stored.astype(float) - expected.numpy()).max() <= 0.51
 
 
-def test_detrs_queries_are_where_its_decoder_attended(detr):
+def test_detr_patches_are_located_by_decoder_attention(detr):
     tower = AutoModel.from_config(DetrConfig.from_pretrained(detr)).eval()
     pixels = torch.randn(3, 96, 160)
     with torch.no_grad():
         maps = locate_patches(tower, pixels, 5)
-        tower.set_attn_implementation("eager")  # otherwise `cross_attention` copies the tower
+        tower.set_attn_implementation("eager")  # because `cross_attention` copies a tower with any other implementation
         attentions = tower(pixel_values=pixels[None], output_attentions=True).cross_attentions[-1]
     assert maps.shape[0] == 5 and maps.shape[1] / maps.shape[2] == 96 / 160
     assert torch.allclose(maps.flatten(1), attentions[0].mean(dim=0))
     assert torch.allclose(maps.sum(dim=(1, 2)), torch.ones(5))
 
 
-def seeing_problem(tiny_dataset):
+def problem_with_picture(tiny_dataset):
     problems = load_problems(str(tiny_dataset), "test")
     rows = [row for row, images in enumerate(problems["images"]) if images]
     return with_column(problems.select(rows[:1]), "rationale", ["So it is."])
 
 
-def test_of_two_pictures_of_unlike_sizes_each_has_its_own_map(detr, tiny_run, tiny_dataset):
-    """As large as the picture is, not as its padding to the other one's size; both together sum to 1."""
+def test_pictures_of_different_sizes_have_separate_maps(detr, tiny_run, tiny_dataset):
+    """Each map has the shape of its own picture without padding, and both maps together sum to 1."""
     processor, _ = load_system(str(tiny_run))
     processor.image_processor = AutoImageProcessor.from_pretrained(detr)
     tower = AutoModel.from_config(DetrConfig.from_pretrained(detr))
@@ -123,7 +123,9 @@ def test_of_two_pictures_of_unlike_sizes_each_has_its_own_map(detr, tiny_run, ti
         Image.new("RGB", size, "red").save(file, "PNG")
     images = [[{"bytes": file.getvalue(), "path": None} for file in files]]
     problem = (
-        seeing_problem(tiny_dataset).remove_columns("images").add_column("images", images, feature=FEATURES["images"])
+        problem_with_picture(tiny_dataset)
+        .remove_columns("images")
+        .add_column("images", images, feature=FEATURES["images"])
     )
     ((_, found),) = maps_of_problems(model.eval(), processor, processor.stages[1], problem)
     shapes = [maps.shape[1:] for maps in found.maps]
@@ -132,10 +134,10 @@ def test_of_two_pictures_of_unlike_sizes_each_has_its_own_map(detr, tiny_run, ti
     assert torch.allclose(sums, torch.ones(len(found.tokens)), atol=1e-5)
 
 
-def test_maps_of_a_prompted_stage_are_those_of_what_it_reads(tiny_run, tiny_dataset):
-    """The source's tokens look elsewhere when virtual tokens stand before them; those have no map."""
+def test_maps_of_prompt_tuned_stage_cover_source_tokens(tiny_run, tiny_dataset):
+    """Virtual tokens before the source change the attention of the source's tokens, and have no map themselves."""
     processor, models = load_system(str(tiny_run))
-    model, problem, stage = models["answer"], seeing_problem(tiny_dataset), processor.stages[1]
+    model, problem, stage = models["answer"], problem_with_picture(tiny_dataset), processor.stages[1]
     ((_, plain),) = maps_of_problems(model, processor, stage, problem)
     adapted = adapt(model, ModelConfig(use_peft=True), peft_type="PROMPT_TUNING", num_virtual_tokens=4).eval()
     with torch.no_grad():
@@ -157,7 +159,7 @@ def test_maps_of_a_prompted_stage_are_those_of_what_it_reads(tiny_run, tiny_data
     assert torch.allclose(found.maps[0], expected, atol=1e-6)
 
 
-def test_a_class_token_has_no_place():
+def test_class_token_has_no_location():
     tower = tiny_model().encoder.vision_tower
     found = locate_patches(tower, torch.zeros(3, 32, 32), 5)
     assert found.shape == (5, 2, 2) and found[0].sum() == 0 and torch.equal(found[1:].flatten(1), torch.eye(4))
@@ -166,7 +168,7 @@ def test_a_class_token_has_no_place():
             locate_patches(tower, torch.zeros(3, *size), count)
 
 
-def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tmp_path, monkeypatch):
+def test_refuses_maps_of_stages_without_pictures(tiny_run, tiny_dataset, tmp_path, monkeypatch):
     processor, models = load_system(str(tiny_run))
     for stage in processor.stages:
         stage.reads.remove("images")
@@ -178,19 +180,19 @@ def test_maps_of_a_stage_without_pictures_are_refused(tiny_run, tiny_dataset, tm
     assert not (tmp_path / "report").exists()
 
 
-def test_answers_without_the_rationales_that_a_stage_reads_have_no_maps(tiny_run, tiny_dataset, tmp_path):
+def test_refuses_maps_without_rationales_that_stage_reads(tiny_run, tiny_dataset, tmp_path):
     answers = dict.fromkeys(load_problems(str(tiny_dataset), "test")["id"], 0)
     write_json(tmp_path / "answers.json", answers)
     options = ["--dataset", str(tiny_dataset), "--report", str(tmp_path / "report"), "--attention", str(tiny_run)]
     with pytest.raises(SystemExit, match="20 predictions have no 'rationale', which the answer stage reads"):
         main([str(tmp_path / "answers.json"), *options])
-    assert (tmp_path / "answers.scores.json").is_file(), "the scores are lost with the report"
+    assert (tmp_path / "answers.scores.json").is_file(), "the failed report prevents the scores"
     main([str(tmp_path / "answers.json"), *options[:4]])
     assert problems_of(tmp_path / "report")[0]["prompts"] == {}
 
 
-def test_the_page_shows_what_was_predicted_from(tiny_run, tiny_dataset, tmp_path):
-    """As many pictures as the model takes, and the captions that it was given."""
+def test_page_shows_captions_of_predictions(tiny_run, tiny_dataset, tmp_path):
+    """The page shows the captions, and at most as many pictures as the model reads."""
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
     rows = [{**row, "images": [str(tiny_dataset.parent / name) for name in row["images"]]} for row in rows]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -209,7 +211,7 @@ def test_the_page_shows_what_was_predicted_from(tiny_run, tiny_dataset, tmp_path
     assert origin_of(tmp_path / "p.json").max_images == 1
 
 
-def test_a_run_says_beside_its_predictions_what_made_them(tiny_run):
+def test_run_records_origin_of_predictions(tiny_run):
     origin = origin_of(tiny_run / "predictions" / "test.json")
     assert [stage.name for stage in origin.stages] == ["rationale", "answer"] and origin.max_images == 1
     scores = read_json(tiny_run / "scores" / "test.json")
@@ -217,7 +219,7 @@ def test_a_run_says_beside_its_predictions_what_made_them(tiny_run):
         assert scores["weights"] == {name: stage_weights(folder, name) for name in ("rationale", "answer")}
 
 
-def test_a_page_without_the_pictures_files_says_so(tiny_run, tiny_dataset, tmp_path, caplog):
+def test_warns_about_missing_picture_files(tiny_run, tiny_dataset, tmp_path, caplog):
     shutil.copy(tiny_dataset, tmp_path / "problems.jsonl")
     shutil.copy(tiny_run / "predictions/test.json", tmp_path / "p.json")
     options = ["--dataset", str(tmp_path / "problems.jsonl"), "--report", str(tmp_path / "report")]
@@ -226,11 +228,11 @@ def test_a_page_without_the_pictures_files_says_so(tiny_run, tiny_dataset, tmp_p
     assert not any(row["pictures"] for row in problems_of(tmp_path / "report"))
 
 
-def test_a_skill_with_dollars_is_drawn():
+def test_draws_skill_with_dollar_signs():
     assert "$5 and $10 (2)" in bars({"$5 and $10": [True, False], r"a $\foo$": [True, True]})
 
 
-def test_a_folder_with_other_content_is_left_alone_and_a_report_replaced(report, tiny_run, tiny_dataset, tmp_path):
+def test_replaces_report_but_keeps_folder_with_other_content(report, tiny_run, tiny_dataset, tmp_path):
     command = [str(tiny_run / "predictions/test.json"), "--dataset", str(tiny_dataset)]
     command += ["--output", str(tmp_path / "scores.json")]
     (tmp_path / "mine").mkdir()
@@ -246,21 +248,21 @@ def test_a_folder_with_other_content_is_left_alone_and_a_report_replaced(report,
 
 
 def drive(report, downloads):
-    """What a researcher does, in headless Chromium, from the disk: any console message is an error."""
+    """Use every control of the page in headless Chromium, loaded from disk. Any console message is an error."""
     if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium, and there is none on this machine")
+        pytest.skip("chromium is not on this machine: Debian's package is needed")
     from playwright.sync_api import expect, sync_playwright
 
     rows = problems_of(report)
     wrong = [row for row in rows if row["given"] != row["answer"]]
-    seeing = next(row for row in rows if row["attended"])
+    pictured = next(row for row in rows if row["attended"])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         context = browser.new_context(accept_downloads=True)
-        page, said = context.new_page(), []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
+        page, unexpected = context.new_page(), []
+        page.on("console", lambda message: unexpected.append(message.text))
+        page.on("pageerror", lambda error: unexpected.append(str(error)))
+        page.on("request", lambda request: unexpected.append(request.url) if request.url.startswith("http") else None)
         page.goto((report / "index.html").as_uri())
         expect(page.locator("#count")).to_have_text(f"{len(rows)} of {len(rows)}")
         page.select_option("#answer", "wrong")
@@ -271,13 +273,13 @@ def drive(report, downloads):
         expect(page.locator("#count")).to_have_text(f"{count} of {len(rows)}")
         page.select_option("#kind", "")
         page.select_option("#answer", "")
-        page.fill("#search", seeing["id"])
+        page.fill("#search", pictured["id"])
         shown = ("id", "question", "context", "rationale", "skill")
         texts = ["\n".join([*(row[name] for name in shown), *row["choices"]]).lower() for row in rows]
-        found = sum(seeing["id"].lower() in text for text in texts)
+        found = sum(pictured["id"].lower() in text for text in texts)
         expect(page.locator("#count")).to_have_text(f"{found} of {len(rows)}")
-        page.click(f'[data-id="{seeing["id"]}"]')
-        expect(page.locator("#rationale")).to_have_text(seeing["rationale"] or "none")
+        page.click(f'[data-id="{pictured["id"]}"]')
+        expect(page.locator("#rationale")).to_have_text(pictured["rationale"] or "none")
         tokens = page.locator(".tokens span")
         drawn = []
         for number in (0, tokens.count() - 2):
@@ -313,9 +315,9 @@ def drive(report, downloads):
             "1 labels have problem ids that are not in this report: nobody"
         )
         expect(page.locator("#agreement")).to_have_text(agreement)
-        assert said == []
+        assert unexpected == []
         browser.close()
 
 
-def test_the_page_in_a_browser(report, tmp_path):
+def test_page_works_in_browser(report, tmp_path):
     drive(report, tmp_path)
