@@ -98,7 +98,7 @@ def test_detr_patches_are_located_by_decoder_attention(detr):
     pixels = torch.randn(3, 96, 160)
     with torch.no_grad():
         maps = locate_patches(tower, pixels, 5)
-        tower.set_attn_implementation("eager")  # because `cross_attention` copies a tower with any other implementation
+        tower.set_attn_implementation("eager")  # because only eager attention returns weights
         attentions = tower(pixel_values=pixels[None], output_attentions=True).cross_attentions[-1]
     assert maps.shape[0] == 5 and maps.shape[1] / maps.shape[2] == 96 / 160
     assert torch.allclose(maps.flatten(1), attentions[0].mean(dim=0))
