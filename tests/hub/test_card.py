@@ -1,4 +1,4 @@
-"""What a card is made of; the card of a whole run, and its code blocks, are test_publishing.py's."""
+"""The values in a card: paths, options and digests. test_publishing.py tests a run's whole card and its code blocks."""
 
 import hashlib
 
@@ -30,12 +30,12 @@ from mmcot.hub.card import code_digests, command_options, probe_options, without
         *((same, same) for same in ("{{ question }} = {{ a }}", "wait... what", "", 3, None, True)),
     ],
 )
-def test_of_a_path_of_this_machine_only_the_name_is_left(value, expected):
+def test_without_paths_keeps_only_file_names(value, expected):
     assert without_paths(value) == expected
     assert without_paths({"a": [value, {"b": value}]}) == {"a": [expected, {"b": expected}]}
 
 
-def test_a_command_shows_no_paths_of_this_machine():
+def test_command_contains_no_local_paths():
     options = {
         "target_column": "rationale=/storage/alice/texts.json",
         "limit": 6,
@@ -45,7 +45,7 @@ def test_a_command_shows_no_paths_of_this_machine():
     assert command_options(options) == "--target_column rationale=texts.json --limit 6 --bf16 --files y z"
 
 
-def test_the_command_for_probes_reads_the_problems_that_were_scored():
+def test_probe_command_reads_scored_problems():
     scores = {
         "predict_options": {"decode_answer": True, "captions": "captions.json", "columns": "question=query"},
         "evaluate_options": {"columns": "question=query", "split_seed": 7, "by": ["skill"], "allow_missing": True},
@@ -54,7 +54,7 @@ def test_the_command_for_probes_reads_the_problems_that_were_scored():
     assert command == "--columns question=query --split_seed 7 --captions captions.json"
 
 
-def test_the_digests_of_the_code_are_those_of_its_files(tmp_path):
+def test_code_digests_are_file_digests(tmp_path):
     (tmp_path / "b_mmcot.py").write_bytes(b"import torch\n")
     (tmp_path / "a_mmcot.py").write_bytes(b"")
     (tmp_path / "config.json").write_bytes(b"{}")

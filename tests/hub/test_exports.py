@@ -1,4 +1,4 @@
-"""A run whose stages were trained again is not taken for what it exported before: what is hashed is what is loaded."""
+"""Commands refuse a run whose `hub/` is older than its stages, because they would load and record other weights."""
 
 import shutil
 
@@ -24,7 +24,7 @@ def change_weights(file):
 
 @pytest.fixture(params=["rationale", "answer", "in training"])
 def stale(tiny_run, tmp_path, request):
-    """A run whose stage was trained again, or is being trained, and which was not exported since."""
+    """A run with an outdated export: one of its stages is trained again, or its training is not finished."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     if request.param == "in training":
@@ -35,31 +35,33 @@ def stale(tiny_run, tmp_path, request):
     return run
 
 
-SAID = r"run/hub does not contain the weights of the run's stages \((rationale|answer)\).*Run train.py to its end"
+OUTDATED_EXPORT = (
+    r"run/hub does not contain the weights of the run's stages \((rationale|answer)\).*Run train.py to its end"
+)
 
 
-def test_a_run_that_was_not_exported_since_it_was_trained_is_not_loaded(stale, tiny_dataset, tmp_path):
+def test_refuses_to_load_outdated_export(stale, tiny_dataset, tmp_path):
     rows = ["--dataset", str(tiny_dataset), "--limit", "2"]
-    with pytest.raises(SystemExit, match=SAID):
+    with pytest.raises(SystemExit, match=OUTDATED_EXPORT):
         predict([str(stale), *rows, "--output", str(tmp_path / "p.json")])
-    with pytest.raises(SystemExit, match=SAID):
+    with pytest.raises(SystemExit, match=OUTDATED_EXPORT):
         probe([str(stale), *rows, "--output", str(tmp_path / "probes.json")])
     assert not (tmp_path / "p.json").exists() and not (tmp_path / "probes.json").exists()
     predict([str(stale / "hub"), *rows, "--output", str(tmp_path / "p.json")])
     page = ["--report", str(tmp_path / "page"), "--attention", str(stale)]
-    with pytest.raises(SystemExit, match=SAID):
+    with pytest.raises(SystemExit, match=OUTDATED_EXPORT):
         score_files([str(tmp_path / "p.json"), *rows, *page])
     assert not (tmp_path / "page").exists()
 
 
-def test_a_run_that_was_not_exported_since_it_was_trained_is_not_pushed(stale):
+def test_refuses_to_push_outdated_export(stale):
     shutil.rmtree(stale / "scores")
-    with pytest.raises(SystemExit, match=f"{SAID}|training of its .* stage is not finished"):
+    with pytest.raises(SystemExit, match=f"{OUTDATED_EXPORT}|training of its .* stage is not finished"):
         push([str(stale), "--repo_id", "ada/tiny", "--license", "mit", "--allow_unscored", "--dry_run"])
 
 
 @pytest.mark.parametrize("kind", ["tiny_run", "adapter_run"])
-def test_weights_are_those_of_what_is_loaded_and_comparable_with_the_run_s(kind, request, tmp_path):
+def test_weights_digests_are_those_of_loaded_files(kind, request, tmp_path):
     run = shutil.copytree(request.getfixturevalue(kind), tmp_path / "run")
     processor = MMCoTProcessor.from_pretrained(run / "hub", trust_remote_code=False)
     exported = weights_of(str(run), processor)
@@ -69,7 +71,7 @@ def test_weights_are_those_of_what_is_loaded_and_comparable_with_the_run_s(kind,
     assert weights_of(str(run), processor) == exported != weights_by_stage(run, processor)
 
 
-def test_maps_of_another_model_than_the_one_that_predicted_are_refused(tiny_run, tiny_dataset, tmp_path):
+def test_refuses_maps_of_other_weights_than_predictions(tiny_run, tiny_dataset, tmp_path):
     shutil.copytree(tiny_run / "hub", tmp_path / "other")
     change_weights(tmp_path / "other" / "rationale" / "model.safetensors")
     files = [str(tiny_run / "predictions" / "test.json"), "--dataset", str(tiny_dataset)]
@@ -78,8 +80,8 @@ def test_maps_of_another_model_than_the_one_that_predicted_are_refused(tiny_run,
         score_files([*files, "--attention", str(tmp_path / "other")])
 
 
-def test_scores_of_predictions_that_changed_since_are_not_for_the_card(tiny_run, tiny_dataset, tmp_path):
-    """Wherever the run was moved to; where the predictions are not at hand, there is nothing to compare."""
+def test_card_refuses_scores_of_changed_predictions(tiny_run, tiny_dataset, tmp_path):
+    """The check also works after the run folder moves. Without a predictions file there is nothing to compare."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     processor = MMCoTProcessor.from_pretrained(run / "hub", trust_remote_code=False)
     assert scores_of_run(RunFolder(run), processor)["predictions_file"] == "test.json", "a path is not published"

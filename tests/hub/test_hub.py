@@ -1,4 +1,4 @@
-"""What is exported, used by a process that knows nothing of this repository. Publishing: test_publishing.py."""
+"""The exported folder, loaded by a process without this repository. test_publishing.py tests the upload."""
 
 import json
 import shutil
@@ -13,12 +13,12 @@ from modeling_mmcot import MMCoTProcessor
 
 @pytest.fixture
 def elsewhere(tiny_run, tmp_path):
-    """The exported folder, copied to where no repository is."""
+    """A folder outside the repository that contains a copy of the exported folder, `model/`."""
     shutil.copytree(tiny_run / "hub", tmp_path / "model")
     return tmp_path
 
 
-def test_the_exported_folder_by_every_line_of_the_design(elsewhere, tiny_run, tiny_dataset):
+def test_auto_classes_and_pipeline_reproduce_predictions(elsewhere, tiny_run, tiny_dataset):
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "test"]
     problems = [
@@ -38,8 +38,8 @@ def test_the_exported_folder_by_every_line_of_the_design(elsewhere, tiny_run, ti
         classes.append(AutoModelForSeq2SeqLM.from_pretrained("model", subfolder="rationale", trust_remote_code=True))
         assert len({type(model) for model in classes[:3] + classes[5:]}) == 1
         assert not torch.equal(classes[0].shared.weight, classes[5].shared.weight)
-        for thing in classes:
-            assert type(thing).__module__.startswith("transformers_modules."), type(thing)
+        for loaded in classes:
+            assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
         answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
         assert type(answer).__module__.startswith("transformers_modules.")
         problems = json.load(open("problems.json"))
@@ -60,7 +60,7 @@ def test_the_exported_folder_by_every_line_of_the_design(elsewhere, tiny_run, ti
         assert answer["decoded_answer"] == expected["decoded_answer"]
 
 
-def test_pictures_in_every_form_and_problems_without_choices(elsewhere):
+def test_pipeline_accepts_pictures_in_every_form_and_no_choices(elsewhere):
     results = as_a_stranger(
         """
         from PIL import Image
@@ -81,7 +81,7 @@ def test_pictures_in_every_form_and_problems_without_choices(elsewhere):
     assert one_choice["answer_index"] == 0 and one_choice["scores"] == [1.0] and one_choice["answer"] == "red"
 
 
-def test_what_is_no_problem_is_refused(elsewhere):
+def test_pipeline_refuses_malformed_problems(elsewhere):
     messages = as_a_stranger(
         """
         answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
@@ -99,7 +99,7 @@ def test_what_is_no_problem_is_refused(elsewhere):
 
 
 @pytest.mark.parametrize("source", ["checkpoint", "stage"])
-def test_a_trainers_folders_load_elsewhere(source, tiny_run, tmp_path):
+def test_stage_folders_and_checkpoints_load_without_repository(source, tiny_run, tmp_path):
     folder = tiny_run / "rationale"
     if source == "checkpoint":
         folder = sorted(folder.glob("checkpoint-*"))[0]
@@ -117,7 +117,7 @@ def test_a_trainers_folders_load_elsewhere(source, tiny_run, tmp_path):
     assert loaded[2]
 
 
-def test_save_pretrained_leaves_folders_that_load_elsewhere_and_save_alike(tiny_run, tmp_path):
+def test_save_pretrained_folders_load_without_repository_and_save_same_files(tiny_run, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     MMCoTProcessor.from_pretrained(tiny_run / "hub").save_pretrained(tmp_path / "processor")
     as_a_stranger(
@@ -134,14 +134,14 @@ def test_save_pretrained_leaves_folders_that_load_elsewhere_and_save_alike(tiny_
         assert first == again
 
 
-def test_the_shipped_code_is_the_repositorys_byte_for_byte(tiny_run):
+def test_export_copies_code_byte_for_byte(tiny_run):
     exported = sorted(file.name for file in (tiny_run / "hub").glob("*.py"))
     assert exported == [file.name for file in shipped_code()] and "pipeline_mmcot.py" in exported
     for file in shipped_code():
         assert (tiny_run / "hub" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_the_weights_are_those_of_the_stages(tiny_run):
+def test_export_copies_weights_of_stages(tiny_run):
     from safetensors.torch import load_file
 
     for folder, stage in ((tiny_run / "hub", "answer"), (tiny_run / "hub" / "rationale", "rationale")):
@@ -151,8 +151,8 @@ def test_the_weights_are_those_of_the_stages(tiny_run):
     assert not list((tiny_run / "hub").rglob("*.bin"))
 
 
-def test_a_pipeline_loads_every_stage_at_its_own_revision(elsewhere):
-    """A cached repository with two revisions that differ in the earlier stage only."""
+def test_pipeline_loads_every_stage_at_given_revision(elsewhere):
+    """The cache contains two revisions that differ only in the rationale stage."""
     first, second = "a" * 40, "b" * 40
     repo = elsewhere / "hf_home" / "hub" / "models--user--model"
     for commit in (first, second):

@@ -1,4 +1,4 @@
-"""What may go to the Hub: which files, and which texts in them. A whole folder's check is test_publishing.py's."""
+"""The files and texts that may be published. test_publishing.py tests the check of a whole folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mmcot.hub.checks import find_leaks, is_model_file
 
 @pytest.fixture
 def leaks_of(tmp_path, monkeypatch):
-    """What is found in a text, on a machine whose home and working folder have names that no list can know."""
+    """The faults found in a text, on a machine whose home and working folder match no known pattern."""
     for name in ("quux/alice", "quux/job"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.setattr(Path, "home", lambda: Path("/quux/alice"))
@@ -38,20 +38,20 @@ def leaks_of(tmp_path, monkeypatch):
         *("/dev/shm/x", "../alice/x", "../../x", "runs/../../alice/x", "~/x.json", "~alice/x.json"),
     ],
 )
-@pytest.mark.parametrize("written", ["{}", "target_column: rationale={}", '"file": "{}"', "see {}, and more"])
-def test_a_path_of_the_machine_is_found_wherever_it_stands(leaks_of, path, written):
-    (found,) = leaks_of(written.format(path))
+@pytest.mark.parametrize("context", ["{}", "target_column: rationale={}", '"file": "{}"', "see {}, and more"])
+def test_finds_local_path_in_any_text(leaks_of, path, context):
+    (found,) = leaks_of(context.format(path))
     assert found == f"a path of this machine, {path}"
 
 
-def test_the_home_and_the_working_folder_are_found_by_their_own_names(leaks_of):
+def test_finds_home_and_working_folder_by_name(leaks_of):
     (found,) = leaks_of("texts: rationale=/quux/alice/texts.json")
     assert found == "a path of this machine, /quux/alice/texts.json"
     assert leaks_of(f"texts=[{Path.cwd()}]") == [f"a path of this machine, {Path.cwd()}"]
     assert leaks_of("a box of /quux/alices") == []
 
 
-def test_a_home_at_the_root_is_not_found_in_every_path(leaks_of, monkeypatch):
+def test_home_at_root_does_not_match_every_path(leaks_of, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/"))
     monkeypatch.chdir("/")
     assert leaks_of("/ or /x/y") == []
@@ -77,13 +77,13 @@ SECRETS = {
 
 
 @pytest.mark.parametrize(("kind", "secret"), [(kind, secret) for kind, all_ in SECRETS.items() for secret in all_])
-def test_a_secret_is_named_by_its_kind_and_not_repeated(leaks_of, kind, secret):
+def test_names_kind_of_secret_without_repeating_it(leaks_of, kind, secret):
     assert leaks_of(f"key={secret}") == [kind]
     assert leaks_of(f'{{"key": "{secret}"}}') == [kind]
 
 
 @pytest.mark.parametrize(
-    "harmless",
+    "text",
     [
         "multi-task-learning-for-multimodal-chain-of-thought mask-conditioned-rationale sk-learn",
         "https://huggingface.co/data/x https://example.org/home/x http://127.0.0.1:7860/tmp",
@@ -92,11 +92,11 @@ def test_a_secret_is_named_by_its_kind_and_not_repeated(leaks_of, kind, secret):
         "mail@example.org, https://example.org:8080/a@b, git@github.com:a/b, AKIA, AIza, xoxo-hugs-and-kisses, glpat-x",
     ],
 )
-def test_what_looks_like_a_path_or_a_secret_and_is_none_passes(leaks_of, harmless):
-    assert leaks_of(harmless) == []
+def test_accepts_texts_that_resemble_paths_or_secrets(leaks_of, text):
+    assert leaks_of(text) == []
 
 
-def test_the_files_of_a_models_repository():
+def test_recognizes_files_of_model_repository():
     allowed = ["known_answer.json", "rationale/known_answer.json", "chat_template.jinja", "chat_template.json"]
     assert [name for name in allowed if not is_model_file(name)] == []
     refused = ["a/b/known_answer.json", "rationale/chat_template.jinja", "known_answers.json", "train.jsonl"]

@@ -1,7 +1,7 @@
-"""Every option of loading reaches every stage: asked of the loopback Hub by strangers in fresh processes.
+"""Every loading option reaches every stage. New processes without this repository load from the loopback Hub.
 
-The repositories are private and have three commits: other weights in the second, other code in the third. A stage that
-came without the token, or from another commit than the root, fails or answers otherwise.
+The repositories are private and have three commits: the second has other weights, the third has other code. A stage
+that loads without the token fails, and a stage from another commit than the root gives other answers.
 """
 
 import json
@@ -27,7 +27,7 @@ name, *folders = sys.argv[1:]
 api = HfApi()
 api.create_repo(name, private=True)
 for folder in folders:
-    api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["README.md"])  # the Hub would want a licence
+    api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["README.md"])  # because a card needs a licence
 """
 ASK = """
 import json, sys
@@ -56,12 +56,12 @@ def hub():
         yield running
 
 
-def with_other_weights(model, folder):
-    """Every stage's decoder answers otherwise, and the known answers with it."""
+def copy_with_other_weights(model, folder):
+    """Copy the folder with other decoder weights in every stage, and with the known answers of these weights."""
     shutil.copytree(model, folder)
     for file in folder.rglob("*.safetensors"):
         if file.parent == folder and any(folder.rglob("adapter_model.safetensors")):
-            continue  # the base, whose digest the adapters know
+            continue  # because the adapters record the digest of their base
         weights = load_file(file)
         changed = {name: tensor.roll(1, 0) if ".decoder." in f".{name}" else tensor for name, tensor in weights.items()}
         save_file(changed, file, metadata={"format": "pt"})
@@ -72,7 +72,7 @@ def with_other_weights(model, folder):
     return folder
 
 
-def with_other_code(model, folder):
+def copy_with_other_code(model, folder):
     shutil.copytree(model, folder)
     with (folder / "modeling_mmcot.py").open("a") as file:
         file.write("\nIS_NEW = True\n")
@@ -81,23 +81,23 @@ def with_other_code(model, folder):
 
 @pytest.fixture(scope="module", params=["tiny_run", "adapter_run"])
 def repository(request, hub, tmp_path_factory):
-    """Of whole stages or of adapters: its id, its commits from the oldest on, and the folders that went up in them."""
+    """A repository of whole stages or of adapters: its id, its commits from the oldest on, and the uploaded folders."""
     folder = tmp_path_factory.mktemp(request.param)
     first = shutil.copytree(request.getfixturevalue(request.param) / "hub", folder / "first")
-    second = with_other_weights(first, folder / "second")
-    third = with_other_code(second, folder / "third")
+    second = copy_with_other_weights(first, folder / "second")
+    third = copy_with_other_code(second, folder / "third")
     token = hub.add_user(request.param)
     name = f"{request.param}/secret"
     command = ("-c", UPLOAD, name, first, second, third)
     uploaded = run_python(*command, cwd=folder, env=client_environment(hub, folder / "home", token))
     assert uploaded.returncode == 0, uploaded.stderr
-    commits = hub.commits("model", name)[-2::-1]  # without the one that made the repository
+    commits = hub.commits("model", name)[-2::-1]  # without the initial commit
     return SimpleNamespace(name=name, commits=commits, token=token, first=first, second=second)
 
 
 @pytest.fixture
 def ask(hub, repository, tmp_path, tiny_dataset):
-    """Runs code as somebody without a token in the environment, and without a cache; what it prints last."""
+    """A function that runs code with an empty cache and no token in the environment, and returns its last line."""
 
     def run(code):
         picture = next(tiny_dataset.parent.glob("*.png"))
@@ -110,7 +110,7 @@ def ask(hub, repository, tmp_path, tiny_dataset):
     return run
 
 
-def test_token_cache_revision_and_dtype(hub, repository, ask, tmp_path):
+def test_token_cache_revision_and_dtype_reach_every_stage(hub, repository, ask, tmp_path):
     sent = len(hub.requests)
     found = ask(f"""
     local = [pipeline("multimodal-cot", model=folder, trust_remote_code=True)(problem)
@@ -144,10 +144,10 @@ def test_token_cache_revision_and_dtype(hub, repository, ask, tmp_path):
     weights = [path for _, path, status in hub.requests[sent:] if path.endswith(".safetensors") and status < 300]
     assert {path.split("/resolve/")[1].split("/")[0] for path in weights} == {old, new}
     assert list((tmp_path / "cache").rglob("rationale/*.safetensors"))
-    assert not list((tmp_path / "home").rglob("*.safetensors")), "a stage's weights went to the default cache"
+    assert not list((tmp_path / "home").rglob("*.safetensors")), "a stage's weights are in the default cache"
 
 
-def test_code_of_one_commit_for_weights_of_another(repository, ask):
+def test_code_revision_reaches_every_stage(repository, ask):
     found = ask(
         """
     pipe = load(token=token, revision=commits[1], code_revision=commits[2])
@@ -163,7 +163,7 @@ def test_code_of_one_commit_for_weights_of_another(repository, ask):
     assert answer == expected
 
 
-def test_both_snippets_from_a_private_repository(repository, ask):
+def test_card_snippets_load_private_repository(repository, ask):
     found = ask("""
     pipe = load("image-text-to-text", token=token)
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True, token=token)
@@ -181,8 +181,8 @@ def test_both_snippets_from_a_private_repository(repository, ask):
     assert text == f"{plain['rationale']} The answer is ({'AB'[plain['answer_index']]}).".lstrip()
 
 
-def test_quantization(repository, ask):
-    """In 8 bits: on a CPU, bitsandbytes' 4 bits take no layer as narrow as the tiny one's."""
+def test_quantization_config_reaches_every_stage(repository, ask):
+    """The test uses 8 bits, because on a CPU bitsandbytes cannot quantize layers this narrow to 4 bits."""
     found = ask("""
     from transformers import BitsAndBytesConfig
     config = BitsAndBytesConfig(load_in_8bit=True)

@@ -1,4 +1,4 @@
-"""The loopback Hub with the real client, in a process of its own because the client reads its settings at import."""
+"""The loopback Hub with the real client, which runs in a new process because it reads its settings at import."""
 
 import base64
 import hashlib
@@ -42,14 +42,14 @@ def hub() -> Iterator[LoopbackHub]:
 
 
 def as_client(hub: LoopbackHub, home: Path, code: str, token: str | None = None, **environment: str):
-    """What a snippet with `api`, `add` and `error` at hand prints as JSON."""
+    """Run code after `PREAMBLE` in a client process, and return the JSON that it prints."""
     environment = {**client_environment(hub, home, token), **environment}
     finished = run_python("-c", PREAMBLE + textwrap.dedent(code), cwd=REPOSITORY, env=environment)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 
 
-def send(
+def send_request(
     hub: LoopbackHub,
     method: str,
     path: str,
@@ -57,7 +57,7 @@ def send(
     token: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, Mapping[str, str], bytes]:
-    """A request by hand: the answer's status, headers and body."""
+    """Send a request without the client. Returns the answer's status, headers and body."""
     connection = http.client.HTTPConnection(urlsplit(hub.url).netloc, timeout=10)
     authorization = {"Authorization": f"Bearer {token}"} if token else {}
     connection.request(method, path, body, {**authorization, **(headers or {})})
@@ -68,10 +68,10 @@ def send(
 
 
 def lfs_upload_path(hub: LoopbackHub, token: str, repo_id: str, content: bytes) -> str:
-    """Where the Hub wants an announced object to be put."""
+    """Announce an LFS object, and return the path for its upload."""
     announced = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
     body = json.dumps({"objects": [announced]}).encode()
-    _, _, answer = send(hub, "POST", f"/{repo_id}.git/info/lfs/objects/batch", body, token)
+    _, _, answer = send_request(hub, "POST", f"/{repo_id}.git/info/lfs/objects/batch", body, token)
     return json.loads(answer)["objects"][0]["actions"]["upload"]["href"].removeprefix(hub.url)
 
 
@@ -81,19 +81,19 @@ def commit_lines(*lines: tuple[str, dict]) -> bytes:
 
 
 def make_repository(hub: LoopbackHub, token: str, name: str) -> str:
-    send(hub, "POST", "/api/repos/create", json.dumps({"name": name, "organization": None}).encode(), token)
-    namespace = json.loads(send(hub, "GET", "/api/whoami-v2", token=token)[2])["name"]
+    send_request(hub, "POST", "/api/repos/create", json.dumps({"name": name, "organization": None}).encode(), token)
+    namespace = json.loads(send_request(hub, "GET", "/api/whoami-v2", token=token)[2])["name"]
     return f"{namespace}/{name}"
 
 
 def commit_by_hand(hub: LoopbackHub, token: str, repo_id: str, path: str, content: bytes) -> None:
     change = ("file", {"path": path, "content": base64.b64encode(content).decode(), "encoding": "base64"})
-    status, _, answer = send(hub, "POST", f"/api/models/{repo_id}/commit/main", commit_lines(change), token)
+    status, _, answer = send_request(hub, "POST", f"/api/models/{repo_id}/commit/main", commit_lines(change), token)
     assert status == 200, answer
 
 
 @pytest.mark.parametrize("repo_type", ["model", "dataset", "space"])
-def test_a_repository_of_each_type_goes_up_and_comes_down(hub, tmp_path, repo_type):
+def test_uploads_and_downloads_repository_of_each_type(hub, tmp_path, repo_type):
     code = f"""
     kind = {{"repo_type": "{repo_type}"}}
     sdk = {{"space_sdk": "gradio"}} if "{repo_type}" == "space" else {{}}
@@ -140,12 +140,12 @@ def test_a_repository_of_each_type_goes_up_and_comes_down(hub, tmp_path, repo_ty
     }}))
     """
     token = hub.add_user("ada")
-    told = as_client(hub, tmp_path, f"os.chdir({str(tmp_path)!r})\n" + textwrap.dedent(code), token)
+    found = as_client(hub, tmp_path, f"os.chdir({str(tmp_path)!r})\n" + textwrap.dedent(code), token)
 
-    first, second = told.pop("commits")
+    first, second = found.pop("commits")
     lfs = ["code/table.csv", "model.safetensors"]
     regular = [".gitattributes", "README.md", "code/ä b.txt"]
-    assert {**told, "tree": sorted(told["tree"]), "top": sorted(told["top"])} == {
+    assert {**found, "tree": sorted(found["tree"]), "top": sorted(found["top"])} == {
         "whoami": "ada",
         "urls": ["ada/name", "ada/name", repo_type],
         "conflict": ["HfHubHTTPError", 409],
@@ -177,7 +177,7 @@ def test_a_repository_of_each_type_goes_up_and_comes_down(hub, tmp_path, repo_ty
     assert token not in repr(hub.requests) and "grant" not in repr(hub.requests)
 
 
-def test_who_may_see_and_write_what(hub, tmp_path):
+def test_enforces_read_and_write_access(hub, tmp_path):
     ada, eve = hub.add_user("ada", organizations=["lab"]), hub.add_user("eve")
     code = f"""
     eve, nobody, stranger = ({{"token": token}} for token in ({eve!r}, False, "hf_unknown"))
@@ -213,7 +213,7 @@ def test_who_may_see_and_write_what(hub, tmp_path):
     assert len(hub.commits("model", "ada/open")) == 1
 
 
-def test_what_is_wrong_in_an_upload_is_refused(hub):
+def test_refuses_invalid_uploads(hub):
     token = hub.add_user("ada")
     repo_id = make_repository(hub, token, "name")
     content = b"the content"
@@ -223,27 +223,27 @@ def test_what_is_wrong_in_an_upload_is_refused(hub):
     commit = f"/api/models/{repo_id}/commit/main"
     verify = json.dumps({"oid": oid, "size": len(content)}).encode()
 
-    assert send(hub, "POST", commit, pointer, token)[0] == 400  # nothing was uploaded yet
-    assert send(hub, "PUT", path, b"the_content")[0] == 400
-    assert send(hub, "PUT", path, content + b"!")[0] == 400
-    assert send(hub, "PUT", path.split("?")[0], content)[0] == 403
-    assert send(hub, "POST", f"/{repo_id}.git/info/lfs/objects/verify", verify, token)[0] == 400
+    assert send_request(hub, "POST", commit, pointer, token)[0] == 400  # because the object is not uploaded yet
+    assert send_request(hub, "PUT", path, b"the_content")[0] == 400
+    assert send_request(hub, "PUT", path, content + b"!")[0] == 400
+    assert send_request(hub, "PUT", path.split("?")[0], content)[0] == 403
+    assert send_request(hub, "POST", f"/{repo_id}.git/info/lfs/objects/verify", verify, token)[0] == 400
     assert len(hub.commits("model", repo_id)) == 1
 
-    assert send(hub, "PUT", path, content)[0] == 200
-    assert send(hub, "POST", f"/{repo_id}.git/info/lfs/objects/verify", verify, token)[0] == 200
+    assert send_request(hub, "PUT", path, content)[0] == 200
+    assert send_request(hub, "POST", f"/{repo_id}.git/info/lfs/objects/verify", verify, token)[0] == 200
     absent = commit_lines(("deletedFile", {"path": "absent"}))
-    status, headers, _ = send(hub, "POST", commit, absent, token)
+    status, headers, _ = send_request(hub, "POST", commit, absent, token)
     assert (status, headers["X-Error-Code"]) == (404, "EntryNotFound")
-    assert send(hub, "POST", f"{commit}?create_pr=1", pointer, token)[0] == 400
-    assert send(hub, "POST", commit, pointer.replace(b'"size": 11', b'"size": 12'), token)[0] == 400
+    assert send_request(hub, "POST", f"{commit}?create_pr=1", pointer, token)[0] == 400
+    assert send_request(hub, "POST", commit, pointer.replace(b'"size": 11', b'"size": 12'), token)[0] == 400
     assert len(hub.commits("model", repo_id)) == 1
 
-    assert send(hub, "POST", commit, pointer, token)[0] == 200
+    assert send_request(hub, "POST", commit, pointer, token)[0] == 200
     assert hub.files("model", repo_id)["a.bin"] == content
 
 
-def test_a_commit_on_another_head_is_refused(hub, tmp_path):
+def test_refuses_commit_with_outdated_parent(hub, tmp_path):
     code = """
     commit = {"repo_id": "ada/name", "commit_message": "m"}
     start = api.model_info("ada/name").sha
@@ -258,7 +258,7 @@ def test_a_commit_on_another_head_is_refused(hub, tmp_path):
     assert len(hub.commits("model", "ada/name")) == 3
 
 
-def test_what_the_client_retries_and_what_a_refused_commit_leaves(hub, tmp_path):
+def test_client_retries_faults_and_failed_commit_changes_nothing(hub, tmp_path):
     hub.fail("POST", "/preupload/", status=429, times=1, headers={"RateLimit": '"api";r=0;t=0'})
     hub.fail("POST", "/objects/batch$", status=500, times=1)
     hub.cut("PUT", "^/storage/", after_bytes=5_000)
@@ -279,14 +279,14 @@ def test_what_the_client_retries_and_what_a_refused_commit_leaves(hub, tmp_path)
 
     assert statuses("/preupload/") == [429, 200, 200, 200]
     assert statuses("/objects/batch") == [500, 200, 200, 200]
-    assert statuses("/storage/") == [None, 200]  # later it stands already
+    assert statuses("/storage/") == [None, 200]  # once, because the object is stored after that
     assert statuses("/commit/") == [None, 500, 200]
 
 
-def test_a_cut_download_is_resumed(hub, tmp_path):
+def test_client_resumes_cut_download(hub, tmp_path):
     token = hub.add_user("ada")
     repo_id = make_repository(hub, token, "name")
-    # The client keeps what came in pieces of 10 MiB only: of less it asks for the whole again.
+    # More than 10 MiB, because the client writes pieces of 10 MiB and restarts a smaller download from the beginning.
     content = bytes(11 << 20)
     commit_by_hand(hub, token, repo_id, "large", content)
     hub.cut("GET", "/resolve/", after_bytes=10_600_000)
@@ -299,13 +299,15 @@ def test_a_cut_download_is_resumed(hub, tmp_path):
     ]
 
 
-def test_ranges(hub):
+def test_answers_range_requests(hub):
     token = hub.add_user("ada")
     repo_id = make_repository(hub, token, "name")
     commit_by_hand(hub, token, repo_id, "digits", b"0123456789")
 
-    def part(asked: str) -> tuple[int, str | None, bytes]:
-        status, headers, body = send(hub, "GET", f"/{repo_id}/resolve/main/digits", headers={"Range": asked})
+    def part(requested: str) -> tuple[int, str | None, bytes]:
+        status, headers, body = send_request(
+            hub, "GET", f"/{repo_id}/resolve/main/digits", headers={"Range": requested}
+        )
         return status, headers["Content-Range"], body
 
     assert part("bytes=7-") == (206, "bytes 7-9/10", b"789")
@@ -314,7 +316,7 @@ def test_ranges(hub):
     assert part("bytes=10-") == (416, "bytes */10", b"")
 
 
-def test_a_client_that_dies_in_its_upload_leaves_no_commit(hub):
+def test_truncated_upload_creates_no_commit(hub):
     token = hub.add_user("ada")
     repo_id = make_repository(hub, token, "name")
     body = commit_lines(("file", {"path": "a", "content": "YQ=="}))
@@ -324,13 +326,13 @@ def test_a_client_that_dies_in_its_upload_leaves_no_commit(hub):
     connection.putheader("Content-Length", str(len(body) + 1))
     connection.endheaders(body)
     connection.sock.shutdown(socket.SHUT_WR)
-    assert connection.sock.recv(1) == b""  # the server has hung up
+    assert connection.sock.recv(1) == b""  # the server has closed the connection
     connection.close()
     assert hub.requests[-1] == ("POST", f"/api/models/{repo_id}/commit/main", None)
     assert len(hub.commits("model", repo_id)) == 1
 
 
-def test_a_snapshot_is_there_offline(hub, tmp_path):
+def test_client_reads_cached_snapshot_offline(hub, tmp_path):
     token = hub.add_user("ada")
     repo_id = make_repository(hub, token, "name")
     commit_by_hand(hub, token, repo_id, "folder/a.txt", b"a")
@@ -344,7 +346,7 @@ def test_a_snapshot_is_there_offline(hub, tmp_path):
     assert len(hub.requests) == sent
 
 
-def test_cards(hub, tmp_path):
+def test_validates_cards(hub, tmp_path):
     code = f"""
     from mmcot.hub.versions import validate_card
 
@@ -362,8 +364,8 @@ def test_cards(hub, tmp_path):
     ]))
     """
     invalid = ["ValueError", None]
-    told = as_client(hub, tmp_path, CREATE + textwrap.dedent(code), hub.add_user("ada"))
-    assert told == [None, None, None, invalid, invalid, invalid, invalid]
+    found = as_client(hub, tmp_path, CREATE + textwrap.dedent(code), hub.add_user("ada"))
+    assert found == [None, None, None, invalid, invalid, invalid, invalid]
     broken = json.dumps({"content": "---\na: [\n---\n", "repoType": "model"}).encode()
-    status, _, answer = send(hub, "POST", "/api/validate-yaml", broken)
+    status, _, answer = send_request(hub, "POST", "/api/validate-yaml", broken)
     assert status == 400 and "Invalid YAML" in json.loads(answer)["errors"][0]["message"]

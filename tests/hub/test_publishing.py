@@ -1,6 +1,6 @@
-"""A run published to a Hub on loopback, by the script as a user runs it, and loaded from there by strangers.
+"""A run is published to the loopback Hub with `push_to_hub.py`, and loaded by processes without this repository.
 
-What the Hub does, and how it can fail, is `loopback_hub.py`'s.
+`loopback_hub.py` defines the Hub's behaviour and its faults.
 """
 
 import json
@@ -31,8 +31,8 @@ from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from push_to_hub import main
 
-# `push_to_hub.py` many times in one process, which has to import torch once, and asks no folder and no commit twice: a
-# list of arguments a line.
+# Runs `push_to_hub.py` for each list of arguments, one a line. One process for all, because it imports torch once and
+# caches the answers of each folder and commit.
 PUSHES = """
 import contextlib, functools, io, json, sys
 import push_to_hub
@@ -52,7 +52,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """A user's machine, whose token may write to `ada`'s repositories."""
+    """A client process whose token may write to `ada`'s repositories."""
 
     def __init__(self, hub, home, token):
         self.environment = client_environment(hub, home, token)
@@ -67,7 +67,7 @@ class Client:
         )
 
     def push(self, *arguments):
-        """What it prints, and the message with which it ends in error (0 for none)."""
+        """Return the printed text and the error message of the push (0 without an error)."""
         self.process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
         self.process.stdin.flush()
         printed, status = json.loads(self.process.stdout.readline())
@@ -93,7 +93,7 @@ def client(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
-    """Of rows of nobody knows whose, so that a licence has to be said."""
+    """A run on a dataset without a known licence, so that a push must set --license."""
     folder = tmp_path_factory.mktemp("published") / "tiny"
     shutil.copytree(tiny_run, folder)
     return folder
@@ -101,7 +101,7 @@ def run(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(client, run):
-    """What the first push of the run printed."""
+    """The result of the run's first push."""
     result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit")
     assert not result.error, result.error
     return result
@@ -111,28 +111,28 @@ def content(folder):
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def on_the_hub(hub, repo_id, repo_type="model", revision="main"):
+def published_files(hub, repo_id, repo_type="model", revision="main"):
     files = hub.files(repo_type, repo_id, revision)
     files.pop(".gitattributes", None)
     return files
 
 
-def as_a_user(code, environment, cwd, **changes):
-    """Code in a fresh process that knows only what is on the Hub, or in its cache; what it prints last."""
+def run_as_user(code, environment, cwd, **changes):
+    """Run code in a new process that reads only the Hub or its cache, and return the last line that it prints."""
     result = run_python("-I", "-c", code, cwd=cwd, env={**environment, **changes})
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout.strip().splitlines()[-1]
 
 
-def test_a_run_is_published_in_one_commit_and_found_to_answer_alike(hub, client, run, published):
-    assert on_the_hub(hub, "ada/tiny") == content(run / "hub")
+def test_publishes_run_in_one_commit_and_checks_answers(hub, client, run, published):
+    assert published_files(hub, "ada/tiny") == content(run / "hub")
     first, created = hub.commits("model", "ada/tiny")
     assert f"ada/tiny at {first}: loads and gives the same answers as {run}." in published.stdout
     assert re.search(r"[\d,]+  new      rationale/model.safetensors", published.stdout)
     assert not hub.is_private("model", "ada/tiny") and created != first
 
 
-def test_pushed_again_nothing_changes(hub, client, run, published):
+def test_second_push_changes_nothing(hub, client, run, published):
     before = hub.commits("model", "ada/tiny")
     result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit")
     assert not result.error and f"Nothing changes: ada/tiny stays at {before[0]}" in result.stdout
@@ -143,20 +143,20 @@ PICTURE_ON_THE_HUB = "https://huggingface.co/datasets/huggingface/documentation-
 
 
 def python_blocks(card, commit, folder):
-    """The card's, with a commit in place of the one that its reader fills in, and a picture that is here."""
+    """The card's Python blocks, with `commit` in place of the placeholder and a local picture in place of the URL."""
     Image.new("RGB", (50, 40), "red").save(folder / "candy.png")
     text = card.replace("COMMIT", commit).replace(PICTURE_ON_THE_HUB, str(folder / "candy.png"))
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_every_code_block_of_the_card_runs_from_the_hub_and_then_from_the_cache(hub, client, published, run, tmp_path):
-    card = on_the_hub(hub, "ada/tiny")["README.md"].decode()
+def test_card_code_blocks_run_from_hub_and_from_cache(hub, client, published, run, tmp_path):
+    card = published_files(hub, "ada/tiny")["README.md"].decode()
     blocks = python_blocks(card, hub.commits("model", "ada/tiny")[0], tmp_path)
     assert len(blocks) == 6 and [number for number, block in enumerate(blocks) if "ada/tiny" not in block] == [3]
     assert 'pipeline("image-text-to-text"' in blocks[0] and PICTURE_ON_THE_HUB in card
     assert "AutoModelForImageTextToText" in blocks[1] and "apply_chat_template" in blocks[1]
     check = "\nloaded = model, processor, pinned_model, pipe.model"
-    check += "\nassert {type(thing).__module__.split('.')[0] for thing in loaded} == {'transformers_modules'}"
+    check += "\nassert {type(each).__module__.split('.')[0] for each in loaded} == {'transformers_modules'}"
     check += "\nassert commit in type(pinned_model).__module__ and commit in type(pinned_answer).__module__"
     check += "\nassert pinned_answer(problem)['answer'] == answer(problem)['answer']"
     check += "\nassert reply == pipe(text=messages, return_full_text=False)[0]['generated_text'], reply"
@@ -164,15 +164,15 @@ def test_every_code_block_of_the_card_runs_from_the_hub_and_then_from_the_cache(
     check += "\nprint(sorted(result), type(rationale).__name__)"
     environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
     expected = "['answer', 'answer_index', 'rationale', 'scores'] MMCoTForConditionalGeneration"
-    assert as_a_user("\n".join(blocks) + check, environment, tmp_path) == expected
-    asked = len(hub.requests)
-    assert as_a_user("\n".join(blocks) + check, environment, tmp_path, HF_HUB_OFFLINE="1") == expected
-    assert len(hub.requests) == asked, "offline, from the cache"
+    assert run_as_user("\n".join(blocks) + check, environment, tmp_path) == expected
+    num_requests = len(hub.requests)
+    assert run_as_user("\n".join(blocks) + check, environment, tmp_path, HF_HUB_OFFLINE="1") == expected
+    assert len(hub.requests) == num_requests, "the offline process sends requests"
 
 
 @pytest.mark.slow
-def test_the_cards_commands_give_the_cards_figures(hub, client, published, tiny_dataset, tmp_path):
-    files = on_the_hub(hub, "ada/tiny")
+def test_card_commands_reproduce_scores(hub, client, published, tiny_dataset, tmp_path):
+    files = published_files(hub, "ada/tiny")
     (block,) = re.findall(r"```bash\n(.*?)```", files["README.md"].decode(), re.DOTALL)
     for file in tiny_dataset.parent.iterdir():
         shutil.copy(file, tmp_path)
@@ -185,8 +185,8 @@ def test_the_cards_commands_give_the_cards_figures(hub, client, published, tiny_
         assert found[name] == published_scores[name]
 
 
-def test_the_card_says_what_the_scores_file_says(hub, published, run):
-    card = ModelCard(on_the_hub(hub, "ada/tiny")["README.md"].decode())
+def test_card_shows_values_of_scores_file(hub, published, run):
+    card = ModelCard(published_files(hub, "ada/tiny")["README.md"].decode())
     scores = read_json(run / "scores" / "test.json")
     assert (card.data.license, card.data.pipeline_tag, card.data.model_name) == ("mit", "image-text-to-text", "tiny")
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
@@ -201,20 +201,20 @@ def test_the_card_says_what_the_scores_file_says(hub, published, run):
     assert "Not measured: how the model answers without the picture" in card.text
 
 
-def test_the_card_lists_the_code_that_it_runs(hub, published):
-    files = on_the_hub(hub, "ada/tiny")
+def test_card_lists_code_files_with_digests(hub, published):
+    files = published_files(hub, "ada/tiny")
     card = files["README.md"].decode()
     listed = dict(re.findall(r"^\| `(\w+\.py)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
     assert listed == {name: sha256(text).hexdigest() for name, text in files.items() if name.endswith(".py")}
     assert "modeling_mmcot.py" in listed and "https://huggingface.co/ada/tiny/commits/main" in card
 
 
-# What is wrong with a run or a name is said before anything is asked of the Hub.
+# A push refuses a faulty run or name before it sends a request to the Hub.
 
 
 @pytest.fixture
 def broken(run, tmp_path, monkeypatch):
-    """A copy to break; that it loads elsewhere is seen where it is published."""
+    """A copy of the run to damage. The check in a new process is replaced, because tests of a real push cover it."""
     monkeypatch.setattr("mmcot.hub.publish.answer_in_fresh_process", lambda *_: {})
     shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run"
@@ -228,7 +228,7 @@ def dry_run(folder, *options, repo_id="ada/tiny"):
     main([str(folder), "--repo_id", repo_id, "--dry_run", *options])
 
 
-def test_a_dry_run_offline_builds_and_lists(broken, capsys):
+def test_offline_dry_run_exports_and_lists_files(broken, capsys):
     dry_run(broken, "--license", "mit")
     printed = capsys.readouterr().out
     listed = re.findall(r"^ *[\d,]+  new      (.+)$", printed, re.MULTILINE)
@@ -236,12 +236,12 @@ def test_a_dry_run_offline_builds_and_lists(broken, capsys):
 
 
 @pytest.mark.parametrize("repo_id", ["tiny", "ada/tiny/more", "ada/ti ny", "datasets/tiny", "ada/tiny..git", ""])
-def test_a_malformed_id_is_refused(broken, repo_id):
+def test_refuses_malformed_repo_id(broken, repo_id):
     with pytest.raises(SystemExit, match="expected USER/NAME"):
         dry_run(broken, repo_id=repo_id)
 
 
-def test_an_unfinished_run_is_refused(broken, tmp_path):
+def test_refuses_unfinished_run(broken, tmp_path):
     (broken / "answer" / "train_results.json").unlink()
     with pytest.raises(SystemExit, match="not a finished run: the training of its answer stage is not finished"):
         dry_run(broken)
@@ -249,7 +249,7 @@ def test_an_unfinished_run_is_refused(broken, tmp_path):
         dry_run(tmp_path)
 
 
-def test_scores_of_other_weights_are_refused(broken):
+def test_refuses_scores_of_other_weights(broken):
     for file in (broken / "answer" / "model.safetensors", broken / "hub" / "model.safetensors"):
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"test.json was measured with other weights than the run's \(answer\)"):
@@ -259,13 +259,13 @@ def test_scores_of_other_weights_are_refused(broken):
         dry_run(broken, "--license", "mit")
 
 
-def test_scores_of_another_split_than_their_name_says_are_refused(broken):
+def test_refuses_scores_of_another_split(broken):
     rewrite(broken / "scores" / "test.json", split="val")
     with pytest.raises(SystemExit, match="test.json has scores of the split 'val'; expected 'test'"):
         dry_run(broken, "--license", "mit")
 
 
-def test_how_scores_were_made_stands_in_the_cards_command(broken, tiny_dataset):
+def test_card_command_contains_prediction_options(broken, tiny_dataset):
     file = broken / "predictions" / "test.json"
     rows = ["--dataset", str(tiny_dataset), "--limit", "6"]
     predict([str(broken), *rows, "--output", str(file), "--bf16", "--num_rationales", "2"])
@@ -278,7 +278,7 @@ def test_how_scores_were_made_stands_in_the_cards_command(broken, tiny_dataset):
     assert "--dataset problems.jsonl --split test --output scores.json --limit 6\n" in card
 
 
-def test_of_this_machine_and_account_nothing_is_in_the_recipe(broken):
+def test_card_recipe_contains_no_token_or_local_path(broken):
     recipe = yaml.safe_load((broken / "recipe.yaml").read_text())
     recipe |= {
         "hub_token": "0123secret",
@@ -294,7 +294,7 @@ def test_of_this_machine_and_account_nothing_is_in_the_recipe(broken):
     assert "features: store" in card and "target_column: rationale=texts.json" in card and "- y.json" in card
 
 
-def test_a_run_of_an_older_version_is_refused(broken):
+def test_refuses_run_of_older_version(broken):
     results = read_json(broken / "rationale" / "train_results.json")
     del results["hardware"]
     write_json(broken / "rationale" / "train_results.json", results)
@@ -302,7 +302,7 @@ def test_a_run_of_an_older_version_is_refused(broken):
         dry_run(broken, "--license", "mit")
 
 
-def test_a_run_without_scores_says_so_in_its_card(broken):
+def test_card_of_unscored_run_says_not_evaluated(broken):
     shutil.rmtree(broken / "scores")
     with pytest.raises(SystemExit, match="has no scores"):
         dry_run(broken, "--license", "mit")
@@ -312,7 +312,7 @@ def test_a_run_without_scores_says_so_in_its_card(broken):
     assert not (broken / "hub" / "scores.json").exists()
 
 
-def test_a_licence_is_said_by_the_dataset_or_by_the_user(broken):
+def test_licence_comes_from_dataset_or_user(broken):
     with pytest.raises(SystemExit, match="no licence, and the licence of the dataset is not known: set --license"):
         dry_run(broken)
     rewrite(broken / "answer" / "train_results.json", dataset_known_as="ScienceQA")
@@ -329,7 +329,7 @@ def test_a_licence_is_said_by_the_dataset_or_by_the_user(broken):
         dry_run(broken, "--license", "mit")
 
 
-def test_probes_stand_in_the_card(broken):
+def test_card_shows_probes(broken):
     row = {"n": 14, "accuracy": 50.0, "probed": 21.43, "interval": [0, 1], "p": 0.1, "changed": 42.86}
     weights = read_json(broken / "scores" / "test.json")["weights"]
     probes = {"dataset": "rows", "split": "test", "weights": weights, "probes": {"picture dropped": row}}
@@ -341,7 +341,7 @@ def test_probes_stand_in_the_card(broken):
         dry_run(broken, "--license", "mit")
 
 
-def test_seeds_stand_in_the_card(broken):
+def test_card_shows_mean_over_seeds(broken):
     dry_run(broken, "--license", "mit")
     assert "One training, one seed." in (broken / "hub" / "README.md").read_text()
     rewrite(broken / "scores" / "test.json", seeds={"n": 3, "accuracy": {"Avg": {"mean": 61.25, "sd": 1.5}}})
@@ -349,12 +349,12 @@ def test_seeds_stand_in_the_card(broken):
     assert "Over 3 trainings with different seeds: 61.25 ± 1.50." in (broken / "hub" / "README.md").read_text()
 
 
-def test_adapters_are_asked_for_of_adapters_only(broken):
+def test_refuses_merge_without_adapters(broken):
     with pytest.raises(SystemExit, match="its stages are not adapters"):
         dry_run(broken, "--merge")
 
 
-def test_what_cannot_be_merged_is_named(run, tmp_path):
+def test_error_names_stage_that_cannot_be_merged(run, tmp_path):
     for stage in ("rationale", "answer"):
         PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2).save_pretrained(tmp_path / stage)
     with pytest.raises(ValueError, match="--merge: the rationale stage's adapter is PROMPT_TUNING"):
@@ -365,7 +365,7 @@ TOKEN = "hf_" + "a1" * 20
 
 
 @pytest.mark.parametrize(
-    ("name", "written", "said"),
+    ("name", "data", "message"),
     [
         ("pytorch_model.bin", b"x", "pytorch_model.bin: not a file of a model's repository"),
         ("rationale/optimizer.pt", b"x", "rationale/optimizer.pt: not a file"),
@@ -387,15 +387,15 @@ TOKEN = "hf_" + "a1" * 20
         ),
     ],
 )
-def test_what_must_not_be_published_is_named_by_its_file(run, tmp_path, name, written, said):
+def test_error_names_file_that_must_not_be_published(run, tmp_path, name, data, message):
     shutil.copytree(run / "hub", tmp_path / "hub")
-    (tmp_path / "hub" / name).write_bytes(written)
+    (tmp_path / "hub" / name).write_bytes(data)
     with pytest.raises(ValueError) as caught:
         check_model_folder(tmp_path / "hub")
-    assert said in str(caught.value) and TOKEN not in str(caught.value)
+    assert message in str(caught.value) and TOKEN not in str(caught.value)
 
 
-def test_what_is_exported_has_no_faults(published, run, tmp_path):
+def test_exported_folder_passes_checks(published, run, tmp_path):
     check_model_folder(run / "hub")
     shutil.copytree(run / "hub", tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
@@ -407,12 +407,12 @@ def test_what_is_exported_has_no_faults(published, run, tmp_path):
     assert {file.name for file in shipped_code()} <= content(run / "hub").keys()
 
 
-# What takes a push, and a look at what it left, each.
+# Each test below pushes, and checks the repository on the Hub.
 
 
 @pytest.fixture
 def changed(run, tmp_path):
-    """The run with other weights in its rationale stage, and without scores, which are not theirs."""
+    """The run with other weights in its rationale stage, and without the scores of the old weights."""
     shutil.copytree(run, tmp_path / "changed")
     file = tmp_path / "changed" / "rationale" / "model.safetensors"
     tensors = load_file(file)
@@ -424,7 +424,7 @@ def changed(run, tmp_path):
 
 
 UNSCORED = ("--license", "mit", "--allow_unscored")
-WRITES = """
+PRINT_WEIGHT_SUMS = """
 import sys
 from transformers import pipeline
 for revision in {revisions}:
@@ -435,7 +435,7 @@ for revision in {revisions}:
 
 
 @pytest.mark.slow
-def test_new_weights_go_up_alone_and_each_revision_keeps_its_own(hub, client, run, changed, tmp_path):
+def test_push_uploads_only_changed_files_and_keeps_old_revision(hub, client, run, changed, tmp_path):
     assert not client.push(run, "--repo_id", "ada/twice", "--license", "mit").error
     old = hub.commits("model", "ada/twice")[0]
     result = client.push(changed, "--repo_id", "ada/twice", *UNSCORED)
@@ -445,26 +445,26 @@ def test_new_weights_go_up_alone_and_each_revision_keeps_its_own(hub, client, ru
     assert {name for state, name in listed if state == "changed"} == expected
     assert {name for state, name in listed if state == "deleted"} == {"scores.json"}
     new = hub.commits("model", "ada/twice")[0]
-    assert on_the_hub(hub, "ada/twice") == content(changed / "hub")
-    code = WRITES.format(revisions=[None, old, new], repo_id="ada/twice")
-    sums = as_a_user(code, client.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path).split()
+    assert published_files(hub, "ada/twice") == content(changed / "hub")
+    code = PRINT_WEIGHT_SUMS.format(revisions=[None, old, new], repo_id="ada/twice")
+    sums = run_as_user(code, client.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path).split()
     assert sums[0] == sums[2] != sums[1]
 
 
 @pytest.mark.slow
-def test_a_dry_run_shows_the_difference_and_sends_nothing(hub, client, run, published, changed):
+def test_dry_run_lists_changes_and_uploads_nothing(hub, client, run, published, changed):
     before, sent = hub.commits("model", "ada/tiny"), len(hub.requests)
     result = client.push(changed, "--repo_id", "ada/tiny", *UNSCORED, "--dry_run")
     assert not result.error and "changed  rationale/model.safetensors" in result.stdout
     assert hub.commits("model", "ada/tiny") == before
     assert {method for method, path, _ in hub.requests[sent:] if "validate-yaml" not in path} <= {"GET", "HEAD"}
-    assert not client.push(run, "--repo_id", "ada/unborn", "--license", "mit", "--dry_run").error
+    assert not client.push(run, "--repo_id", "ada/absent", "--license", "mit", "--dry_run").error
     with pytest.raises(KeyError):
-        hub.files("model", "ada/unborn")
+        hub.files("model", "ada/absent")
 
 
 @pytest.mark.slow
-def test_private_and_branches(hub, client, run, changed, published):
+def test_pushes_to_private_repository_and_branch(hub, client, run, changed, published):
     assert not client.push(run, "--repo_id", "ada/secret", "--license", "mit", "--private").error
     assert hub.is_private("model", "ada/secret")
     refused = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--private")
@@ -474,11 +474,11 @@ def test_private_and_branches(hub, client, run, changed, published):
     main_before = hub.commits("model", "ada/secret")
     assert not client.push(changed, "--repo_id", "ada/secret", *UNSCORED, "--revision", "next").error
     assert hub.commits("model", "ada/secret") == main_before
-    assert on_the_hub(hub, "ada/secret", revision="next") == content(changed / "hub")
+    assert published_files(hub, "ada/secret", revision="next") == content(changed / "hub")
 
 
 @pytest.mark.slow
-def test_what_another_tool_made_is_not_overwritten(hub, client, run, tmp_path):
+def test_overwrites_content_of_another_tool_only_on_request(hub, client, run, tmp_path):
     code = """
 from huggingface_hub import HfApi
 HfApi().create_repo("ada/other")
@@ -486,7 +486,7 @@ HfApi().upload_file(path_or_fileobj=b"---\\nlicense: mit\\n---\\n# Mine", path_i
 HfApi().create_repo("ada/rows", repo_type="dataset")
 print(1)
 """
-    as_a_user(code, client.environment, tmp_path)
+    run_as_user(code, client.environment, tmp_path)
     before = hub.commits("model", "ada/other")
     refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
     assert (
@@ -494,53 +494,53 @@ print(1)
         and hub.commits("model", "ada/other") == before
     )
     assert not client.push(run, "--repo_id", "ada/other", "--license", "mit", "--overwrite").error
-    assert on_the_hub(hub, "ada/other") == content(run / "hub")
+    assert published_files(hub, "ada/other") == content(run / "hub")
     code = "from huggingface_hub import upload_file\nprint(upload_file(path_or_fileobj=b'x', "
     code += "path_in_repo='onnx/model.onnx', repo_id='ada/other'))"
-    as_a_user(code, client.environment, tmp_path)
+    run_as_user(code, client.environment, tmp_path)
     refused = client.push(run, "--repo_id", "ada/other", "--license", "mit")
     assert "contains files (onnx/model.onnx) that this tool did not create" in refused.error
-    assert "onnx/model.onnx" in on_the_hub(hub, "ada/other")
+    assert "onnx/model.onnx" in published_files(hub, "ada/other")
     assert "ada/rows is a dataset" in client.push(run, "--repo_id", "ada/rows", "--license", "mit").error
 
 
-FAILURES = {  # the first one first: what is uploaded once is not sent again
-    "cut in a large file": (("cut", "PUT", ""), {"after_bytes": 1000, "times": None}, "push again"),
-    "refused at the end": (("fail", "POST", "/commit/"), {"status": 500}, "push again later"),
+FAILURES = {  # the cut upload comes first, because an uploaded file is not sent again
+    "large file cut": (("cut", "PUT", ""), {"after_bytes": 1000, "times": None}, "push again"),
+    "server error in the commit": (("fail", "POST", "/commit/"), {"status": 500}, "push again later"),
     "no rights": (("fail", "POST", "/preupload/"), {"status": 403}, "needs write access to ada"),
-    "not as it likes it": (
+    "bad request": (
         ("fail", "POST", "/commit/"),
         {"status": 400},
         "the Hub rejects the request. (The Hub: 400, A fault",
     ),
     "token expired": (("fail", "POST", "/commit/"), {"status": 401}, "the Hub rejects your token"),
-    "another was faster": (("fail", "POST", "/commit/"), {"status": 412}, "somebody else committed"),
-    "cut in the commit": (("cut", "POST", "/commit/"), {"after_bytes": 50, "times": None}, "the connection failed"),
-    "always too busy": (("fail", "POST", "/commit/"), {"status": 429}, "wait some minutes"),
+    "commit of another user": (("fail", "POST", "/commit/"), {"status": 412}, "somebody else committed"),
+    "commit cut": (("cut", "POST", "/commit/"), {"after_bytes": 50, "times": None}, "the connection failed"),
+    "rate limit": (("fail", "POST", "/commit/"), {"status": 429}, "wait some minutes"),
 }
 PASSING = {
-    "busy once": (("fail", "POST", "/preupload/"), {"status": 429, "times": 1, "headers": {"Retry-After": "0"}}),
-    "broken once": (("fail", "POST", "/info/lfs/objects/batch"), {"status": 500, "times": 1}),
-    "cut once, coming down": (("cut", "GET", "/resolve/.*/model.safetensors"), {"after_bytes": 1000, "times": 1}),
+    "rate limit once": (("fail", "POST", "/preupload/"), {"status": 429, "times": 1, "headers": {"Retry-After": "0"}}),
+    "server error once": (("fail", "POST", "/info/lfs/objects/batch"), {"status": 500, "times": 1}),
+    "download cut once": (("cut", "GET", "/resolve/.*/model.safetensors"), {"after_bytes": 1000, "times": 1}),
 }
 
 
 @pytest.mark.slow
-def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_path):
-    """Each of the ways, one after the other, on a Hub of its own; then it goes through."""
+def test_failed_push_changes_nothing(hub, client, run, changed, tmp_path):
+    """Every failure happens once, on a Hub of this test's own. The same push then succeeds."""
     with LoopbackHub() as failing:
         user = Client(failing, tmp_path / "home", failing.add_user("ada"))
         assert not user.push(run, "--repo_id", "ada/again", "--license", "mit").error
-        before, old = failing.commits("model", "ada/again"), on_the_hub(failing, "ada/again")
-        for name, ((how, method, path), options, said) in FAILURES.items():
+        before, old = failing.commits("model", "ada/again"), published_files(failing, "ada/again")
+        for name, ((how, method, path), options, message) in FAILURES.items():
             getattr(failing, how)(method, path, **options)
             result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
-            assert said in str(result.error) and "is unchanged" in str(result.error), (name, result)
+            assert message in str(result.error) and "is unchanged" in str(result.error), (name, result)
             assert failing.commits("model", "ada/again") == before, name
             failing.clear_faults()
-        assert on_the_hub(failing, "ada/again") == old
-        code = WRITES.format(revisions=[None], repo_id="ada/again")
-        assert as_a_user(code, user.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
+        assert published_files(failing, "ada/again") == old
+        code = PRINT_WEIGHT_SUMS.format(revisions=[None], repo_id="ada/again")
+        assert run_as_user(code, user.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
         failing.lose_answer("POST", "/commit/")
         lost = user.push(changed, "--repo_id", "ada/again", *UNSCORED, "--revision", "lost")
         assert "now, but the Hub's response was lost: the same command compares" in lost.error
@@ -550,24 +550,24 @@ def test_a_push_that_fails_leaves_what_was_there(hub, client, run, changed, tmp_
             getattr(failing, how)(method, path, **options)
         result = user.push(changed, "--repo_id", "ada/again", *UNSCORED)
         assert not result.error, result.error
-        assert on_the_hub(failing, "ada/again") == content(changed / "hub")
+        assert published_files(failing, "ada/again") == content(changed / "hub")
         user.stop()
 
 
 @pytest.mark.slow
-def test_without_token_rights_or_network_it_says_what_to_do(hub, run, published, tmp_path):
-    stranger = hub.add_user("bob")
-    for token, changes, said in (
+def test_error_without_token_rights_or_network_names_remedy(hub, run, published, tmp_path):
+    other_token = hub.add_user("bob")
+    for token, changes, message in (
         (None, {}, "no token is set: log in with `hf auth login`"),
         ("hf_unknown", {}, "the Hub rejects your token"),
-        (stranger, {}, "your token needs write access to ada"),
-        (stranger, {"HF_HUB_OFFLINE": "1"}, "offline .* was not reached"),
-        (stranger, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection failed"),
+        (other_token, {}, "your token needs write access to ada"),
+        (other_token, {"HF_HUB_OFFLINE": "1"}, "offline .* was not reached"),
+        (other_token, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection failed"),
     ):
         environment = client_environment(hub, tmp_path / "home", token) | changes
         arguments = (run, "--repo_id", "ada/tiny", "--license", "apache-2.0")
         result = run_script("push_to_hub.py", *arguments, check=False, **environment)
-        assert result.returncode == 1 and re.search(said, result.stderr), result.stderr
+        assert result.returncode == 1 and re.search(message, result.stderr), result.stderr
         assert "Traceback" not in result.stderr and (token or "hf_") not in result.stdout + result.stderr
 
 
@@ -587,19 +587,19 @@ print(json.dumps(answer(problem)))
 
 
 @pytest.mark.slow
-def test_adapters_are_published_over_their_base_or_merged_into_it(hub, client, adapters, tiny_dataset, tmp_path):
+def test_publishes_adapters_with_base_or_merged(hub, client, adapters, tiny_dataset, tmp_path):
     assert not client.push(adapters, "--repo_id", "ada/adapters", "--license", "mit", "--adapters").error
-    files = on_the_hub(hub, "ada/adapters")
+    files = published_files(hub, "ada/adapters")
     assert files == content(adapters / "hub") and "adapter_config.json" not in files
     blocks = python_blocks(files["README.md"].decode(), hub.commits("model", "ada/adapters")[0], tmp_path)
     environment = client.environment | {"HF_HOME": str(tmp_path / "empty")}
-    printed = as_a_user(
+    printed = run_as_user(
         "\n".join(blocks) + "\nprint(type(model).__name__, model.active_adapter)", environment, tmp_path
     )
     assert printed == "PeftModelForSeq2SeqLM default"
 
     assert not client.push(adapters, "--repo_id", "ada/merged", "--license", "mit", "--merge").error
-    merged = on_the_hub(hub, "ada/merged")
+    merged = published_files(hub, "ada/merged")
     assert merged == content(adapters / "hub_merged") and "rationale/model.safetensors" in merged
     assert not any("adapter" in name for name in merged) and json.loads(merged["config.json"])["stage_adapters"] is None
     assert b"before they were merged" in merged["README.md"]
@@ -613,12 +613,12 @@ def test_adapters_are_published_over_their_base_or_merged_into_it(hub, client, a
 
 
 @pytest.mark.slow
-def test_a_space_answers_with_the_model_at_its_commit(hub, client, run, published):
-    unborn = client.push("--repo_id", "ada/nothing", "--space", "ada/ask")
-    assert "a Space requires a model: ada/nothing has no main on the Hub" in unborn.error
+def test_space_names_model_and_its_commit(hub, client, run, published):
+    refused = client.push("--repo_id", "ada/nothing", "--space", "ada/ask")
+    assert "a Space requires a model: ada/nothing has no main on the Hub" in refused.error
     result = client.push(run, "--repo_id", "ada/tiny", "--license", "mit", "--space", "ada/ask")
     assert not result.error, result.error
-    files = on_the_hub(hub, "ada/ask", "space")
+    files = published_files(hub, "ada/ask", "space")
     app = content(REPOSITORY / "space")
     assert {name: text for name, text in files.items() if name not in ("README.md", "model.json")} == {
         name: text for name, text in app.items() if name != "README.md" and "__pycache__" not in name
@@ -632,14 +632,14 @@ def test_a_space_answers_with_the_model_at_its_commit(hub, client, run, publishe
     assert "Nothing changes" in again.stdout and hub.commits("space", "ada/ask") == before
 
 
-def test_a_space_is_not_published_with_nothing(capsys):
+def test_refuses_push_without_run_or_space(capsys):
     with pytest.raises(SystemExit):
         main(["--repo_id", "ada/tiny"])
     assert "name the folder of a finished run, or a --space" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_model_that_is_loaded_and_saved_is_published_as_the_same_files(hub, client, published, run, tmp_path):
+def test_loading_and_saving_published_model_keeps_files(hub, client, published, run, tmp_path):
     code = """
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor
 AutoProcessor.from_pretrained("ada/tiny", trust_remote_code=True).save_pretrained("again")
@@ -648,8 +648,8 @@ stage = AutoModelForSeq2SeqLM.from_pretrained("ada/tiny", subfolder="rationale",
 stage.save_pretrained("again/rationale")
 print(1)
 """
-    as_a_user(code, client.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
-    again, files = content(tmp_path / "again"), on_the_hub(hub, "ada/tiny")
+    run_as_user(code, client.environment | {"HF_HOME": str(tmp_path / "empty")}, tmp_path)
+    again, files = content(tmp_path / "again"), published_files(hub, "ada/tiny")
     some = {"model.safetensors", "rationale/model.safetensors", "processor_config.json", "modeling_mmcot.py"}
     assert some <= again.keys() and "tokenizer_config.json" in again
     for name in again.keys() & files.keys():

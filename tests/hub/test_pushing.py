@@ -1,6 +1,6 @@
-"""What a push may replace and delete in a repository, and what somebody else does while it runs; on loopback.
+"""The files that a push may replace or delete, and concurrent changes by other users, on the loopback Hub.
 
-Small folders go up here; a run as a user publishes it is `test_publishing.py`'s.
+The pushed folders are small. `test_publishing.py` publishes a whole run.
 """
 
 import json
@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from huggingface_hub import metadata_load
 from loopback_hub import LoopbackHub, client_environment
 
-# A client that lives for all tests: code in a line of JSON, `result` or the error's message in the answer.
+# One client process for all tests. It reads code as a line of JSON, and answers with `result` and the error message.
 CODE = """
 import contextlib, json, sys
 from pathlib import Path
@@ -53,7 +53,7 @@ class Client:
         return SimpleNamespace(result=result, error=error)
 
     def push(self, folder, repo_id, meanwhile="pass", overwrite=False, **repository):
-        """What `push_to_hub` does with a folder, and what others do after it compared."""
+        """Push a folder as `push_to_hub` does, and run `meanwhile` between the comparison and the upload."""
         code = "plan = plan_push(Path(folder), Repository(repo_id, **repository), overwrite, False)\n"
         code += f"{meanwhile}\nresult = upload(plan)"
         return self.run(code, folder=str(folder), repo_id=repo_id, repository=repository, overwrite=overwrite)
@@ -75,7 +75,7 @@ def client(hub, tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes a folder to push, of files whose card lists them, or does not, as an older version's."""
+    """A function that makes a folder to push. Its card lists the files unless `is_listed` is false (older versions)."""
 
     def make(*names, is_listed=True, **metadata):
         place = tmp_path / "-".join(("folder", *names)).replace("/", "_")
@@ -98,7 +98,7 @@ THEIRS = "HfApi().upload_file(path_or_fileobj=b'theirs', path_in_repo=name, repo
 
 
 @pytest.mark.parametrize("name", ["handler.py", "my_lora/adapter_model.safetensors", "my_lora/adapter_config.json"])
-def test_a_file_that_no_push_listed_is_not_deleted_whatever_its_name(hub, client, folder, name):
+def test_keeps_file_that_no_push_listed(hub, client, folder, name):
     repo_id = f"ada/own-{name.split('/')[-1].split('.')[0]}"
     first, second = folder("config.json", "scores.json"), folder("config.json")
     assert not client.push(first, repo_id).error
@@ -111,13 +111,13 @@ def test_a_file_that_no_push_listed_is_not_deleted_whatever_its_name(hub, client
     assert names(hub, repo_id) == ["README.md", "config.json"]
 
 
-def test_a_file_that_the_last_push_listed_is_deleted(hub, client, folder):
+def test_deletes_file_that_last_push_listed(hub, client, folder):
     assert not client.push(folder("config.json", "scores.json"), "ada/listed").error
     assert not client.push(folder("config.json"), "ada/listed").error
     assert names(hub, "ada/listed") == ["README.md", "config.json"]
 
 
-def test_a_file_of_somebody_else_is_not_replaced_by_one_of_the_same_name(hub, client, folder):
+def test_keeps_other_users_file_of_same_name(hub, client, folder):
     assert not client.push(folder("config.json"), "ada/replaced").error
     client.run(THEIRS, name="scores.json", repo_id="ada/replaced")
     refused = client.push(folder("config.json", "scores.json"), "ada/replaced")
@@ -125,7 +125,7 @@ def test_a_file_of_somebody_else_is_not_replaced_by_one_of_the_same_name(hub, cl
     assert hub.files("model", "ada/replaced")["scores.json"] == b"theirs"
 
 
-def test_of_a_push_of_an_older_version_nothing_is_deleted(hub, client, folder):
+def test_deletes_no_file_after_push_of_older_version(hub, client, folder):
     assert not client.push(folder("config.json", "scores.json", is_listed=False), "ada/older").error
     refused = client.push(folder("config.json"), "ada/older")
     assert "(scores.json) that are not in this run, and its card, by an older mmcot, lists none" in str(refused.error)
@@ -134,30 +134,32 @@ def test_of_a_push_of_an_older_version_nothing_is_deleted(hub, client, folder):
     assert names(hub, "ada/older") == ["README.md", "config.json"]
 
 
-MAKE = "HfApi().create_repo(repo_id, repo_type=repository.get('repo_type'), {options})"
-SAID = "did not exist at the comparison, and somebody else created it since. Nothing was committed: push again"
+CREATE = "HfApi().create_repo(repo_id, repo_type=repository.get('repo_type'), {options})"
+CREATED_MEANWHILE = (
+    "did not exist at the comparison, and somebody else created it since. Nothing was committed: push again"
+)
 
 
 @pytest.mark.parametrize("repo_type", ["model", "space"])
 @pytest.mark.parametrize("private", [False, True])
-def test_a_repository_that_is_made_after_the_comparison_is_left_alone(hub, client, folder, repo_type, private):
+def test_leaves_repository_created_after_comparison(hub, client, folder, repo_type, private):
     options = {"repo_type": repo_type, "private": private}
     repo_id = f"ada/raced-{repo_type}-{private}"
     space = {"sdk": "gradio", "title": "x"} if repo_type == "space" else {}
-    make = MAKE.format(options="space_sdk='gradio'" if repo_type == "space" else "")
+    make = CREATE.format(options="space_sdk='gradio'" if repo_type == "space" else "")
     refused = client.push(folder("config.json", **space), repo_id, meanwhile=make, **options)
-    assert f"{repo_id} {SAID}" in str(refused.error)
+    assert f"{repo_id} {CREATED_MEANWHILE}" in str(refused.error)
     assert len(hub.commits(repo_type, repo_id)) == 1 and "config.json" not in names(hub, repo_id, repo_type)
 
 
-def test_a_commit_into_a_repository_that_was_just_made_is_not_built_upon(hub, client, folder):
-    """Between its making and the look at what it holds."""
+def test_leaves_commit_of_other_user_in_new_repository(hub, client, folder):
+    """The commit happens after the repository is created and before its files are listed."""
     meanwhile = """
 create = HfApi.create_repo
-def and_another_commits(api, *arguments, **options):
+def create_and_commit(api, *arguments, **options):
     create(api, *arguments, **options)
     api.upload_file(path_or_fileobj=b"theirs", path_in_repo="notes.txt", repo_id=repo_id)
-HfApi.create_repo = and_another_commits
+HfApi.create_repo = create_and_commit
 """
     code = f"{meanwhile}\ntry:\n    result = upload(plan)\nfinally:\n    HfApi.create_repo = create"
     refused = client.push(folder("config.json"), "ada/just-made", meanwhile=code)
@@ -165,15 +167,15 @@ HfApi.create_repo = and_another_commits
     assert names(hub, "ada/just-made") == ["notes.txt"]
 
 
-def test_a_branch_that_is_made_after_the_comparison_is_left_alone(hub, client, folder):
+def test_leaves_branch_created_after_comparison(hub, client, folder):
     assert not client.push(folder("config.json"), "ada/branched").error
     make = "HfApi().create_branch(repo_id, branch='next')"
     refused = client.push(folder("config.json", "more.json"), "ada/branched", meanwhile=make, revision="next")
-    assert f"the branch next of ada/branched {SAID}" in str(refused.error)
+    assert f"the branch next of ada/branched {CREATED_MEANWHILE}" in str(refused.error)
     assert "more.json" not in names(hub, "ada/branched", revision="next")
 
 
-def test_a_new_branch_starts_at_what_was_compared_with(hub, client, folder):
+def test_new_branch_starts_at_compared_commit(hub, client, folder):
     assert not client.push(folder("config.json"), "ada/starts").error
     compared = hub.commits("model", "ada/starts")[0]
     commit = "HfApi().upload_file(path_or_fileobj=b'theirs', path_in_repo='notes.txt', repo_id=repo_id)"
@@ -182,7 +184,7 @@ def test_a_new_branch_starts_at_what_was_compared_with(hub, client, folder):
     assert names(hub, "ada/starts", revision="next") == ["README.md", "config.json", "more.json"]
 
 
-def test_a_private_repository_that_is_made_public_meanwhile_is_not_committed_to(hub, client, folder):
+def test_refuses_private_push_after_repository_becomes_public(hub, client, folder):
     assert not client.push(folder("config.json"), "ada/opened", private=True).error
     code = "plans.append(plan_push(Path(folder), Repository('ada/opened', private=True), False, False))"
     client.run(code, folder=str(folder("config.json", "more.json")))
@@ -193,7 +195,7 @@ def test_a_private_repository_that_is_made_public_meanwhile_is_not_committed_to(
     assert not hub.is_private("model", "ada/opened") and "more.json" not in names(hub, "ada/opened")
 
 
-def test_what_is_exported_lists_its_files(tiny_run):
+def test_exported_card_lists_files(tiny_run):
     listed = metadata_load(tiny_run / "hub" / "README.md")["mmcot"]["files"]
     there = sorted(file.relative_to(tiny_run / "hub").as_posix() for file in (tiny_run / "hub").rglob("*.*"))
     assert listed == there and "scores.json" in listed

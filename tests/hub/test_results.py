@@ -1,4 +1,4 @@
-"""Scores as the Hub takes them, and tables of many scores files."""
+"""Evaluation results in the Hub's formats, and tables of several scores files."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ def scores(right, count=4, **columns):
     return score(rows, predictions) | {"problems_digest": problems}
 
 
-def test_results_for_the_hub_are_read_by_its_own_parser(tmp_path):
+def test_eval_results_file_parses_with_huggingface_hub(tmp_path):
     entries = eval_entries(scores(3), "derek-thomas/ScienceQA", "test, 4 problems")
     file = tmp_path / ".eval_results" / "scienceqa.yaml"
     write_eval_results(file, entries)
@@ -44,7 +44,7 @@ def test_results_for_the_hub_are_read_by_its_own_parser(tmp_path):
     assert entries[1] == EvalResultEntry("derek-thomas/ScienceQA", "decoded_answer", 0.0, notes="test, 4 problems")
 
 
-def test_the_model_index_is_read_by_the_librarys_own_parser():
+def test_model_index_parses_with_huggingface_hub():
     results = eval_results(scores(3), "derek-thomas/ScienceQA", "test")
     index = ModelCardData(model_name="mine", eval_results=results).to_dict()["model-index"]
     name, parsed = model_index_to_eval_results(index)
@@ -63,7 +63,7 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "csv"])
-def test_a_table_of_scores_files_has_the_best_first(files, capsys, form):
+def test_leaderboard_lists_best_system_first(files, capsys, form):
     main(["--leaderboard", *files, "--format", form])
     lines = capsys.readouterr().out.splitlines()
     rows = {
@@ -76,7 +76,7 @@ def test_a_table_of_scores_files_has_the_best_first(files, capsys, form):
     assert rows[1][1:3] == ["4", "75.00"] and "SOC" not in rows[0]
 
 
-def test_scores_of_a_run_and_of_a_cached_repository_are_found(files, tmp_path, capsys, monkeypatch):
+def test_leaderboard_finds_scores_of_run_and_cached_repository(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "scores").mkdir(parents=True)
     shutil.copy(files[0], tmp_path / "run" / "scores" / "test.json")
     commit = tmp_path / "cache" / "models--user--model" / "snapshots" / ("a" * 40)
@@ -91,23 +91,23 @@ def test_scores_of_a_run_and_of_a_cached_repository_are_found(files, tmp_path, c
     assert lines[1].startswith("user/model") and lines[2].startswith(str(tmp_path / "run"))
 
 
-def test_scores_of_unlike_problems_do_not_stand_in_one_table(files, tmp_path):
+def test_leaderboard_refuses_scores_of_other_problems(files, tmp_path):
     write_json(tmp_path / "other.json", scores(3, count=5))
     with pytest.raises(SystemExit, match=r"covers other problems \(5\) than .*worse.json \(4\)"):
         main(["--leaderboard", *files, str(tmp_path / "other.json")])
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [('{"accuracy": 3}', "not a scores file"), (None, "no such file or folder; expected a scores file")],
 )
-def test_what_is_no_scores_file_is_named(files, tmp_path, content, said):
+def test_leaderboard_names_invalid_scores_file(files, tmp_path, content, message):
     file = tmp_path / "bad.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match=message):
         main(["--leaderboard", *files, str(file)])
 
 
-def test_scores_files_are_plain_json(files):
+def test_scores_are_plain_json(files):
     assert json.loads(json.dumps(read_json(files[0]))) == scores(1)

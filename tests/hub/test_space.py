@@ -1,4 +1,4 @@
-"""The Space's page: driven in a real browser as a user does, and its parts where a browser adds nothing."""
+"""The Space: its page in a real browser, and its functions, tested directly where a browser is not needed."""
 
 import asyncio
 import importlib.util
@@ -28,12 +28,12 @@ CHROMIUM = shutil.which("chromium")
 CODE = REPOSITORY / "space" / "app.py"
 PICTURE = REPOSITORY / "space" / "examples" / "bar_chart.png"
 
-# What goes over the right side of the window, even where it is cut off there and nothing scrolls.
+# The visible elements that extend beyond the right side of the window, because overflow may be hidden and not scroll.
 TOO_WIDE = """[...document.querySelectorAll("body *")]
   .filter((element) => element.checkVisibility() && element.getBoundingClientRect().right > innerWidth + 1)
   .map((element) => element.outerHTML.slice(0, 200))"""
 
-# Choices that are equal, and one that would show as something else if it were not escaped.
+# Two choices are equal. The other one and the question contain text that HTML or a template would change.
 PROBLEM = {"question": "Which bar is <i>it</i>?", "choices": ["red <b>bar</b> ${1+1} {{x}}", "blue", "blue"]}
 
 
@@ -52,7 +52,7 @@ def answer(tiny_run):
 
 @pytest.fixture(scope="module")
 def address(tiny_run, tmp_path_factory):
-    """Of the page, run as a user runs it, from a folder where nothing of ours can be imported."""
+    """The address of the page. The app runs in a folder from where our packages cannot be imported."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +63,7 @@ def address(tiny_run, tmp_path_factory):
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        wait_until_it_answers(f"http://127.0.0.1:{port}", process, folder / "log")
+        wait_for_server(f"http://127.0.0.1:{port}", process, folder / "log")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
@@ -71,7 +71,7 @@ def address(tiny_run, tmp_path_factory):
     assert "Traceback" not in (folder / "log").read_text()
 
 
-def wait_until_it_answers(address, process, log):
+def wait_for_server(address, process, log):
     for _ in range(300):
         assert process.poll() is None, log.read_text()
         try:
@@ -104,30 +104,30 @@ def ask(page, file, problem):
     page.set_input_files("#picture input[type=file]", file)
     page.wait_for_selector("#picture img")
     page.fill("#question textarea", problem["question"])
-    page.fill("#choices textarea", "\n\n".join(problem["choices"]))  # blank lines are no choices
+    page.fill("#choices textarea", "\n\n".join(problem["choices"]))  # because the page must skip blank lines
     page.click("#ask")
 
 
 def drive(address, app, answer, folder):
-    """What a visitor does, in headless Chromium; a request to anywhere else is an error."""
+    """Use the page in headless Chromium. A request to another host is an error."""
     if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium, and there is none on this machine")
+        pytest.skip("chromium is not on this machine: Debian's package is needed")
     from playwright.sync_api import expect, sync_playwright
 
     problem = {**PROBLEM, "image": str(PICTURE)}
-    result, unseen = answer(problem), answer({**problem, "image": None})
+    result, without_picture = answer(problem), answer({**problem, "image": None})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page, said = browser.new_page(viewport={"width": 1280, "height": 900}), []
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: said.append(request.url) if is_elsewhere(request.url, address) else None)
+        page, unexpected = browser.new_page(viewport={"width": 1280, "height": 900}), []
+        page.on("pageerror", lambda error: unexpected.append(str(error)))
+        page.on("request", lambda sent: unexpected.append(sent.url) if is_external(sent.url, address) else None)
         page.goto(address)
 
         ask(page, PICTURE, problem)
         expect(page.locator("#text-rationale textarea")).to_have_value(result["rationale"])
-        expect(page.locator("#unseen-answered .written")).to_have_text(unseen["rationale"])
+        expect(page.locator("#unseen-answered .written")).to_have_text(without_picture["rationale"])
         assert_bars(page, "#answered", result, problem["choices"])
-        assert_bars(page, "#unseen-answered", unseen, problem["choices"])
+        assert_bars(page, "#unseen-answered", without_picture, problem["choices"])
         expect(page.get_by_role("heading", name=problem["question"])).to_be_visible()
 
         maps = answer.token_maps(problem, "rationale")
@@ -136,7 +136,7 @@ def drive(address, app, answer, folder):
         pictures = [overlay_after(page, lambda: None, "")]
         for token in sorted(range(len(peaks)), key=peaks.__getitem__)[-2:]:
             pictures.append(overlay_after(page, page.locator("#tokens button").nth(token).click, pictures[-1]))
-        assert len(set(pictures)) == 3, "the picture is the same for each token"
+        assert len(set(pictures)) == 3, "the overlay is the same for several tokens"
         page.screenshot(path=folder / "wide.png", full_page=True)
 
         for edited in ("", "The blue bar is the shortest."):
@@ -146,7 +146,7 @@ def drive(address, app, answer, folder):
             assert expected["scores"] != result["scores"]
             expect(page.locator("#answered .bars li").first).to_contain_text(f"{expected['scores'][0]:.1%}")
             assert_bars(page, "#answered", expected, problem["choices"])
-            assert_bars(page, "#unseen-answered", unseen, problem["choices"])
+            assert_bars(page, "#unseen-answered", without_picture, problem["choices"])
         page.check("#stage input[value=answer]")
         read = answer.token_maps(problem, "answer", given={"rationale": edited})
         expect(page.locator("#tokens button")).to_have_text([app.shown_token(token).strip() for token in read.tokens])
@@ -159,7 +159,7 @@ def drive(address, app, answer, folder):
         expect(page.get_by_text(app.NO_PICTURE)).to_be_visible()
         page.get_by_label("Remove Image").click()
         page.click("#ask")
-        expect(page.locator("#text-rationale textarea")).to_have_value(unseen["rationale"])
+        expect(page.locator("#text-rationale textarea")).to_have_value(without_picture["rationale"])
         expect(page.locator("#unseen-answered")).to_be_hidden()
         expect(page.locator("#tokens")).to_be_hidden()
 
@@ -174,48 +174,49 @@ def drive(address, app, answer, folder):
         page.locator("#tokens button").first.click()
         page.screenshot(path=folder / "phone.png", full_page=True)
         assert page.evaluate(TOO_WIDE) == []
-        assert said == []
+        assert unexpected == []
         browser.close()
 
 
-def is_elsewhere(url, address):
+def is_external(url, address):
     return url.startswith("http") and not url.startswith(address)
 
 
 def overlay_after(page, action, before):
-    """The bytes of the picture that is shown in place of another one, when it is there."""
+    """Run `action`, wait until the overlay differs from `before`, and return its bytes."""
     action()
     for _ in range(100):
         shown = page.locator("#overlay img")
         if shown.count() and (picture := page.request.get(shown.get_attribute("src")).body()) != before:
             return picture
         page.wait_for_timeout(50)
-    raise AssertionError("the picture did not change")
+    raise AssertionError("the overlay did not change")
 
 
-def test_the_page_in_a_browser(address, app, answer, tmp_path):
+def test_page_works_in_browser(address, app, answer, tmp_path):
     drive(address, app, answer, tmp_path)
 
 
 @pytest.mark.parametrize("choices", [["red", "blue"], []])
-def test_texts_are_streamed(app, answer, choices):
+def test_streams_texts(app, answer, choices):
     problem = {"question": "Which bar is it?", "choices": choices, "context": "", "image": str(PICTURE)}
     *growing, last = app.stream(answer, problem, {})
     assert last == answer(problem)
     for column in ["rationale", *(["answer"] if not choices else [])]:
         texts = [result[column] for result in growing if column in result]
-        assert len(set(texts)) > (2 if column == "rationale" else 1)  # an answer may be one word, which comes whole
+        # An answer may be one word, which is streamed at once.
+        assert len(set(texts)) > (2 if column == "rationale" else 1)
         assert texts[-1] == last[column]
         assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
 
 
-def test_a_pipelines_error_ends_the_stream(app, answer):
+def test_stream_raises_error_of_pipeline(app, answer):
     with pytest.raises(ValueError, match="`question`"):
         list(app.stream(answer, {"choices": []}, {}))
 
 
-def test_a_system_of_one_stage_has_a_page(app, tiny_run, tmp_path):
-    """Neither a rationale nor pictures: nothing of the page that is of them is left."""
+def test_page_of_system_with_one_stage(app, tiny_run, tmp_path):
+    """The page of a stage without rationale and pictures shows no controls for them."""
     shutil.copytree(tiny_run / "hub", tmp_path / "hub")
     settings = json.loads((tmp_path / "hub" / "processor_config.json").read_text())
     stage = settings["stages"][1]
@@ -234,7 +235,7 @@ def test_a_system_of_one_stage_has_a_page(app, tiny_run, tmp_path):
     assert list(page.show_maps(last[page.state], None)) == [page.maps_part]
 
 
-def test_maps_that_there_are_not_are_said(app, answer, monkeypatch):
+def test_page_shows_error_of_missing_maps(app, answer, monkeypatch):
     page = app.Page(answer, "name")
 
     def token_maps(*_, **__):
@@ -245,9 +246,9 @@ def test_maps_that_there_are_not_are_said(app, answer, monkeypatch):
     assert "7 patches have no &lt;places&gt;" in shown[page.tokens] and shown[page.token_maps] is None
 
 
-def test_an_even_share_is_not_seen_and_a_full_one_is(app):
+def test_overlay_colors_only_more_than_even_share(app):
     token_map = torch.zeros(2, 4)
-    token_map[1, 2], token_map[0, 0] = 0.5, 0.125  # four times an even share, and one
+    token_map[1, 2], token_map[0, 0] = 0.5, 0.125  # four times an even share, and an even share
     shown = app.overlay(Image.new("RGB", (40, 20), "white"), token_map)
     assert shown.size == (480, 240)
     full = tuple(round(0.75 * color + 0.25 * 255) for color in (245, 60, 0))
@@ -266,7 +267,7 @@ def saved(file_format, mode="RGB", size=(60, 40), **options):
     "content",
     [saved("GIF", "P"), saved("WEBP", "RGBA"), saved("JPEG", "CMYK"), saved("PNG", "I;16"), saved("PNG", "RGBA")],
 )
-def test_pictures_of_all_kinds_are_read(app, answer, tmp_path, content):
+def test_reads_pictures_of_every_format(app, answer, tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     picture = app.read_picture(answer, str(tmp_path / "x"))
     assert (picture.mode, picture.size) == ("RGB", (60, 40))
@@ -281,7 +282,7 @@ def test_pictures_of_all_kinds_are_read(app, answer, tmp_path, content):
         (saved("PNG", "1", (20_000, 10_000)), "more than 50 million pixels"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_refused_in_words(app, answer, tmp_path, monkeypatch, content, message):
+def test_unreadable_picture_shows_error(app, answer, tmp_path, monkeypatch, content, message):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(gr.Error, match=message):
@@ -297,14 +298,14 @@ def test_a_picture_that_cannot_be_read_is_refused_in_words(app, answer, tmp_path
         (("Which? " * 200, "", "", ""), "longer than the 128 tokens that the model reads"),
     ],
 )
-def test_texts_that_cannot_be_answered_are_refused_in_words(app, answer, texts, message):
+def test_invalid_texts_show_error(app, answer, texts, message):
     with pytest.raises(gr.Error, match=message):
         app.read_problem(answer, None, *texts)
 
 
 @pytest.mark.parametrize("named", [{"path": str(PICTURE)}, {"path": None, "url": str(PICTURE)}, {"url": "x"}, "x", {}])
 def test_only_what_was_uploaded_is_opened(app, answer, tmp_path, monkeypatch, named):
-    """A client that speaks to the server directly could name any file of it."""
+    """A client can call the server's API directly and name any file of the server."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with pytest.raises(gr.Error, match="not supported"):
         app.read_problem(answer, named, "Which?", "", "", "")
@@ -313,7 +314,7 @@ def test_only_what_was_uploaded_is_opened(app, answer, tmp_path, monkeypatch, na
 
 
 def test_a_url_that_leads_into_the_servers_network_is_not_fetched(monkeypatch):
-    """Gradio fetches what a client names by URL, before the page's own code sees it; each redirect is looked at."""
+    """Gradio downloads a URL from a client before the page's code runs, and must check every redirect."""
     fetched = []
 
     async def answer(transport, request):
@@ -341,7 +342,7 @@ def test_a_postscript_upload_never_reaches_ghostscript(app, answer, tmp_path, mo
         app.read_problem(answer, {"path": str(tmp_path / "x.png")}, "Which?", "", "", "")
 
 
-def test_a_generation_ends_when_its_reader_leaves(app, answer):
+def test_generation_stops_when_stream_is_closed(app, answer):
     problem = {"question": "Which bar is it?", "choices": [], "context": "", "image": str(PICTURE)}
     tokens, put = [], app.QueueStreamer.put
 
@@ -356,12 +357,12 @@ def test_a_generation_ends_when_its_reader_leaves(app, answer):
         next(growing)
         growing.close()
     written = len(tokens)
-    assert written < 8, "of twelve and more"
+    assert written < 8, "the whole text has at least 12 tokens"
     time.sleep(0.3)
     assert len(tokens) == written
 
 
-def test_the_published_model_is_named_beside_the_app(app, tmp_path, monkeypatch):
+def test_reads_published_model_from_file_beside_app(app, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "MODEL_FILE", tmp_path / "model.json")
     with pytest.raises(SystemExit, match=r"(?s)python app.py MODEL.*model.json"):
         app.published_model()
@@ -370,7 +371,7 @@ def test_the_published_model_is_named_beside_the_app(app, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("crops", "expected"), [(None, False), (False, False), (True, True)])
-def test_a_picture_is_said_to_be_cropped_where_it_is(app, answer, monkeypatch, crops, expected):
-    """The demonstration's processor holds None, which is no crop."""
+def test_page_mentions_crop_only_if_processor_crops(app, answer, monkeypatch, crops, expected):
+    """`do_center_crop` of the demonstration's processor is None, which means no crop."""
     monkeypatch.setattr(answer.processor.image_processor, "do_center_crop", crops, raising=False)
     assert app.Page(answer, "name").cropped.visible is expected
