@@ -180,22 +180,22 @@ def test_uploads_and_downloads_repository_of_each_type(hub, tmp_path, repo_type)
 def test_enforces_read_and_write_access(hub, tmp_path):
     ada, eve = hub.add_user("ada", organizations=["lab"]), hub.add_user("eve")
     code = f"""
-    eve, nobody, stranger = ({{"token": token}} for token in ({eve!r}, False, "hf_unknown"))
+    eve, anonymous, unknown = ({{"token": token}} for token in ({eve!r}, False, "hf_unknown"))
     for name in ("ada/open", "lab/open"):
         api.create_repo(name, private=False)
     api.create_repo("ada/hidden", private=True)
     commit = {{"operations": [add("a.txt", "a")], "commit_message": "m"}}
     print(json.dumps([
-        error(api.model_info, "ada/open", **eve) or error(api.model_info, "lab/open", **nobody),
-        error(api.model_info, "ada/hidden", **nobody),
+        error(api.model_info, "ada/open", **eve) or error(api.model_info, "lab/open", **anonymous),
+        error(api.model_info, "ada/hidden", **anonymous),
         error(api.model_info, "ada/hidden", **eve),
         error(api.create_commit, "ada/hidden", **commit, **eve),
         error(api.create_commit, "ada/open", **commit, **eve),
-        error(api.create_commit, "ada/open", **commit, **nobody),
+        error(api.create_commit, "ada/open", **commit, **anonymous),
         error(api.create_repo, "lab/mine", **eve),
-        error(api.create_repo, "lab/mine", **nobody),
-        error(api.model_info, "ada/open", **stranger),
-        error(api.whoami, **stranger),
+        error(api.create_repo, "lab/mine", **anonymous),
+        error(api.model_info, "ada/open", **unknown),
+        error(api.whoami, **unknown),
     ]))
     """
     assert as_client(hub, tmp_path, code, ada) == [
