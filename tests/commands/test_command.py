@@ -1,4 +1,4 @@
-"""The console script `mmcot`: what it lists and what it runs."""
+"""The console script `mmcot`: its list of commands and how it starts one."""
 
 import subprocess
 import sys
@@ -9,12 +9,12 @@ from conftest import REPOSITORY
 from mmcot.__main__ import COMMANDS, main
 
 
-def test_every_command_is_listed():
+def test_lists_every_command():
     modules = {file.stem for file in (REPOSITORY / "mmcot").glob("*.py")}
     assert modules - {"__init__", "__main__"} == COMMANDS.keys()
 
 
-def test_help_lists_the_commands_and_imports_no_torch(capsys):
+def test_help_lists_commands_without_importing_torch(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     shown = capsys.readouterr().out
@@ -25,7 +25,7 @@ def test_help_lists_the_commands_and_imports_no_torch(capsys):
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
-def test_a_command_gets_the_options_that_follow_it(capsys):
+def test_passes_options_to_the_command(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["convert", "--help"])
     assert "usage: python -m mmcot.convert" in capsys.readouterr().out
@@ -34,7 +34,7 @@ def test_a_command_gets_the_options_that_follow_it(capsys):
 
 
 @pytest.mark.parametrize("argv", [["predct"], []])
-def test_an_unknown_or_missing_command_is_an_error(argv, capsys):
+def test_refuses_unknown_or_missing_command(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
     assert "command" in capsys.readouterr().err

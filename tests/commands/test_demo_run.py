@@ -1,4 +1,4 @@
-"""The demonstration, trained as `make demo` trains it: what its scores mean. Takes a quarter of an hour and more."""
+"""The demonstration, trained as by `make demo`: answers come from pictures and rationales. Takes 15 minutes or more."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import pytest
 from analysis.test_report import drive
 from conftest import run_script
 from demonstration import chance, percent_right, select_picture_problems, train
-from test_predict import plainly
+from test_predict import predict_alone
 
 from mmcot.evaluate import main as evaluate
 from mmcot.prediction.predictor import PredictOptions, predict_stage
@@ -35,7 +35,7 @@ def demo(tmp_path_factory):
     return folder, *train("demo/two_stages", folder)
 
 
-def of_skill(problems, skill):
+def select_skill(problems, skill):
     return [row for row in problems if row["skill"] == skill]
 
 
@@ -44,20 +44,20 @@ def test_both_stages_answer_held_out_problems(demo):
     assert scores["accuracy"]["IMG"] >= 95 and scores["accuracy"]["Avg"] >= 95
 
 
-def test_the_predictions_are_those_of_each_problem_alone(demo, problems):
-    """Every tenth problem, by transformers' own decoding and a separate pass for each choice."""
+def test_predictions_match_predicting_each_problem_alone(demo, problems):
+    """Compares every tenth problem with transformers' own decoding and a separate forward pass for each choice."""
     folder, predictions, _ = demo
     processor, models = load_system(str(folder))
     for problem in without_gold(problems.select(range(0, len(problems), 10))):
         columns = predictions[problem["id"]]
-        rationale = plainly(models["rationale"], processor, processor.stages[0], problem)
+        rationale = predict_alone(models["rationale"], processor, processor.stages[0], problem)
         assert rationale == columns["rationale"]
-        scores = plainly(models["answer"], processor, processor.stages[1], {**problem, "rationale": rationale})
+        scores = predict_alone(models["answer"], processor, processor.stages[1], {**problem, "rationale": rationale})
         assert int(scores.argmax()) == columns["answer"]
         assert scores.tolist() == pytest.approx(columns["scores"], abs=1e-4)
 
 
-def test_the_rationales_name_what_is_drawn(demo, picture_problems):
+def test_rationales_describe_the_picture(demo, picture_problems):
     _, predictions, _ = demo
     named = [
         observation(predictions[row["id"]]["rationale"]) == observation("Solution: " + row["solution"])
@@ -66,12 +66,12 @@ def test_the_rationales_name_what_is_drawn(demo, picture_problems):
     assert sum(named) >= 0.9 * len(named)
 
 
-def test_the_answer_comes_from_the_rationale(demo, picture_problems):
-    """Fed the rationale of another problem of its skill, a problem is answered no better than by chance."""
+def test_answers_depend_on_the_rationale(demo, picture_problems):
+    """With the rationale of another problem of the same skill, accuracy is at chance."""
     folder, predictions, _ = demo
     swapped = {}
     for skill in PICTURE_SKILLS:
-        ids = [row["id"] for row in of_skill(picture_problems, skill)]
+        ids = [row["id"] for row in select_skill(picture_problems, skill)]
         random.Random(skill).shuffle(ids)
         for problem_id, other in zip(ids, ids[1:] + ids[:1], strict=True):
             swapped[problem_id] = {"rationale": predictions[other]["rationale"]}
@@ -86,11 +86,11 @@ def test_the_answer_comes_from_the_rationale(demo, picture_problems):
     )
     assert percent_right(picture_problems, swapped) <= chance(picture_problems) + 10
     for skill in PICTURE_SKILLS:
-        rows = of_skill(picture_problems, skill)
+        rows = select_skill(picture_problems, skill)
         assert percent_right(rows, swapped) <= chance(rows) + 12, skill
 
 
-def test_nothing_leaks_and_its_report_can_be_used(demo, problems, tmp_path):
+def test_predictions_pass_the_leak_check_and_the_report_works(demo, problems, tmp_path):
     folder, predictions, _ = demo
     run_script("-m", "mmcot.predict", folder, "--dataset", "demo", "--leak_check", "--limit", "200")
     wrong = [row["id"] for row in problems if predictions[row["id"]]["answer"] != row["answer"]]

@@ -1,4 +1,7 @@
-"""The demonstration trained without pictures, in ten minutes; a file of its own runs beside `test_demo_run.py`."""
+"""The demonstration trained without pictures, in ten minutes.
+
+This is a separate file because pytest-xdist then runs it in parallel with `test_demo_run.py`.
+"""
 
 import pytest
 from demonstration import chance, percent_right, select_picture_problems, train
@@ -7,7 +10,7 @@ from mmcot.problems.sources import load_problems
 
 
 @pytest.mark.slow
-def test_without_pictures_the_picture_skills_are_at_chance(tmp_path):
+def test_picture_skills_are_at_chance_without_pictures(tmp_path):
     problems = select_picture_problems(load_problems("demo", "test"))
     predictions, _ = train("demo/no_vision", tmp_path / "demo_no_vision")
     assert percent_right(problems, predictions) == pytest.approx(chance(problems), abs=5)

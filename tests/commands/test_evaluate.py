@@ -1,4 +1,4 @@
-"""The command `python -m mmcot.evaluate`: scores file, table, and errors that leave an earlier scores file alone."""
+"""The command `python -m mmcot.evaluate`: scores file, table, and errors that keep an earlier scores file."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from mmcot.evaluation.tables import format_table
 from mmcot.storage.files import read_json, write_json
 
 
-def a_problem(id_, **columns):
+def make_problem(id_, **columns):
     return {
         "id": id_,
         "question": "Which colour is it?",
@@ -35,7 +35,7 @@ def a_problem(id_, **columns):
 @pytest.fixture
 def dataset(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(a_problem(id_)) + "\n" for id_ in ("1", "2")), encoding="utf-8")
+    path.write_text("".join(json.dumps(make_problem(id_)) + "\n" for id_ in ("1", "2")), encoding="utf-8")
     return str(path)
 
 
@@ -54,7 +54,7 @@ def run(*arguments):
     return run_script("-m", "mmcot.evaluate", *arguments, check=False)
 
 
-def test_the_command_prints_the_table_and_writes_the_scores_file(dataset, predictions_file, tmp_path):
+def test_prints_table_and_writes_scores_file(dataset, predictions_file, tmp_path):
     done = run(predictions_file, "--dataset", dataset, "--split", "test", "--output", tmp_path / "scores.json")
     assert done.returncode == 0, done.stderr
     scores = read_json(tmp_path / "scores.json")
@@ -70,7 +70,7 @@ def test_the_command_prints_the_table_and_writes_the_scores_file(dataset, predic
     assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl", "run", "scores.json"]
 
 
-def test_the_command_fails_in_one_line_and_leaves_the_earlier_scores_file_alone(dataset, predictions_file, tmp_path):
+def test_error_is_one_line_and_keeps_the_earlier_scores_file(dataset, predictions_file, tmp_path):
     scores_file = tmp_path / "scores.json"
     scores_file.write_text("earlier", encoding="utf-8")
     predictions_file.write_text('{\n"1": {"answer" 0}\n}', encoding="utf-8")
@@ -80,14 +80,14 @@ def test_the_command_fails_in_one_line_and_leaves_the_earlier_scores_file_alone(
     assert scores_file.read_text(encoding="utf-8") == "earlier"
 
 
-def test_scores_of_a_run_lie_in_the_run(dataset, predictions_file, capsys):
+def test_writes_scores_of_a_run_to_its_run_folder(dataset, predictions_file, capsys):
     main([str(predictions_file), "--dataset", dataset])
     scores_file = predictions_file.parents[1] / "scores" / "test.json"
     assert read_json(scores_file)["n"] == 2
     assert capsys.readouterr().out.endswith(f"scores: {scores_file}\n")
 
 
-def test_scores_of_a_lone_predictions_file_lie_beside_it(tmp_path):
+def test_default_scores_file_is_beside_predictions_outside_a_run(tmp_path):
     assert default_scores_file(tmp_path / "mine.json") == tmp_path / "mine.scores.json"
 
 
@@ -105,7 +105,7 @@ def test_scores_of_a_lone_predictions_file_lie_beside_it(tmp_path):
         (b"\xff", "not UTF-8"),
     ],
 )
-def test_bad_predictions_are_refused_by_name(dataset, predictions_file, content, found):
+def test_refuses_invalid_predictions(dataset, predictions_file, content, found):
     predictions_file.unlink()
     if content is not None:
         predictions_file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -113,21 +113,21 @@ def test_bad_predictions_are_refused_by_name(dataset, predictions_file, content,
         evaluate(predictions_file, dataset, "test")
 
 
-def test_problems_of_unknown_answer_are_refused(tmp_path, predictions_file):
-    rows = [a_problem("1"), a_problem("2", answer=-1)]
+def test_refuses_problems_without_known_answer(tmp_path, predictions_file):
+    rows = [make_problem("1"), make_problem("2", answer=-1)]
     (tmp_path / "unknown.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(ValueError, match="answer"):
         evaluate(predictions_file, str(tmp_path / "unknown.jsonl"), "test")
 
 
-def test_the_predictions_file_is_never_written_over(dataset, predictions_file, predictions):
+def test_refuses_to_overwrite_predictions_file(dataset, predictions_file, predictions):
     with pytest.raises(SystemExit, match=r"error: .* is one of the predictions files"):
         main([str(predictions_file), "--dataset", dataset, "--output", str(predictions_file)])
     assert read_json(predictions_file) == predictions
 
 
-def test_the_table_has_a_second_row_for_decoded_answers():
-    problems = [a_problem(str(number), images=[]) for number in range(4)]
+def test_table_has_a_row_for_decoded_accuracy():
+    problems = [make_problem(str(number), images=[]) for number in range(4)]
     predictions = {str(number): {"answer": 0, "decoded_answer": number // 2 - 1} for number in range(4)}
     table = [" ".join(line.split()) for line in format_table(score(problems, predictions)).splitlines()]
     assert table[2] == "accuracy 100.00 100.00 100.00 100.00"
@@ -137,12 +137,12 @@ def test_the_table_has_a_second_row_for_decoded_answers():
     assert table[8] == "rationale BLEU-1 - BLEU-4 - ROUGE-L -"
 
 
-def test_answers_alone_are_scored_as_predictions_are(dataset, tmp_path):
+def test_scores_a_file_of_bare_answers(dataset, tmp_path):
     write_json(tmp_path / "answers.json", {"1": 0, "2": 1})
     assert evaluate(tmp_path / "answers.json", dataset, "test")["accuracy"]["Avg"] == 50
 
 
-def test_a_missing_prediction_counts_as_wrong_where_that_is_allowed(dataset, tmp_path, capsys):
+def test_allow_missing_counts_missing_predictions_as_wrong(dataset, tmp_path, capsys):
     write_json(tmp_path / "some.json", {"1": {"answer": 0, "scores": [0.75, 0.25], "decoded_answer": 0}})
     command = [str(tmp_path / "some.json"), "--dataset", dataset]
     with pytest.raises(SystemExit, match=r"1 \(2\) without a prediction"):
@@ -153,17 +153,17 @@ def test_a_missing_prediction_counts_as_wrong_where_that_is_allowed(dataset, tmp
     assert scores["calibration"]["brier"] == pytest.approx(2 * 0.25**2)
 
 
-def test_predictions_of_another_split_are_named_so(tmp_path):
-    rows = [a_problem("1"), a_problem("2", split="val")]
+def test_error_names_the_split_of_the_predictions(tmp_path):
+    rows = [make_problem("1"), make_problem("2", split="val")]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     write_json(tmp_path / "val.json", {"2": 0})
     with pytest.raises(SystemExit, match="1 predictions belong to the split 'val', not to 'test'"):
         main([str(tmp_path / "val.json"), "--dataset", str(tmp_path / "problems.jsonl")])
 
 
-def test_two_files_side_by_side(tmp_path, capsys):
+def test_compares_two_predictions_files(tmp_path, capsys):
     subjects = ["social science"] * 4 + ["natural science"] * 16
-    rows = [a_problem(str(number), subject=subject) for number, subject in enumerate(subjects)]
+    rows = [make_problem(str(number), subject=subject) for number, subject in enumerate(subjects)]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     first = {str(number): int(number % 2) for number in range(20)}
     second = first | {"1": 0, "3": 0, "5": 0, "7": 0, "9": 0, "0": 1}
@@ -185,7 +185,7 @@ def statsmodels_mcnemar(only_first, only_second):
     return mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
 
 
-def test_many_seeds(tmp_path, dataset, capsys):
+def test_reports_mean_and_sd_over_seeds(tmp_path, dataset, capsys):
     for name, answers in (("a", (0, 0)), ("b", (0, 1)), ("c", (1, 1))):
         write_json(tmp_path / f"{name}.json", dict(zip("12", answers, strict=True)))
     others = [str(tmp_path / "b.json"), str(tmp_path / "c.json")]
@@ -195,31 +195,33 @@ def test_many_seeds(tmp_path, dataset, capsys):
     assert "mean accuracy      50.00" in capsys.readouterr().out
 
 
-def test_some_problems_are_scored_alone(tmp_path, dataset):
+def test_scores_only_the_given_ids(tmp_path, dataset):
     write_json(tmp_path / "one.json", {"2": 0})
     main([str(tmp_path / "one.json"), "--dataset", dataset, "--ids", "2"])
     assert read_json(tmp_path / "one.scores.json")["accuracy"]["Avg"] == 100
 
 
-def test_rationales_too_near_to_gold_are_told(tmp_path, capsys):
+def test_warns_about_rationales_close_to_gold(tmp_path, capsys):
     words = ["cats", "dogs", "newts", "owls", "pikes", "rats"]
     rows = [
-        a_problem(word, solution=f"First, {word} are {word}, and so on and on. So {word} are right.", skill="animals")
+        make_problem(
+            word, solution=f"First, {word} are {word}, and so on and on. So {word} are right.", skill="animals"
+        )
         for word in words
     ]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    said = []
+    printed = []
     for name, text in (("gold", "{solution}"), ("own", "I think that {id} are right, and so on.")):
         predictions = {row["id"]: {"answer": 0, "rationale": text.format(**row)} for row in rows}
         write_json(tmp_path / f"{name}.json", predictions)
         main([str(tmp_path / f"{name}.json"), "--dataset", str(tmp_path / "problems.jsonl")])
-        said.append(capsys.readouterr().out)
-    assert "100 % of the words of their own gold rationales" in said[0] and "--leak_check" in said[0]
-    assert "warning" not in said[1]
+        printed.append(capsys.readouterr().out)
+    assert "100 % of the words of their own gold rationales" in printed[0] and "--leak_check" in printed[0]
+    assert "warning" not in printed[1]
 
 
-def test_rationales_are_compared_in_meaning_by_an_encoder(tmp_path, dataset, predictions_file):
-    """Random weights: a text is as near as can be to itself, and other ones are as near as sentence vectors say."""
+def test_similarity_compares_rationales_with_an_encoder(tmp_path, dataset, predictions_file):
+    """With random weights, the similarity of equal texts is 1, and of others the cosine of their sentence vectors."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "The": 2, "ball": 3, "red": 4}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -236,7 +238,7 @@ def test_rationales_are_compared_in_meaning_by_an_encoder(tmp_path, dataset, pre
     assert found == pytest.approx(100 * (1 + cosine) / 2, abs=1e-3)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_write_json_is_atomic(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"text": "Größe"})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "text": "Größe"\n}\n'
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""Predictions over a split, as a user makes them: honest, complete, and in the order of the dataset."""
+"""The command `python -m mmcot.predict`: predictions without gold columns, complete, in order, and resumable."""
 
 import json
 import shutil
@@ -31,8 +31,8 @@ def predict(model, dataset, output, *options):
     return output
 
 
-def changed_dataset(tiny_dataset, folder, change):
-    """The tiny dataset with each row changed, its pictures beside it."""
+def copy_dataset(tiny_dataset, folder, change):
+    """Copy the tiny dataset with its pictures, and apply `change` to each row."""
     shutil.copytree(tiny_dataset.parent, folder)
     file = folder / tiny_dataset.name
     rows = [change(json.loads(line)) for line in file.read_text().splitlines()]
@@ -40,27 +40,27 @@ def changed_dataset(tiny_dataset, folder, change):
     return file
 
 
-def test_gold_cannot_reach_a_prediction(tiny_run, tiny_dataset, tmp_path):
-    """Byte-equal with answer, lecture and solution replaced by garbage, and equal to what training itself wrote."""
+def test_gold_columns_do_not_change_predictions(tiny_run, tiny_dataset, tmp_path):
+    """Predictions with garbage in answer, lecture and solution are byte-equal to those without, and to training's."""
 
     def garbage(row):
         answer = (row["answer"] + 1) % len(row["choices"])
         return {**row, "answer": answer, "lecture": "zzz", "solution": "The answer is (A). zzz"}
 
-    other = changed_dataset(tiny_dataset, tmp_path / "garbage", garbage)
+    other = copy_dataset(tiny_dataset, tmp_path / "garbage", garbage)
     options = ("--decode_answer", "--batch_size", "16")
     expected = predict(tiny_run, tiny_dataset, tmp_path / "gold.json", *options).read_bytes()
     assert predict(tiny_run, other, tmp_path / "garbage.json", *options).read_bytes() == expected
     assert (tiny_run / "predictions/test.json").read_bytes() == expected
 
 
-def test_problems_without_choices_or_with_one(tiny_run, tiny_dataset, tmp_path):
+def test_predicts_problems_with_one_or_no_choice(tiny_run, tiny_dataset, tmp_path):
     def fewer(row):
         number = int(row["id"].split("-")[-1])
         choices = row["choices"] if number % 3 == 0 else row["choices"][: number % 3 - 1]
         return {**row, "choices": choices, "answer": -1}
 
-    dataset = changed_dataset(tiny_dataset, tmp_path / "fewer", fewer)
+    dataset = copy_dataset(tiny_dataset, tmp_path / "fewer", fewer)
     predictions = json.loads(predict(tiny_run, dataset, tmp_path / "fewer.json").read_text())
     rows = [json.loads(line) for line in dataset.read_text().splitlines()]
     assert {min(len(row["choices"]), 2) for row in rows if row["split"] == "test"} == {0, 1, 2}
@@ -73,8 +73,8 @@ def test_problems_without_choices_or_with_one(tiny_run, tiny_dataset, tmp_path):
                 assert columns["answer"] == 0 and columns["scores"] == [1.0]
 
 
-def plainly(model, processor, stage, problem):
-    """What a stage writes for one problem, by transformers' own decoding and a pass of its own for each choice."""
+def predict_alone(model, processor, stage, problem):
+    """Predict one problem with transformers' own decoding, or score each choice in a separate forward pass."""
     images = [as_pictures(read_pictures(problem))]
     inputs = processor([{**problem, "images": []}], stage=stage.name, images=images)
     if not stage.answers:
@@ -86,22 +86,22 @@ def plainly(model, processor, stage, problem):
     return log_probs.softmax(dim=0)
 
 
-def test_predictions_are_those_of_each_problem_alone(tiny_run, tiny_dataset):
-    """Sorted by length, in batches, finished texts gone, choices packed, pictures kept: all of it changes nothing."""
+def test_predictions_match_predicting_each_problem_alone(tiny_run, tiny_dataset):
+    """Sorting, batching, dropping finished texts, packing choices and caching pictures change no prediction."""
     processor, models = load_system(str(tiny_run))
     predictions = json.loads((tiny_run / "predictions/test.json").read_text())
     for problem in without_gold(load_problems(str(tiny_dataset), "test")):
         columns = predictions[problem["id"]]
-        rationale = plainly(models["rationale"], processor, processor.stages[0], problem)
+        rationale = predict_alone(models["rationale"], processor, processor.stages[0], problem)
         assert rationale == columns["rationale"]
         problem = {**problem, "rationale": rationale}
-        scores = plainly(models["answer"], processor, processor.stages[1], problem)
+        scores = predict_alone(models["answer"], processor, processor.stages[1], problem)
         assert scores.tolist() == pytest.approx(columns["scores"], abs=1e-5)
         assert int(scores.argmax()) == columns["answer"]
 
 
-def test_a_loaded_stage_writes_as_long_as_it_was_trained_to(tiny_run):
-    """Not as long as the last stage, whose files lie at the root."""
+def test_loaded_stage_keeps_its_own_length_limit(tiny_run):
+    """It does not take the limit of the last stage, whose files are at the root."""
     _, models = load_system(str(tiny_run))
     limits = {name: model.generation_config.max_new_tokens for name, model in models.items()}
     assert limits == {"rationale": 12, "answer": 16}
@@ -111,29 +111,27 @@ OPTIONS = ("--batch_size", "4", "--decode_answer")
 
 
 @pytest.fixture
-def unbroken(tiny_run, tiny_dataset, tmp_path):
-    main([str(tiny_run), "--dataset", str(tiny_dataset), *OPTIONS, "--output", str(tmp_path / "unbroken.json")])
-    return (tmp_path / "unbroken.json").read_bytes()
+def uninterrupted(tiny_run, tiny_dataset, tmp_path):
+    main([str(tiny_run), "--dataset", str(tiny_dataset), *OPTIONS, "--output", str(tmp_path / "uninterrupted.json")])
+    return (tmp_path / "uninterrupted.json").read_bytes()
 
 
-def test_a_prediction_that_was_interrupted_goes_on_with_the_batch_it_was_at(
-    tiny_run, tiny_dataset, tmp_path, monkeypatch, unbroken
-):
-    output = tmp_path / "broken[1].json"  # brackets, which a pattern of file names reads otherwise
+def test_resumes_at_the_interrupted_batch(tiny_run, tiny_dataset, tmp_path, monkeypatch, uninterrupted):
+    output = tmp_path / "broken[1].json"  # brackets, because a glob pattern interprets them
     command = [str(tiny_run), "--dataset", str(tiny_dataset), *OPTIONS, "--output", str(output)]
     written = []
     write = Journal.write
 
-    def killed_at_the_third(journal, of, ids, columns):
+    def interrupt_every_third_write(journal, of, ids, columns):
         if len(written) % 3 == 2:
             written.append(None)
-            journal.log.lines.write(b'{"of": "rationale", "ids": ["te')  # killed while it wrote
+            journal.log.lines.write(b'{"of": "rationale", "ids": ["te')  # as if killed while writing a line
             journal.log.lines.close()
             raise KeyboardInterrupt
         written.append((of, ids))
         write(journal, of, ids, columns)
 
-    monkeypatch.setattr(Journal, "write", killed_at_the_third)
+    monkeypatch.setattr(Journal, "write", interrupt_every_third_write)
     for kill in range(3):
         with pytest.raises(SystemExit, match="130"):
             main(command)
@@ -142,14 +140,14 @@ def test_a_prediction_that_was_interrupted_goes_on_with_the_batch_it_was_at(
             (tmp_path / f"{output.name}.partial-0.jsonl").rename(tmp_path / f"{output.name}.partial-1.jsonl")
     monkeypatch.setattr(Journal, "write", lambda journal, *batch: (written.append(batch[:2]), write(journal, *batch)))
     main(command)
-    assert output.read_bytes() == unbroken
+    assert output.read_bytes() == uninterrupted
     batches = [batch for batch in written if batch is not None]
-    assert len(batches) == len(set(batches)), "a batch was predicted twice, beside the one that was lost"
+    assert len(batches) == len(set(batches)), "a batch other than the lost one was predicted twice"
     assert not list(tmp_path.glob("*partial*"))
 
 
 @pytest.mark.slow
-def test_a_prediction_that_is_killed_three_times_is_the_same_byte_for_byte(tiny_run, tiny_dataset, tmp_path, unbroken):
+def test_predictions_are_byte_equal_after_three_kills(tiny_run, tiny_dataset, tmp_path, uninterrupted):
     output = tmp_path / "killed.json"
     options = ["--dataset", str(tiny_dataset), *OPTIONS, "--output", str(output)]
     command = [sys.executable, "-m", "mmcot.predict", str(tiny_run), *options]
@@ -158,15 +156,15 @@ def test_a_prediction_that_is_killed_three_times_is_the_same_byte_for_byte(tiny_
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 3 * kill + 3):
             time.sleep(0.005)
-        assert process.poll() is None, "it was at its end before it was killed"
+        assert process.poll() is None, "the command ended before the kill"
         process.kill()
         process.wait()
         assert not output.exists()
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
-    assert output.read_bytes() == unbroken
+    assert output.read_bytes() == uninterrupted
 
 
-def test_the_beginning_of_another_prediction_is_not_gone_on_with(tiny_run, tiny_dataset, tmp_path, monkeypatch):
+def test_refuses_to_resume_with_other_options(tiny_run, tiny_dataset, tmp_path, monkeypatch):
     output = tmp_path / "broken.json"
     command = [str(tiny_run), "--dataset", str(tiny_dataset), "--output", str(output)]
 
@@ -182,7 +180,7 @@ def test_the_beginning_of_another_prediction_is_not_gone_on_with(tiny_run, tiny_
         assert words in stopped.value.code
 
 
-def test_beside_predictions_stands_where_they_come_from(tiny_run, tiny_dataset, tmp_path):
+def test_meta_file_records_the_origin_of_predictions(tiny_run, tiny_dataset, tmp_path):
     shutil.copytree(tiny_run / "hub", tmp_path / "moved")
     shutil.copytree(tiny_dataset.parent, tmp_path / "elsewhere")
     metas = []
@@ -212,19 +210,19 @@ def test_beside_predictions_stands_where_they_come_from(tiny_run, tiny_dataset, 
         ({"filters": ["subject=natural science", "grade=grade2"]}, None),
     ],
 )
-def test_some_problems_of_a_split(tiny_dataset, options, expected):
+def test_selects_problems_by_id_filter_and_limit(tiny_dataset, options, expected):
     problems = load_problems(str(tiny_dataset), "test")
     problems = problems.map(lambda row, number: {"id": f"test-{number}"}, with_indices=True)
     found = select(problems, **options)
     if expected is None:
-        wanted = dict(text.split("=") for text in options["filters"])
-        rows = [row["id"] for row in problems if all(row[name] == text for name, text in wanted.items())]
+        filters = dict(text.split("=") for text in options["filters"])
+        rows = [row["id"] for row in problems if all(row[name] == text for name, text in filters.items())]
         expected = rows[: options.get("limit")]
     assert expected and found["id"] == expected
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"ids": ["test-1", "nobody"]}, "1 of 2 are not in this split: nobody"),
         ({"filters": ["subject"]}, "expected COLUMN=TEXT"),
@@ -233,14 +231,14 @@ def test_some_problems_of_a_split(tiny_dataset, options, expected):
         ({"limit": 0}, "--limit is 0"),
     ],
 )
-def test_what_cannot_be_selected_is_named(tiny_dataset, options, said):
+def test_refuses_invalid_selection(tiny_dataset, options, message):
     problems = load_problems(str(tiny_dataset), "test")
     problems = problems.map(lambda row, number: {"id": f"test-{number}"}, with_indices=True)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         select(problems, **options)
 
 
-def test_an_answer_whose_text_shows_the_rationale_can_be_agreed_on():
+def test_majority_answer_renders_target_that_contains_the_rationale():
     target = "The answer is ({{ letters[answer] }}) because {{ rationale }}"
     stage = Stage("answer", ["question", "rationale"], "answer_text", "{{ question }}", target)
     samples = [
@@ -253,7 +251,7 @@ def test_an_answer_whose_text_shows_the_rationale_can_be_agreed_on():
     assert majority_answer(samples[:1], {"choices": ["a", "b", "c"]}, stage)["answer_text"] == samples[0]["answer_text"]
 
 
-def test_an_answer_that_samples_agree_on(tiny_run, tiny_dataset):
+def test_self_consistency_averages_scores_over_rationales(tiny_run, tiny_dataset):
     processor, models = load_system(str(tiny_run))
     problems = load_problems(str(tiny_dataset), "test")
     options, drawing = PredictOptions(batch_size=8), Drawing(4, 1.5)
@@ -277,7 +275,7 @@ def test_an_answer_that_samples_agree_on(tiny_run, tiny_dataset):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_texts_that_are_cut_at_the_limit_of_new_tokens_are_counted(tiny_run, tiny_dataset, caplog, ends):
+def test_counts_texts_cut_at_the_limit_of_new_tokens(tiny_run, tiny_dataset, caplog, ends):
     processor, models = load_system(str(tiny_run))
     problems = load_problems(str(tiny_dataset), "test").select(range(4))
     model = models["rationale"]
@@ -292,7 +290,7 @@ def test_texts_that_are_cut_at_the_limit_of_new_tokens_are_counted(tiny_run, tin
 
 
 @pytest.mark.parametrize(("max_tokens", "largest"), [(1, 1), (10**6, None)])
-def test_batches_by_tokens(max_tokens, largest):
+def test_max_tokens_limits_batches(max_tokens, largest):
     lengths = [(length, 0) for length in range(5, 25)]
     batches = batches_of(lengths, PredictOptions(max_tokens=max_tokens))
     assert sorted(index for batch in batches for index in batch) == list(range(20))
@@ -301,8 +299,8 @@ def test_batches_by_tokens(max_tokens, largest):
     assert all(len(batch) * max(lengths[index][0] for index in batch) <= 60 for batch in middle) and len(middle) < 20
 
 
-def test_two_processes_predict_what_one_does(tiny_run, tiny_dataset, tmp_path):
-    """Whoever got which problems, every one of them is there, in the order of the dataset."""
+def test_two_processes_predict_the_same_as_one(tiny_run, tiny_dataset, tmp_path):
+    """The file contains all problems in the dataset's order, whichever process predicted them."""
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     options = ("--dataset", tiny_dataset, "--split", "test", "--batch_size", "4", "--decode_answer")
     command = (*launch, "-m", "mmcot.predict", tiny_run, *options, "--output", tmp_path / "two.json")
@@ -316,7 +314,7 @@ def test_two_processes_predict_what_one_does(tiny_run, tiny_dataset, tmp_path):
         assert two[problem_id] == columns
 
 
-def test_a_problem_that_an_earlier_stage_left_out_is_named(tiny_run, tiny_dataset):
+def test_refuses_problem_without_the_column_of_an_earlier_stage(tiny_run, tiny_dataset):
     processor, models = load_system(str(tiny_run))
     problems = load_problems(str(tiny_dataset), "test")
     first = problems["id"][0]
@@ -326,8 +324,8 @@ def test_a_problem_that_an_earlier_stage_left_out_is_named(tiny_run, tiny_datase
         predict_stage(models["answer"], processor, processor.stages[1], problems, predictions)
 
 
-def test_pictures_change_what_is_predicted(tiny_run, tiny_dataset, tmp_path):
-    blind = changed_dataset(tiny_dataset, tmp_path / "blind", lambda row: {**row, "images": []})
+def test_pictures_change_predictions(tiny_run, tiny_dataset, tmp_path):
+    blind = copy_dataset(tiny_dataset, tmp_path / "blind", lambda row: {**row, "images": []})
     without = json.loads(predict(tiny_run, blind, tmp_path / "blind.json").read_text())
     with_pictures = json.loads((tiny_run / "predictions/test.json").read_text())
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
@@ -338,7 +336,7 @@ def test_pictures_change_what_is_predicted(tiny_run, tiny_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])
-def test_what_is_no_model_is_refused(name, tmp_path):
+def test_refuses_path_without_a_model(name, tmp_path):
     (tmp_path / "empty").mkdir()
     output = tmp_path / "predictions.json"
     with pytest.raises(SystemExit) as stopped:

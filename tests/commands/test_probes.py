@@ -1,4 +1,4 @@
-"""Probes change what they say and nothing else, and tell what an answer depends on."""
+"""Probes: each changes only the input that it names, and its figures show what the answers depend on."""
 
 import random
 
@@ -18,14 +18,14 @@ def problems(tiny_dataset):
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])
-def test_each_gets_another_ones_each_once(count):
+def test_other_indices_permutes_without_fixed_points(count):
     found = other_indices(count, random.Random(1))
     assert sorted(found) == list(range(count)) and all(index != other for index, other in enumerate(found))
     texts = [str(number) for number in range(count)]
     assert all(a != b for a, b in zip(texts, take_from_another(texts, random.Random(1)), strict=True))
 
 
-def test_permuted_problems_are_the_same_problems(problems):
+def test_permuting_choices_changes_only_their_order(problems):
     permuted, orders = with_permuted_choices(problems, random.Random(0))
     for row, other, order in zip(problems, permuted, orders, strict=True):
         assert other["choices"][other["answer"]] == row["choices"][row["answer"]]
@@ -37,8 +37,8 @@ def test_permuted_problems_are_the_same_problems(problems):
         }
 
 
-def answering(choose):
-    """A system whose last stage answers by `choose`, and whose rationales are right."""
+def fake_system(choose):
+    """Replacements of `predict_stage` and `predict` that answer with `choose` and write gold rationales."""
 
     def predict_stage(model, processor, stage, rows, written, *options):
         for row in rows:
@@ -62,7 +62,7 @@ def probed(tiny_run, problems, monkeypatch):
     processor, models = load_system(str(tiny_run))
 
     def with_system(choose):
-        predict_stage, predict = answering(choose)
+        predict_stage, predict = fake_system(choose)
         monkeypatch.setattr(probing, "predict_stage", predict_stage)
         monkeypatch.setattr(probing, "predict", predict)
         return probe(processor, models, problems)
@@ -70,8 +70,8 @@ def probed(tiny_run, problems, monkeypatch):
     return with_system
 
 
-def test_a_system_that_reads_only_its_rationale(probed, problems):
-    """It is right where the rationale is the problem's own."""
+def test_probes_show_dependence_on_the_rationale(probed, problems):
+    """The system is right only with the problem's own rationale."""
     results = probed(
         lambda row, text: row["answer"] if text == row["solution"] else (row["answer"] + 1) % len(row["choices"])
     )
@@ -81,7 +81,7 @@ def test_a_system_that_reads_only_its_rationale(probed, problems):
     assert results["choices permuted"]["follow_content"] == 100 == results["choices permuted"]["probed"]
 
 
-def test_a_system_that_looks_only_at_pictures(probed, problems):
+def test_probes_show_dependence_on_the_picture(probed, problems):
     shown = {row["id"]: row["images"] for row in problems}
     results = probed(lambda row, text: row["answer"] if row["images"] == shown[row["id"]] else -1)
     seeing = sum(bool(images) for images in problems["images"])
@@ -90,12 +90,12 @@ def test_a_system_that_looks_only_at_pictures(probed, problems):
     assert all(results[name]["changed"] == 0 for name in probing.RATIONALES)
 
 
-def test_a_system_that_likes_a_letter(probed):
+def test_probes_show_preference_for_a_letter(probed):
     results = probed(lambda row, text: 0)["choices permuted"]
     assert results["follow_letter"] == 100 and results["follow_content"] < 60
 
 
-def test_a_system_without_tower_is_not_probed_blind(tiny_run, tiny_dataset, monkeypatch):
+def test_refuses_pictures_without_a_tower_or_features(tiny_run, tiny_dataset, monkeypatch):
     processor, models = load_system(str(tiny_run))
     processor.image_processor = None
     monkeypatch.setattr("mmcot.probes.load_system", lambda model: (processor, models))
@@ -103,11 +103,11 @@ def test_a_system_without_tower_is_not_probed_blind(tiny_run, tiny_dataset, monk
         main([str(tiny_run), "--dataset", str(tiny_dataset)])
 
 
-def test_the_command_prints_the_table(tiny_run, tiny_dataset, tmp_path, capsys):
+def test_command_prints_table_and_writes_file(tiny_run, tiny_dataset, tmp_path, capsys):
     output = tmp_path / "probes.json"
     main([str(tiny_run), "--dataset", str(tiny_dataset), "--limit", "6", "--output", str(output)])
     printed = capsys.readouterr().out
     for name in (*probing.RATIONALES, "picture dropped", "another problem's picture", "choices permuted"):
         assert name in printed
     scores = read_json(tiny_run / "scores" / "test.json")
-    assert read_json(output)["weights"] == scores["weights"], "by which a card knows that they are of its model"
+    assert read_json(output)["weights"] == scores["weights"], "a model card compares them with its own weights"
