@@ -1,4 +1,4 @@
-"""The authors' model: our `gated_mha` with converted weights against numbers of their own code, and what is refused.
+"""Conversion of the authors' checkpoints: `gated_mha` reproduces the numbers of their code; bad folders are refused.
 
 The numbers (`../shared/fixtures/reference_model`) come from the original's model.py under transformers 4.30.
 """
@@ -38,8 +38,8 @@ CASES = {"detr_t5v1_0": "detr", "vit_t5v1_1": "vit", "clip_t5v1_1": "clip"}
 FORMATS = ["model.safetensors", "pytorch_model.bin", "shards of pytorch_model.bin", "shards of model.safetensors"]
 
 
-def original(case, file_format, folder):
-    """A folder as the authors published them, of one case, in one file format."""
+def write_original(case, file_format, folder):
+    """Write the checkpoint of one case in the authors' layout and in one file format."""
     source = shared(f"fixtures/reference_model/{case}")
     folder.mkdir()
     shutil.copyfile(source / "config.json", folder / "config.json")
@@ -57,13 +57,13 @@ def original(case, file_format, folder):
     return folder
 
 
-def converted(case, folder, file_format="model.safetensors"):
-    convert(str(original(case, file_format, folder / "original")), folder / "ours", CASES[case])
+def load_converted(case, folder, file_format="model.safetensors"):
+    convert(str(write_original(case, file_format, folder / "original")), folder / "ours", CASES[case])
     return MMCoTForConditionalGeneration.from_pretrained(folder / "ours").eval()
 
 
-def faults(model, case):
-    """Which of the reference's numbers the model does not give, to the tolerances that were agreed."""
+def find_differences(model, case):
+    """Return the names of the reference values that the model does not reproduce within the agreed tolerances."""
     reference = load_file(shared(f"fixtures/reference_model/{case}/cases.safetensors"))
     inputs = {
         "input_ids": reference["input_ids"],
@@ -91,22 +91,22 @@ def faults(model, case):
         wrong.add("greedy")
     encoder_outputs = model.encoder(**inputs)
     beams = [beam_search_of_4_30(model, encoder_outputs[0], inputs["attention_mask"], row) for row in range(6)]
-    if texts(beams) != texts(reference["beam4"].tolist()):
+    if cut_at_end_token(beams) != cut_at_end_token(reference["beam4"].tolist()):
         wrong.add("beam4")
     return wrong
 
 
-def texts(sequences):
-    """Each sequence up to its end token."""
+def cut_at_end_token(sequences):
+    """Return each sequence up to its end token."""
     return [tokens[: tokens.index(1) + 1] if 1 in tokens else tokens for tokens in sequences]
 
 
 @torch.no_grad()
 def beam_search_of_4_30(model, states, attention_mask, row, num_beams=4, max_length=12):
     """
-    The beam search of transformers 4.30, with which the reference was made, over our model's logits. Since then
-    transformers stops a step earlier, and no longer counts the start token in the length that an unfinished hypothesis
-    is divided by.
+    Run the beam search of transformers 4.30, which produced the reference, over our model's logits. Later versions stop
+    a step earlier, and no longer count the start token in the length by which they divide the score of an unfinished
+    hypothesis.
     """
     beams, finished = [(0.0, [0])], []
     for length in range(1, max_length):
@@ -131,23 +131,23 @@ def beam_search_of_4_30(model, states, attention_mask, row, num_beams=4, max_len
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_converted_model_is_the_authors(case, file_format, tmp_path):
-    assert faults(converted(case, tmp_path, file_format), case) == set()
+def test_converted_model_matches_the_authors(case, file_format, tmp_path):
+    assert find_differences(load_converted(case, tmp_path, file_format), case) == set()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_generate_finds_the_same_beams_when_it_is_not_stopped_early(case, tmp_path):
-    """As near as transformers 5 comes by itself: `early_stopping="never"`, and a token more for the start token."""
+def test_generate_finds_reference_beams_without_early_stopping(case, tmp_path):
+    """The closest settings of transformers 5: `early_stopping="never"`, and one more token for the start token."""
     reference = load_file(shared(f"fixtures/reference_model/{case}/cases.safetensors"))
     text = {name: reference[name] for name in ("input_ids", "attention_mask")}
-    tokens = converted(case, tmp_path).generate(
+    tokens = load_converted(case, tmp_path).generate(
         **text, vision_features=reference["image_ids"], num_beams=4, early_stopping="never", max_length=13
     )
-    assert texts(tokens[:, :12].tolist()) == texts(reference["beam4"].tolist())
+    assert cut_at_end_token(tokens[:, :12].tolist()) == cut_at_end_token(reference["beam4"].tolist())
 
 
 @pytest.mark.parametrize(
-    ("parameter", "seen_in"),
+    ("parameter", "differing"),
     [
         ("encoder.fusion.joint_gate.bias", {"encoder_last_hidden_state", "logits", "encoder.gate_dense.weight"}),
         ("encoder.fusion.attention.out_proj.weight", {"encoder_last_hidden_state", "encoder.mha_layer.in_proj_weight"}),
@@ -155,21 +155,21 @@ def test_generate_finds_the_same_beams_when_it_is_not_stopped_early(case, tmp_pa
         ("shared.weight", {"greedy", "beam4"}),
     ],
 )
-def test_each_tolerance_can_fail(parameter, seen_in, tmp_path):
-    """One weight that is another is seen, by each kind of number."""
-    model = converted("vit_t5v1_1", tmp_path)
+def test_find_differences_detects_one_changed_weight(parameter, differing, tmp_path):
+    """Every kind of reference value detects some changed weight."""
+    model = load_converted("vit_t5v1_1", tmp_path)
     with torch.no_grad():
         changed = model.get_parameter(parameter)
         if parameter == "shared.weight":
             changed[:] = changed.roll(1, dims=0)
         else:
             changed.view(-1)[0] += 0.5
-    assert seen_in <= faults(model, "vit_t5v1_1")
+    assert differing <= find_differences(model, "vit_t5v1_1")
 
 
-def test_a_problem_without_picture_is_one_with_zeros_as_the_authors_trained_it(tmp_path):
+def test_missing_picture_equals_the_authors_zero_features(tmp_path):
     """The last row of each case has an all-zero picture."""
-    model = converted("detr_t5v1_0", tmp_path)
+    model = load_converted("detr_t5v1_0", tmp_path)
     reference = load_file(shared("fixtures/reference_model/detr_t5v1_0/cases.safetensors"))
     text = {name: reference[name][-1:] for name in ("input_ids", "attention_mask")}
     assert not reference["image_ids"][-1].any()
@@ -180,7 +180,7 @@ def test_a_problem_without_picture_is_one_with_zeros_as_the_authors_trained_it(t
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-4)
 
 
-def test_in_a_batch_only_the_row_without_picture_gets_zeros():
+def test_only_rows_without_picture_get_zeros_in_a_batch():
     model = tiny_model(vision_config=None, vision_hidden_size=10, zeros_for_missing_pictures=True)
     torch.manual_seed(1)
     text = {"input_ids": torch.randint(3, 60, (2, 5)), "attention_mask": torch.ones(2, 5)}
@@ -191,8 +191,8 @@ def test_in_a_batch_only_the_row_without_picture_gets_zeros():
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
 
 
-def test_the_command_reports_what_was_mapped_and_the_folder_loads_by_auto_classes(tmp_path):
-    folder = original("detr_t5v1_0", "pytorch_model.bin", tmp_path / "original")
+def test_command_prints_mapped_tensors_and_output_loads_with_auto_classes(tmp_path):
+    folder = write_original("detr_t5v1_0", "pytorch_model.bin", tmp_path / "original")
     output = run_script("-m", "mmcot.convert", folder, tmp_path / "ours", "--vision", "detr", is_fresh=True).stdout
     assert "encoder.image_dense.* -> encoder.fusion.vision_projection.* (2 tensors)" in output
     assert "encoder.mha_layer.* -> encoder.fusion.attention.* (4 tensors)" in output
@@ -205,14 +205,14 @@ def test_the_command_reports_what_was_mapped_and_the_folder_loads_by_auto_classe
     assert not list((tmp_path / "ours").glob("*.bin")) and (tmp_path / "ours" / "fusion_mmcot.py").exists()
 
 
-# Two stages, a tower, a tokenizer: a converted system that answers.
+# Systems of two stages with a tokenizer and a tower.
 
 
 @pytest.fixture
 def published(tmp_path):
-    """Both stages as the authors published theirs, with a tokenizer; a picture tower of the width of their features."""
+    """Both stages in the authors' layout with a tokenizer, and a tower whose patches are as wide as their features."""
     for name in ("rationale", "answer"):
-        folder = original("vit_t5v1_1", "pytorch_model.bin", tmp_path / name)
+        folder = write_original("vit_t5v1_1", "pytorch_model.bin", tmp_path / name)
         words = [
             "<pad>",
             "</s>",
@@ -237,7 +237,7 @@ def change_bin(folder, change):
     torch.save(tensors, folder / "pytorch_model.bin")
 
 
-def test_two_stages_and_a_tower_become_a_folder_that_answers_from_pixels(published):
+def test_converts_two_stages_and_a_tower_to_a_system_that_answers_from_pixels(published):
     options = ["--vision", "vit", "--stage_folders", "rationale", "answer", "--attach_tower", published / "tower"]
     output = run_script("-m", "mmcot.convert", published, published / "ours", *options).stdout
     assert output.index("rationale: the rationale stage") < output.index("answer: the answer stage")
@@ -270,7 +270,7 @@ def test_two_stages_and_a_tower_become_a_folder_that_answers_from_pixels(publish
     assert isinstance(answer["rationale"], str) and sum(answer["scores"]) == pytest.approx(1)
 
 
-def test_timms_own_vit_is_attached_as_well(published):
+def test_attaches_a_timm_vit(published):
     config = TimmWrapperConfig(architecture="vit_large_patch32_384", model_args={"depth": 1})
     TimmWrapperModel(config).save_pretrained(published / "timm")
     convert(str(published / "answer"), published / "ours", "vit", attach_tower=str(published / "timm"))
@@ -281,7 +281,7 @@ def test_timms_own_vit_is_attached_as_well(published):
     assert patches.shape == (1, 145, 1024) and model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
 
 
-def test_a_converted_model_is_trained_on_with_its_own_fusion(published):
+def test_training_starts_from_the_converted_fusion(published):
     convert(str(published / "answer"), published / "ours", "vit")
     recipe = Recipe(RecipeArguments(), [], Seq2SeqTrainingArguments(), ModelConfig(str(published / "ours")), {})
     model = build_model(recipe, None, None)
@@ -290,8 +290,8 @@ def test_a_converted_model_is_trained_on_with_its_own_fusion(published):
     assert torch.equal(model.encoder.fusion.joint_gate.weight, theirs["encoder.gate_dense.weight"])
 
 
-def test_a_hub_id_with_a_folder_within_is_converted(published):
-    """From a cached snapshot, as a download leaves it."""
+def test_converts_a_subfolder_of_a_hub_repository(published):
+    """The repository is in the cache, as a download leaves it."""
     snapshot = published / "hf_home/hub/models--user--mm-cot/snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (published / "answer").rename(snapshot / "mm-cot-answer")
@@ -304,7 +304,7 @@ def test_a_hub_id_with_a_folder_within_is_converted(published):
     assert torch.equal(ours.encoder.fusion.joint_gate.weight, theirs["encoder.gate_dense.weight"])
 
 
-def test_a_converted_model_without_tower_says_so_when_it_is_given_a_picture(published):
+def test_converted_model_without_tower_refuses_pictures(published):
     convert(str(published), published / "ours", "vit", ["rationale", "answer"])
     answer = pipeline("multimodal-cot", model=str(published / "ours"), trust_remote_code=True)
     assert answer({"question": "what is it", "choices": ["red", "blue"]})["answer"] in ("red", "blue")
@@ -312,7 +312,7 @@ def test_a_converted_model_without_tower_says_so_when_it_is_given_a_picture(publ
         answer({"question": "what is it", "choices": ["red"], "image": Image.new("RGB", (50, 40))})
 
 
-def test_a_tower_of_another_width_is_not_attached(published):
+def test_refuses_tower_of_another_width(published):
     ViTModel(ViTConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=1)).save_pretrained(
         published / "narrow"
     )
@@ -321,13 +321,13 @@ def test_a_tower_of_another_width_is_not_attached(published):
     assert not (published / "ours").exists()
 
 
-def test_stages_without_a_tokenizer_are_refused(published):
+def test_refuses_stages_without_a_tokenizer(published):
     (published / "answer" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="answer has no tokenizer"):
         convert(str(published), published / "ours", "vit", ["rationale", "answer"])
 
 
-def test_one_checkpoint_with_its_tokenizer_gets_a_processor_for_ready_made_text(published):
+def test_single_checkpoint_gets_a_processor_without_stages(published):
     convert(str(published / "answer"), published / "ours", "vit")
     processor = MMCoTProcessor.from_pretrained(published / "ours")
     assert processor.stages == [] and processor(text="what is it")["input_ids"].shape == (1, 3)
@@ -369,22 +369,22 @@ def change_config(folder, **fields):
         (lambda f: (f / "model.safetensors").write_bytes(b"half"), "model.safetensors is damaged, or contains objects"),
     ],
 )
-def test_a_folder_that_is_not_its_config_is_refused_and_nothing_is_written(break_it, message, tmp_path):
-    folder = original("detr_t5v1_0", "model.safetensors", tmp_path / "original")
+def test_refuses_unusable_folder_and_writes_nothing(break_it, message, tmp_path):
+    folder = write_original("detr_t5v1_0", "model.safetensors", tmp_path / "original")
     break_it(folder)
     with pytest.raises(ValueError, match=message):
         convert(str(folder), tmp_path / "ours", "detr")
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
-def test_features_of_another_width_are_refused(tmp_path):
-    folder = original("detr_t5v1_0", "model.safetensors", tmp_path / "original")
+def test_refuses_vision_name_with_another_feature_width(tmp_path):
+    folder = write_original("detr_t5v1_0", "model.safetensors", tmp_path / "original")
     with pytest.raises(ValueError, match=r"\(64, 256\) instead of \(64, 1024\)"):
         convert(str(folder), tmp_path / "ours", "vit")
 
 
 class Planted:
-    """What a pickle may do when it is loaded: anything."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return print, ("planted",)
@@ -397,20 +397,20 @@ def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys):
     assert "planted" not in capsys.readouterr().out
 
 
-def test_shards_that_lack_a_tensor_of_their_index(tmp_path):
-    folder = original("detr_t5v1_0", "shards of pytorch_model.bin", tmp_path / "original")
+def test_refuses_shards_that_lack_an_indexed_tensor(tmp_path):
+    folder = write_original("detr_t5v1_0", "shards of pytorch_model.bin", tmp_path / "original")
     torch.save({}, folder / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(ValueError, match="index.json: the shards do not contain .* more"):
         convert(str(folder), tmp_path / "ours", "detr")
 
 
-def test_a_folder_that_is_there_is_not_written_over(tmp_path):
+def test_refuses_existing_output_folder(tmp_path):
     (tmp_path / "ours").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         convert("anything", tmp_path / "ours", "detr")
 
 
-def test_what_is_neither_a_folder_nor_on_the_hub_is_named(tmp_path):
+def test_refuses_source_that_is_neither_a_folder_nor_on_the_hub(tmp_path):
     result = run_script(
         "-m", "mmcot.convert", "nobody/nothing", tmp_path / "ours", "--vision", "vit", check=False, HF_HUB_OFFLINE="1"
     )

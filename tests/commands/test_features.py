@@ -1,4 +1,4 @@
-"""Features: computed once, killed and resumed, from pixels or a store the same, taken over from the authors' files."""
+"""The command `python -m mmcot.features`: resuming after a kill, stores as good as pixels, the authors' files."""
 
 import json
 import os
@@ -42,7 +42,7 @@ from modeling_mmcot.pictures_mmcot import as_pictures
 from modeling_mmcot.vision_mmcot import TOWERS, load_vision_tower
 
 
-def test_a_row_is_what_the_detector_says_of_its_picture(store, detr, all_problems):
+def test_row_contains_the_detector_outputs(store, detr, all_problems):
     detector = DetrForObjectDetection.from_pretrained(detr).eval()
     processor = DetrImageProcessorPil.from_pretrained(detr)
     features = FeatureStore(store)
@@ -57,7 +57,7 @@ def test_a_row_is_what_the_detector_says_of_its_picture(store, detr, all_problem
         torch.testing.assert_close(torch.from_numpy(row["class_scores"]), scores, rtol=0, atol=1e-5)
 
 
-def test_each_distinct_picture_has_one_row_and_a_manifest_says_what_made_it(store, detr, all_problems):
+def test_store_has_one_row_per_picture_and_a_manifest_of_its_tower(store, detr, all_problems):
     features = FeatureStore(store)
     pictures = {content_key(picture) for row in all_problems for picture in row["images"]}
     assert set(features.rows) == pictures and features.num_patches == 5 and features.hidden_size == 24
@@ -69,7 +69,7 @@ def test_each_distinct_picture_has_one_row_and_a_manifest_says_what_made_it(stor
     assert manifest["image_processor"]["size"] == {"shortest_edge": 64, "longest_edge": 128}
 
 
-def test_the_same_picture_of_several_problems_is_computed_once(tmp_path, vit):
+def test_computes_a_shared_picture_once(tmp_path, vit):
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
     rows = [{"question": "?", "images": [name]} for name in ("a.png", "b.png", "a.png")]
@@ -85,7 +85,7 @@ def test_the_same_picture_of_several_problems_is_computed_once(tmp_path, vit):
     )
 
 
-def test_timms_clip_resnet_is_a_tower_with_its_own_preprocessing(tiny_dataset, tmp_path):
+def test_timm_clip_resnet_uses_its_own_preprocessing(tiny_dataset, tmp_path):
     config = timm.get_pretrained_cfg("resnet50_clip.openai").to_dict()
     torch.manual_seed(0)
     tower = TimmWrapperModel(TimmWrapperConfig(architecture="resnet50_clip", pretrained_cfg=config)).eval()
@@ -117,11 +117,11 @@ def test_timms_clip_resnet_is_a_tower_with_its_own_preprocessing(tiny_dataset, t
     )
 
 
-# Killed and resumed.
+# Resuming.
 
 
 def run_until(command, folder, batches):
-    """Start the command and kill it once so many batches are in the store; its exit code."""
+    """Run the command, kill it once its store contains `batches` batches, if not None, and return its exit code."""
     process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     keys = folder / "rows.jsonl"
     while process.poll() is None:
@@ -132,7 +132,7 @@ def run_until(command, folder, batches):
 
 
 @pytest.mark.slow
-def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, all_problems, tiny_dataset, tmp_path):
+def test_resumes_after_kills_to_the_same_content(detr, all_problems, tiny_dataset, tmp_path):
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     compute_features(all_problems, uninterrupted, TowerOptions(str(detr)), FeatureOptions(batch_size=2))
     total = content(uninterrupted)["rows.jsonl"].count(b"\n")
@@ -152,7 +152,7 @@ def test_killed_and_called_again_it_goes_on_to_the_same_content(detr, all_proble
     assert content(killed) == content(uninterrupted)
 
 
-def test_a_picture_that_cannot_be_decoded_is_named_and_the_rest_is_computed(vit, tmp_path):
+def test_skips_and_names_undecodable_picture(vit, tmp_path):
     for number in range(5):
         Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / f"{number}.png")
     whole = (tmp_path / "2.png").read_bytes()
@@ -203,7 +203,7 @@ def runs(detr, tiny_dataset, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 3e-3)])
-def test_training_from_a_store_is_training_from_pixels(runs, precision, tolerance):
+def test_training_from_store_matches_training_from_pixels(runs, precision, tolerance):
     for stage in ("rationale", "answer"):
         pixels, stored = (
             [
@@ -213,13 +213,13 @@ def test_training_from_a_store_is_training_from_pixels(runs, precision, toleranc
             for name in ("pixels", precision)
         )
         assert len(pixels) > 20
-        # Rounded features start training off on a way of its own: small at a loss of 6, and not growing.
+        # Rounded features change every step of training; the difference is small at a loss of 6 and does not grow.
         np.testing.assert_allclose(stored, pixels, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
-def test_prediction_from_a_store_is_prediction_from_pixels(runs, tiny_dataset, tmp_path, precision, tolerance):
-    """With one and the same model."""
+def test_prediction_from_store_matches_prediction_from_pixels(runs, tiny_dataset, tmp_path, precision, tolerance):
+    """Both predictions use the model that was trained from pixels."""
     command = [str(runs["pixels"]), "--dataset", str(tiny_dataset)]
     predict.main([*command, "--output", str(tmp_path / "pixels.json")])
     store = runs["pixels"].parent / f"{precision}.store"
@@ -231,19 +231,19 @@ def test_prediction_from_a_store_is_prediction_from_pixels(runs, tiny_dataset, t
         assert stored[id_]["rationale"] == pixels[id_]["rationale"] or precision == "float16"
 
 
-def test_a_run_from_a_store_exports_its_tower_and_goes_from_pixels_to_answer(runs, detr):
+def test_run_trained_from_store_exports_tower_and_answers_from_pixels(runs, detr):
     from transformers import pipeline
 
     tower = load_vision_tower(str(detr)).state_dict()
     for name in ("pixels", "float32"):
         answer = pipeline("multimodal-cot", model=str(runs[name] / "hub"), trust_remote_code=True)
         exported = answer.model.encoder.vision_tower.state_dict()
-        assert all(torch.equal(exported[name], tensor) for name, tensor in tower.items()), "frozen, it was not trained"
+        assert all(torch.equal(exported[name], tensor) for name, tensor in tower.items()), "a frozen tower is not trained"
     result = answer({"question": "Which?", "choices": ["a", "b"], "image": Image.new("RGB", (80, 50), "red")})
     assert sum(result["scores"]) == pytest.approx(1)
 
 
-def test_without_a_tower_the_store_gives_the_width(runs, tiny_dataset, tmp_path):
+def test_takes_feature_width_from_store_without_a_tower(runs, tiny_dataset, tmp_path):
     recipe = (runs["pixels"].parent / "recipe.yaml").read_text()
     lines = [line for line in recipe.splitlines() if not line.startswith(("vision_model", "freeze_vision"))]
     (tmp_path / "recipe.yaml").write_text("\n".join(lines))
@@ -257,10 +257,10 @@ def test_without_a_tower_the_store_gives_the_width(runs, tiny_dataset, tmp_path)
         predict.main([str(tmp_path / "run"), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")])
 
 
-# What does not fit.
+# Stores, settings and data that are refused.
 
 
-def test_the_commit_of_a_hub_checkpoint_is_written_down(vit, tmp_path, monkeypatch):
+def test_resolves_commit_of_hub_checkpoint(vit, tmp_path, monkeypatch):
     cache = tmp_path / "hub/models--user--vit"
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(vit, cache / "snapshots" / commit)
@@ -272,7 +272,7 @@ def test_the_commit_of_a_hub_checkpoint_is_written_down(vit, tmp_path, monkeypat
     assert commit_of(str(vit), None) is None
 
 
-def test_prediction_refuses_a_store_of_another_tower(runs, detr, tiny_dataset, tmp_path):
+def test_prediction_refuses_store_of_another_tower(runs, detr, tiny_dataset, tmp_path):
     other = DetrForObjectDetection.from_pretrained(detr)
     with torch.no_grad():
         other.model.query_position_embeddings.weight.add_(1)
@@ -292,16 +292,14 @@ def test_prediction_refuses_a_store_of_another_tower(runs, detr, tiny_dataset, t
         (["--vision_preprocessing", "chekpoint"], "preprocessing is 'chekpoint'; expected checkpoint or paper"),
     ],
 )
-def test_what_a_recipe_says_wrong_of_its_tower_is_found_before_the_folder_is_taken(
-    runs, tiny_dataset, tmp_path, options, message
-):
+def test_refuses_wrong_tower_settings_before_creating_run_folder(runs, tiny_dataset, tmp_path, options, message):
     command = ["--config", str(runs["pixels"].parent / "recipe.yaml"), "--dataset", str(tiny_dataset)]
     with pytest.raises(SystemExit, match=message):
         train.main([*command, "--output_dir", str(tmp_path / "run"), *options])
     assert not (tmp_path / "run").exists()
 
 
-def test_features_that_overflow_float16_are_refused(vit, tmp_path):
+def test_refuses_features_that_overflow_float16(vit, tmp_path):
     model = ViTModel.from_pretrained(vit)
     with torch.no_grad():
         model.layernorm.weight.fill_(1e6)
@@ -313,13 +311,13 @@ def test_features_that_overflow_float16_are_refused(vit, tmp_path):
         main([str(tmp_path / "p.jsonl"), "--vision", str(tmp_path / "vit"), "--output", str(tmp_path / "store")])
 
 
-def test_a_dataset_without_pictures_has_nothing_to_compute(vit, tmp_path):
+def test_refuses_dataset_without_pictures(vit, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"question": "?"}))
     with pytest.raises(SystemExit, match="None of the 1 problems has a picture"):
         main([str(tmp_path / "p.jsonl"), "--vision", str(vit), "--output", str(tmp_path / "store")])
 
 
-def test_a_recipe_whose_tower_is_another_than_the_stores_is_refused(runs, store, vit, tiny_dataset, tmp_path):
+def test_training_refuses_store_unless_tower_is_the_same_and_frozen(runs, store, vit, tiny_dataset, tmp_path):
     command = ["--config", str(runs["pixels"].parent / "recipe.yaml"), "--dataset", str(tiny_dataset)]
     command += ["--output_dir", str(tmp_path / "run"), "--features", str(store)]
     with pytest.raises(SystemExit, match="vision_tower is 'detr' in the store, 'vit' in the model"):
@@ -329,8 +327,8 @@ def test_a_recipe_whose_tower_is_another_than_the_stores_is_refused(runs, store,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_goes_on_with_its_own_tower_and_a_store_of_it(runs, tiny_dataset, tmp_path):
-    """Named in full or not, and from another folder: a tower is told by its weights."""
+def test_continues_training_of_model_with_store_of_its_tower(runs, tiny_dataset, tmp_path):
+    """The store's path may be absolute or relative, the tower's folder another one: weights identify a tower."""
     recipe = (runs["pixels"].parent / "recipe.yaml").read_text()
     recipe = "\n".join(
         line for line in recipe.splitlines() if not line.startswith(("vision_model", "text_config", "tokenizer_vocab"))
@@ -352,7 +350,7 @@ def test_a_model_goes_on_with_its_own_tower_and_a_store_of_it(runs, tiny_dataset
     assert MMCoTProcessor.from_pretrained(tmp_path / "run/hub").image_processor is not None
 
 
-def test_a_model_keeps_what_it_says_of_its_pictures_and_refuses_another_store(runs, tiny_dataset, tmp_path):
+def test_training_refuses_store_that_contradicts_the_models_config(runs, tiny_dataset, tmp_path):
     recipe = (runs["pixels"].parent / "recipe.yaml").read_text()
     dropped = ("vision_model", "text_config", "tokenizer_vocab", "freeze_vision")
     recipe = "\n".join(line for line in recipe.splitlines() if not line.startswith(dropped))
@@ -374,7 +372,7 @@ def test_a_model_keeps_what_it_says_of_its_pictures_and_refuses_another_store(ru
         assert not (tmp_path / "run").exists()
 
 
-def test_a_local_resnet_gives_pooled_features_by_name(tiny_dataset, tmp_path):
+def test_resnet_pooled_computes_features_of_local_resnet(tiny_dataset, tmp_path):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     ResNetModel(config).save_pretrained(tmp_path / "resnet")
     ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "resnet")
@@ -391,12 +389,12 @@ def test_a_local_resnet_gives_pooled_features_by_name(tiny_dataset, tmp_path):
     assert (features.num_patches, features.record["features"].shape) == (512, (1, 16))
 
 
-# The authors' own files.
+# The authors' files.
 
 
 @pytest.fixture
 def scienceqa(tmp_path):
-    """A folder in ScienceQA's layout, without the pictures that its problems name: who has the features needs none."""
+    """A folder in ScienceQA's layout, without picture files, because imported features replace them."""
     folder = tmp_path / "scienceqa"
     folder.mkdir()
     problem = {"question": "?", "choices": ["a", "b"], "answer": 0, "hint": "", "split": "test"}
@@ -419,7 +417,7 @@ AUTHORS = {
 }
 
 
-def authors_file(folder, kind):
+def write_authors_file(folder, kind):
     name, shape, _ = AUTHORS[kind]
     array = np.random.default_rng(0).normal(size=shape).astype("float32")
     if name.endswith(".npy"):
@@ -430,8 +428,8 @@ def authors_file(folder, kind):
 
 
 @pytest.mark.parametrize("kind", AUTHORS)
-def test_the_authors_files_are_taken_over_by_problem(kind, scienceqa, tmp_path):
-    file, array = authors_file(tmp_path, kind)
+def test_imports_authors_features_by_problem(kind, scienceqa, tmp_path):
+    file, array = write_authors_file(tmp_path, kind)
     command = [
         str(scienceqa),
         "--vision",
@@ -458,8 +456,8 @@ def test_the_authors_files_are_taken_over_by_problem(kind, scienceqa, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["detr", "vit"])
-def test_the_authors_files_are_never_in_memory_whole(kind, scienceqa, tmp_path, monkeypatch):
-    """A file of some 500 MB, all of whose rows are taken over."""
+def test_import_never_loads_a_whole_file(kind, scienceqa, tmp_path, monkeypatch):
+    """Imports all rows of a file of about 500 MB."""
     name, shape, _ = AUTHORS[kind]
     rows = 5000 if kind == "detr" else 850
     if kind == "detr":
@@ -485,8 +483,8 @@ def test_the_authors_files_are_never_in_memory_whole(kind, scienceqa, tmp_path, 
     (tmp_path / name).unlink()
 
 
-def test_an_authors_file_that_does_not_fit_is_refused(scienceqa, tmp_path):
-    file, _ = authors_file(tmp_path, "detr")
+def test_import_refuses_mismatched_or_truncated_file(scienceqa, tmp_path):
+    file, _ = write_authors_file(tmp_path, "detr")
     problems = load_all_splits(str(scienceqa), ("test",), 1, False)
 
     def error_of(vision="detr", file=file, name_map=None):
@@ -508,7 +506,7 @@ def test_an_authors_file_that_does_not_fit_is_refused(scienceqa, tmp_path):
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     assert "detr.npy is not a complete feature file" in error_of(name_map={"1": "0", "3": "1"})
-    vit, _ = authors_file(tmp_path, "vit")
+    vit, _ = write_authors_file(tmp_path, "vit")
     vit.write_bytes(vit.read_bytes()[:9999])
     assert "vit.pth is not a complete feature file" in error_of("vit", vit)
 
@@ -519,8 +517,8 @@ def test_an_npy_of_objects_is_not_unpickled(tmp_path):
         open_authors_features(str(tmp_path / "detr.npy"))
 
 
-def test_with_imported_features_a_system_is_trained_predicts_and_is_scored_without_any_picture(scienceqa, tmp_path):
-    file, _ = authors_file(tmp_path, "detr")
+def test_trains_predicts_and_scores_with_imported_features_only(scienceqa, tmp_path):
+    file, _ = write_authors_file(tmp_path, "detr")
     problems = read_json(scienceqa / "problems.json")
     (scienceqa / "problems.json").write_text(
         json.dumps({id_: {**row, "solution": "It is a.", "split": None} for id_, row in problems.items()})
@@ -558,7 +556,7 @@ def test_with_imported_features_a_system_is_trained_predicts_and_is_scored_witho
         ([], "one of the arguments --vision --captions is required"),
     ],
 )
-def test_options_that_do_not_go_together(options, message, capsys):
+def test_refuses_incompatible_options(options, message, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--output", "x", *options])
     assert message in capsys.readouterr().err
