@@ -1,7 +1,7 @@
-"""Several processes, on CPU with gloo: sharded weights, another world size than before, a split that does not divide.
+"""Several processes, on CPU with gloo: sharded weights, resuming with another world size, splits of unequal size.
 
-DDP against one process is in test_training.py. What accelerate says of FSDP or DeepSpeed needs GPUs; its configurations
-are read here as far as accelerate reads them.
+test_training.py compares DDP with one process. FSDP and DeepSpeed through accelerate need GPUs, so this file only loads
+their configurations with accelerate.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
 
-# A step on two problems, by one process on both or by two on one each, with the weights in shards.
+# A step on two problems: one process trains on both, or two processes train on one each and shard the weights.
 STEP = """
 import os, sys, torch, torch.distributed as dist
 from safetensors.torch import save_file
@@ -43,7 +43,7 @@ batch = dict(
 batch["labels"][0, 2:] = -100
 own = {{name: tensor[rank::size] for name, tensor in batch.items()}}
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-loss = model(**own, num_items_in_batch=7).loss * size  # sharding takes the mean over processes
+loss = model(**own, num_items_in_batch=7).loss * size  # because sharding averages over processes
 loss.backward()
 optimizer.step()
 weights = {{
@@ -54,12 +54,12 @@ if rank == 0:
     save_file(weights, sys.argv[1])
 dist.barrier()
 dist.destroy_process_group()
-os._exit(0)  # torch 2.14 sometimes aborts in its threads when an interpreter ends, after all is done
+os._exit(0)  # because torch 2.14 sometimes aborts in its threads at interpreter exit
 """
 
 
 @pytest.mark.parametrize("fusion", [pytest.param("gated", marks=pytest.mark.slow), "gated_mha"])
-def test_sharded_weights_make_the_step_of_whole_ones(fusion, tmp_path):
+def test_sharded_step_equals_unsharded_step(fusion, tmp_path):
     script = tmp_path / "step.py"
     script.write_text(STEP.format(tests=str(REPOSITORY / "tests"), fusion=fusion))
     for size in ("1", "2"):
@@ -74,10 +74,10 @@ def test_sharded_weights_make_the_step_of_whole_ones(fusion, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tiny_dataset, tmp_path):
-    """The same 8 problems a step: two processes for half of the answer stage, then one."""
+def test_resumes_with_another_number_of_processes(tiny_dataset, tmp_path):
+    """With the same 8 problems a step: two processes train half of the answer stage, one process the rest."""
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
-    recipe["text_config"]["dropout_rate"] = 0.0  # each process draws its own
+    recipe["text_config"]["dropout_rate"] = 0.0  # because each process draws its own mask
     recipe.update(max_steps=4, save_steps=2, eval_steps=4, train_sampling_strategy="group_by_length")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     script = ("train.py", "--config", tmp_path / "recipe.yaml", "--dataset", tiny_dataset)
@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_predict_seven_problems_as_one_does(tiny_run, tiny_dataset, tmp_path):
+def test_three_processes_predict_seven_problems_like_one(tiny_run, tiny_dataset, tmp_path):
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
     rows = [{**row, "images": [str(tiny_dataset.parent / name) for name in row["images"]]} for row in rows[:7]]
     dataset = tmp_path / "seven.jsonl"
@@ -117,7 +117,7 @@ CONFIGS = sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_launch_settings_are_read_by_accelerate_and_name_what_there_is(file):
+def test_accelerate_loads_launch_settings_and_layers_to_wrap_exist(file):
     config = load_config_from_file(str(file))
     assert config.mixed_precision == "bf16" and config.num_processes in (1, 4)
     expected = {"one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
@@ -126,8 +126,8 @@ def test_launch_settings_are_read_by_accelerate_and_name_what_there_is(file):
     assert set(wrapped) <= {type(module).__name__ for module in tiny_model().modules()}
 
 
-def test_a_layer_to_wrap_that_is_not_there_is_named_before_anything_is_read(tmp_path):
-    """Of a recipe without a tower, whose layers could be meant too."""
+def test_refuses_unknown_layer_to_wrap_before_reading_data(tmp_path):
+    """The recipe has no tower, because the layers of a tower are allowed names too."""
     options = ["--config", TINY_RECIPE, "--dataset", tmp_path / "nothing.jsonl", "--output_dir", tmp_path / "run"]
     options += ["--max_images", "0"]
     result = run_script("train.py", *options, check=False, FSDP_TRANSFORMER_CLS_TO_WRAP="T5Block,T5Blok")

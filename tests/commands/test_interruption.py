@@ -1,4 +1,4 @@
-"""A training that is stopped, or whose disk fails it: a message, whole checkpoints, and on it goes as if nothing was.
+"""Training that stops on a signal or a disk error: the message, whole checkpoints, and resuming to the same result.
 
 SIGKILL is in test_training.py.
 """
@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 STAGES = ("rationale", "answer")
 
 
-def command(dataset, folder, *options):
+def build_command(dataset, folder, *options):
     words = ("train.py", "--config", TINY_RECIPE, "--dataset", dataset, "--output_dir", folder, *options)
     return [sys.executable, *map(str, words)]
 
 
-def start(dataset, folder, *options, **settings):
+def start_training(dataset, folder, *options, **settings):
     return subprocess.Popen(
-        command(dataset, folder, *options), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, **settings
+        build_command(dataset, folder, *options), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, **settings
     )
 
 
@@ -35,11 +35,11 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
-def go_on(dataset, folder, *options, check=True):
-    return run_script(*command(dataset, folder, *options)[1:], check=check)
+def run_training(dataset, folder, *options, check=True):
+    return run_script(*build_command(dataset, folder, *options)[1:], check=check)
 
 
-def is_as_if_uninterrupted(folder, tiny_run):
+def equals_uninterrupted_run(folder, tiny_run):
     names = [f"{stage}/model.safetensors" for stage in STAGES] + [
         f"predictions/{split}.json" for split in ("val", "test")
     ]
@@ -48,7 +48,7 @@ def is_as_if_uninterrupted(folder, tiny_run):
 
 @pytest.fixture
 def unfinished_run(tiny_run, tmp_path):
-    """As if killed after the last checkpoint of the last stage."""
+    """A copy of the tiny run, as a kill after the last checkpoint of the last stage leaves it."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
     shutil.rmtree(folder / "hub")
@@ -60,9 +60,9 @@ def unfinished_run(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_ends_with_143_and_says_how_to_go_on(tiny_run, tiny_dataset, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_exits_with_143(tiny_run, tiny_dataset, tmp_path):
     folder = tmp_path / "run"
-    process = start(tiny_dataset, folder)
+    process = start_training(tiny_dataset, folder)
     wait_for(folder / "rationale" / "checkpoint-4", process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
@@ -70,30 +70,30 @@ def test_sigterm_saves_ends_with_143_and_says_how_to_go_on(tiny_run, tiny_datase
     saved = max((folder / "rationale").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert f"saved in {saved}. The same command resumes from it" in errors
     assert not (folder / "rationale" / "train_results.json").exists()
-    go_on(tiny_dataset, folder)
-    assert is_as_if_uninterrupted(folder, tiny_run)
+    run_training(tiny_dataset, folder)
+    assert equals_uninterrupted_run(folder, tiny_run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["changed", "missing", "list"])
-def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_asked(unfinished_run, tiny_run, tiny_dataset, damage):
+def test_passes_over_damaged_checkpoint_only_on_request(unfinished_run, tiny_run, tiny_dataset, damage):
     newest = unfinished_run / "answer" / "checkpoint-24"
     file = newest / ("files.json" if damage == "list" else "optimizer.pt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255
     file.write_bytes(content) if damage != "missing" else file.unlink()
-    result = go_on(tiny_dataset, unfinished_run, check=False)
+    result = run_training(tiny_dataset, unfinished_run, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     words = {"changed": "optimizer.pt has sha256", "missing": "optimizer.pt is missing", "list": "list of files"}
     assert f"{newest} is damaged: " in result.stderr and words[damage] in result.stderr
     assert newest.is_dir() and not (unfinished_run / "answer" / "model.safetensors").exists()
-    go_on(tiny_dataset, unfinished_run, "--pass_over_damaged_checkpoints", "true")
-    assert is_as_if_uninterrupted(unfinished_run, tiny_run)
+    run_training(tiny_dataset, unfinished_run, "--pass_over_damaged_checkpoints", "true")
+    assert equals_uninterrupted_run(unfinished_run, tiny_run)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones_whole(unfinished_run, tiny_run, tiny_dataset):
-    """A limit on the size of files stands for a full disk: the optimizer's state is over it, the weights are not."""
+def test_full_disk_keeps_earlier_checkpoints(unfinished_run, tiny_run, tiny_dataset):
+    """A limit on the file size simulates a full disk: the optimizer's state exceeds it, the weights do not."""
     stage = unfinished_run / "answer"
     shutil.rmtree(stage / "checkpoint-24")
     before = {file: file.read_bytes() for file in (stage / "checkpoint-20").iterdir()}
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones_whole(unfinished
         "-c",
         f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
         f"sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')",
-        *command(tiny_dataset, unfinished_run)[1:],
+        *build_command(tiny_dataset, unfinished_run)[1:],
         check=False,
     )
     assert result.returncode == 1, result.stderr[-3000:]
@@ -112,14 +112,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones_whole(unfinished
     assert sorted(path.name for path in stage.glob("*point*")) == ["checkpoint-20"]
     assert not (stage / "unfinished").exists()
     assert {file: file.read_bytes() for file in (stage / "checkpoint-20").iterdir()} == before
-    go_on(tiny_dataset, unfinished_run)
-    assert is_as_if_uninterrupted(unfinished_run, tiny_run)
+    run_training(tiny_dataset, unfinished_run)
+    assert equals_uninterrupted_run(unfinished_run, tiny_run)
 
 
 @pytest.mark.slow
-def test_a_lost_output_folder_ends_the_run_and_is_not_made_anew(tiny_dataset, tmp_path):
+def test_lost_output_folder_ends_the_run_and_is_not_recreated(tiny_dataset, tmp_path):
     folder = tmp_path / "run"
-    process = start(tiny_dataset, folder)
+    process = start_training(tiny_dataset, folder)
     wait_for(folder / "rationale" / "checkpoint-4", process)
     folder.rename(tmp_path / "moved")
     _, errors = process.communicate()
@@ -127,8 +127,8 @@ def test_a_lost_output_folder_ends_the_run_and_is_not_made_anew(tiny_dataset, tm
     assert not folder.exists()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_problems_of_its_batch(tiny_dataset, tmp_path):
-    result = go_on(tiny_dataset, tmp_path / "run", "--learning_rate", "1e30", check=False)
+def test_non_finite_loss_stops_and_names_the_problems_of_its_batch(tiny_dataset, tmp_path):
+    result = run_training(tiny_dataset, tmp_path / "run", "--learning_rate", "1e30", check=False)
     assert result.returncode == 1
     (message,) = [line for line in result.stderr.splitlines() if "error: The loss is " in line]
     named = message.split("for the problems ")[1].split(". ")[0].split(", ")
@@ -137,13 +137,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_problems_of_its_batch(tiny_dat
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_keeps_its_place(tiny_dataset, tmp_path):
+def test_best_checkpoint_is_kept_and_loaded_at_end(tiny_dataset, tmp_path):
     options = ("--load_best_model_at_end", "true", "--eval_steps", "4", "--save_total_limit", "1", "--max_steps", "8")
-    go_on(tiny_dataset, tmp_path / "run", *options)
+    run_training(tiny_dataset, tmp_path / "run", *options)
     for stage in STAGES:
         (checkpoint,) = (tmp_path / "run" / stage).glob("checkpoint-*")
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-        assert state["best_model_checkpoint"] is None, "a path of this machine"
+        assert state["best_model_checkpoint"] is None, "it would be a path of this machine"
         assert checkpoint.name == f"checkpoint-{state['best_global_step']}"
         best, final = (load_file(folder / "model.safetensors") for folder in (checkpoint, checkpoint.parent))
         assert all(torch.equal(final[name], weight) for name, weight in best.items())

@@ -1,4 +1,4 @@
-"""Training as a user runs it: what a run leaves, going on after an interruption, two processes, bad input."""
+"""Training as a user runs it: the run folder, resuming after a kill, two processes, invalid input."""
 
 import json
 import random
@@ -36,15 +36,15 @@ def train(dataset, folder, *options):
     return run_script("train.py", "--config", TINY_RECIPE, "--dataset", dataset, "--output_dir", folder, *options)
 
 
-def refused_at_once(command, *words):
-    """With what the script would print before it ends with 1."""
+def assert_refused(command, *words):
+    """Check that a command exits with an error message that contains the words."""
     with pytest.raises(SystemExit) as stopped:
         command()
     assert stopped.value.code.startswith("error: ")
     assert all(word in stopped.value.code for word in words), stopped.value.code
 
 
-def test_a_run_leaves_the_folder_of_the_design(tiny_run, tiny_dataset):
+def test_run_folder_has_the_documented_contents(tiny_run, tiny_dataset):
     for stage in STAGES:
         assert (tiny_run / stage / "model.safetensors").is_file()
         assert len(list((tiny_run / stage).glob("checkpoint-*"))) == 2
@@ -71,7 +71,7 @@ def test_a_run_leaves_the_folder_of_the_design(tiny_run, tiny_dataset):
         assert scores["n"] == len(right) and "decoded_accuracy" in scores
 
 
-def test_the_same_command_again_changes_nothing_and_shows_the_result(tiny_run, tiny_dataset):
+def test_repeating_a_finished_run_keeps_weights_and_prints_the_result(tiny_run, tiny_dataset):
     before = {stage: (tiny_run / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES}
     output = train(tiny_dataset, tiny_run).stdout
     assert before == {stage: (tiny_run / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES}
@@ -79,7 +79,7 @@ def test_the_same_command_again_changes_nothing_and_shows_the_result(tiny_run, t
 
 
 @pytest.mark.slow
-def test_the_run_s_own_recipe_reproduces_it(tiny_run, tmp_path):
+def test_recipe_in_run_folder_reproduces_the_run(tiny_run, tmp_path):
     run_script(
         "train.py", "--config", tiny_run / "recipe.yaml", "--output_dir", tmp_path / "again", "--use_cpu", "true"
     )
@@ -88,7 +88,7 @@ def test_the_run_s_own_recipe_reproduces_it(tiny_run, tmp_path):
         assert again == (tiny_run / stage / "model.safetensors").read_bytes()
 
 
-def test_the_answer_stage_is_trained_on_the_gold_rendering(tiny_dataset):
+def test_answer_stage_trains_on_gold_rationales(tiny_dataset):
     recipe = parse_recipe(["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", "unused"])
     stages = [build_stage(arguments) for arguments in recipe.stages]
     problems = load_problems(str(tiny_dataset), "train")
@@ -96,8 +96,8 @@ def test_the_answer_stage_is_trained_on_the_gold_rendering(tiny_dataset):
     assert rows[0]["rationale"] == "Solution: " + problems[0]["solution"]
 
 
-def test_the_validation_loss_is_the_mean_over_all_target_tokens(tiny_run, tiny_dataset):
-    """In whatever batches they come; against the model's own loss of each problem alone."""
+def test_validation_loss_is_the_mean_over_all_target_tokens(tiny_run, tiny_dataset):
+    """Batches do not change it: the expected value is computed from the model's loss of each problem alone."""
     processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
     problems = load_problems(str(tiny_dataset), "val")
     log = json.loads((tiny_run / "rationale/train_results.json").read_text())["log_history"]
@@ -126,8 +126,8 @@ def is_being_written(checkpoint):
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, tmp_path):
-    """Three kills in each stage, one of them inside the writing of a checkpoint; then the same command to its end."""
+def test_resumes_after_sigkill_to_the_same_weights(tiny_run, tiny_dataset, tmp_path):
+    """Three kills in each stage, one while a checkpoint is written; then the same command runs to its end."""
     folder = tmp_path / "killed"
     seeded = random.Random(7)
     command = [sys.executable, "train.py", "--config", TINY_RECIPE, "--dataset", tiny_dataset, "--output_dir", folder]
@@ -150,7 +150,7 @@ def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, 
     for stage in STAGES:
         early, *written, late = (folder / stage / f"checkpoint-{n}" for n in (seeded.choice((4, 8)), 12, 16, 20))
         kill_at(is_whole(early))
-        # The writing takes milliseconds: a kill that comes too late is tried again at the next checkpoint.
+        # Because writing takes milliseconds, a kill that comes too late is repeated at the next checkpoint.
         assert any(is_cut_off_by_a_kill(checkpoint) for checkpoint in written)
         kill_at(is_whole(late, seconds_later=seeded.uniform(0, 0.3)))
     train(tiny_dataset, folder)
@@ -165,10 +165,10 @@ def test_sigkill_at_any_moment_ends_in_the_same_weights(tiny_run, tiny_dataset, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path, strategy):
-    """The same 16 problems a step (unequal targets, accumulation) on one process and on two: the same losses."""
+def test_two_processes_train_like_one(tiny_dataset, tmp_path, strategy):
+    """With the same 16 problems a step (unequal targets, accumulation), one and two processes have the same losses."""
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
-    recipe["text_config"]["dropout_rate"] = 0.0  # each process draws its own
+    recipe["text_config"]["dropout_rate"] = 0.0  # because each process draws its own mask
     recipe.update(max_steps=4, save_steps=1, eval_steps=4, gradient_accumulation_steps=2, dataset=str(tiny_dataset))
     recipe.update(train_sampling_strategy=strategy)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -197,9 +197,7 @@ def test_two_processes_do_the_work_of_one(tiny_dataset, tmp_path, strategy):
         assert (answer / "model.safetensors").read_bytes() == finished
 
 
-def test_a_call_that_is_killed_while_a_stage_writes_goes_on_with_its_batch(
-    tiny_run, tiny_dataset, tmp_path, monkeypatch
-):
+def test_resumes_predictions_at_the_killed_batch(tiny_run, tiny_dataset, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     shutil.rmtree(run / "hub")
@@ -207,13 +205,13 @@ def test_a_call_that_is_killed_while_a_stage_writes_goes_on_with_its_batch(
     command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(run)]
     written, write = [], Journal.write
 
-    def once(journal, of, ids, columns):
+    def interrupt_second_write(journal, of, ids, columns):
         if written:
             raise KeyboardInterrupt
         written.append((of, ids))
         write(journal, of, ids, columns)
 
-    monkeypatch.setattr(Journal, "write", once)
+    monkeypatch.setattr(Journal, "write", interrupt_second_write)
     with pytest.raises(SystemExit, match="130"):
         main(command)
     monkeypatch.setattr(Journal, "write", lambda journal, *batch: (written.append(batch[:2]), write(journal, *batch)))
@@ -225,8 +223,8 @@ def test_a_call_that_is_killed_while_a_stage_writes_goes_on_with_its_batch(
 
 
 @pytest.mark.parametrize("has_written", [True, False])
-def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_path, monkeypatch, has_written):
-    """And with them the stages that read it; also where a call was killed between the two files that it writes."""
+def test_predicts_again_after_weights_change(tiny_run, tiny_dataset, tmp_path, monkeypatch, has_written):
+    """The stages that read these columns also predict again, even after a kill between the two files of a stage."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     file = run / "rationale" / "model.safetensors"
@@ -238,20 +236,20 @@ def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_
     command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(run)]
     written = []
 
-    def once(path, data):
+    def interrupt_second_write(path, data):
         if written:
             raise KeyboardInterrupt
         written.append(path)
         write_json(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr("mmcot.storage.predictions.write_json", once)
+        patch.setattr("mmcot.storage.predictions.write_json", interrupt_second_write)
         main(command)
     main(command)
     before, after = (json.loads((folder / "predictions/test.json").read_text()) for folder in (tiny_run, run))
     predict([str(run), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "p.json")])
-    anew = json.loads((tmp_path / "p.json").read_text())
-    for name, columns in anew.items():
+    expected = json.loads((tmp_path / "p.json").read_text())
+    for name, columns in expected.items():
         assert after[name]["rationale"] == columns["rationale"]
         assert after[name]["scores"] == pytest.approx(columns["scores"], abs=1e-5)
     assert any(before[name]["scores"] != pytest.approx(after[name]["scores"], abs=1e-4) for name in before)
@@ -259,35 +257,35 @@ def test_stages_write_anew_what_other_weights_wrote(tiny_run, tiny_dataset, tmp_
     assert scores["weights"] == {name: stage_weights(run, name) for name in STAGES}
 
 
-def test_an_unfinished_checkpoint_folder_without_weights_is_named(tiny_run, tmp_path):
+def test_prediction_refuses_folder_without_weights(tiny_run, tmp_path):
     folder = tmp_path / "hub"
     shutil.copytree(tiny_run / "hub", folder)
     (folder / "model.safetensors").unlink()
     command = [str(folder), "--dataset", "demo", "--output", str(tmp_path / "p.json")]
-    refused_at_once(lambda: predict(command), "model.safetensors", str(folder))
+    assert_refused(lambda: predict(command), "model.safetensors", str(folder))
 
 
-def test_a_run_folder_of_another_recipe_is_left_alone(tiny_run, tiny_dataset):
+def test_refuses_run_folder_of_another_recipe(tiny_run, tiny_dataset):
     before = (tiny_run / "recipe.yaml").read_bytes()
     command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tiny_run)]
     words = (str(tiny_run), "another recipe", "learning_rate", "0.001", "0.5")
-    refused_at_once(lambda: main([*command, "--learning_rate", "0.5"]), *words)
+    assert_refused(lambda: main([*command, "--learning_rate", "0.5"]), *words)
     assert (tiny_run / "recipe.yaml").read_bytes() == before
 
 
-def test_a_bad_picture_is_found_before_training(tiny_dataset, tmp_path):
+def test_refuses_damaged_picture_before_training(tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset.parent, tmp_path / "data")
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
     row = next(row for row in reversed(rows) if row["images"] and row["split"] == "test")
     picture = tmp_path / "data" / row["images"][0]
     picture.write_bytes(picture.read_bytes()[:300])
     command = ["--config", str(TINY_RECIPE), "--dataset", str(tmp_path / "data" / "problems.jsonl")]
-    refused_at_once(lambda: main([*command, "--output_dir", str(tmp_path / "run")]), row["id"], str(picture))
+    assert_refused(lambda: main([*command, "--output_dir", str(tmp_path / "run")]), row["id"], str(picture))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_without_pictures_asks_nothing_of_them(tmp_path):
-    """Neither that they are there nor how many they are."""
+def test_run_without_pictures_does_not_read_them(tmp_path):
+    """Picture files may be absent, and a problem may have more than one."""
     row = {"question": "Which?", "choices": ["a", "b"], "answer": 0, "solution": "It is a.", "images": ["gone"] * 2}
     rows = [{**row, "question": f"Which {split}?", "split": split} for split in ("train", "val", "test")]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -301,17 +299,18 @@ def test_a_run_without_pictures_asks_nothing_of_them(tmp_path):
     ]
     prepared = prepare(parse_recipe(["--config", str(TINY_RECIPE), *options]))
     assert prepared.pictures is None and prepared.processor.image_processor is None
-    assert len(prepared.problems["train"][0]["images"]) == 2  # which the class of problems with pictures is told by
+    # The column stays, because scores group problems by whether they have pictures.
+    assert len(prepared.problems["train"][0]["images"]) == 2
 
 
-def test_a_dataset_without_rationales_names_the_ways_out(tiny_dataset, tmp_path):
+def test_error_for_missing_rationales_names_the_alternatives(tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset.parent, tmp_path / "data")
     file = tmp_path / "data" / "problems.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "solution": ""}) + "\n" for row in rows))
     command = ["--config", str(TINY_RECIPE), "--dataset", str(file), "--output_dir", str(tmp_path / "run")]
     words = ("'rationale'", "solution", "configs/demo/one_stage.yaml", "--target_column rationale=FILE.json")
-    refused_at_once(lambda: main(command), str(file), *words)
+    assert_refused(lambda: main(command), str(file), *words)
     texts = tmp_path / "rationales.json"
     texts.write_text(json.dumps({row["id"]: f"Because of {row['id']}." for row in rows}))
     train(file, tmp_path / "run", "--target_column", f"rationale={texts}", "--max_steps", "1")
@@ -319,8 +318,8 @@ def test_a_dataset_without_rationales_names_the_ways_out(tiny_dataset, tmp_path)
 
 
 @pytest.mark.slow
-def test_scienceqa_smoke(tmp_path):
-    """Real problems and pictures: predictions, falling losses, and pictures that matter."""
+def test_trains_smoke_recipe_on_scienceqa(tmp_path):
+    """On real problems and pictures, every problem is predicted, losses fall, and pictures change predictions."""
     dataset = shared("scienceqa")
     shared("t5_tokenizer")
     run = tmp_path / "smoke"
