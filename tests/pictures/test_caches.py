@@ -1,4 +1,4 @@
-"""What is kept on disk is computed again where code, a library or the kept file itself changed, and not otherwise."""
+"""Cached data is computed again when code, a library or the cached file changes, and only then."""
 
 import importlib.metadata
 import inspect
@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
-from prediction.test_examples import made, own_cache, problems, processor, tokens  # noqa: F401
+from prediction.test_examples import own_cache, problems, processor, tokens  # noqa: F401
 
 from mmcot.pictures import feature_store
 from mmcot.pictures import featurizer as features
@@ -20,7 +20,7 @@ from mmcot.problems import demo
 from mmcot.problems.sources import load_problems
 from modeling_mmcot import pictures_mmcot, processing_mmcot, vision_mmcot
 
-KINDS = {  # what is kept of a dataset of two problems, one of them with a picture
+KINDS = {  # cached data of a dataset of two problems, one of them with a picture
     "examples": lambda rows, tools: list(tokens(rows, tools)),
     "pixels": lambda rows, tools: PixelStore(rows, tools.image_processor).batch(list(rows))["pixel_values"].tolist(),
     "features": lambda rows, tools: (
@@ -32,18 +32,18 @@ KINDS = {  # what is kept of a dataset of two problems, one of them with a pictu
 MADE_BY = {"examples": processing_mmcot, "pixels": pictures_mmcot, "features": vision_mmcot}
 
 
-def others(folder, kind):
-    """How many things are kept of a kind, by their keys."""
+def count_cached(folder, kind):
+    """Count the cache entries of a kind."""
     return len([place for place in (folder / "mmcot" / kind).iterdir() if place.suffix != ".lock"])
 
 
 def edit_code(monkeypatch, edited):
-    """As if a module's file were another one."""
+    """Simulate an edit of a module's source file."""
     getsource = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda part: getsource(part) + ("# edited" if part is edited else ""))
 
 
-def test_features_are_computed_again_when_the_code_that_prepares_pictures_changes(tmp_path, monkeypatch):
+def test_recomputes_features_when_preprocessing_code_changes(tmp_path, monkeypatch):
     rows, tools = problems(tmp_path), processor()
     before = KINDS["features"](rows, tools)
     prepare = features.picture_pixels
@@ -55,30 +55,30 @@ def test_features_are_computed_again_when_the_code_that_prepares_pictures_change
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_code_makes_anew_and_the_same_code_does_not(tmp_path, own_cache, monkeypatch, kind):  # noqa: F811
+def test_recomputes_only_when_code_changes(tmp_path, own_cache, monkeypatch, kind):  # noqa: F811
     rows, tools = problems(tmp_path), processor()
     KINDS[kind](rows, tools)
     KINDS[kind](rows, tools)
-    assert others(own_cache, kind) == 1
+    assert count_cached(own_cache, kind) == 1
     edit_code(monkeypatch, MADE_BY[kind])
     KINDS[kind](rows, tools)
-    assert others(own_cache, kind) == 2
+    assert count_cached(own_cache, kind) == 2
 
 
 @pytest.mark.parametrize(
     ("kind", "library"),
     [("examples", "tokenizers"), ("pixels", "pillow"), ("features", "torch"), ("features", "transformers")],
 )
-def test_another_version_of_a_library_makes_anew(tmp_path, own_cache, monkeypatch, kind, library):  # noqa: F811
+def test_recomputes_for_another_library_version(tmp_path, own_cache, monkeypatch, kind, library):  # noqa: F811
     rows, tools = problems(tmp_path), processor()
     KINDS[kind](rows, tools)
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == library else version(name))
     KINDS[kind](rows, tools)
-    assert others(own_cache, kind) == 2
+    assert count_cached(own_cache, kind) == 2
 
 
-def cut(file, where):
+def truncate(file, where):
     whole = file.read_bytes()
     file.write_bytes(whole[: {"in the middle": len(whole) // 2, "at its end": len(whole) - 2, "to nothing": 0}[where]])
 
@@ -95,15 +95,15 @@ def cut(file, where):
         ("features", "manifest.json"),
     ],
 )
-def test_a_file_that_was_cut_is_made_again(tmp_path, own_cache, caplog, kind, name, where):  # noqa: F811
+def test_recomputes_truncated_cache_file(tmp_path, own_cache, caplog, kind, name, where):  # noqa: F811
     rows, tools = problems(tmp_path), processor()
     expected = KINDS[kind](rows, tools)
     (file,) = (own_cache / "mmcot" / kind).rglob(name)
     whole = file.read_bytes()
-    cut(file, where)
+    truncate(file, where)
     with caplog.at_level(logging.WARNING):
         assert KINDS[kind](rows, tools) == expected
-        # A last line of keys that was cut off is that of a batch that was killed: it is computed again without a word.
+        # A kill may leave an incomplete last line of keys, so that its batch is computed again without a warning.
         assert name == "rows.jsonl" or str(own_cache) in caplog.text
         caplog.clear()
         assert KINDS[kind](rows, tools) == expected and not caplog.records
@@ -111,7 +111,7 @@ def test_a_file_that_was_cut_is_made_again(tmp_path, own_cache, caplog, kind, na
     assert len(again.read_bytes()) == len(whole)
 
 
-def test_rows_that_a_cut_between_two_batches_leaves_out_are_missed(tmp_path, own_cache, monkeypatch, caplog):  # noqa: F811
+def test_recomputes_cache_truncated_between_two_batches(tmp_path, own_cache, monkeypatch, caplog):  # noqa: F811
     monkeypatch.setattr("datasets.config.DEFAULT_MAX_BATCH_SIZE", 1)
     row = {
         "question": "Which color is it?",
@@ -126,7 +126,7 @@ def test_rows_that_a_cut_between_two_batches_leaves_out_are_missed(tmp_path, own
     expected = KINDS["examples"](rows, tools)
     (kept,) = (own_cache / "mmcot" / "examples").glob("*.arrow")
     whole = kept.read_bytes()
-    for length in range(0, len(whole) - 8, 8):  # the first cut after which fewer rows are read without an error
+    for length in range(0, len(whole) - 8, 8):  # the first length at which fewer rows load without an error
         if whole[length : length + 4] != b"\xff\xff\xff\xff":
             continue
         kept.write_bytes(whole[:length])
@@ -138,7 +138,7 @@ def test_rows_that_a_cut_between_two_batches_leaves_out_are_missed(tmp_path, own
     assert KINDS["examples"](rows, tools) == expected and "of 2500 rows" in caplog.text
 
 
-def test_a_demonstration_that_was_cut_is_drawn_again(own_cache, monkeypatch, caplog):  # noqa: F811
+def test_regenerates_truncated_demonstration(own_cache, monkeypatch, caplog):  # noqa: F811
     drawn = [{**row, "split": "test"} for row in load_problems("demo", "val").select(range(3))]
     calls = []
 
@@ -150,11 +150,11 @@ def test_a_demonstration_that_was_cut_is_drawn_again(own_cache, monkeypatch, cap
     monkeypatch.setattr(demo, "generate", generate)
     expected = list(load_problems("demo", "test"))
     (file,) = (file for file in own_cache.rglob("*.arrow") if file.stat().st_size < 100_000)
-    cut(file, "in the middle")
+    truncate(file, "in the middle")
     assert list(load_problems("demo", "test")) == expected and len(calls) == 2 and "computed again" in caplog.text
 
 
-def test_a_broken_picture_is_no_damaged_cache(tmp_path, own_cache, caplog):  # noqa: F811
+def test_damaged_picture_is_not_reported_as_damaged_cache(tmp_path, own_cache, caplog):  # noqa: F811
     rows, tools = problems(tmp_path), processor()
     (tmp_path / "red.png").write_bytes(b"no picture")
     for _ in range(2):
@@ -163,7 +163,7 @@ def test_a_broken_picture_is_no_damaged_cache(tmp_path, own_cache, caplog):  # n
     assert "computed again" not in caplog.text
 
 
-def test_a_store_that_other_code_computed_is_told_and_left_as_it_is(tmp_path, vit, monkeypatch, caplog):
+def test_warns_about_store_of_other_code_and_keeps_its_rows(tmp_path, vit, monkeypatch, caplog):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "blue.png")
     row = {"question": "?", "choices": ["a", "b"], "answer": 0, "split": "train"}

@@ -1,4 +1,4 @@
-"""Captions: any image-text-to-text checkpoint, a whole dataset, a kill in between, recipes and the pipeline."""
+"""Captions: from image-text-to-text checkpoints, over datasets with resuming, in recipes and in the pipeline."""
 
 import json
 
@@ -54,7 +54,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
-    """A captioner with random weights, large enough to say unlike things of unlike pictures."""
+    """A captioner with random weights, large enough to write different captions for different pictures."""
     folder = tmp_path_factory.mktemp("captioners") / "blip"
     text = {"vocab_size": len(WORDS), **SMALL, **SPECIAL, "encoder_hidden_size": 16, "projection_dim": 8}
     torch.manual_seed(1)
@@ -71,7 +71,7 @@ PICTURES = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")] + [
 ]
 
 
-def test_a_caption_is_what_the_model_generates(blip):
+def test_captions_match_generate(blip):
     captioner = Captioner(str(blip))
     model, processor = BlipForConditionalGeneration.from_pretrained(blip).eval(), BlipProcessor.from_pretrained(blip)
     for picture, caption in zip(PICTURES, captioner(PICTURES), strict=True):
@@ -79,20 +79,20 @@ def test_a_caption_is_what_the_model_generates(blip):
         assert caption == processor.decode(expected[0], skip_special_tokens=True) != ""
 
 
-def test_a_prompt_is_given_to_the_model(blip):
+def test_passes_prompt_to_the_model(blip):
     captions = Captioner(str(blip), prompt="a picture of")(PICTURES)
-    assert all(caption.startswith("a picture of") for caption in captions), "a BLIP goes on with its prompt"
+    assert all(caption.startswith("a picture of") for caption in captions), "a BLIP continues its prompt"
     assert captions != Captioner(str(blip))(PICTURES)
 
 
-def test_the_authors_captioner_and_prompt_are_a_preset():
+def test_instructblip_preset_matches_the_authors_settings():
     preset = CAPTIONERS["instructblip"]
     assert (preset.checkpoint, preset.prompt) == ("Salesforce/instructblip-vicuna-7b", "Write a detailed description.")
-    assert preset.generation["num_beams"] == 5, "LAVIS's own default, with which the authors ran it"
+    assert preset.generation["num_beams"] == 5, "the default of LAVIS, which the authors used"
 
 
-def test_a_model_of_an_encoder_and_a_decoder_captions_too(tmp_path):
-    """It has no processor, but an image processor and a tokenizer."""
+def test_captions_with_a_vision_encoder_decoder_model(tmp_path):
+    """Such a checkpoint has an image processor and a tokenizer, but no processor."""
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         ViTConfig(**VISION), BertConfig(vocab_size=len(WORDS), **SMALL, is_decoder=True, add_cross_attention=True)
     )
@@ -106,7 +106,7 @@ def test_a_model_of_an_encoder_and_a_decoder_captions_too(tmp_path):
     assert len(captions) == 3 and all(set(caption.split()) <= set(WORDS) for caption in captions) and any(captions)
 
 
-def test_a_chat_model_is_asked_by_its_template_and_its_question_is_no_part_of_the_caption(tmp_path):
+def test_chat_model_gets_its_template_and_caption_excludes_the_prompt(tmp_path):
     words = [
         "<pad>",
         "<s>",
@@ -133,7 +133,7 @@ def test_a_chat_model_is_asked_by_its_template_and_its_question_is_no_part_of_th
     model = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_id=4)
     ).eval()
-    special_ids = [0, 1, 3, 4]  # never written, so that random weights write words under any version
+    special_ids = [0, 1, 3, 4]  # suppressed, because random weights would write them in some versions
     model.generation_config.update(eos_token_id=2, pad_token_id=0, suppress_tokens=special_ids, min_new_tokens=2)
     model.save_pretrained(tmp_path)
     LlavaProcessor(
@@ -151,16 +151,16 @@ def test_a_chat_model_is_asked_by_its_template_and_its_question_is_no_part_of_th
     assert any(captioner(PICTURES))
 
 
-def test_a_checkpoint_that_writes_no_text_is_refused(tmp_path):
+def test_refuses_checkpoint_that_generates_no_text(tmp_path):
     ViTModel(ViTConfig(**VISION)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type 'vit', which does not generate text from pictures"):
         Captioner(str(tmp_path))
 
 
-# A dataset.
+# Captions of a dataset.
 
 
-def test_every_problem_with_a_picture_gets_its_caption(blip, tiny_dataset, tmp_path):
+def test_captions_every_problem_with_a_picture(blip, tiny_dataset, tmp_path):
     run_script("-m", "mmcot.features", tiny_dataset, "--captions", blip, "--output", tmp_path / "captions")
     written = read_json(tmp_path / "captions/captions.json")
     assert written["model"] == str(blip)
@@ -181,7 +181,7 @@ def write_captions(problems_file, blip, output, *options):
 
 @pytest.fixture
 def colors(tmp_path):
-    """Six problems of five pictures, the last two of one."""
+    """Six problems with five pictures; the last two share one."""
     for number in range(5):
         Image.effect_noise((30, 30), 20 * number + 5).convert("RGB").save(tmp_path / f"{number}.png")
     rows = [{"question": "?", "images": [f"{min(number, 4)}.png"], "split": "test"} for number in range(6)]
@@ -189,10 +189,10 @@ def colors(tmp_path):
     return tmp_path / "p.jsonl"
 
 
-def test_what_a_kill_left_is_gone_on_with(colors, blip, tmp_path, monkeypatch):
+def test_resumes_after_a_kill(colors, blip, tmp_path, monkeypatch):
     write_captions(colors, blip, tmp_path / "whole", "--batch_size", "2")
     log = (tmp_path / "whole/captions.jsonl").read_text()
-    assert log.count("\n") == 1 + 5, "a line that says by what, and one a picture"
+    assert log.count("\n") == 1 + 5, "one line for the settings, and one for each picture"
     captioned = []
     original = Captioner.__call__
     monkeypatch.setattr(Captioner, "__call__", lambda self, batch: captioned.extend(batch) or original(self, batch))
@@ -206,7 +206,7 @@ def test_what_a_kill_left_is_gone_on_with(colors, blip, tmp_path, monkeypatch):
         assert len(captioned) == 6 - max(kept, 1)
 
 
-def test_captions_of_several_splits_stand_together(tiny_dataset, blip, tmp_path):
+def test_adds_captions_of_another_split(tiny_dataset, blip, tmp_path):
     for split in ("val", "test"):
         write_captions(tiny_dataset, blip, tmp_path / "out", "--splits", split)
     write_captions(tiny_dataset, blip, tmp_path / "both", "--splits", "val", "test")
@@ -214,7 +214,7 @@ def test_captions_of_several_splits_stand_together(tiny_dataset, blip, tmp_path)
     assert read_json(tmp_path / "out/captions.json")["captions"] == together
 
 
-def test_captions_of_another_origin_are_not_written_over(colors, blip, tmp_path):
+def test_refuses_to_overwrite_captions_of_another_origin(colors, blip, tmp_path):
     (tmp_path / "out").mkdir()
     for name, content in (("captions.json", '{"captions": {"1": "theirs"}}'), ("captions.jsonl", '{"1": "theirs"}')):
         file = tmp_path / "out" / name
@@ -225,13 +225,13 @@ def test_captions_of_another_origin_are_not_written_over(colors, blip, tmp_path)
         file.unlink()
 
 
-def test_captions_of_another_model_are_not_mixed(colors, blip, tmp_path):
+def test_refuses_to_mix_captions_of_other_settings(colors, blip, tmp_path):
     write_captions(colors, blip, tmp_path / "out")
     with pytest.raises(SystemExit, match="contains captions of .*'prompt': ''.*not of .*'a picture of'"):
         write_captions(colors, blip, tmp_path / "out", "--prompt", "a picture of")
 
 
-def test_a_picture_that_cannot_be_decoded_is_named_and_the_others_are_captioned(colors, blip, tmp_path):
+def test_skips_and_names_undecodable_picture(colors, blip, tmp_path):
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[:200])
     with pytest.raises(SystemExit, match="(?s)2.png .*1 pictures were left out"):
@@ -242,7 +242,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_the_others_are_captioned(
         join_captions(load_problems(str(colors), "test"), str(tmp_path / "out/captions.json"))
 
 
-def test_a_recipe_that_reads_captions_is_given_them(tiny_dataset, blip, tmp_path, monkeypatch):
+def test_recipe_reads_captions(tiny_dataset, blip, tmp_path, monkeypatch):
     from conftest import TINY_RECIPE
 
     write_captions(tiny_dataset, blip, tmp_path / "captions")
@@ -262,7 +262,7 @@ def test_a_recipe_that_reads_captions_is_given_them(tiny_dataset, blip, tmp_path
 # The pipeline.
 
 
-def test_the_pipeline_captions_a_picture_that_comes_without_a_caption(blip, tmp_path):
+def test_pipeline_captions_pictures_without_a_caption(blip, tmp_path):
     columns = ["question", "context", "choices", "caption", "images"]
     stage = Stage("answer", columns, "answer_text", **PAPER_TEMPLATES["QCM-A"])
     words = tokenizer(tmp_path / "words")
@@ -278,7 +278,7 @@ def test_the_pipeline_captions_a_picture_that_comes_without_a_caption(blip, tmp_
     (caption,) = Captioner(str(blip))([problem["image"]])
     assert captioned(problem) == plain({**problem, "caption": caption}) != plain(problem)
     own = {**problem, "caption": "a red square"}
-    assert captioned(own) == plain(own), "a caption that is there is kept"
+    assert captioned(own) == plain(own), "a given caption is kept"
     without = {**problem, "image": None}
     assert captioned(without) == plain(without)
     with pytest.raises(ValueError, match="`image` of a problem contains 2 pictures; this model accepts at most 1"):

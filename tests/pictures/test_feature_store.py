@@ -1,4 +1,4 @@
-"""The feature store: what is read of it, what a kill leaves, what does not fit and is refused."""
+"""The feature store: reading, recovery after a kill, refusal of damaged or mismatched stores."""
 
 import json
 
@@ -16,7 +16,7 @@ from mmcot.problems.sources import load_problems
 from modeling_mmcot.vision_mmcot import load_vision_tower
 
 
-def test_a_problem_without_picture_and_one_with_several_are_masked(tmp_path, vit):
+def test_masks_absent_pictures_in_a_batch(tmp_path, vit):
     for color in ("red", "blue"):
         Image.new("RGB", (9, 9), color).save(tmp_path / f"{color}.png")
     rows = [{"question": "?", "images": names} for names in ([], ["red.png", "blue.png"], ["blue.png"])]
@@ -31,8 +31,8 @@ def test_a_problem_without_picture_and_one_with_several_are_masked(tmp_path, vit
 
 
 @pytest.mark.parametrize("cut", [1, 100, 2000])
-def test_what_a_kill_leaves_behind_a_whole_batch_is_dropped(cut, detr, all_problems, store, tmp_path):
-    """At any moment: rows that are written in part, rows without their keys, keys that are written in part."""
+def test_drops_incomplete_batch_after_a_kill(cut, detr, all_problems, store, tmp_path):
+    """A kill may leave an incomplete row, rows without keys, or an incomplete line of keys."""
     whole = content(store)
     keys = whole["rows.jsonl"].splitlines(keepends=True)
     for rows, last_key in (
@@ -52,7 +52,7 @@ def test_what_a_kill_leaves_behind_a_whole_batch_is_dropped(cut, detr, all_probl
         assert content(folder) == whole
 
 
-def edit(folder, tmp_path, name, change):
+def copy_with_edit(folder, tmp_path, name, change):
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in folder.iterdir():
@@ -61,59 +61,61 @@ def edit(folder, tmp_path, name, change):
     return copy
 
 
-def test_a_truncated_file_is_refused_with_both_sizes(store, tmp_path):
-    copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
+def test_refuses_truncated_file_with_both_sizes(store, tmp_path):
+    copy = copy_with_edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
     size = (store / "rows.bin").stat().st_size
     with pytest.raises(ValueError, match=f"rows.bin has {size - 1} bytes; .* are {size}"):
         FeatureStore(copy)
 
 
-def test_a_store_with_a_truncated_file_is_not_gone_on_with(store, detr, all_problems, tmp_path):
-    copy = edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
+def test_refuses_to_extend_truncated_store(store, detr, all_problems, tmp_path):
+    copy = copy_with_edit(store, tmp_path, "rows.bin", lambda rows: rows[:-1])
     with pytest.raises(ValueError, match="The file is truncated: remove"):
         compute_features(all_problems, copy, TowerOptions(str(detr)), FeatureOptions(dtype="float32"))
 
 
-def test_an_edited_manifest_is_refused(store, tmp_path):
-    copy = edit(store, tmp_path, "manifest.json", lambda text: text.replace(b'"checkpoint"', b'"paper"'))
+def test_refuses_edited_manifest(store, tmp_path):
+    copy = copy_with_edit(store, tmp_path, "manifest.json", lambda text: text.replace(b'"checkpoint"', b'"paper"'))
     with pytest.raises(ValueError, match="manifest.json was edited"):
         FeatureStore(copy)
 
 
-def test_a_folder_without_manifest_is_no_store(store, tmp_path):
-    copy = edit(store, tmp_path, "manifest.json", lambda text: text)
+def test_refuses_folder_without_manifest(store, tmp_path):
+    copy = copy_with_edit(store, tmp_path, "manifest.json", lambda text: text)
     (copy / "manifest.json").unlink()
     with pytest.raises(ValueError, match="is not a feature store: it has no manifest.json"):
         FeatureStore(copy)
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_features_are_not_added_to_a_store(store, detr, vit, all_problems, tmp_path, finished):
-    copy = edit(store, tmp_path, "rows.jsonl", lambda lines: lines if finished else lines.splitlines(keepends=True)[0])
+def test_refuses_to_add_features_of_other_settings(store, detr, vit, all_problems, tmp_path, finished):
+    copy = copy_with_edit(
+        store, tmp_path, "rows.jsonl", lambda lines: lines if finished else lines.splitlines(keepends=True)[0]
+    )
     with pytest.raises(ValueError, match="features with other settings: dtype is 'float32' there, 'float16' here"):
         compute_features(all_problems, copy, TowerOptions(str(detr)), FeatureOptions(dtype="float16"))
     with pytest.raises(ValueError, match="features with other settings"):
         compute_features(all_problems, copy, TowerOptions(str(vit)), FeatureOptions(dtype="float32"))
 
 
-def test_one_process_at_a_time_writes_a_store(store, detr, all_problems):
+def test_refuses_second_writer(store, detr, all_problems):
     with FeatureWriter(store, {}), pytest.raises(ValueError, match="is being written by another process"):
         compute_features(all_problems, store, TowerOptions(str(detr)), FeatureOptions(dtype="float32"))
     assert compute_features(all_problems, store, TowerOptions(str(detr)), FeatureOptions(dtype="float32")) == []
 
 
-def model_of(detr, **fields):
+def build_model(detr, **fields):
     """A tiny model with the store's tower."""
     model = tiny_model(**{"vision_config": None, "vision_hidden_size": 24, "freeze_vision": True, **fields})
     model.attach_tower(load_vision_tower(str(detr)))
     return model
 
 
-def test_a_store_is_refused_by_a_model_that_differs_and_says_in_what(store, detr):
+def test_check_model_names_the_difference(store, detr):
     features, processor = FeatureStore(store), DetrImageProcessorPil.from_pretrained(detr)
-    features.check_model(model_of(detr), processor)
-    features.check_model(model_of(detr).to(torch.bfloat16), processor)
-    other_config, other_weights = model_of(detr), model_of(detr)
+    features.check_model(build_model(detr), processor)
+    features.check_model(build_model(detr).to(torch.bfloat16), processor)
+    other_config, other_weights = build_model(detr), build_model(detr)
     other_config.config.vision_config.num_queries = 6
     with torch.no_grad():
         other_weights.encoder.vision_tower.query_position_embeddings.weight[0, 0] += 1
@@ -132,9 +134,13 @@ def test_a_store_is_refused_by_a_model_that_differs_and_says_in_what(store, detr
         ),
         (other_config, processor, "vision_config.num_queries is 5 in the store, 6 in the model"),
         (other_weights, processor, "weights of the tower is"),
-        (model_of(detr, freeze_vision=False), processor, "features of a fixed tower, but this model trains its tower"),
         (
-            model_of(detr),
+            build_model(detr, freeze_vision=False),
+            processor,
+            "features of a fixed tower, but this model trains its tower",
+        ),
+        (
+            build_model(detr),
             DetrImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 128}),
             "image_processor.size is .*64.* in the store, .*32.* in the model",
         ),

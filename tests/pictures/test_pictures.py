@@ -1,4 +1,4 @@
-"""Pictures of every kind that users have: what becomes of them, by both ways in, within how much memory."""
+"""Pictures of every kind: read as RGB, alike in the pipeline and from a dataset, in bounded memory."""
 
 import contextlib
 import functools
@@ -31,8 +31,8 @@ from modeling_mmcot.pictures_mmcot import (
 from modeling_mmcot.vision_mmcot import TOWERS
 
 
-def by_both_ways(file):
-    """As the pipeline reads a path, and as training and prediction read a problem's picture."""
+def read_both_ways(file):
+    """Read a file as the pipeline and as training and prediction do, and check that the pictures are equal."""
     row = {"question": "What is it?", "images": [file.name]}
     (file.parent / "problems.jsonl").write_text(json.dumps(row))
     (problem,) = load_problems(f"test={file.parent / 'problems.jsonl'}", "test")
@@ -42,50 +42,50 @@ def by_both_ways(file):
     return from_path
 
 
-def test_transparency_is_dropped(tmp_path):
+def test_drops_transparency(tmp_path):
     picture = Image.new("RGBA", (8, 6), (10, 20, 30, 0))
     picture.save(tmp_path / "x.png")
-    assert by_both_ways(tmp_path / "x.png").getpixel((3, 3)) == (10, 20, 30)
+    assert read_both_ways(tmp_path / "x.png").getpixel((3, 3)) == (10, 20, 30)
 
 
 @pytest.mark.parametrize("transparent", [False, True])
-def test_a_palette_becomes_its_colors(tmp_path, transparent):
+def test_converts_palette_to_rgb(tmp_path, transparent):
     picture = Image.new("P", (8, 6), 1)
     picture.putpalette([0, 0, 0, 200, 100, 50])
     picture.save(tmp_path / "x.png", **({"transparency": 0} if transparent else {}))
-    assert by_both_ways(tmp_path / "x.png").getpixel((3, 3)) == (200, 100, 50)
+    assert read_both_ways(tmp_path / "x.png").getpixel((3, 3)) == (200, 100, 50)
 
 
-def test_16_bit_grey_is_scaled_and_not_cut_off_at_white(tmp_path):
+def test_scales_16_bit_grey(tmp_path):
     picture = Image.new("I;16", (3, 1))
     for column, value in enumerate((0, 32768, 65535)):
         picture.putpixel((column, 0), value)
     picture.save(tmp_path / "x.png")
-    assert [by_both_ways(tmp_path / "x.png").getpixel((n, 0))[0] for n in range(3)] == [0, 127, 255]
+    assert [read_both_ways(tmp_path / "x.png").getpixel((n, 0))[0] for n in range(3)] == [0, 127, 255]
 
 
-def test_cmyk_becomes_rgb(tmp_path):
+def test_converts_cmyk_to_rgb(tmp_path):
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "x.jpg", quality=100)
-    red, green, blue = by_both_ways(tmp_path / "x.jpg").getpixel((9, 9))
+    red, green, blue = read_both_ways(tmp_path / "x.jpg").getpixel((9, 9))
     assert red > 240 and green < 15 and blue < 15
 
 
-def test_a_picture_that_its_camera_turned_stands_upright(tmp_path):
+def test_applies_exif_orientation(tmp_path):
     picture = Image.new("RGB", (40, 20), "white")
     picture.paste("red", (0, 0, 20, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter: its first column is the upper row
+    exif[0x0112] = 6  # rotated by 90 degrees: the first column is the top row
     picture.save(tmp_path / "x.png", exif=exif)
-    upright = by_both_ways(tmp_path / "x.png")
+    upright = read_both_ways(tmp_path / "x.png")
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 5)) == (255, 0, 0) and upright.getpixel((10, 35)) == (255, 255, 255)
 
 
-def test_of_an_animation_the_first_frame(tmp_path):
+def test_reads_first_frame_of_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for name in ("x.gif", "x.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50, lossless=True)
-        assert by_both_ways(tmp_path / name).getpixel((3, 3)) == (255, 0, 0)
+        assert read_both_ways(tmp_path / name).getpixel((3, 3)) == (255, 0, 0)
 
 
 PROCESSORS = {
@@ -98,9 +98,9 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (20000, 30)])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_pictures_of_extreme_shapes_become_pixels_of_bounded_size(tmp_path, name, size):
+def test_bounds_pixels_of_extreme_shapes(tmp_path, name, size):
     Image.new("RGB", size, "red").save(tmp_path / "x.png")
-    pixels = build_image_processor(PROCESSORS[name])(by_both_ways(tmp_path / "x.png"), return_tensors="pt")
+    pixels = build_image_processor(PROCESSORS[name])(read_both_ways(tmp_path / "x.png"), return_tensors="pt")
     assert pixels["pixel_values"].shape[1] == 3 and 0 < pixels["pixel_values"].numel() <= 3 * MAX_PIXELS
 
 
@@ -119,16 +119,16 @@ print(problems[0][0].size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss -
 
 
 @pytest.mark.slow
-def test_60_megapixels_are_read_in_bounded_memory(tmp_path):
-    """Eight of them in one batch: what is kept of one is bounded before the next is decoded."""
+def test_reads_60_megapixels_in_bounded_memory(tmp_path):
+    """Each of the eight pictures in a batch is shrunk before the next is decoded."""
     Image.new("RGB", (10_000, 6_000), "red").save(tmp_path / "x.jpg")
     *size, mebibytes = run_script("-c", MEMORY_OF_A_BATCH, *[tmp_path / "x.jpg"] * 8).stdout.split()
     assert size == ["(5000,", "3000)"]
-    assert int(mebibytes) < 800, "8 x 43 MiB that are kept, and one decoded; eight whole ones are 1,373 MiB"
+    assert int(mebibytes) < 800, "8 x 43 MiB of shrunk pictures and one decoded; eight at full size are 1,373 MiB"
 
 
-def test_of_a_large_jpeg_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
-    """By both ways in; and it looks as when it is decoded whole and made smaller then."""
+def test_decodes_large_jpeg_at_reduced_size(tmp_path, monkeypatch):
+    """Both ways of reading do so, and the result looks like a full decode that is shrunk afterwards."""
     smooth = Image.linear_gradient("L").resize((6000, 4500))
     picture = Image.merge("RGB", (smooth, smooth, smooth.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
     picture.save(tmp_path / "x.jpg", quality=95)
@@ -136,13 +136,13 @@ def test_of_a_large_jpeg_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     decoded = []
     load = ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.size) or load(self))
-    shrunk = by_both_ways(tmp_path / "x.jpg")
+    shrunk = read_both_ways(tmp_path / "x.jpg")
     assert set(decoded) == {(3000, 2250)} and shrunk.size == whole.size == (3000, 2250)
     assert np.abs(np.asarray(shrunk, dtype=int) - np.asarray(whole)).max() <= 4
 
 
-def test_a_decompression_bomb_is_a_clear_error(tmp_path, monkeypatch):
-    """By Pillow's own limit, twice which it refuses; lowered here, so that the picture need not be that large."""
+def test_refuses_decompression_bomb(tmp_path, monkeypatch):
+    """Pillow refuses pictures above twice its limit, which is lowered here so that a small picture exceeds it."""
     file = tmp_path / "x.png"
     Image.new("RGB", (300, 300)).save(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
@@ -152,27 +152,27 @@ def test_a_decompression_bomb_is_a_clear_error(tmp_path, monkeypatch):
         read_pictures({"id": "1", "images": [{"bytes": None, "path": str(file)}]})
 
 
-def file_of(file_format, size=(24, 18), **options):
+def encode_noise(file_format, size=(24, 18), **options):
     file = io.BytesIO()
     Image.effect_noise(size, 90).convert("RGB").save(file, file_format, **options)
     return file.getvalue()
 
 
-# Pillow's decoder raises TypeError of the first, and its reader of EXIF SyntaxError of the second.
+# Pillow's decoder raises TypeError for the first, and its EXIF reader SyntaxError for the second.
 DAMAGED = [
-    file_of("TIFF").replace(b"\x11\x01\x04\x00\x01", b"\x11\x01\x07\x00\x01"),  # its rows' offset is one of bytes
-    file_of("PNG", exif=b"Exif\x00\x00no exif at all"),
+    encode_noise("TIFF").replace(b"\x11\x01\x04\x00\x01", b"\x11\x01\x07\x00\x01"),  # a strip offset of type bytes
+    encode_noise("PNG", exif=b"Exif\x00\x00no exif at all"),
 ]
 
 
 @pytest.mark.parametrize("content", DAMAGED, ids=["TypeError", "SyntaxError"])
-def test_what_pillows_decoders_raise_is_the_usual_message(content):
+def test_decoder_errors_get_the_usual_message(content):
     with pytest.raises(ValueError, match="picture given as bytes is not a complete image that Pillow can read"):
         as_pictures(content)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
-def test_what_is_no_whole_picture_is_named(tmp_path, content):
+def test_refuses_incomplete_picture(tmp_path, content):
     if content is None:
         file = io.BytesIO()
         Image.effect_noise((64, 64), 90).save(file, "PNG")
@@ -182,22 +182,22 @@ def test_what_is_no_whole_picture_is_named(tmp_path, content):
         as_pictures(str(tmp_path / "x.png"))
 
 
-def test_what_is_neither_picture_nor_path():
+def test_refuses_object_that_is_neither_picture_nor_path():
     with pytest.raises(FileNotFoundError, match="picture 'nowhere.png': there is no such file"):
         as_pictures("nowhere.png")
     long = "A" * 1_000_001
-    for surplus in (
+    for value in (
         *(long, "data:image/png;base64," + "?" * 1_000_001, f"http://127.0.0.1:1/{long}", f"http://{long}"),
         *(f"http://a b/{long}", {"bytes": b"x", "path": long}, [[long]]),
     ):
         with pytest.raises(ValueError, match="base64|complete image|cannot be downloaded|a picture must be") as error:
-            as_pictures(surplus)
-        assert len(str(error.value)) < 1000, "no message repeats a megabyte"
+            as_pictures(value)
+        assert len(str(error.value)) < 1000, "messages shorten long values"
     with pytest.raises(FileNotFoundError, match="aaa….*png': there is no such file"):
         as_pictures("a" * 900 + ".png")
 
 
-def test_every_kind_of_picture_is_the_same_picture(tmp_path, monkeypatch):
+def test_every_input_type_gives_the_same_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     picture = Image.effect_noise((50, 40), 80).convert("RGB")
     picture.save(tmp_path / "x.png")
@@ -213,7 +213,7 @@ def test_every_kind_of_picture_is_the_same_picture(tmp_path, monkeypatch):
             array.transpose(2, 0, 1),
             torch.tensor(array),
             torch.tensor(array).permute(2, 0, 1) / 255,
-            np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1],  # as OpenCV's users turn BGR
+            np.ascontiguousarray(array[:, :, ::-1])[:, :, ::-1],  # negative strides, as after OpenCV's BGR to RGB
             array.astype(np.uint16),
             array.astype(np.int64),
         ),
@@ -239,7 +239,7 @@ def test_every_kind_of_picture_is_the_same_picture(tmp_path, monkeypatch):
         (torch.ones(4, 5, dtype=torch.bool), "torch.bool"),
     ],
 )
-def test_an_array_that_is_no_picture_is_named(array, found):
+def test_refuses_array_that_is_no_picture(array, found):
     with pytest.raises(ValueError, match=f"a picture as an array .*found .*{found}"):
         as_pictures(array)
 
@@ -248,20 +248,20 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n0 0 moveto\nsh
 
 
 def test_a_postscript_file_never_reaches_ghostscript(tmp_path, monkeypatch):
-    """Whatever it is called, by both ways in."""
+    """Under any file name, in the pipeline and from a dataset."""
     (tmp_path / "x.png").write_bytes(POSTSCRIPT)
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     for kind in (tmp_path / "x.png", POSTSCRIPT, {"bytes": POSTSCRIPT, "path": "x.png"}):
         with pytest.raises(ValueError, match="not a complete image that Pillow can read"):
             as_pictures(kind)
     with Image.open(tmp_path / "x.png") as opened, pytest.raises(ValueError, match="in the format EPS"):
-        as_pictures(opened)  # as a server gives what was uploaded to it
+        as_pictures(opened)  # as a server passes an uploaded picture
     with pytest.raises(ValueError, match="not an image that Pillow can read"):
         read_pictures({"id": "1", "images": [{"bytes": None, "path": str(tmp_path / "x.png")}]})
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """The files of a folder, and redirects; /slow goes on for ever."""
+    """Serves the files of a folder, and redirects; the response to /slow never ends."""
 
     def do_GET(self):
         if self.path.startswith("/to="):
@@ -284,7 +284,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path):
-    """The address of a server, and the folder whose files it gives."""
+    """The address of a server, and the folder whose files it serves."""
     handler = functools.partial(Handler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
@@ -293,7 +293,7 @@ def served(tmp_path):
         server.shutdown()
 
 
-def test_a_damaged_picture_by_url_gets_the_usual_message(served):
+def test_reads_url_and_refuses_damaged_or_absent_picture(served):
     address, folder = served
     (folder / "damaged.png").write_bytes(b"no picture")
     Image.new("RGB", (30, 20), "red").save(folder / "red.png")
@@ -308,14 +308,14 @@ def test_a_damaged_picture_by_url_gets_the_usual_message(served):
 @pytest.mark.parametrize(
     "url", ["http://exa mple/x", "http://", "http://[::1", "http://\udcff/", "http://127.0.0.1:x/"]
 )
-def test_what_is_no_url_is_named(url):
+def test_refuses_invalid_url(url):
     with pytest.raises(ValueError, match="picture http://.* cannot be downloaded"):
         as_pictures(url)
 
 
 def test_a_download_is_bounded_in_size_and_time(served, monkeypatch):
     address, folder = served
-    (folder / "large.png").write_bytes(file_of("PNG", (300, 300)))
+    (folder / "large.png").write_bytes(encode_noise("PNG", (300, 300)))
     monkeypatch.setattr(pictures_mmcot, "MAX_DOWNLOAD", 1000)
     with pytest.raises(ValueError, match="large.png is larger than 1000 bytes"):
         as_pictures(f"{address}/large.png")
@@ -334,7 +334,7 @@ def test_a_redirect_does_not_lead_from_the_internet_into_the_own_network(served,
         as_pictures(f"{address}/to={address.replace('127.0.0.1', 'localhost')}/red.png")
 
 
-def test_which_addresses_are_public():
+def test_is_public_recognizes_private_addresses():
     for host in (
         "127.0.0.1",
         "localhost",
@@ -350,7 +350,7 @@ def test_which_addresses_are_public():
         assert pictures_mmcot.is_public(f"https://{host}/x.png"), host
 
 
-def test_rgb_of_usual_size_is_left_as_it_is():
+def test_keeps_rgb_of_ordinary_size_unchanged():
     picture = Image.effect_noise((90, 70), 80).convert("RGB")
     assert as_rgb(picture).tobytes() == picture.tobytes()
 
@@ -358,7 +358,7 @@ def test_rgb_of_usual_size_is_left_as_it_is():
 # Pixels.
 
 
-def test_an_image_processor_is_always_pillows_own():
+def test_converts_image_processor_to_pillow_backend():
     picture = Image.effect_noise((333, 222), 80).convert("RGB")
     for processor in (
         DetrImageProcessor(size={"shortest_edge": 50, "longest_edge": 99}),
@@ -375,7 +375,7 @@ def test_an_image_processor_is_always_pillows_own():
 
 @pytest.mark.parametrize("name", ["pipeline", "AutoModel", "BatchFeature", "set_seed", "ViTModel", None, "__name__"])
 def test_nothing_but_an_image_processor_is_called_by_a_models_file(name):
-    """`{"image_processor_type": "pipeline", "model": …, "trust_remote_code": true}` ran a second repository's code."""
+    """`{"image_processor_type": "pipeline", "model": …, "trust_remote_code": true}` ran another repository's code."""
     with pytest.raises(ValueError, match="expected an image processor of transformers"):
         build_image_processor({"image_processor_type": name, "task": "text-generation", "trust_remote_code": True})
 
@@ -384,24 +384,24 @@ def test_nothing_but_an_image_processor_is_called_by_a_models_file(name):
     "name", ["LayoutLMv2ImageProcessor", "LayoutLMv3ImageProcessorFast", "OneFormerImageProcessor"]
 )
 def test_an_image_processor_neither_starts_a_program_nor_reads_another_file(name):
-    """Tesseract's command line, and a file of a second repository, from a model's file."""
+    """Such settings of a model's file are Tesseract's command line and a file of another repository."""
     settings = {"tesseract_config": "-c debug_file=x", "repo_path": "evil/repo", "class_info_file": "x.json"}
     with pytest.raises(ValueError, match="starts no program and reads no other file"):
         build_image_processor({"image_processor_type": name, **settings})
 
 
 @pytest.mark.parametrize("settings", ["pipeline", ["pipeline"], {"image_processor_type": "TimmWrapperImageProcessor"}])
-def test_settings_of_an_image_processor_are_a_dict(settings):
+def test_refuses_image_processor_settings_that_are_no_dict(settings):
     with pytest.raises(ValueError, match="expected a dict"):
         build_image_processor(settings)
 
 
-def test_an_unknown_image_processor_is_named():
+def test_refuses_unknown_image_processor():
     with pytest.raises(ValueError, match="image_processor_type is 'NoProcessor'"):
         build_image_processor({"image_processor_type": "NoProcessor"})
 
 
-def test_pictures_of_unlike_sizes_and_numbers_become_one_batch():
+def test_stacks_pictures_of_different_sizes_and_numbers():
     first, second = torch.ones(3, 4, 6), torch.ones(3, 5, 2)
     batch = stack_pixels([[first, second], [], [second]])
     assert batch["pixel_values"].shape == (3, 2, 3, 5, 6) and batch["pixel_mask"].shape == (3, 2, 5, 6)

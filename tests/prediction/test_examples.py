@@ -1,4 +1,4 @@
-"""Tokens and pixels made once: found again while nothing changed, made anew where something did."""
+"""Tokens, pixels and features: computed once, and again only when the data or the settings change."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """A cache of this test's own, to see what comes into it."""
+    """An empty cache for each test, so that a test can list its files."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -52,8 +52,8 @@ def problems(folder, question="Which color is it?", color="red"):
     return load_problems(str(path), "train")
 
 
-def made(monkeypatch, owner, name):
-    """How often a function of a module or class is called from here on."""
+def record_calls(monkeypatch, owner, name):
+    """Return a list that grows by one item with each later call of a function of a module or class."""
     calls, function = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
     return calls
@@ -63,7 +63,7 @@ def tokens(rows, tools):
     return tokenized(rows, tools.stages[0], tools, with_targets=True)
 
 
-def test_examples_are_the_processors_tensors(tmp_path):
+def test_collated_examples_equal_processor_output(tmp_path):
     rows, tools = problems(tmp_path), processor()
     collate = StageCollator(tools, tools.stages[0], PixelStore(rows, tools.image_processor))
     batch = collate(list(tokens(rows, tools)))
@@ -73,12 +73,13 @@ def test_examples_are_the_processors_tensors(tmp_path):
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-def test_a_second_run_tokenizes_nothing_and_gets_the_same(tmp_path, own_cache, monkeypatch):
+def test_second_run_reads_tokens_from_cache(tmp_path, own_cache, monkeypatch):
     first = list(tokens(problems(tmp_path), processor()))
-    calls = made(monkeypatch, Stage, "render_source")
+    calls = record_calls(monkeypatch, Stage, "render_source")
     files = sorted(own_cache.rglob("*.arrow"))
     tools = processor()
-    tools.tokenizer(["red", "red blue"], padding=True, truncation=True, max_length=3)  # leaves its mark on it
+    # A call changes the tokenizer's state, which must not change the cache key.
+    tools.tokenizer(["red", "red blue"], padding=True, truncation=True, max_length=3)
     assert list(tokens(problems(tmp_path), tools)) == first
     assert not calls and sorted(own_cache.rglob("*.arrow")) == files
 
@@ -93,21 +94,21 @@ def test_a_second_run_tokenizes_nothing_and_gets_the_same(tmp_path, own_cache, m
     ],
     ids=["data", "template", "length", "tokenizer"],
 )
-def test_whatever_changes_tokens_makes_them_anew(tmp_path, data, tools):
+def test_tokenizes_again_when_data_or_settings_change(tmp_path, data, tools):
     first = tokens(problems(tmp_path), processor())
     changed = tokens(problems(tmp_path, **data), processor(**tools))
     assert list(changed.remove_columns("images")) != list(first.remove_columns("images"))
 
 
-def test_pixels_are_prepared_once_and_anew_for_another_picture_or_preparation(tmp_path, monkeypatch):
+def test_prepares_pixels_again_only_for_another_picture_or_processor(tmp_path, monkeypatch):
     rows, tools = problems(tmp_path), processor()
     first = PixelStore(rows, tools.image_processor).batch(list(rows))
     expected = tools.prepare_pictures([Image.open(tmp_path / "red.png"), None], 2)
     assert all(torch.equal(first[name], expected[name]) for name in expected)
-    calls = made(monkeypatch, pixel_store, "read_picture")
+    calls = record_calls(monkeypatch, pixel_store, "read_picture")
     again = PixelStore(rows, tools.image_processor).batch(list(rows))
     assert all(torch.equal(again[name], first[name]) for name in first)
-    assert len(calls) == 1  # to see how large one is
+    assert len(calls) == 1  # because one picture is prepared to estimate the size of the cache
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "red.png")  # the same name, another picture
     other = PixelStore(rows, tools.image_processor).batch(list(rows))
     assert not torch.equal(other["pixel_values"], first["pixel_values"])
@@ -115,7 +116,7 @@ def test_pixels_are_prepared_once_and_anew_for_another_picture_or_preparation(tm
     assert smaller.batch(list(rows))["pixel_values"].shape[-1] == 16
 
 
-def test_pixels_that_would_fill_the_disk_are_prepared_for_each_batch(tmp_path, own_cache, monkeypatch):
+def test_prepares_pixels_per_batch_above_the_cache_limit(tmp_path, own_cache, monkeypatch):
     rows, tools = problems(tmp_path), processor()
     kept = PixelStore(rows, tools.image_processor).batch(list(rows))
     monkeypatch.setattr("mmcot.pictures.pixel_store.MAX_CACHED_BYTES", 100)
@@ -125,11 +126,11 @@ def test_pixels_that_would_fill_the_disk_are_prepared_for_each_batch(tmp_path, o
     assert sorted(own_cache.rglob("*.arrow")) == files
 
 
-def test_a_fixed_towers_features_are_computed_once_and_anew_for_another_tower(tmp_path):
+def test_computes_features_again_only_for_another_tower(tmp_path):
     rows, tools = problems(tmp_path), processor()
     images = tools.prepare_pictures([Image.open(tmp_path / "red.png"), None], 2)
 
-    def seen_by(model):
+    def read_features(model):
         calls = []
         hook = model.encoder.vision_tower.register_forward_hook(lambda *_: calls.append(1))
         batch = vision_source(model, tools.image_processor, rows).batch(list(rows))
@@ -141,14 +142,14 @@ def test_a_fixed_towers_features_are_computed_once_and_anew_for_another_tower(tm
         return batch["vision_features"], len(calls)
 
     model = tiny_model(freeze_vision=True)
-    features, computed = seen_by(model)
-    again, computed_again = seen_by(tiny_model(freeze_vision=True))
+    features, computed = read_features(model)
+    again, computed_again = read_features(tiny_model(freeze_vision=True))
     assert torch.equal(again, features) and (computed, computed_again) == (1, 0)
-    other, computed = seen_by(tiny_model(seed=1, freeze_vision=True))
+    other, computed = read_features(tiny_model(seed=1, freeze_vision=True))
     assert not torch.allclose(other, features) and computed == 1
 
 
-def test_a_tower_that_is_trained_gets_pixels(tmp_path):
+def test_trained_tower_gets_pixels(tmp_path):
     rows, tools = problems(tmp_path), processor()
     assert isinstance(vision_source(tiny_model(), tools.image_processor, rows), PixelStore)
     assert vision_source(tiny_model(vision_config=None), tools.image_processor, rows) is None
