@@ -1,5 +1,5 @@
-"""The options of every command: one without effect, a path to nothing, a place that cannot be written to is an error of
-one line, before any work."""
+"""Every command refuses an option without effect, an absent path or an output that cannot be written, before any work
+and in one line."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from mmcot.storage.paths import check_output_file, check_output_folder, refuse_a
 sys.path.insert(0, str(REPOSITORY))
 import push_to_hub
 
-ON = {
+COMMANDS = {
     "predict": (predict.main, "RUN --dataset demo --output OUT"),
     "leak_check": (predict.main, "RUN --dataset demo --leak_check"),
     "probes": (probes.main, "RUN --dataset demo"),
@@ -36,9 +36,9 @@ ON = {
 }
 
 
-def said_by(command, more, folder, capsys):
-    """What a command says as it ends."""
-    main, words = ON[command]
+def read_error(command, more, folder, capsys):
+    """Run a command that must fail, and return its error message."""
+    main, words = COMMANDS[command]
     (folder / "RUN").mkdir(exist_ok=True)
     (folder / "ORIGINAL").mkdir(exist_ok=True)
     (folder / "FILE").write_text("{}")
@@ -67,14 +67,14 @@ def said_by(command, more, folder, capsys):
         *[("space", more) for more in ("--license mit", "--base_model x/y", "--merge", "--allow_unscored")],
     ],
 )
-def test_an_option_without_effect_is_an_error(command, more, tmp_path, capsys):
-    said = said_by(command, more, tmp_path, capsys)
-    assert "has no effect here: " in said
-    assert any(f"--{word.lstrip('-')} has no effect" in said for word in more.split() if word.startswith("--"))
+def test_refuses_option_without_effect(command, more, tmp_path, capsys):
+    message = read_error(command, more, tmp_path, capsys)
+    assert "has no effect here: " in message
+    assert any(f"--{word.lstrip('-')} has no effect" in message for word in more.split() if word.startswith("--"))
 
 
 @pytest.mark.parametrize(
-    ("command", "more", "said"),
+    ("command", "more", "message"),
     [
         ("predict", "--batch_size 0", "--batch_size is 0; expected 1 or more"),
         ("predict", "--num_workers -1", "--num_workers is -1; expected 0 or more"),
@@ -84,12 +84,12 @@ def test_an_option_without_effect_is_an_error(command, more, tmp_path, capsys):
         ("towers", "--num_workers -1", "--num_workers is -1; expected 0 or more"),
     ],
 )
-def test_a_number_that_is_too_small_is_named(command, more, said, tmp_path, capsys):
-    assert said in said_by(command, more, tmp_path, capsys)
+def test_refuses_number_that_is_too_small(command, more, message, tmp_path, capsys):
+    assert message in read_error(command, more, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("where", ["runs/nope", "./nope", "/nope/there", "a/b/c", "nope.json"])
-def test_a_path_to_nothing_is_said_to_be_absent(where, tmp_path, monkeypatch, capsys):
+def test_names_absent_path_in_every_command(where, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = [
         (predict.main, [where, "--dataset", "demo", "--output", "x.json"]),
@@ -99,7 +99,7 @@ def test_a_path_to_nothing_is_said_to_be_absent(where, tmp_path, monkeypatch, ca
         (push_to_hub.main, [where, "--repo_id", "ada/model", "--dry_run"]),
         (evaluate.main, ["--leaderboard", where]),
     ]
-    if where != "a/b/c":  # to the authors' files an id and a folder of that repository
+    if where != "a/b/c":  # for mmcot.convert, a Hub id and a folder of that repository
         commands.append((convert.main, [where, "x", "--vision", "vit"]))
     for name in ("model_name_or_path", "vision_model_name_or_path", "tokenizer_name_or_path"):
         values = yaml.safe_load(TINY_RECIPE.read_text())
@@ -111,42 +111,43 @@ def test_a_path_to_nothing_is_said_to_be_absent(where, tmp_path, monkeypatch, ca
     for main, arguments in commands:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
-        said = str(stopped.value.code)
-        assert where.removeprefix("./") in said and "no such" in said and "huggingface.co" not in said, (
+        message = str(stopped.value.code)
+        assert where.removeprefix("./") in message and "no such" in message and "huggingface.co" not in message, (
             main,
-            said,
+            message,
         )
 
 
-def test_an_id_of_the_hub_is_no_path(tmp_path, monkeypatch):
+def test_accepts_hub_ids_as_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("google/flan-t5-small", "gpt2", "detr"):
         refuse_absent_path(name, "a model")
 
 
-def test_what_cannot_be_written_is_found_before_the_work(tmp_path, capsys):
+def test_refuses_unwritable_output_before_work(tmp_path, capsys):
     (tmp_path / "OUT").mkdir()
-    assert "OUT is a folder; expected a file to write" in said_by("predict", "", tmp_path, capsys)
-    assert "OUT is a folder; expected a file to write" in said_by("evaluate", "--output OUT", tmp_path, capsys)
-    assert "OUT is a folder; expected a file to write" in said_by("probes", "--output OUT", tmp_path, capsys)
-    assert "OUT is a folder; expected a file to write" in said_by("submission", "", tmp_path, capsys)
+    assert "OUT is a folder; expected a file to write" in read_error("predict", "", tmp_path, capsys)
+    assert "OUT is a folder; expected a file to write" in read_error("evaluate", "--output OUT", tmp_path, capsys)
+    assert "OUT is a folder; expected a file to write" in read_error("probes", "--output OUT", tmp_path, capsys)
+    assert "OUT is a folder; expected a file to write" in read_error("submission", "", tmp_path, capsys)
     (tmp_path / "DIR").write_text("a file")
     for command in ("towers", "captions", "convert"):
-        assert "DIR is a file; expected a folder" in said_by(command, "", tmp_path, capsys)
-    assert "--report: " in said_by("evaluate", "--report DIR", tmp_path, capsys)
+        assert "DIR is a file; expected a folder" in read_error(command, "", tmp_path, capsys)
+    assert "--report: " in read_error("evaluate", "--report DIR", tmp_path, capsys)
     with pytest.raises(SystemExit, match="--output_dir: .*DIR is a file; expected a folder"):
         train.main(["--config", str(TINY_RECIPE), "--dataset", "demo", "--output_dir", str(tmp_path / "DIR/run")])
 
 
-def test_a_read_only_place_is_found_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))  # a root user may write anywhere
+def test_refuses_read_only_output_before_work(tmp_path, monkeypatch):
+    # Permissions do not work here, because root may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
     for check in (check_output_file, check_output_folder):
         with pytest.raises(ValueError, match=f"--output: {tmp_path} is read-only"):
             check(tmp_path / "new" / "place", "--output")
 
 
 @pytest.mark.parametrize("place", ["journal", "file"])
-def test_a_full_disk_ends_a_prediction_in_a_sentence_and_it_goes_on(
+def test_full_disk_ends_prediction_with_a_message_and_it_resumes(
     place, tiny_run, tiny_dataset, tmp_path, monkeypatch, capsys
 ):
     command = [str(tiny_run), "--dataset", str(tiny_dataset), "--output", str(tmp_path / "test.json"), "--limit", "5"]
@@ -166,7 +167,7 @@ def test_a_full_disk_ends_a_prediction_in_a_sentence_and_it_goes_on(
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "rationale/model.safetensors"])
-def test_weights_that_are_cut_end_a_command_in_a_sentence(file, tiny_run, tmp_path):
+def test_refuses_truncated_weights(file, tiny_run, tmp_path):
     shutil.copytree(tiny_run / "hub", tmp_path / "hub")
     (tmp_path / "hub" / file).write_bytes((tmp_path / "hub" / file).read_bytes()[:-100])
     with pytest.raises(SystemExit, match=f"{file} .*is damaged"):
@@ -174,12 +175,12 @@ def test_weights_that_are_cut_end_a_command_in_a_sentence(file, tiny_run, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["foo", "Apache-2.0", "cc-by-sa"])
-def test_a_licence_that_the_hub_does_not_know_is_refused(name):
+def test_refuses_licence_that_the_hub_does_not_list(name):
     with pytest.raises(ValueError, match=f"--license is '{name}', which is not a licence on the Hub's list"):
         check_license(name)
 
 
-def test_another_licence_has_a_name_and_a_link():
+def test_licence_other_requires_name_and_link():
     check_license("cc-by-nc-sa-4.0")
     check_license("other", "my-licence", "LICENSE")
     for given in [("other", None, None), ("other", "my-licence", None), ("mit", "my-licence", "x"), (None, "x", "x")]:
@@ -187,7 +188,7 @@ def test_another_licence_has_a_name_and_a_link():
             check_license(*given)
 
 
-def test_no_p_value_is_zero():
+def test_p_value_is_never_shown_as_zero():
     assert [p_value(p) for p in (None, 1.0, 0.0123, 0.00011, 9e-5, 0.0)] == [
         *("-", "1.0000", "0.0123", "0.0001", "<0.0001", "<0.0001")
     ]

@@ -1,4 +1,4 @@
-"""What a recipe can say, and what it can get wrong: found before anything is read or trained."""
+"""Recipes: their settings, and the errors that are found before data is read."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mmcot.recipes.recipe import claim_run_folder, config_path, parse_recipe, ru
 from modeling_mmcot import processing_mmcot
 
 SHIPPED = sorted(file for file in (REPOSITORY / "configs").glob("*/*.yaml") if file.parent.name != "accelerate")
-# The earlier names of the recipes of `configs/`, which their default run folders keep.
+# The earlier names of the recipes in `configs/`, which are still the names of their default run folders.
 EARLIER_NAMES = {
     "demo/two_stages": "demo",
     "demo/one_stage": "demo_one_stage",
@@ -38,14 +38,14 @@ def parse(tmp_path, change=None, *options):
 
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_recipe_parses(recipe):
-    parsed = parse_recipe(["--config", str(recipe), "--use_cpu", "true"])  # bfloat16 is refused where there is no GPU
+    parsed = parse_recipe(["--config", str(recipe), "--use_cpu", "true"])  # because bf16 is refused without a GPU
     assert parsed.stages[-1].writes == "answer_text"
     name = f"{recipe.parent.name}/{recipe.stem}"
     assert parsed.training_arguments.output_dir == f"runs/{EARLIER_NAMES.get(name, name.replace('/', '_'))}"
 
 
 @pytest.mark.parametrize(("name", "earlier_name"), EARLIER_NAMES.items())
-def test_an_earlier_name_still_finds_the_recipe(name, earlier_name, caplog, monkeypatch):
+def test_finds_recipe_by_its_earlier_name(name, earlier_name, caplog, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert config_path(["--config", f"configs/{name}.yaml"]) == f"configs/{name}.yaml" and not caplog.messages
     assert config_path(["--config", f"configs/{earlier_name}.yaml"]) == f"configs/{name}.yaml"
@@ -55,18 +55,18 @@ def test_an_earlier_name_still_finds_the_recipe(name, earlier_name, caplog, monk
     assert run_name(Path(f"{name}.yaml")) == earlier_name
 
 
-def test_a_recipe_of_ones_own_names_its_run_by_its_file(tmp_path):
+def test_names_run_folder_after_a_users_recipe_file(tmp_path):
     assert parse(tmp_path).training_arguments.output_dir == "runs/recipe"
 
 
-def test_the_command_line_wins_over_the_recipe(tmp_path):
+def test_command_line_overrides_recipe(tmp_path):
     recipe = parse(tmp_path, None, "--learning_rate", "2e-5", "--fusion", "other")
     assert recipe.training_arguments.learning_rate == 2e-5
     assert recipe.arguments.fusion == "other"
     assert recipe.values["learning_rate"] == 2e-5
 
 
-def test_nested_numbers_that_yaml_reads_as_texts_become_numbers(tmp_path):
+def test_converts_nested_numbers_that_yaml_reads_as_strings(tmp_path):
     recipe = parse(tmp_path, lambda r: r["stages"][0].update(learning_rate="1e-4", num_train_epochs="3"))
     assert recipe.stages[0].learning_rate == 1e-4 and recipe.stages[0].num_train_epochs == 3
 
@@ -112,33 +112,33 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content", ["", "- stages\n", "stages"])
-def test_a_recipe_is_a_mapping(tmp_path, content):
+def test_refuses_recipe_that_is_no_mapping(tmp_path, content):
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(ValueError, match="recipe.yaml: a recipe is a mapping; found"):
         parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
 
 
-def test_float16_is_warned_of_with_what_to_use_instead(tmp_path, caplog):
+def test_warns_about_fp16_and_recommends_bf16(tmp_path, caplog):
     parse(tmp_path, None, "--fp16", "true")
     assert "overflow float16" in caplog.text and "bf16" in caplog.text
 
 
-def test_gold_is_the_same_here_and_in_what_ships():
-    """What ships may not import `mmcot`, and problems know nothing of the model: the fact stands twice."""
+def test_gold_columns_are_equal_in_both_packages():
+    """They are defined twice, because `modeling_mmcot` may not import `mmcot`, and `mmcot.problems` no model."""
     assert problems.GOLD_COLUMNS == processing_mmcot.GOLD_COLUMNS
 
 
-def test_an_unknown_option_is_refused(tmp_path):
+def test_refuses_unknown_option(tmp_path):
     with pytest.raises(ValueError, match="the command line: unknown key 'learning_rat'"):
         parse(tmp_path, None, "--learning_rat", "1")
 
 
-def test_a_missing_recipe_is_named():
+def test_refuses_missing_recipe():
     with pytest.raises(ValueError, match="configs/nothing.yaml: no such file"):
         parse_recipe(["--config", "configs/nothing.yaml"])
 
 
-def test_a_folder_that_holds_something_else_is_not_taken(tmp_path):
+def test_refuses_folder_with_other_files(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and has no recipe.yaml"):
@@ -146,7 +146,7 @@ def test_a_folder_that_holds_something_else_is_not_taken(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-def test_where_and_how_a_run_is_run_may_change(tmp_path):
+def test_run_folder_accepts_other_runtime_settings_only(tmp_path):
     output = ("--output_dir", str(tmp_path / "run"))
     claim_run_folder(parse(tmp_path, None, *output))
     claim_run_folder(parse(tmp_path, None, *output, "--logging_steps", "7", "--dataloader_num_workers", "2"))
@@ -154,8 +154,8 @@ def test_where_and_how_a_run_is_run_may_change(tmp_path):
         claim_run_folder(parse(tmp_path, None, *output, "--seed", "9"))
 
 
-def test_a_recipe_without_pictures_is_one_override_away():
-    """And is what the recipe without pictures says."""
+def test_max_images_0_equals_the_recipe_without_pictures():
+    """`--max_images 0` gives the settings of `demo/no_vision`."""
     withheld = parse_recipe(["--config", str(REPOSITORY / "configs/demo/two_stages.yaml"), "--max_images", "0"])
     expected = parse_recipe(["--config", str(REPOSITORY / "configs/demo/no_vision.yaml")])
     assert withheld.stages == expected.stages
@@ -163,7 +163,7 @@ def test_a_recipe_without_pictures_is_one_override_away():
     assert withheld.values["max_images"] == 0 and withheld.values["vision_config"] is not None
 
 
-def test_of_an_edited_recipe_the_key_that_differs_is_named(tmp_path):
+def test_names_the_changed_keys_of_an_edited_recipe(tmp_path):
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
     file = tmp_path / "recipe.yaml"
     command = ["--config", str(file), "--dataset", "demo", "--output_dir", str(tmp_path / "run")]
@@ -181,7 +181,7 @@ def test_of_an_edited_recipe_the_key_that_differs_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"stages: [a, b", b"\tdataset: demo", b"dataset: caf\xe9"])
-def test_what_is_no_yaml_is_named(content, tmp_path):
+def test_refuses_invalid_yaml(content, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file}: expected a recipe in YAML; found "):
@@ -194,6 +194,6 @@ def test_what_is_no_yaml_is_named(content, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["per_device_train_batch_size", "per_device_eval_batch_size"])
-def test_a_batch_without_problems_is_refused(name):
+def test_refuses_batch_size_0(name):
     with pytest.raises(ValueError, match=f"{name} is 0; expected 1 or more"):
         parse_recipe(["--config", str(TINY_RECIPE), "--dataset", "demo", f"--{name}", "0"])

@@ -18,7 +18,7 @@ from mmcot.train import main
 WORKERS = {"dataloader_num_workers": 1}
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
 PEFT = {"use_peft": True, "lora_target_modules": ["q"]}
-# Each trains to its end with this value, beside what it goes with.
+# Each option trains to the end with this value and its settings in REQUIRED_SETTINGS.
 WORKS = {
     "per_device_train_batch_size": 3,
     "num_train_epochs": 0.5,
@@ -99,7 +99,7 @@ WORKS = {
     "use_rslora": True,
     "use_dora": True,
 }
-GOES_WITH = {
+REQUIRED_SETTINGS = {
     "lr_scheduler_type": {"lr_scheduler_kwargs": {"min_lr": 1e-5}},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr"},
     "activation_checkpointing_kwargs": {"activation_checkpointing": True},
@@ -114,10 +114,10 @@ GOES_WITH = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save", "use_rslora", "use_dora"), PEFT),
     "lora_target_modules": {"use_peft": True},
 }
-# What a run of this machine cannot show, and why.
-NOT_SHOWN_HERE = {
-    "output_dir": "each run has one",
-    "optim_args": "of optimizers of libraries that are not installed",
+# Options that a run on this machine cannot test, and why.
+NOT_TESTED_HERE = {
+    "output_dir": "every run sets it",
+    "optim_args": "for optimizers of libraries that are not installed",
     "tf32": "needs a GPU",
     **dict.fromkeys(("fsdp", "fsdp_config", "ddp_backend"), "needs several processes (test_distributed.py)"),
     "deepspeed": "needs deepspeed and a GPU",
@@ -131,8 +131,8 @@ NOT_SHOWN_HERE = {
 OPTIONS = {field.name: field for cls in (Seq2SeqTrainingArguments, ModelConfig) for field in dataclasses.fields(cls)}
 
 
-def recipe_with(tmp_path, **settings):
-    """One stage that answers, on problems without pictures."""
+def write_recipe(tmp_path, **settings):
+    """Write a recipe of one stage and problems without pictures; return the arguments of the command."""
     values = yaml.safe_load(TINY_RECIPE.read_text())
     stage = {**values["stages"][1], "reads": ["question", "context", "choices"], "template": "QCM-A"}
     for name in ("vision_config", "image_processor"):
@@ -148,15 +148,15 @@ def recipe_with(tmp_path, **settings):
     return ["--config", str(file), "--dataset", str(data), "--output_dir", str(tmp_path / "run")]
 
 
-def test_every_option_is_in_one_of_the_lists():
-    lists = [set(WORKS), set(REFUSED), set(NOT_SHOWN_HERE)]
+def test_every_option_is_in_exactly_one_list():
+    lists = [set(WORKS), set(REFUSED), set(NOT_TESTED_HERE)]
     assert set(OPTIONS) <= set().union(*lists), set(OPTIONS) - set().union(*lists)
     for one, other in itertools.combinations(lists, 2):
         assert not one & other
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_an_option_without_a_place_is_refused_before_data_is_read(name, tmp_path):
+def test_refuses_unsupported_option_before_reading_data(name, tmp_path):
     if name not in OPTIONS:
         pytest.skip("this version of the library has no such option")
     default = OPTIONS[name].default
@@ -167,7 +167,7 @@ def test_an_option_without_a_place_is_refused_before_data_is_read(name, tmp_path
         "debug": "underflow_overflow",
         "parallelism_config": None,
     }.get(name, value)
-    words = recipe_with(tmp_path, **{name: value})
+    words = write_recipe(tmp_path, **{name: value})
     (tmp_path / "problems.jsonl").unlink()
     with pytest.raises(ValueError, match=f"{name} is set, which is not supported: ") as error:
         parse_recipe(words)
@@ -189,22 +189,22 @@ def test_an_option_without_a_place_is_refused_before_data_is_read(name, tmp_path
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed"),
     ],
 )
-def test_what_cannot_be_used_is_said_before_data_is_read(settings, message, tmp_path):
-    words = recipe_with(tmp_path, **settings)
+def test_refuses_unusable_value_before_reading_data(settings, message, tmp_path):
+    words = write_recipe(tmp_path, **settings)
     (tmp_path / "problems.jsonl").unlink()
     with pytest.raises(ValueError, match=message):
         parse_recipe(words)
 
 
-# These once ended in a traceback; the rest are slow tests.
-MENDED = ("label_smoothing_factor", "accelerator_config")
+# Options that once ended in a traceback; the tests of the others are slow.
+FIXED = ("label_smoothing_factor", "accelerator_config")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in MENDED else pytest.param(name, marks=pytest.mark.slow) for name in sorted(WORKS)]
+    "name", [name if name in FIXED else pytest.param(name, marks=pytest.mark.slow) for name in sorted(WORKS)]
 )
-def test_an_option_trains_to_its_end(name, tmp_path):
+def test_option_trains_to_the_end(name, tmp_path):
     if name not in OPTIONS:
         pytest.skip("this version of the library has no such option")
-    main(recipe_with(tmp_path, **{**GOES_WITH.get(name, {}), name: WORKS[name]}))
+    main(write_recipe(tmp_path, **{**REQUIRED_SETTINGS.get(name, {}), name: WORKS[name]}))
     assert (tmp_path / "run" / "hub" / "README.md").is_file()
