@@ -238,7 +238,9 @@ def test_run_trained_from_store_exports_tower_and_answers_from_pixels(runs, detr
     for name in ("pixels", "float32"):
         answer = pipeline("multimodal-cot", model=str(runs[name] / "hub"), trust_remote_code=True)
         exported = answer.model.encoder.vision_tower.state_dict()
-        assert all(torch.equal(exported[name], tensor) for name, tensor in tower.items()), "a frozen tower is not trained"
+        assert all(torch.equal(exported[name], tensor) for name, tensor in tower.items()), (
+            "a frozen tower is not trained"
+        )
     result = answer({"question": "Which?", "choices": ["a", "b"], "image": Image.new("RGB", (80, 50), "red")})
     assert sum(result["scores"]) == pytest.approx(1)
 
