@@ -2,8 +2,8 @@
 
     python -m mmcot.convert ORIGINAL_DIR OUT_DIR --vision vit --stage_folders RATIONALE ANSWER --attach_tower vit
 
-T5's tensors keep their names, and the fusion's tensors are renamed. No tensor is dropped, added or truncated: a
-checkpoint that is not exactly the model that its config.json describes is refused, and no file is written.
+T5's tensors keep their names, and the fusion's tensors are renamed. No tensor is dropped, added or truncated: if the
+tensors of a checkpoint do not match its config.json exactly, the checkpoint is refused and no file is written.
 """
 
 import argparse
@@ -26,12 +26,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mmcot.convert", description=__doc__.splitlines()[0])
     parser.add_argument("original_dir", help="the authors' folder, or a Hub id: USER/NAME or USER/NAME/FOLDER")
     parser.add_argument("out_dir", help="the folder to write")
-    parser.add_argument("--vision", required=True, choices=AUTHORS_TOWERS, help="the features it was trained on")
+    parser.add_argument(
+        "--vision", required=True, choices=AUTHORS_TOWERS, help="the tower that computed its training features"
+    )
     parser.add_argument(
         "--stage_folders",
         nargs=2,
         metavar=("RATIONALE", "ANSWER"),
-        help="two folders in ORIGINAL_DIR; both stages are written to one folder in the Hub's layout",
+        help="the stages' folders in ORIGINAL_DIR; both stages are written to OUT_DIR in the Hub's layout",
     )
     parser.add_argument(
         "--prompt_formats",
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar=("RATIONALE", "ANSWER"),
         help="with --stage_folders, the formats that the stages were trained on (default: QCM-E QCMG-A)",
     )
-    parser.add_argument("--attach_tower", metavar="CHECKPOINT", help="add the pre-trained picture tower")
+    parser.add_argument("--attach_tower", metavar="CHECKPOINT", help="add this pre-trained picture tower to the model")
     arguments = parser.parse_args(argv)
     try:
         if arguments.stage_folders is None:

@@ -62,13 +62,22 @@ def build_parser() -> argparse.ArgumentParser:
     add_selection_options(parser)
     parser.add_argument("--by", nargs="+", metavar="COLUMN", help="also score by the values of these columns")
     parser.add_argument("--allow_missing", action="store_true", help="count a problem without a prediction as wrong")
-    parser.add_argument("--similarity", metavar="MODEL", help="also compare rationales by meaning with this encoder")
+    parser.add_argument(
+        "--similarity",
+        metavar="MODEL",
+        help="also score rationales by similarity in meaning to gold, with this encoder",
+    )
     parser.add_argument("--output", metavar="SCORES", help="default: RUN/scores/SPLIT.json, else beside FILE")
     parser.add_argument("--compare", metavar="OTHER", help="predictions of another system on the same problems")
-    parser.add_argument("--seeds", nargs="+", metavar="OTHER", help="predictions of the same system with other seeds")
+    parser.add_argument(
+        "--seeds", nargs="+", metavar="OTHER", help="predictions of the same system, trained with other seeds"
+    )
     parser.add_argument("--submission", metavar="FILE", help="write the file for A-OKVQA's leaderboard, and no scores")
     parser.add_argument(
-        "--leaderboard", nargs="+", metavar="SCORES", help="scores files, finished runs, or repositories with scores"
+        "--leaderboard",
+        nargs="+",
+        metavar="SCORES",
+        help="print a table of scores files, finished runs or Hub repositories",
     )
     parser.add_argument("--report", metavar="DIR", help="write an HTML page of the problems")
     parser.add_argument("--without_picture", metavar="OTHER", help="for the report: predictions with pictures withheld")

@@ -1,10 +1,10 @@
-"""Computes the features of pictures into a store (`pictures/feature_store.py`), or imports the authors' own files.
+"""Writes the features of pictures to a store (`pictures/feature_store.py`), or imports the authors' feature files.
 
     python -m mmcot.features DATASET --vision CHECKPOINT_OR_NAME --output DIR [--preprocessing paper] [--dtype float16]
     python -m mmcot.features DATASET --vision detr --import_features detr.npy --name_map name_map.json --output DIR
     python -m mmcot.features DATASET --captions MODEL --output DIR
 
-Each picture is computed once, identified by its content, even if several problems show it. A picture that cannot be
+Each picture is identified by its content and computed once, even if several problems show it. A picture that cannot be
 decoded is reported and left out, and the exit code is 1. Training and prediction get the pictures of a dataset from
 `featurizer.vision_source`. Captions are in `pictures/captions.py`, towers in `vision_mmcot.py`.
 """
@@ -43,14 +43,19 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--vision", help=f"a tower's checkpoint (folder or Hub id), or one of {', '.join(TOWERS)}")
     model.add_argument("--captions", metavar="MODEL", help="caption the pictures: an image-text-to-text checkpoint")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the store; an existing one is completed")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="the folder of the store or the captions; an existing one is completed",
+    )
     parser.add_argument("--splits", nargs="+", choices=SPLITS, help="by default all splits of the dataset")
     parser.add_argument(
         "--max_images", type=int, default=1, metavar="N", help="only the first N pictures of a ScienceQA problem"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="pictures in a batch")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    # On two cores, workers and the main process would wait for each other.
+    # Two cores are left free, because workers and the main process that share cores wait for each other.
     spare = max(0, min(4, (os.cpu_count() or 1) - 2))
     parser.add_argument("--num_workers", type=int, default=spare, help="processes that read and prepare pictures ahead")
     parser.add_argument("--bf16", action="store_true", help="run the tower in bfloat16")

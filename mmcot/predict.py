@@ -2,8 +2,8 @@
 
     python -m mmcot.predict RUN_OR_HUB_DIR --dataset demo --split test --output FILE
 
-Gold columns are removed before any prompt is built; `--leak_check` verifies that. The command resumes after a kill, and
-writes the origin of the predictions beside FILE (`prediction/provenance.py`).
+Gold columns are removed before any source is rendered; `--leak_check` verifies that. The command resumes after a kill,
+and writes the origin of the predictions beside FILE (`prediction/provenance.py`).
 """
 
 import argparse
@@ -46,10 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", choices=SPLITS)
     add_selection_options(parser)
     parser.add_argument("--output", help="the predictions file to write")
-    parser.add_argument("--leak_check", action="store_true", help="predict with and without gold columns, and compare")
+    parser.add_argument("--leak_check", action="store_true", help="predict again with other gold columns, and compare")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument(
-        "--max_tokens", type=int, metavar="N", help="limit batches by N tokens of padded sources, not by --batch_size"
+        "--max_tokens",
+        type=int,
+        metavar="N",
+        help="limit a batch to N tokens of padded sources, in place of --batch_size",
     )
     parser.add_argument(
         "--num_rationales", type=int, default=1, metavar="N", help="sample N rationales and take the majority answer"
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         dataset: the problems, in place of `--dataset`.
     """
     arguments = build_parser().parse_args(argv)
-    # Without an accelerator, processes do not find each other unless cpu is set.
+    # Without an accelerator, several processes connect to each other only if `cpu` is set.
     PartialState(cpu=not torch.accelerator.is_available())
     try:
         check_options(arguments, given_options(build_parser(), argv))
@@ -145,7 +148,7 @@ def check_options(arguments: argparse.Namespace, given: set[str]) -> None:
 
 
 def report_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dict]]) -> None:
-    """Predict with and without gold columns, and exit with an error if a prediction differs."""
+    """Predict with the gold columns and with garbage in their place, and exit with an error if a prediction differs."""
     leaks = find_leaks(problems, predict_all)
     if not PartialState().is_main_process:
         return

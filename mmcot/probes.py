@@ -2,9 +2,9 @@
 
     python -m mmcot.probes RUN_OR_HUB_DIR --dataset demo --split test [--limit N] [--output FILE]
 
-A model may ignore its own chain of thought. So the last stage answers again with its rationale dropped, truncated,
-replaced by another problem's or shuffled by words, and with its choices in another order; and the whole system answers
-again without the picture, and with another problem's picture. Everything else is as in `mmcot.predict`.
+A model may ignore its own chain of thought. Therefore the last stage answers again with a rationale that is dropped,
+truncated, taken from another problem or shuffled word by word, and with the choices in another order. The whole system
+answers again without the picture, and with another problem's picture. Predictions are made as in `mmcot.predict`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         require_answers(problems)
         if store is not None and not store.needs_files:
             raise ValueError(
-                f"{arguments.features} stores features by problem, so pictures cannot be withheld or swapped."
+                f"{arguments.features} identifies features by problem id, so pictures cannot be withheld or swapped."
             )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

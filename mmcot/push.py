@@ -1,4 +1,4 @@
-"""Publishes a finished run on the Hub: build, check, show, upload in one commit, download again and compare.
+"""Publishes a finished run on the Hub: checks and lists its files, uploads them in one commit, and verifies the upload.
 
 python -m mmcot.push runs/demo --repo_id USER/NAME [--private] [--dry_run] [--space USER/SPACE]
 """
@@ -14,7 +14,7 @@ from mmcot.hub.space import publish_space
 from mmcot.recipes.command_line import given_options, refuse_without_effect
 from mmcot.storage.run_folder import RunFolder
 
-# Options that apply to publishing a run, not a Space.
+# Options that have no effect if only a Space is published.
 RUN_OPTIONS = ("base_model", "license", "license_name", "license_link", "adapters", "merge", "allow_unscored")
 
 
@@ -29,13 +29,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", default="main", help="the branch to commit to; created if missing")
     parser.add_argument("--base_model", metavar="ID", help="the text model's Hub id, if the recipe names it by a path")
     parser.add_argument("--license", metavar="ID", help="the weights' license, if the dataset's license is unknown")
-    parser.add_argument("--license_name", metavar="NAME", help="with --license other")
+    parser.add_argument("--license_name", metavar="NAME", help="with --license other: the name of the license")
     parser.add_argument(
         "--license_link", metavar="LINK", help="with --license other: a page, or a file of the run's hub/"
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--adapters", action="store_true", help="publish the stages as adapters of one base, as trained")
-    form.add_argument("--merge", action="store_true", help="publish stages that are adapters as merged, whole models")
+    form.add_argument(
+        "--adapters", action="store_true", help="publish one base model and an adapter for each stage, as trained"
+    )
+    form.add_argument(
+        "--merge", action="store_true", help="merge each stage's adapter into the base, and publish whole models"
+    )
     parser.add_argument(
         "--allow_unscored", action="store_true", help='publish without scores; the card has "not evaluated"'
     )
@@ -77,14 +81,25 @@ def main(argv: list[str] | None = None) -> None:
                 arguments.license_name,
                 arguments.license_link,
             )
-            how = (arguments.allow_unscored, arguments.overwrite, arguments.dry_run)
-            commit = publish_run(RunFolder(arguments.run_dir), repository, publication, *how)
+            commit = publish_run(
+                RunFolder(arguments.run_dir),
+                repository,
+                publication,
+                allow_unscored=arguments.allow_unscored,
+                overwrite=arguments.overwrite,
+                dry_run=arguments.dry_run,
+            )
             if commit is not None:
                 print(f"{arguments.repo_id} at {commit}: loads and gives the same answers as {arguments.run_dir}.")
         if arguments.space is not None:
             repository = Repository(arguments.space, "space", private=arguments.private)
-            how = (arguments.overwrite, arguments.dry_run)
-            commit = publish_space(repository, arguments.repo_id, arguments.revision, *how)
+            commit = publish_space(
+                repository,
+                arguments.repo_id,
+                arguments.revision,
+                overwrite=arguments.overwrite,
+                dry_run=arguments.dry_run,
+            )
             if commit is not None:
                 print(f"Space {arguments.space} at {commit}.")
     except HUB_ERRORS as error:
