@@ -1,1 +1,1 @@
-"""Files on disk, each complete or absent."""
+"""Files and folders on disk: each is complete or absent."""

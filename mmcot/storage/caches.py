@@ -1,6 +1,6 @@
-"""Results that are computed once and cached on disk: the parts of their keys, and the repair of damaged files.
+"""Caches results on disk: computes the parts of their keys, and replaces damaged files.
 
-Other code or another version of a library may give other numbers, so both are part of a key. A truncated or damaged
+A key contains digests of code and versions of libraries, because both can change the numbers. A truncated or damaged
 file is removed and computed again, with a warning in the log. Caches are in `files.cache_folder`.
 """
 
@@ -20,7 +20,7 @@ from mmcot.storage.digests import sha256_of_text
 
 logger = logging.getLogger(__name__)
 
-DAMAGES = (ValueError, OSError, pyarrow.ArrowException)  # the errors that pyarrow and json raise for a damaged file
+DAMAGE_ERRORS = (ValueError, OSError, pyarrow.ArrowException)  # raised by pyarrow and json for a damaged file
 
 
 def code_digest(*parts: Any) -> str:
@@ -38,19 +38,19 @@ def load_or_compute(make: Callable[[], Dataset], place: Path, num_rows: int | No
     Return the dataset that `make` computes, or loads from the cache of `datasets`.
 
     Args:
-        place: the file or folder of the cached dataset, without other content, because it is removed if damaged.
-        num_rows: the expected number of rows, where the cached file does not record it.
+        place: the file or folder of the cached dataset. It contains nothing else, because it is removed if damaged.
+        num_rows: the expected number of rows, if the cached file does not record it.
     """
-    was_there = place.exists()
+    existed = place.exists()
     try:
         return check_num_rows(make(), num_rows)
-    except DAMAGES:
-        if not was_there:
+    except DAMAGE_ERRORS:
+        if not existed:
             raise
     with FileLock(place.with_name(f"{place.name}.lock")):
         try:
             return check_num_rows(make(), num_rows)  # another process may have computed it again in the meantime
-        except DAMAGES as error:
+        except DAMAGE_ERRORS as error:
             logger.warning("%s is truncated or damaged (%s): it is removed and computed again.", place, error)
         remove(place)
         return check_num_rows(make(), num_rows)
@@ -58,7 +58,7 @@ def load_or_compute(make: Callable[[], Dataset], place: Path, num_rows: int | No
 
 def check_num_rows(rows: Dataset, num_rows: int | None) -> Dataset:
     """
-    Return `rows`. They are counted, because a file that is truncated between two batches of rows reads without error.
+    Return `rows` if none is missing. A file that is truncated between two batches of rows is read without an error.
 
     Raises:
         ValueError: rows are missing.

@@ -21,7 +21,7 @@ def finish_checkpoint(unfinished: Path, checkpoint: Path) -> None:
     """Add the list of files to a written checkpoint, then rename the checkpoint to its final name."""
     files = sorted(file for file in unfinished.rglob("*") if file.is_file())
     write_json(unfinished / FILES, {file.relative_to(unfinished).as_posix(): fingerprint(file) for file in files})
-    # An earlier checkpoint of this name is damaged and was skipped, or was saved at the same step before evaluation.
+    # A checkpoint of this name can exist: a damaged one, or one that was saved at the same step before the evaluation.
     move_into_place(unfinished, checkpoint, unfinished.with_name("replaced"))
 
 

@@ -1,6 +1,7 @@
 """Logs of finished predictions, one line for each batch, from which a killed prediction resumes.
 
-A batch is identified by its problems. Results of other batches differ in their last bits and are not reused.
+A batch is identified by its problems. Results are reused only for the same batch, because batches of other problems
+give results that differ in the last bits.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ class Journal:
         self.log = ResumableLog(own, settings)
 
     def write(self, part: str, ids: Batch, columns: list[dict]) -> None:
-        """Append the columns of a batch to the log."""
+        """Append the columns that a part of the prediction, such as a stage, wrote for a batch."""
         self.log.append({"of": part, "ids": ids, "columns": columns})
 
     def close_after_error(self) -> None:

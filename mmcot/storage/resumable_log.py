@@ -1,7 +1,7 @@
 """A log of finished work, one JSON line for each piece. A killed call loses its current piece; the next call resumes.
 
-The first line may be a header with the settings that determine the pieces; a log with another header is refused. A last
-line without a newline was being written when the process was killed: it is not read, and the next call removes it.
+The first line may be a header with the settings that determine the pieces; a log with another header is refused. If the
+last line has no newline, the process was killed while writing it: the line is not read, and the next call removes it.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class OtherHeader(ValueError):
-    """A log was started with other settings: `found` is its header, or its text if that is not a complete line."""
+    """A log was started with other settings: `found` is its header, or its text if it has no complete line."""
 
     def __init__(self, file: Path, found: Any, expected: dict[str, Any]):
         super().__init__(f"{file} was started with {found}, not with {expected}.")
@@ -22,7 +22,7 @@ class ResumableLog:
     """
     Args:
         file: created if missing; otherwise its complete lines are kept and new lines are appended.
-        header: None for a log with its settings recorded elsewhere.
+        header: the settings; None if the log does not record them.
 
     Raises:
         ValueError: the file is not such a log, or has another header (`OtherHeader`). The file is not changed.
@@ -64,6 +64,7 @@ def read_log(file: Path, header: Mapping[str, Any] | None = None) -> list[Any]:
     if entries:
         found, *entries = entries
     else:
+        # A kill may have left only the beginning of the header, which is no other header.
         found = file.read_bytes() if file.exists() else b""
         found = expected if json.dumps(header).encode().startswith(found) else found.decode(errors="replace")
     if found != expected:

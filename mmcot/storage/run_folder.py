@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mmcot.storage.files import read_json
 
-CROSS_FITTED = "train_cross_fit"  # used as a split's name: the predictions of all folds for the training problems
+# The name, in place of a split's, of the predictions that all folds write for the training problems.
+CROSS_FITTED = "train_cross_fit"
 
 
 @dataclass(frozen=True)
