@@ -1,4 +1,4 @@
-"""Converts rows of users to the columns of the schema: other names, empty cells, numbers that pandas made floats.
+"""Converts a user's rows to the schema: renames columns, and reads empty cells and integers that pandas made floats.
 
 This module reads nothing from disk and checks only the form of values: `schema.check_fields` checks the rest.
 """
@@ -66,7 +66,7 @@ class Plan:
         source: the name of the source, for errors.
         names: the names of the source's columns by the schema's names.
         extra_columns: columns beside the schema that are kept under their own names, as texts.
-        are_cells: whether the rows come from a text file, where a list is JSON and a number is a text.
+        are_cells: whether the rows come from a CSV or TSV file, where each value is a text and a list is JSON.
         labels: the names of the classes, for columns that contain class numbers.
     """
 
@@ -81,7 +81,7 @@ class Plan:
         Return the columns of the schema that have a value in the row, and the extra columns.
 
         Raises:
-            ValueError: a value has a form that cannot be read, or is given twice.
+            ValueError: a value cannot be read, or a column is given twice, under two of its names.
         """
         row = {}
         for ours, theirs in self.names.items():

@@ -58,8 +58,8 @@ class Skill:
 
     `combinations` lists tuples of values; each tuple belongs to exactly one split. `word` and `draw` take a random
     generator and the values of one combination. The generator varies the form of the question, the wrong choices and
-    the jitter, which are not split. `share` is the percentage of the skill in every split; a skill with share 0 is
-    generated only by its name.
+    the jitter, which do not determine the split. `share` is the percentage of the skill in every split; a skill with
+    share 0 is generated only if it is named.
     """
 
     subject: str
@@ -81,7 +81,7 @@ def generate(split: str, difficulty: int = 1, skill: str | None = None) -> Itera
         split: `train`, `val` or `test`.
         difficulty: at 2, 3, … the training split has a half, a third, … of its problems, and each picture has 1, 2, …
             blots of ink, which may hide the object of the question.
-        skill: generate only problems of this skill, as many as otherwise of all skills together.
+        skill: generate only problems of this skill; their number is that of all skills together.
     """
     if split not in SPLIT_SIZES:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLIT_SIZES)}")
@@ -102,7 +102,7 @@ def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
     """Yield distinct rows of one skill. When the combinations of the split are used up, they are used again."""
     skill = SKILLS[name]
     rng, ink = random.Random(f"{split} {name}"), random.Random(f"{split} {name} blots")
-    pool = [values for values in skill.combinations() if _home(name, values) == split]
+    pool = [values for values in skill.combinations() if _split_of(name, values) == split]
     rng.shuffle(pool)
     known = set()
     for values in chain.from_iterable(repeat(pool, 100)):
@@ -141,7 +141,7 @@ def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
     raise ValueError(f"skill {name!r} has only {len(known)} different problems for split {split!r}: ask for fewer")
 
 
-def _home(name: str, values: tuple) -> str:
+def _split_of(name: str, values: tuple) -> str:
     """Return the split of a combination: 10 % val, 20 % test, 70 % train, by a digest of its values."""
     digest = hashlib.sha256(f"{name} {values!r}".encode()).digest()
     return ("val", "test", "test", *["train"] * 7)[int.from_bytes(digest[:4], "big") % 10]
@@ -402,7 +402,7 @@ def _draw_objects(rng: random.Random, shapes: tuple, colors: tuple) -> Canvas:
     return canvas
 
 
-# Descriptions: the same pictures, with choices of different lengths. The right choice may have any length.
+# Descriptions: the pictures of `objects`, with choices of different lengths. The right choice may have any length.
 def _description_combinations() -> Iterable[tuple]:
     return product(_object_combinations(), range(1, 4))
 

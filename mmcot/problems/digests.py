@@ -41,8 +41,8 @@ def digest(value: object) -> str:
 
 def combined_digest(digests: Digests) -> dict[str, str | None]:
     """
-    Return one digest of the `texts` and one of the `pictures` of all problems, in any order. The second is None if that
-    of a problem is None.
+    Return one digest of the `texts` and one of the `pictures` of all problems, regardless of their order. The second is
+    None if the digest of any problem's pictures is None.
     """
     texts, pictures = ([[name, pair[part]] for name, pair in sorted(digests.items())] for part in (0, 1))
     return {"texts": digest(texts), "pictures": None if any(key is None for _, key in pictures) else digest(pictures)}

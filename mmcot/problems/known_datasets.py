@@ -32,7 +32,7 @@ def is_demo(source: str) -> bool:
 
 
 def is_scienceqa(folder: Path) -> bool:
-    """Whether a folder is the authors' ScienceQA. One of the two files is enough, so that an error names the other."""
+    """Whether a folder is the authors' ScienceQA. One of the two files is enough: an error names the other."""
     return any((folder / name).is_file() for name in ("problems.json", "pid_splits.json"))
 
 
@@ -52,7 +52,7 @@ def load_known(source: str, split: str, max_images: int | None, pictures: bool) 
 
     Args:
         source: a source for which `is_known` is true.
-        max_images: the largest number of pictures of a problem. Of a ScienceQA problem the first ones are taken.
+        max_images: the largest number of pictures of a problem. A ScienceQA problem is loaded with its first pictures.
         pictures: whether the files of the pictures must exist.
     """
     if is_demo(source):
@@ -60,7 +60,7 @@ def load_known(source: str, split: str, max_images: int | None, pictures: bool) 
     folder = Path(source)
     rows = aokvqa_rows(folder, split) if is_aokvqa(folder) else scienceqa_rows(folder, split, max_images)
     complete = check_rows(rows, source, PicturePaths(folder, must_exist=pictures), max_images)
-    # By column, because Dataset.from_list fails where a split has no rows.
+    # By column, because Dataset.from_list fails for a split without rows.
     return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in FEATURES}, features=FEATURES)
 
 
@@ -92,23 +92,23 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
     """
     from mmcot.problems import demo
 
-    which = source.partition(":")[2] or "1"
-    if which in map(str, range(1, 10)):
-        drawn = {"split": split, "difficulty": int(which)}
-    elif which in demo.SKILLS:
-        drawn = {"split": split, "skill": which}
+    variant = source.partition(":")[2] or "1"
+    if variant in map(str, range(1, 10)):
+        options = {"split": split, "difficulty": int(variant)}
+    elif variant in demo.SKILLS:
+        options = {"split": split, "skill": variant}
     else:
         raise ValueError(
             f"dataset is {source!r}; expected demo: with a difficulty from 1 to 9, or a skill: "
             f"{', '.join(demo.SKILLS)}."
         )
     # `datasets` identifies a generator only by its name, and would load the problems of an older demo.py.
-    key = datasets.fingerprint.Hasher.hash((code_digest(demo), versions_of("pillow", "numpy"), drawn))
+    key = datasets.fingerprint.Hasher.hash((code_digest(demo), versions_of("pillow", "numpy"), options))
     folder = cache_folder() / "demo" / key
     make = functools.partial(
         datasets.Dataset.from_generator,
         demo.generate,
-        gen_kwargs=drawn,
+        gen_kwargs=options,
         features=FEATURES,
         fingerprint=key,
         cache_dir=str(folder),

@@ -26,7 +26,7 @@ SOURCES = (
     ".parquet or .arrow file of problems (or train=FILE,val=FILE,test=FILE), or a folder: Parquet or Arrow files, "
     "metadata.jsonl or metadata.csv with pictures, or the output of save_to_disk"
 )
-IN_PYTHON = "dataset-given-in-python"  # the name in records of a dataset from Python
+IN_PYTHON = "dataset-given-in-python"  # how records name a dataset from Python
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow"}
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -43,9 +43,9 @@ class Table:
     Args:
         name: the name of the file or source, for errors.
         rows: a dataset, or for a text file a list of rows with their places.
-        paths: the meaning of picture paths in the source.
+        paths: how the picture paths of the source are resolved.
         digest: the digest of the content, if the rows are a `datasets.Dataset`.
-        columns: ours = theirs, by the convention of the source.
+        columns: ours = theirs, by the convention of the source's format.
         are_cells: whether the rows come from a CSV or TSV file, with texts as values.
     """
 
@@ -76,7 +76,7 @@ class Table:
         return [row.get(column) for _, row in self.rows] if isinstance(self.rows, list) else list(self.rows[column])
 
 
-# By the split of the whole table. None: the rows name their split, or no split is named.
+# The tables by the split that all their rows belong to; None if the rows name their splits, or no split is named.
 Tables = dict[str | None, Table]
 
 
@@ -154,7 +154,7 @@ def open_folder(folder: Path, streaming: bool = False) -> Tables:
     digest = None if streaming else folder_digest(folder)
     files = files_by_split(folder, data_files(folder, kind))
     options: dict[str, Any] = {"streaming": True} if streaming else {}
-    # Files from elsewhere must not name pictures outside of their folder.
+    # The files may come from a stranger and must not name pictures outside of their folder.
     paths = PicturePaths(folder, stays_inside=True)
     named = {name or "train": part for name, part in files.items()}
     found = load_tables(str(folder), DATA_FILES[kind], digest, data_files=named, **options)
@@ -201,7 +201,7 @@ def open_saved_dataset(folder: Path) -> Given:
 def open_picture_folder(folder: Path) -> Tables:
     """
     Open a folder with the convention of `imagefolder`: `metadata.jsonl` or `metadata.csv` with a column `file_name`, in
-    the folder or in one folder for each split. Return no table for another folder.
+    the folder or in one folder for each split. Return no tables for a folder without metadata.
     """
     names = (*SPLITS, *SPLIT_ALIASES)
     found = [name for name in names if metadata_files(folder / name)]

@@ -1,4 +1,4 @@
-"""Hides progress bars of libraries that would misdescribe the work of a command."""
+"""Hides progress bars of libraries that misdescribe the work of a command."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import datasets
 @contextlib.contextmanager
 def without_dataset_bars() -> Iterator[None]:
     """Hide the bars of `datasets`, such as "Flattening the indices", or "Generating train split" for any split."""
-    was_silent = datasets.are_progress_bars_disabled()
+    were_hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not was_silent:
+        if not were_hidden:
             datasets.enable_progress_bars()

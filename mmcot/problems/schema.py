@@ -60,11 +60,11 @@ def member(data: dict[str, Any], name: str, kind: type, file: Path) -> Any:
 @dataclass(frozen=True)
 class PicturePaths:
     """
-    The meaning of picture paths in a source.
+    How the picture paths of a source are resolved.
 
     Args:
-        folder: the folder that paths are relative to. None refuses paths, because rows from elsewhere would name files
-            of the machine that reads them.
+        folder: the folder that paths are relative to. None refuses paths: in rows from another machine, a path would
+            name a file of this machine.
         stays_inside: refuse a path that leaves the folder.
         must_exist: whether the files of the pictures must exist.
     """

@@ -63,12 +63,12 @@ def load_problems(
             - a dataset of the Hub, by its id or `hf://datasets/…`;
             - a `datasets.Dataset` or `datasets.DatasetDict`.
         split: `train`, `val` (also `validation`) or `test`.
-        max_images: the largest number of pictures of a problem. Of a ScienceQA problem (`image.png`, then
-            `choice_0.png` and so on of its choices) the first pictures are taken: 1 takes the same picture as the
-            original code. In another source, a row with more pictures is an error.
+        max_images: the largest number of pictures of a problem. Only the first pictures of a ScienceQA problem are
+            read: `image.png`, then those of its choices, `choice_0.png` and so on. With 1, this is the picture that
+            the original code reads. In any other source, a row with more pictures is an error.
         pictures: whether the files of the pictures must exist.
-        columns: `OURS=THEIRS,…` or such a mapping, if the source has other column names.
-        split_seed: the seed of the division of rows without `split` (`splits.py`).
+        columns: `OURS=THEIRS,…` or a mapping, if the source has other column names.
+        split_seed: the seed that divides rows without `split` (`splits.py`).
         extra_columns: columns beside the schema to keep, as texts.
 
     Raises:
@@ -90,8 +90,8 @@ def load_problems(
     if reader.is_divided:
         log_once(
             logger,
-            f"{reader.name}: no row has a split, so a hash of its content and split_seed {split_seed} divides them "
-            f"8:1:1; {split} has {len(problems)} of {len(reader.table.rows)}",
+            f"{reader.name}: no row has a split, so a hash of each row's content and split_seed {split_seed} divides "
+            f"the rows 8:1:1; {split} has {len(problems)} of {len(reader.table.rows)}",
         )
     return problems
 
@@ -215,7 +215,7 @@ class Reader:
             return self.mapped()
         read = (self.read(raw, number, where) for number, (where, raw) in enumerate(rows))
         complete = [row for row in read if row is not None]
-        # By column, because Dataset.from_list fails where a split has no rows.
+        # By column, because Dataset.from_list fails for a split without rows.
         return datasets.Dataset.from_dict({name: [row[name] for row in complete] for name in features}, features)
 
     def features(self) -> datasets.Features:
@@ -263,7 +263,7 @@ class Reader:
         return with_pictures(row, where, self.paths, self.max_images)
 
     def split_of(self, named: Any, where: str) -> str:
-        """Return the split of a row that names `named`, which the split of a whole table overrides."""
+        """Return the split of a row. `named` is the value of its column; the split of a whole table overrides it."""
         if not self.is_whole:
             return normalize_split(named, where)
         if named is not None and named != "" and normalize_split(named, where) != self.split:
@@ -294,7 +294,7 @@ def non_default_options(arguments: Any) -> dict[str, Any]:
 
 def choose_source(arguments: argparse.Namespace, given: Given | None) -> str | Given:
     """
-    Return `--dataset` or the dataset of a Python caller. The latter sets `arguments.dataset` to its name in records.
+    Return `--dataset` or the dataset of a Python caller. The latter's name in records becomes `arguments.dataset`.
 
     Raises:
         ValueError: neither or both are given.

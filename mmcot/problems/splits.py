@@ -1,7 +1,7 @@
 """Identifies equal problems, and divides rows without `split` so that equal problems never get into different splits.
 
 Two problems are equal if their question, choices and context are equal except for white space, and if the content of
-their pictures is equal. This module reads no files but pictures.
+their pictures is equal. This module reads only the files of pictures.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def parse_split_files(source: str) -> dict[str, str] | None:
 
 
 def content_key(row: Mapping[str, Any], picture_keys: list[str]) -> str:
-    """Return a digest that equal problems have in common."""
+    """Return a digest that is equal for equal problems."""
     texts = [
         collapse_whitespace(row["question"]),
         [collapse_whitespace(choice) for choice in row["choices"]],
@@ -102,8 +102,8 @@ def overlaps(problems: Mapping[str, Dataset]) -> dict[str, dict[str, list[str]]]
     Find problems that occur in two splits.
 
     Returns:
-        By first and second split (train, val; train, test; val, test), the ids in the second split of problems that the
-        first split contains.
+        `{first: {second: ids}}` for the pairs of splits (train, val), (train, test) and (val, test): the ids, in the
+        second split, of the problems that the first split contains too.
     """
     keys = {split: content_keys(problems[split]) for split in SPLITS}
     found: dict[str, dict[str, list[str]]] = {}

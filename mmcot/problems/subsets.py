@@ -1,4 +1,4 @@
-"""Selects problems of a split: by id, by the text of a column, or the first ones. No model."""
+"""Selects problems of a split: by id, by the text of a column, or the first ones. It uses no model."""
 
 import argparse
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ def select(
         absent = sorted(set(ids) - set(problems["id"]))
         if absent:
             raise ValueError(f"--ids: {len(absent)} of {len(ids)} are not in this split: {first_few(absent)}.")
-        wanted = set(ids)
-        problems = problems.select([row for row, name in enumerate(problems["id"]) if name in wanted])
+        requested = set(ids)
+        problems = problems.select([row for row, name in enumerate(problems["id"]) if name in requested])
     for text in filters:
         problems = filter_by_column(problems, text)
     if limit is not None:
@@ -53,11 +53,11 @@ def filter_by_column(problems: Dataset, text: str) -> Dataset:
     Raises:
         ValueError: there is no such column, or no problem matches.
     """
-    column, separator, wanted = text.partition("=")
+    column, separator, expected = text.partition("=")
     text_columns = [name for name, feature in FEATURES.items() if getattr(feature, "dtype", None) == "string"]
     if not separator or column not in text_columns:
         raise ValueError(f"--filter is {text!r}; expected COLUMN=TEXT with a COLUMN of {', '.join(text_columns)}.")
-    rows = [row for row, value in enumerate(problems[column]) if value == wanted]
+    rows = [row for row, value in enumerate(problems[column]) if value == expected]
     if not rows:
         found = first_few([short_repr(value) for value in sorted(set(problems[column]))])
         raise ValueError(f"--filter {text}: no problem has that {column}; there are {found}.")
