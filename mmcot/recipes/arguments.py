@@ -62,7 +62,7 @@ class RecipeArguments:
     Args:
         dataset: the source of the problems (`sources.load_problems`).
         columns: `OURS=THEIRS,…` (in the recipe also a mapping), if the dataset has other column names.
-        split_seed: the seed of the division of rows without `split`.
+        split_seed: the seed that divides rows without `split`.
         allow_overlap: train even if validation or test problems also occur in training (same text and pictures).
         stages: the stages in order (in the recipe only, see [`StageArguments`]).
         streaming: read the training problems of a Hub dataset during training, without keeping them on disk
@@ -80,14 +80,14 @@ class RecipeArguments:
         tokenizer_vocab_size: train a tokenizer with this vocabulary size on the training texts instead.
         text_config, vision_config, image_processor: the configurations of a model from scratch (in the recipe only).
         target_column: `COLUMN=FILE.json`: texts by problem id, the targets for the stage that writes that column.
-        report_problems: the number of validation problems that a stage writes, free-running, at each evaluation; the
-            result is scored and logged beside the loss (`training/progress.py`). By default none.
+        report_problems: the number of validation problems that a stage predicts, free-running, at each evaluation; the
+            scores are logged beside the loss (`training/progress.py`). By default none.
         freeze_text, freeze_fusion: do not train the text model, or the fusion.
         num_folds: the number of folds of the training problems, if a stage has `inputs_from: cross_fit`.
-        fold: only train the stages without this fold, 0 to num_folds - 1, and write their columns for its problems.
-            Folds can run in parallel; the command without `fold` uses their results.
+        fold: run only this fold, 0 to num_folds - 1: train the stages on the other folds, and predict the problems of
+            this one. Folds can run in parallel; the command without `fold` uses their results.
         peft_type: with `use_peft`, PEFT's name for the adapter that is trained beside the fusion: `LORA`, or virtual
-            tokens instead: `PROMPT_TUNING` (before the source), `PREFIX_TUNING` (in the decoder's attention).
+            tokens before the source (`PROMPT_TUNING`) or in the decoder's attention (`PREFIX_TUNING`).
         num_virtual_tokens: the number of virtual tokens.
         merge_adapters: with `use_peft`, save whole models in place of a base and adapters.
         pass_over_damaged_checkpoints: resume from the newest complete checkpoint, if a newer one is damaged.
@@ -101,20 +101,22 @@ class RecipeArguments:
     columns: str | None = field(default=None, metadata={"help": "OURS=THEIRS,…: the dataset's column names."})
     split_seed: int = field(default=SPLIT_SEED, metadata={"help": "The seed that divides rows without a split."})
     allow_overlap: bool = field(
-        default=False, metadata={"help": "Allow test problems that occur in training; scores record it."}
+        default=False, metadata={"help": "Allow test problems that occur in training; the scores record it."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read training problems during training; needs max_steps."}
     )
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
-    fusion: str | None = field(default=None, metadata={"help": "How the picture enters the text."})
+    fusion: str | None = field(default=None, metadata={"help": "The module that mixes patches into the text states."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})
     vision_tower: str | None = field(default=None, metadata={"help": "How the tower's output becomes patches."})
     vision_preprocessing: str = field(default="checkpoint", metadata={"help": "`checkpoint` or `paper`."})
     freeze_vision: bool | None = field(default=None, metadata={"help": "Do not train the picture tower."})
     max_images: int = field(default=1, metadata={"help": "The largest number of pictures of one problem."})
     features: str | None = field(default=None, metadata={"help": "A folder of precomputed picture features."})
-    captions: str | None = field(default=None, metadata={"help": "A captions.json, in place of the captions."})
+    captions: str | None = field(
+        default=None, metadata={"help": "A captions.json, in place of the dataset's captions."}
+    )
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "By default that of the text model."})
     tokenizer_vocab_size: int | None = field(default=None, metadata={"help": "Train a tokenizer of this size."})
     text_config: Any = field(default=None, metadata={"help": "For a model from scratch; in the recipe only."})
@@ -125,7 +127,7 @@ class RecipeArguments:
     freeze_text: bool = field(default=False, metadata={"help": "Do not train the text model."})
     freeze_fusion: bool = field(default=False, metadata={"help": "Do not train the fusion."})
     num_folds: int = field(default=5, metadata={"help": "The number of folds of cross_fit."})
-    fold: int | None = field(default=None, metadata={"help": "Train and write only this fold of cross_fit."})
+    fold: int | None = field(default=None, metadata={"help": "Run only this fold of cross_fit."})
     peft_type: str = field(default="LORA", metadata={"help": ", ".join(PEFT_TYPES)})
     num_virtual_tokens: int = field(default=20, metadata={"help": "For prompt and prefix tuning."})
     merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})

@@ -199,7 +199,7 @@ def check_adapters(
     config: str,
 ) -> None:
     """
-    Check the settings of adapters. The tower is not trained, unless it is trained as a whole beside the adapters.
+    Check the settings of adapters. The tower has no adapter: it is trained as a whole or not at all.
 
     Args:
         given_keys: the names of all settings in the recipe and on the command line.
@@ -231,7 +231,7 @@ def check_adapters(
 
 def check_attention(arguments: RecipeArguments, model_config: ModelConfig, config: str) -> None:
     """
-    Check that no attention is a kernel of the Hub, because a kernel is code.
+    Check that no attention implementation is a kernel of the Hub, because a kernel is remote code.
 
     Raises:
         ValueError: with the setting.

@@ -47,14 +47,14 @@ MACHINE_SETTINGS = {
     "fold",
     "report_problems",
 }
-# How the problems of a step are divided. Their number is checked when a run is resumed (`callbacks.StepSizeCheck`).
+# These settings divide the problems of a step. A resumed run checks their number instead (`callbacks.StepSizeCheck`).
 STEP_SETTINGS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 # Paths among these settings are compared by their content (`run_inputs.py`), because data and run folders can be moved.
 NAMES_OF_DATA = {"dataset", "features", "captions", "target_column"}
 NAMES_OF_DATA |= {"model_name_or_path", "tokenizer_name_or_path", "vision_model_name_or_path"}
 
-# Recipes of `configs/` with an earlier name other than DATASET_VARIANT, which is still the name of their run folder.
+# Recipes of `configs/` whose earlier name was not DATASET_VARIANT. Their run folders still have the earlier name.
 EARLIER_NAMES = {"demo/two_stages": "demo"}
 
 PICTURE_SETTINGS = ("vision_model_name_or_path", "vision_tower", "vision_preprocessing", "freeze_vision", "max_images")
@@ -78,7 +78,7 @@ class Recipe:
         return self.arguments.dataset if self.given is None else self.given
 
     def with_dataset(self, given: Given) -> "Recipe":
-        """Return the recipe with a dataset from Python, which records name `IN_PYTHON`."""
+        """Return the recipe with a dataset from Python, which has the name `IN_PYTHON` in records."""
         arguments = replace(self.arguments, dataset=IN_PYTHON)
         return replace(self, arguments=arguments, values={**self.values, "dataset": IN_PYTHON}, given=given)
 
@@ -88,8 +88,8 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     Parse and check the recipe that a command line names.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), two stages of one name, a stage that reads a column
-            that no stage writes, an answer stage that is not the last one, settings that contradict each other.
+        ValueError: a key is unknown (the message names the nearest known one), two stages have the same name, a stage
+            reads a column that no stage writes, the answer stage is not the last one, or settings conflict.
     """
     config = config_path(command_line)
     command_line = [*command_line]
@@ -98,7 +98,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     if not isinstance(recipe, dict):
         raise ValueError(f"{config}: a recipe is a mapping; found {recipe!r:.80}.")
     if "env" in recipe:
-        # TrlParser would set the variables without a record, even if they affect other programs.
+        # TrlParser would set variables that can affect other programs too, and the run would not record them.
         raise ValueError(f"{config}: env is not read: set environment variables where the command is started.")
     parser = TrlParser((RecipeArguments, Seq2SeqTrainingArguments, ModelConfig), allow_abbrev=False)
     try:
@@ -208,10 +208,10 @@ def run_name(recipe: Path) -> str:
 
 def read_stage(entry: Any, config: str) -> StageArguments:
     """
-    Return an entry of `stages`.
+    Parse an entry of `stages`.
 
     Raises:
-        ValueError: the entry is not a mapping, has an unknown key or lacks one.
+        ValueError: the entry is not a mapping, has an unknown key or lacks a required one.
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{config}: an entry of `stages` is a mapping; found {entry!r}.")
@@ -239,7 +239,7 @@ def withhold_pictures(arguments: RecipeArguments, stages: list[StageArguments]) 
 
 
 def to_yaml_value(value: Any) -> Any:
-    """Return a value that YAML can write: the value of an enumeration of transformers, settings as a mapping."""
+    """Convert an enumeration member to its value and a settings object to a mapping, because YAML cannot write them."""
     if isinstance(value, list):
         return [to_yaml_value(one) for one in value]
     if hasattr(value, "to_dict"):
@@ -293,6 +293,6 @@ def claim_run_folder(recipe: Recipe) -> RunFolder:
         return folder
     if folder.path.exists() and any(path.suffix != ".tmp" for path in folder.path.iterdir()):
         raise ValueError(f"{folder} exists, is not empty and has no recipe.yaml. Choose another --output_dir.")
-    # `write_text` is atomic, because folds are separate calls that can run at the same time.
+    # Written atomically, because folds are separate calls that can run at the same time.
     write_text(file, yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     return folder

@@ -1,6 +1,6 @@
 """Checks of the options of the Trainer and of `trl.ModelConfig`, before data is read.
 
-Unsupported options are refused with a reason, and options that fail only in use are tried.
+Unsupported options are refused with a reason. Options that fail only when they are used are tried.
 `tests/recipes/test_trainer_options.py` covers every option of both classes.
 """
 
@@ -12,21 +12,21 @@ from accelerate import PartialState
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, get_scheduler
 from trl import ModelConfig
 
-_WRITES = "generation is set in the entry of a stage (max_target_length, num_beams)"
+_GENERATION = "generation is set in the entry of a stage (max_target_length, num_beams)"
 _BATCHES = "batches are made by the collator of the stages"
 _EVALUATION = "an evaluation computes the loss, and report_problems adds scores of generated texts"
-_PUBLISHES = "push_to_hub.py publishes a run"
-_ITSELF = "one command trains, evaluates, predicts and resumes"
+_PUBLISHING = "push_to_hub.py publishes a run"
+_ONE_COMMAND = "one command trains, evaluates, predicts and resumes"
 
 REFUSED = {
-    **dict.fromkeys(("predict_with_generate", "generation_max_length", "generation_num_beams"), _WRITES),
-    **dict.fromkeys(("generation_config", "sortish_sampler"), _WRITES),
+    **dict.fromkeys(("predict_with_generate", "generation_max_length", "generation_num_beams"), _GENERATION),
+    **dict.fromkeys(("generation_config", "sortish_sampler"), _GENERATION),
     **dict.fromkeys(("remove_unused_columns", "label_names", "length_column_name"), _BATCHES),
     **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"), _EVALUATION),
     **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), _EVALUATION),
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), _PUBLISHES),
-    **dict.fromkeys(("hub_always_push", "hub_revision"), _PUBLISHES),
-    **dict.fromkeys(("do_train", "do_eval", "do_predict", "resume_from_checkpoint"), _ITSELF),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), _PUBLISHING),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), _PUBLISHING),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "resume_from_checkpoint"), _ONE_COMMAND),
     "auto_find_batch_size": "another batch size gives other weights, without a warning",
     "ignore_data_skip": "a resumed run would train on the same problems again",
     "restore_callback_states_from_checkpoint": "the callbacks of a run have no state",
