@@ -1,4 +1,4 @@
-"""Compare scores: two systems on the same problems, one system with several seeds, any number of scores files.
+"""Compares scores: two systems on the same problems, one system with several seeds, any number of scores files.
 
 `metrics.py` defines the scores. This module reads and writes no files.
 """

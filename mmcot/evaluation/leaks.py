@@ -1,7 +1,7 @@
-"""Detect gold text that leaks into predictions: by changing gold where the model is available, else by text overlap.
+"""Detects leaks of gold text into predictions: predicts with changed gold columns, or measures text overlap.
 
-This module runs no model itself. Text overlap is reported as a warning only: a rationale can resemble gold because it
-is right.
+This module runs no model itself; its caller passes the function that predicts. Text overlap needs only a predictions
+file, and is reported as a warning: a rationale can resemble gold because it is right.
 """
 
 import difflib
@@ -28,7 +28,7 @@ def find_leaks(problems: Dataset, predict_all: Callable[[Dataset], dict[str, dic
     Find the problems whose predictions change when their gold columns change.
 
     Args:
-        predict_all: maps problems to predictions by id; it receives the gold columns, as in any prediction.
+        predict_all: maps problems to predictions by id. The problems have gold columns, which it must not use.
 
     Returns:
         For each such problem, the names of the predicted columns that change.

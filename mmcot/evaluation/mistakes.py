@@ -1,4 +1,4 @@
-"""Classify the mistakes of answers by explainable rules, without a model.
+"""Classifies the mistakes of answers by explainable rules, without a model.
 
 A mistake is factual, commonsense or logical (the first version of the paper counts factual mistakes, the last version
 counts the other two), or a disagreement between answer and rationale.
@@ -22,7 +22,7 @@ KINDS = {
     "wrong_rationale": "the answer is right, but the rationale supports another choice",
 }
 
-# Similarity of word lists: from ALIKE on, two sentences make the same statement; below SAME, some words differ.
+# Similarity of word lists: at ALIKE or above, two sentences make the same statement; below SAME, some words differ.
 ALIKE, SAME = 0.6, 0.999
 
 STOP_WORDS = set(
@@ -155,7 +155,7 @@ def is_empty_or_repetitive(statements: list[list[str]]) -> bool:
 
 
 def supported_choice(rationale: str, choices: list[str]) -> int | None:
-    """Return the choice that is named by the last sentence that names exactly one choice and does not negate it."""
+    """Return the choice in the last sentence that names exactly one choice and contains no negation."""
     names = [" ".join(word for words in sentences(choice) for word in words) for choice in choices]
     names = [re.sub(r"^(a|an|the)\s+", "", name) for name in names]
     for words in reversed(sentences(rationale)):
@@ -214,7 +214,7 @@ def contradiction(statements: list[list[str]]) -> Verdict | None:
 
 
 def changed_statement(problem: Mapping[str, Any], statements: list[list[str]]) -> Verdict | None:
-    """Find the first sentence that resembles one of lecture, context or gold, but with changed content words."""
+    """Find the first sentence that resembles one of lecture, context or gold, but has other content words."""
     lecture, context = sentences(problem["lecture"]), sentences(problem["context"])
     gold = sentences(problem["solution"])
     for words in statements:
@@ -239,7 +239,7 @@ def changed_statement(problem: Mapping[str, Any], statements: list[list[str]]) -
 
 
 def is_general(sentence: list[str], lecture: list[list[str]]) -> bool:
-    """Return whether a gold sentence is a shortened rule of the lecture."""
+    """Whether a gold sentence is a shortened rule of the lecture."""
     return any(
         len(content_words(sentence) & content_words(words)) >= 2
         and len(content_words(sentence) - content_words(words)) <= 1
@@ -256,6 +256,6 @@ def premises_are_gold(problem: Mapping[str, Any], statements: list[list[str]]) -
 
 
 def repeats_the_lecture(problem: Mapping[str, Any], statements: list[list[str]]) -> bool:
-    """Return whether at least one sentence of the rationale comes from the lecture or from gold."""
+    """Whether at least one sentence of the rationale comes from the lecture or from gold."""
     references = [*sentences(problem["lecture"]), *sentences(problem["solution"])]
     return any(similarity(words, other) >= 0.8 for words in statements for other in references)

@@ -1,4 +1,4 @@
-"""Read predictions files, check them and match them with the problems that they answer.
+"""Reads predictions files, checks them, and matches them with the problems that they answer.
 
 `metrics.py` computes the scores.
 """
@@ -27,7 +27,7 @@ Predictions = dict[str, dict[str, Any]]
 
 def read_predictions(path: str | Path) -> Predictions:
     """
-    Read a predictions file (DESIGN section 4), or a plain `{id: answer}` file of any system.
+    Read a predictions file, `{id: {column: value}}`, or a file `{id: answer}` of any system.
 
     Returns:
         The predicted columns by problem id.
@@ -53,7 +53,7 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def check_unique_ids(path: Path) -> None:
-    """Raise an error for a repeated key: JSON allows it, and the last value would silently win."""
+    """Raise an error for a repeated id: JSON allows it, and the last value would silently replace the others."""
     pairs: list[list[tuple[str, Any]]] = []
 
     def record_pairs(object_pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def check_unique_ids(path: Path) -> None:
 
 def load_answered_problems(dataset: str | Given, split: str, **reading: Any) -> Dataset:
     """
-    Load the problems of a split and require that each has a known answer to score against.
+    Load the problems of a split, and require that each has a known answer.
 
     Args:
         reading: keyword arguments of `load_problems`.
@@ -79,7 +79,7 @@ def load_answered_problems(dataset: str | Given, split: str, **reading: Any) -> 
 
 
 def load_scored_problems(dataset: str | Given, split: str, **reading: Any) -> Dataset:
-    """Load the problems of a split with all pictures; if a picture file is absent, with picture names only."""
+    """Load the problems of a split with all pictures; if a picture file is absent, with picture paths only."""
     try:
         return load_problems(dataset, split, **reading)
     except ValueError:  # any error other than an absent picture occurs again when loading without picture files
@@ -133,7 +133,7 @@ def submission(problems: Dataset, predictions: Predictions) -> dict[str, dict[st
 
 
 def evaluate(predictions_file: str | Path, dataset: str | Given, split: str) -> dict[str, Any]:
-    """Score a predictions file against the gold columns of `split` of `dataset` (scores: DESIGN section 4)."""
+    """Score a predictions file against the gold columns of a split of a dataset, as `metrics.score` does."""
     predictions, problems = read_predictions(predictions_file), load_answered_problems(dataset, split)
     scores = score(problems, predictions)
     check_problems(Path(predictions_file), predictions, problems, dataset)

@@ -1,4 +1,4 @@
-"""Format the results of `metrics.py` and `comparison.py` as aligned text, Markdown or CSV."""
+"""Formats the results of `metrics.py` and `comparison.py` as aligned text, Markdown or CSV."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ def format_comparison(compared: Mapping[str, Any]) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """Format with four decimal places; smaller values become `<0.0001`, because no p-value is 0."""
+    """Return a p-value with four decimal places, or `<0.0001` for a smaller one, because no p-value is 0."""
     if p is None:
         return "-"
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
