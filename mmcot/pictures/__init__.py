@@ -1,1 +1,1 @@
-"""Convert pictures to pixels, features and captions."""
+"""Converts pictures to pixels, features and captions."""

@@ -1,4 +1,4 @@
-"""Convert the authors' feature files (detr.npy, clip.npy, resnet.npy, vit.pth) to a feature store."""
+"""Converts the authors' feature files (detr.npy, clip.npy, resnet.npy, vit.pth) to a feature store."""
 
 import pickle
 from pathlib import Path
@@ -15,7 +15,7 @@ from mmcot.problems.schema import first_few
 from mmcot.storage.files import read_json
 from modeling_mmcot.vision_mmcot import TOWERS
 
-# Kind of features in the authors' published files (their utils_data.py) -> the tower that computed them.
+# The authors' name for a kind of features (in their utils_data.py) -> the tower that computed them.
 AUTHORS_TOWERS = {"detr": "detr", "vit": "vit", "clip": "clip", "resnet": "resnet_pooled"}
 
 
@@ -59,7 +59,7 @@ def import_authors_features(
         todo = [id_ for id_ in sources if id_ not in writer.keys]
         for start in tqdm(range(0, len(todo), 64), desc="importing", unit="batch"):
             ids = todo[start : start + 64]
-            # Reopened for each batch: the pages of a long-lived mapping stay resident, in the end the whole file.
+            # Reopened for each batch, because all pages that were read stay in memory while a mapping is open.
             features = open_authors_features(features_file)
             batch = np.zeros(len(ids), dtype=[("features", DTYPES[dtype], shape)])
             with np.errstate(over="ignore"):  # the writer rejects values that overflow

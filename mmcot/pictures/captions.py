@@ -1,7 +1,7 @@
-"""Write the caption column of a dataset from its pictures: `python -m mmcot.features DATASET --captions MODEL`.
+"""Writes captions of a dataset's pictures: `python -m mmcot.features DATASET --captions MODEL`.
 
 The output folder contains `captions.json` (`{"captions": {id: text}}`, the original's format, so that it can be added
-to a ScienceQA folder without captions) and `captions.jsonl`, a log with a line for each picture: after a kill, the same
+to a ScienceQA folder without captions) and `captions.jsonl`, a log with a line for each picture. After a kill, the same
 command resumes and repeats only the interrupted batch. `train.py` and `mmcot.predict` read `captions.json` by
 `--captions`.
 """
@@ -25,7 +25,7 @@ def write_captions(
     problems: Dataset, folder: str | Path, model: str, prompt: str | None = None, batch_size: int = 8
 ) -> list[str]:
     """
-    Caption the first picture of each problem; a picture that several problems share is captioned once.
+    Caption the first picture of each problem. A picture that several problems show is captioned once.
 
     Returns:
         An error message for each picture that could not be decoded. The problems of all other pictures have a caption.

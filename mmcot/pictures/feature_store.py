@@ -1,9 +1,9 @@
-"""Read the features of a dataset's pictures from disk, one row at a time; `feature_writer.py` writes them.
+"""Reads the features of a dataset's pictures from disk, one row at a time; `feature_writer.py` writes them.
 
 - A store consists of `manifest.json` (`manifest.py`), `rows.bin` (one record of fixed size per picture) and
   `rows.jsonl` (a line per batch with the keys of its rows).
 - The key of a row is a digest of the picture's content or, in an imported store, the problem id. A row is memory-mapped
-  for a single read and released, so a pass over a store keeps none of it resident.
+  for a single read and released, so reading a whole store does not fill the memory.
 - A store that does not fit a model or a dataset raises an error that names the difference.
 """
 
@@ -74,7 +74,7 @@ class FeatureStore:
     def read(self, key: str) -> dict[str, np.ndarray]:
         """Return a copy of one record: `features` and, for a detector, `boxes` and `class_scores`."""
         offset = self.rows[key] * self.record.itemsize
-        # Mapped for this row only: the pages of a long-lived mapping stay resident, in the end the whole store.
+        # Mapped for this row only, because all pages that were read stay in memory while a mapping is open.
         row = np.memmap(self.folder / ROWS, dtype=self.record, mode="r", offset=offset, shape=(1,))[0]
         return {name: np.array(row[name]) for name in self.record.names}
 
@@ -108,7 +108,7 @@ class FeatureStore:
         }
 
     def check_problems(self, problems: Dataset) -> None:
-        """Raise a `ValueError` that names the problems with pictures that have no row."""
+        """Raise a `ValueError` with the ids of the problems whose pictures have no row."""
         absent = [row["id"] for row in problems if not all(key in self.rows for key in self.keys_of(row))]
         if absent:
             raise ValueError(
@@ -117,7 +117,7 @@ class FeatureStore:
             )
 
     def check_model(self, model: MMCoTForConditionalGeneration, image_processor: BaseImageProcessor | None) -> None:
-        """Raise a `ValueError` if the features differ from the output of the model's own tower, where it has one."""
+        """Raise a `ValueError` if the model has a tower and the features differ from its output."""
         config, tower = model.config, model.encoder.vision_tower
         self.require_equal("width of the patches", self.hidden_size, config.vision_hidden_size)
         name = config.vision_tower if tower is None else resolved_name(config.vision_config, config.vision_tower)
@@ -134,7 +134,7 @@ class FeatureStore:
         self.require_equal_fields("vision_config", self.manifest["vision_config"], tower_settings(config.vision_config))
         self.require_equal_fields("image_processor", self.manifest["image_processor"], settings_of(image_processor))
         warn_of_other_producers(self.folder, self.manifest, producers_of(tower))
-        if tower.dtype != torch.float16:  # float16 weights were rounded before, so their digest in bfloat16 can differ
+        if tower.dtype != torch.float16:  # rounded twice, float16 weights can have another digest
             self.require_equal("weights of the tower", self.manifest["weights"], weights_digest(tower))
 
     def require_equal_fields(self, name: str, here: dict, there: dict) -> None:

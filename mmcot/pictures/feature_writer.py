@@ -1,4 +1,4 @@
-"""Write the features of a dataset's pictures to disk in batches; `feature_store.py` reads them.
+"""Writes the features of a dataset's pictures to disk in batches; `feature_store.py` reads them.
 
 The rows of a batch are written before its keys, so a batch with keys is complete. After a kill, the same command
 resumes and repeats only the interrupted batch.
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 class FeatureWriter:
     """
-    Appends batches to a store; a batch is added with all its rows or not at all. As a context manager it locks the
-    store for this process.
+    Appends batches to a store; a batch is added with all its rows or not at all. The store is locked for this process
+    until the `with` block of the writer ends.
 
     Args:
         folder: the store, new or begun by an earlier call with the same settings.
         settings: the manifest's entries except `record`, which the first batch determines.
-        is_cache: whether the folder is a cache and not chosen by the user: then wait for another process that writes
-            there, and remove truncated or damaged files with a log message.
+        is_cache: whether the folder is a cache and not chosen by the user. In a cache, wait for another process that
+            writes there, and replace truncated or damaged files with a warning.
 
     Raises:
         ValueError: another process writes to the folder, or its rows are damaged or have other settings.

@@ -1,4 +1,4 @@
-"""Compute features of pictures: load a tower and its preprocessing, and add missing pictures to a feature store.
+"""Computes features of pictures: loads a tower and its preprocessing, and adds missing pictures to a feature store.
 
 The features of each distinct picture, identified by its content, are computed once. A picture that cannot be decoded is
 reported and skipped. Training and prediction call `vision_source` for a dataset's pictures. `vision_mmcot.py` defines
@@ -170,7 +170,7 @@ def load_image_processor(
 
 
 class Pixels(torch.utils.data.Dataset):
-    """Decodes pictures to pixels in DataLoader workers; returns the error message of one that cannot be decoded."""
+    """Decodes pictures to pixels in DataLoader workers. Returns an error message for an undecodable picture."""
 
     def __init__(self, pictures: list[Picture], image_processor: BaseImageProcessor):
         self.pictures = pictures
@@ -229,7 +229,7 @@ def compute_missing(
     writer: FeatureWriter, problems: Dataset, featurizer: Featurizer, options: FeatureOptions
 ) -> list[str]:
     """Add missing features to the store. Return an error message for each picture that cannot be decoded."""
-    # Pictures with equal aspect ratios are resized to the same size; as neighbours they share a pass of the tower.
+    # Sorted, because pictures of equal aspect ratio are resized to the same size, and a batch of them is one pass.
     pictures = sorted(distinct_pictures(problems), key=lambda picture: aspect_ratio(picture[1]))
     batches = missing_batches(pictures, writer.keys, options.batch_size)
     num_missing = sum(map(len, batches))
@@ -250,8 +250,8 @@ def compute_missing(
 
 def missing_batches(pictures: list[Picture], present: set[str], batch_size: int) -> list[list[Picture]]:
     """
-    Return the batches of all pictures, without the pictures that are present. Splitting before filtering gives a
-    picture the same batch neighbours in a resumed call.
+    Divide all pictures into batches, then remove the pictures that are present. In this order, a resumed call puts a
+    picture into the same batch as the interrupted call.
     """
     batches = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
     missing = [[picture for picture in batch if picture[0] not in present] for batch in batches]

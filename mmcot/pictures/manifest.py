@@ -65,7 +65,7 @@ def producers_of(tower: PreTrainedModel) -> dict[str, Any]:
 
 
 def warn_of_other_producers(folder: Path, manifest: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn that other code or libraries computed the features. Recomputing takes long, so it is left to the user."""
+    """Warn if other code or libraries computed the features. The user decides about recomputing, which is slow."""
     there, here = ({"mmcot's code": made.get("code"), **made.get("versions", {})} for made in (manifest, now))
     differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if differing and "versions" in now:

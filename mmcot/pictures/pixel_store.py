@@ -1,4 +1,4 @@
-"""Cache the preprocessed pixels of a dataset's pictures on disk, for all epochs and stages."""
+"""Caches the preprocessed pixels of a dataset's pictures on disk, for all epochs and stages."""
 
 import functools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from mmcot.storage.caches import code_digest, load_or_compute, versions_of
 from mmcot.storage.files import cache_folder
 from modeling_mmcot.pictures_mmcot import as_rgb, picture_pixels, stack_pixels
 
-# Limit of the cache in bytes. Pictures whose pixels exceed it are decoded again for each batch.
+# If the pixels of all pictures exceed this size, they are not cached, and pictures are decoded again for each batch.
 MAX_CACHED_BYTES = 8e9
 
 
@@ -39,7 +39,7 @@ class PixelStore:
 
     def cache(self, pictures: list[Picture]) -> Dataset | None:
         if not pictures or len(pictures) * self.prepare(pictures[0]).nbytes > MAX_CACHED_BYTES:
-            for picture in pictures:
+            for picture in pictures:  # so that a damaged picture is an error before training, not during it
                 self.prepare(picture)
             return None
         producers = (code_digest(*PICTURE_CODE, PixelStore), versions_of(*PICTURE_LIBRARIES))

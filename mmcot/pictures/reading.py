@@ -1,4 +1,4 @@
-"""Read and decode a dataset's pictures; an error names the broken picture and its problem.
+"""Reads and decodes a dataset's pictures; an error names the damaged picture and its problem.
 
 `modeling_mmcot.pictures_mmcot` converts them to pixels.
 """
@@ -19,7 +19,7 @@ from modeling_mmcot.pictures_mmcot import FORMATS, as_rgb, shrink_while_reading
 
 Picture = tuple[str, dict[str, Any], str]  # content key, picture, and the first problem that shows it
 
-# The code and libraries that, besides picture and image processor, determine the pixels.
+# Pixels depend on this code and these libraries, in addition to the picture and the image processor.
 PICTURE_CODE = (pictures_mmcot, sys.modules[__name__])
 PICTURE_LIBRARIES = ("transformers", "pillow", "numpy")
 
