@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ENVIRONMENT = .venv/.installed
 PY = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin/python
-# Up to four processes with one thread each: most tests spend their time on starting processes.
+# Up to four processes with one thread each, because most tests spend their time on starting processes.
 IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow test-versions test-lowest lint format
@@ -17,12 +17,13 @@ test: $(ENVIRONMENT)
 test-slow: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(IN_PARALLEL)
 
-# Check that modeling_mmcot gives the same texts and scores under each minor version of transformers, or VERSIONS="…".
+# Check that modeling_mmcot gives the same texts and scores under each minor version of transformers. VERSIONS="…" selects
+# versions.
 test-versions: $(ENVIRONMENT)
 	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
 	MMCOT_VERSIONS=.versions $(PY) -m pytest tests/modeling/test_versions.py -s
 
-# Run all tests with the lowest version of each package that requirements.txt admits.
+# Run all tests with the lowest version of each package that requirements.txt allows.
 test-lowest: .venv-lowest/.installed
 	OMP_NUM_THREADS=1 $(PY:.venv/%=.venv-lowest/%) -m pytest $(IN_PARALLEL)
 
