@@ -17,8 +17,8 @@ test: $(ENVIRONMENT)
 test-slow: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(IN_PARALLEL)
 
-# Check that modeling_mmcot gives the same texts and scores under each minor version of transformers. VERSIONS="…" selects
-# versions.
+# Check that modeling_mmcot gives the same texts and scores under each minor version of transformers. VERSIONS="…"
+# selects versions.
 test-versions: $(ENVIRONMENT)
 	tests/make_versions.sh .versions .venv/bin/pip $(VERSIONS)
 	MMCOT_VERSIONS=.versions $(PY) -m pytest tests/modeling/test_versions.py -s
