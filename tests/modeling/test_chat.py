@@ -1,4 +1,4 @@
-"""The Hub's own snippets for an image-text-to-text model: a chat of one message, answered by all stages."""
+"""The Hub's code snippets for an image-text-to-text model: all stages answer a chat with one message."""
 
 import json
 import shutil
@@ -21,12 +21,12 @@ QUESTION = {"question": "Which color is it?", "context": "", "caption": ""}
         *("(a) red\n(b) blue", "(A)red\n(B)blue", "- red\n- blue", "* red\n\n* blue", "1. red\n2. blue"),
     ],
 )
-def test_choices_as_people_write_them(choices):
+def test_reads_choices_in_common_list_formats(choices):
     assert read_text(f"Which color is it?\n{choices}") == {**QUESTION, "choices": ["red", "blue"]}
     assert read_text(f"Which color is it?\nOptions:\n{choices}") == {**QUESTION, "choices": ["red", "blue"]}
 
 
-def test_choices_in_one_line_as_our_prompts_have_them():
+def test_reads_choices_on_one_line_as_in_the_prompts():
     found = read_text("Question: Which color is it? Is it dark?\nOptions: (A) red (B) light blue")
     assert found == {**QUESTION, "question": "Which color is it? Is it dark?", "choices": ["red", "light blue"]}
     found = read_text("Which color is it?\nOptions: pick one\nA. red\nB. blue")
@@ -35,7 +35,7 @@ def test_choices_in_one_line_as_our_prompts_have_them():
         read_text("Which color is it?\nChoices: red, blue")
 
 
-def test_a_list_above_the_question_and_notes_below_letters_are_no_choices():
+def test_reads_other_lists_as_context():
     found = read_text("The picture shows:\n- a bar chart\n- three bars\nWhich bar is the tallest?")
     assert found["choices"] == [] and found["question"] == "Which bar is the tallest?"
     assert found["context"] == "The picture shows: - a bar chart - three bars"
@@ -44,14 +44,14 @@ def test_a_list_above_the_question_and_notes_below_letters_are_no_choices():
     assert found["context"] == "Notes: - n1 - n2"
 
 
-def test_what_is_no_choice_stays_text():
+def test_keeps_text_that_resembles_a_choice():
     assert read_text("Which color is it?") == {**QUESTION, "choices": []}
     assert read_text("Read this.\nB. Franklin wrote it.\nWho wrote it?") == {
         **{"question": "Who wrote it?", "context": "Read this. B. Franklin wrote it.", "caption": "", "choices": []}
     }
 
 
-def test_question_and_context_with_labels_and_without():
+def test_reads_question_and_context_with_and_without_labels():
     expected = {
         "question": "Which is it?",
         "context": "Red is hot. Blue is cold.",
@@ -63,7 +63,7 @@ def test_question_and_context_with_labels_and_without():
     assert read_text("Which is it?\n- a\n- b\nHint: Red is hot. Blue is cold.") == expected
 
 
-def test_pictures_of_a_message_by_every_key():
+def test_reads_pictures_from_every_image_key():
     for key in ("image", "url", "path", "base64"):
         content = [{"type": "image", key: "x.png"}, {"type": "text", "text": "Why?"}]
         assert read_chat([{"role": "user", "content": content}])["image"] == ["x.png"]
@@ -71,7 +71,7 @@ def test_pictures_of_a_message_by_every_key():
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "error"),
     [
         (
             [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}],
@@ -85,12 +85,12 @@ def test_pictures_of_a_message_by_every_key():
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "A message part must be"),
     ],
 )
-def test_a_chat_that_cannot_be_answered_is_refused(messages, said):
-    with pytest.raises(ValueError, match=said):
+def test_refuses_unsupported_chats(messages, error):
+    with pytest.raises(ValueError, match=error):
         read_chat(messages)
 
 
-def test_both_snippets_of_the_hub_answer_as_the_pipeline_does(tiny_run, tmp_path):
+def test_hub_snippets_return_the_answer_of_the_pipeline(tiny_run, tmp_path):
     shutil.copytree(tiny_run / "hub", tmp_path / "model")
     found = as_a_stranger(
         """
@@ -142,7 +142,7 @@ def test_both_snippets_of_the_hub_answer_as_the_pipeline_does(tiny_run, tmp_path
     assert decoded == longer and whole.endswith(longer) and "Which color is it?" in whole
 
 
-def test_a_template_of_the_callers_own_is_refused(tiny_run):
+def test_refuses_a_custom_chat_template(tiny_run):
     processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
     chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
     assert "Which color is it?" in processor.apply_chat_template(chat)
@@ -153,8 +153,8 @@ def test_a_template_of_the_callers_own_is_refused(tiny_run):
         processor.apply_chat_template(chat, chat_template="{{ x }}", tools=[json])
 
 
-def test_the_first_chats_of_several_threads_load_the_stages_once(tiny_run):
-    """transformers' loading is of one thread at a time: a second one found weights without data."""
+def test_answers_first_chats_from_several_threads_alike(tiny_run):
+    """transformers supports loading in one thread at a time; a second thread got weights without data."""
     processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
     chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
@@ -169,7 +169,7 @@ def test_the_first_chats_of_several_threads_load_the_stages_once(tiny_run):
     assert model.training
 
 
-def test_a_chat_is_answered_by_the_whole_system_with_settings_that_there_are(tiny_run):
+def test_refuses_to_chat_with_one_stage_or_unknown_settings(tiny_run):
     processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
     chat = [{"role": "user", "content": "Which color is it?\n- red\n- blue"}]
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
@@ -183,7 +183,7 @@ def test_a_chat_is_answered_by_the_whole_system_with_settings_that_there_are(tin
         model.generate(**inputs, stopping_criteria=[])
 
 
-def test_a_generation_config_that_is_given_stays(tiny_run):
+def test_keeps_a_given_generation_config(tiny_run):
     given = GenerationConfig(max_new_tokens=7)
     for options in ({}, {"subfolder": "rationale"}):
         model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "hub", generation_config=given, **options)

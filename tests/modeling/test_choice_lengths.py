@@ -1,4 +1,4 @@
-"""Choices of unlike length: their targets are not cut, and are compared in total, by token, or without a question."""
+"""Choices of different lengths: whole targets are scored by their total, mean or calibrated log-probability."""
 
 import json
 
@@ -39,7 +39,7 @@ def processor_of(score, max_target_length=4):
 
 
 def log_probabilities(model, processor, source):
-    """Each choice's target by a pass of its own, whole."""
+    """The log-probabilities of the whole targets, each from a separate pass, and the targets' lengths."""
     inputs = processor(text=source)
     targets = [processor.tokenizer(text, return_tensors="pt")["input_ids"][0] for text in PROBLEM["choices"]]
     return torch.stack([log_probability(model, inputs, target) for target in targets]), [len(one) for one in targets]
@@ -47,8 +47,8 @@ def log_probabilities(model, processor, source):
 
 @torch.no_grad()
 @pytest.mark.parametrize("score", SCORES)
-def test_choices_are_compared_by_their_whole_targets(score):
-    """Of 4 tokens at most all would be the same."""
+def test_scores_choices_by_their_whole_targets(score):
+    """Cut to `max_target_length`, 4 tokens, all targets would be equal."""
     model, processor = tiny_model(vision_config=None), processor_of(score)
     stage = processor.stages[0]
     totals, lengths = log_probabilities(model, processor, stage.render_source(PROBLEM))
@@ -61,14 +61,14 @@ def test_choices_are_compared_by_their_whole_targets(score):
     assert found["scores"][1] != found["scores"][2]
 
 
-def test_how_choices_are_compared_travels_with_the_weights(tmp_path):
+def test_saves_and_loads_the_score_of_a_stage(tmp_path):
     processor_of("calibrated").save_pretrained(tmp_path)
     assert MMCoTProcessor.from_pretrained(tmp_path).stages[0].score == "calibrated"
     with pytest.raises(ValueError, match="score of a stage is 'median'; expected one of total, mean, calibrated"):
         processor_of("median")
 
 
-def test_texts_are_compared_on_average_and_letters_in_total_if_nothing_is_said():
+def test_defaults_to_mean_score_for_texts_and_total_score_for_letters():
     common = {
         "name": "answer",
         "reads": ["question", "context", "choices"],
@@ -89,14 +89,14 @@ def recipe_with(tmp_path, tiny_dataset, **changes):
     return ["--config", str(file), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
 
 
-def test_unlike_lengths_under_total_are_told(tmp_path, tiny_dataset, caplog):
+def test_warns_about_total_score_with_targets_of_different_lengths(tmp_path, tiny_dataset, caplog):
     text = {"target": "The answer is {{ choices[answer] }}."}
     with caplog.at_level("WARNING"):
         prepare(parse_recipe(recipe_with(tmp_path, tiny_dataset, **text, score="total")))
     assert "of 12 validation problems the choices' targets differ in length" in caplog.text
 
 
-def test_a_score_that_is_none_or_of_a_stage_without_choices_is_refused(tmp_path, tiny_dataset):
+def test_refuses_an_unknown_score_and_a_score_without_choices(tmp_path, tiny_dataset):
     with pytest.raises(ValueError, match="stage 'answer' has score 'best'; expected one of total, mean, calibrated"):
         parse_recipe(recipe_with(tmp_path, tiny_dataset, score="best"))
     words = recipe_with(tmp_path, tiny_dataset)
@@ -110,7 +110,7 @@ def test_a_score_that_is_none_or_of_a_stage_without_choices_is_refused(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_run_predicts_by_the_score_of_its_recipe(tmp_path, tiny_dataset):
+def test_run_uses_the_score_of_its_recipe(tmp_path, tiny_dataset):
     words = recipe_with(tmp_path, tiny_dataset, score="calibrated")
     run_script("train.py", *words, "--max_steps", "2")
     run = tmp_path / "run"
@@ -119,7 +119,7 @@ def test_a_run_predicts_by_the_score_of_its_recipe(tmp_path, tiny_dataset):
     assert meta["stages"][1]["score"] == "calibrated"
 
 
-def test_a_source_that_names_a_column_that_is_not_read_is_refused():
+def test_refuses_a_source_template_with_a_column_that_the_stage_does_not_read():
     common = {
         "name": "answer",
         "reads": ["question", "choices"],

@@ -1,6 +1,6 @@
-"""What transformers asks of any encoder-decoder, for each fusion: what its own model and generation test mixins ask.
+"""The checks of transformers' own model and generation test mixins for an encoder-decoder, with each fusion.
 
-What is particular to this model is in test_modeling.py.
+test_modeling.py tests the properties that only this model has.
 """
 
 import copy
@@ -27,7 +27,7 @@ def text_only(batch):
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def test_saved_and_loaded_it_is_the_same_to_the_bit(build, inputs, tmp_path):
+def test_save_and_load_preserve_logits_bit_for_bit(build, inputs, tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
     for auto in (AutoModel, AutoModelForSeq2SeqLM, MMCoTForConditionalGeneration):
@@ -39,7 +39,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(build, inputs, tmp_path):
     assert again.generation_config.max_new_tokens == model.generation_config.max_new_tokens
 
 
-def test_saved_in_shards_it_loads(build, inputs, tmp_path):
+def test_loads_from_shards(build, inputs, tmp_path):
     model = build()
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -48,7 +48,7 @@ def test_saved_in_shards_it_loads(build, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("loading", [{"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True}])
-def test_the_ways_to_load_give_the_same(build, inputs, tmp_path, loading):
+def test_loading_options_preserve_logits(build, inputs, tmp_path, loading):
     model = build()
     model.save_pretrained(tmp_path)
     again = MMCoTForConditionalGeneration.from_pretrained(tmp_path, **loading).eval()
@@ -56,12 +56,12 @@ def test_the_ways_to_load_give_the_same(build, inputs, tmp_path, loading):
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
-def test_a_fusion_and_a_block_are_never_split_over_devices(build):
+def test_never_splits_a_fusion_or_a_block_over_devices(build):
     assert {"T5Block", type(build().encoder.fusion).__name__, "ViTLayer"} <= set(build()._no_split_modules)
 
 
-def test_attentions_and_hidden_states_have_their_shapes_and_names(build, inputs):
-    # As with T5, SDPA gives no attentions of the text's own; those of the fusion are always there.
+def test_returns_attentions_and_hidden_states_with_their_shapes(build, inputs):
+    # Eager, because T5 returns no text attentions with SDPA. The fusion returns its attentions with both.
     outputs = build(attn_implementation="eager")(**inputs, output_attentions=True, output_hidden_states=True)
     assert outputs.fusion_attentions.shape == (3, 9, 5)
     torch.testing.assert_close(outputs.fusion_attentions[:2].sum(dim=-1), torch.ones(2, 9))
@@ -74,7 +74,7 @@ def test_attentions_and_hidden_states_have_their_shapes_and_names(build, inputs)
     assert outputs.encoder_last_hidden_state.shape == (3, 9, 32)
 
 
-def test_the_last_of_the_hidden_states_are_those_before_the_fusion(build, batch):
+def test_last_of_hidden_states_is_the_state_before_the_fusion(build, batch):
     model = build()
     outputs = model.encoder(**batch, output_hidden_states=True)
     plain = model.encoder(**text_only(batch)).last_hidden_state
@@ -82,7 +82,7 @@ def test_the_last_of_the_hidden_states_are_those_before_the_fusion(build, batch)
     assert not torch.equal(outputs.last_hidden_state[0], plain[0])
 
 
-def test_attentions_by_the_config_are_those_by_the_argument(build, inputs):
+def test_config_and_argument_return_equal_attentions(build, inputs):
     asked = build()(**inputs, output_attentions=True).fusion_attentions
     model = build(attn_implementation="eager")
     assert model(**inputs).fusion_attentions is None
@@ -99,7 +99,7 @@ def test_generate_returns_attentions_and_hidden_states(build, batch):
 
 
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_tuple_and_dict_hold_the_same(build, inputs, with_labels):
+def test_tuple_and_dict_outputs_are_equal(build, inputs, with_labels):
     model = build()
     if not with_labels:
         inputs["decoder_input_ids"] = inputs.pop("labels").clamp(min=0)
@@ -113,7 +113,7 @@ def test_tuple_and_dict_hold_the_same(build, inputs, with_labels):
     assert torch.equal(model(**inputs, **kwargs)[0], as_tuple[0])
 
 
-def test_the_encoder_alone_returns_tuple_and_dict(build, batch):
+def test_encoder_returns_tuple_and_dict(build, batch):
     encoder = build().get_encoder()
     as_dict, as_tuple = encoder(**batch), encoder(**batch, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], as_dict.last_hidden_state)
@@ -147,7 +147,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(build, inputs
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_resized_embeddings(build, inputs, tied):
+def test_resizes_token_embeddings(build, inputs, tied):
     model = build(tie_word_embeddings=tied)
     before = model(**inputs).logits
     model.resize_token_embeddings(70)
@@ -162,7 +162,7 @@ def test_resized_embeddings(build, inputs, tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_and_untied_heads_are_saved_as_they_are(build, inputs, tied, tmp_path):
+def test_saves_tied_and_untied_heads(build, inputs, tied, tmp_path):
     model = build(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     again = MMCoTForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -170,7 +170,7 @@ def test_tied_and_untied_heads_are_saved_as_they_are(build, inputs, tied, tmp_pa
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
-def test_embeddings_in_place_of_tokens(build, inputs):
+def test_accepts_inputs_embeds(build, inputs):
     model = build()
     expected = model(**inputs).logits
     input_ids = inputs.pop("input_ids")
@@ -183,7 +183,7 @@ def test_embeddings_in_place_of_tokens(build, inputs):
         model.encoder(**inputs)
 
 
-def test_decoder_embeddings_in_place_of_tokens(build, batch, labels):
+def test_accepts_decoder_inputs_embeds(build, batch, labels):
     model = build()
     tokens = labels.clamp(min=0)
     expected = model(**batch, decoder_input_ids=tokens).logits
@@ -192,7 +192,7 @@ def test_decoder_embeddings_in_place_of_tokens(build, batch, labels):
 
 
 @pytest.mark.parametrize("form", ["output", "base", "tuple"])
-def test_encoder_outputs_of_the_caller_are_fused_already(build, batch, labels, form):
+def test_accepts_encoder_outputs_in_every_form(build, batch, labels, form):
     model = build()
     encoder_outputs = model.encoder(**batch)
     forms = {
@@ -208,7 +208,7 @@ def test_encoder_outputs_of_the_caller_are_fused_already(build, batch, labels, f
     assert torch.equal(generated, model.generate(**batch))
 
 
-def test_a_cache_continued_by_hand(build, batch):
+def test_continues_from_a_given_cache(build, batch):
     model = build()
     tokens = torch.randint(3, 60, (3, 6))
     whole = model(**batch, decoder_input_ids=tokens, use_cache=False).logits
@@ -220,7 +220,7 @@ def test_a_cache_continued_by_hand(build, batch):
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, rtol=0, atol=1e-5)
 
 
-def test_a_decoder_attention_mask_hides_tokens(build, batch):
+def test_decoder_attention_mask_hides_tokens(build, batch):
     model = build()
     tokens, mask = torch.randint(3, 60, (3, 6)), torch.ones(3, 6, dtype=torch.long)
     mask[:, 1] = 0
@@ -243,10 +243,10 @@ def test_half_precision_loads_and_runs(build, inputs, dtype, tmp_path):
     inputs.pop("labels")
     assert half.generate(**inputs, max_new_tokens=3).shape[0] == 3
     features = {**text_only(inputs), "vision_features": torch.randn(3, 4, 24)}
-    assert half.encoder(**features).last_hidden_state.dtype == dtype, "features in float32 are taken as well"
+    assert half.encoder(**features).last_hidden_state.dtype == dtype, "float32 features are accepted too"
 
 
-def test_pickled_and_copied_it_is_the_same(build, inputs):
+def test_pickle_and_copy_preserve_logits_and_tied_weights(build, inputs):
     model = build()
     expected = model(**inputs).logits
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
@@ -263,15 +263,15 @@ def example(batch, pictures):
 
 
 @pytest.mark.parametrize("pictures", ["features", "pixels"])
-def test_exported(build, batch, pictures):
-    """As T5 allows: without a cache; with pixels, where each problem has its picture (which rows do is data)."""
+def test_exports_a_program(build, batch, pictures):
+    """As with T5, without a cache; pixels need a picture in every row, because the data decides which rows have one."""
     model, inputs = build(), example(batch, pictures)
     program = torch.export.export(model, (), kwargs=inputs, strict=False)
     torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pictures", ["features", "pixels"])
-def test_compiled_without_a_break_in_the_graph(build, batch, pictures):
+def test_compiles_without_graph_breaks(build, batch, pictures):
     model, inputs = build(), example(batch, pictures)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -279,15 +279,15 @@ def test_compiled_without_a_break_in_the_graph(build, batch, pictures):
 
 
 @pytest.mark.slow
-def test_compiled_with_problems_without_picture(build, inputs):
+def test_compiles_with_problems_without_picture(build, inputs):
     model = build()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
 
 
-def test_assisted_generation_writes_what_greedy_writes(build, batch):
-    """By another model of this kind, and by a plain T5 decoder's guesses at the prompt."""
+def test_assisted_generation_equals_greedy_generation(build, batch):
+    """The assistant is another model of this class, or prompt lookup."""
     model = build(initializer_factor=2.0)
     one = {name: tensor[:1] for name, tensor in batch.items()}
     expected = model.generate(**one, do_sample=False)
@@ -295,13 +295,13 @@ def test_assisted_generation_writes_what_greedy_writes(build, batch):
     assert torch.equal(model.generate(**one, do_sample=False, prompt_lookup_num_tokens=2), expected)
 
 
-def test_constrained_generation_writes_allowed_tokens_only(build, batch):
+def test_constrained_generation_writes_only_allowed_tokens(build, batch):
     allowed = [7, 11, 13]
     tokens = build().generate(**batch, prefix_allowed_tokens_fn=lambda *_: allowed, num_beams=2, max_new_tokens=5)
     assert set(tokens[:, 1:].flatten().tolist()) <= set(allowed)
 
 
-def test_several_beams_and_several_samples_of_each_problem(build, batch):
+def test_returns_several_beams_and_samples_per_problem(build, batch):
     model = build()
     beams = model.generate(**batch, num_beams=4, num_return_sequences=4)
     assert beams.shape[0] == 12 and len({tuple(tokens) for tokens in beams[:4].tolist()}) == 4
@@ -312,7 +312,7 @@ def test_several_beams_and_several_samples_of_each_problem(build, batch):
 
 
 @pytest.mark.parametrize("generation", [{}, {"num_beams": 3}])
-def test_rows_of_a_batch_are_generated_as_alone(build, batch, generation):
+def test_generates_the_same_text_in_a_batch_and_alone(build, batch, generation):
     model = build(initializer_factor=2.0)
     together = model.generate(**batch, **generation)
     for index in range(3):
@@ -320,7 +320,7 @@ def test_rows_of_a_batch_are_generated_as_alone(build, batch, generation):
         assert torch.equal(together[index, : alone.shape[1]], alone[0])
 
 
-def test_a_fully_masked_picture_is_none_and_an_all_padding_row_gives_no_nan(build, inputs):
+def test_fully_masked_pictures_and_texts_give_no_nan(build, inputs):
     model = build().train()
     inputs["attention_mask"][0] = 0
     inputs["pixel_mask"][:] = False
@@ -335,20 +335,20 @@ def test_a_fully_masked_picture_is_none_and_an_all_padding_row_gives_no_nan(buil
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_forward_takes_every_argument_of_t5s(build):
+def test_forward_accepts_every_argument_of_t5(build):
     theirs = {
-        "cache" if name == CACHE else name  # ours is "cache" in every version, and takes the older name as well
+        "cache" if name == CACHE else name  # ours is "cache" in every version; the older name is accepted too
         for name in inspect.signature(T5ForConditionalGeneration.forward).parameters
     }
-    through_kwargs = {"return_dict", "output_attentions", "output_hidden_states"}  # T5's own too in newer versions
+    through_kwargs = {"return_dict", "output_attentions", "output_hidden_states"}  # also T5's in newer versions
     assert theirs - through_kwargs <= set(inspect.signature(type(build()).forward).parameters)
 
 
 @pytest.mark.parametrize(("version", "age"), [(0, "an older"), (2, "a newer")])
-def test_a_model_of_another_format_is_refused_by_name(version, age, tmp_path):
+def test_refuses_a_model_of_another_format_version(version, age, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["format_version"] == 1, "a model says what it is"
+    assert config["format_version"] == 1, "config.json contains the format version"
     (tmp_path / "config.json").write_text(json.dumps({**config, "format_version": version}))
     with pytest.raises(ValueError, match=f"format_version is {version}: this model was saved by {age} mmcot"):
         MMCoTForConditionalGeneration.from_pretrained(tmp_path)

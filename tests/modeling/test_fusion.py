@@ -1,4 +1,4 @@
-"""The fusions: the paper's five equations, masks, and what they leave alone. (The authors' form: test_convert.py.)"""
+"""The fusions: the paper's five equations, masks, unchanged rows. test_convert.py tests the authors' form."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def states():
     return torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 7, 12, dtype=torch.float64)
 
 
-def test_equals_the_five_equations_in_float64(states):
+def test_equals_the_papers_five_equations_in_float64(states):
     torch.manual_seed(0)
     fusion = GatedFusion(hidden_size=16, vision_hidden_size=12).double()
     hidden_states, features = states
@@ -44,7 +44,7 @@ def test_equals_the_five_equations_in_float64(states):
     np.testing.assert_allclose(fusion_gate.detach().numpy(), gates, rtol=0, atol=1e-12)
 
 
-def test_a_masked_patch_is_as_if_it_were_not_there(fusion, states):
+def test_ignores_masked_patches(fusion, states):
     hidden_states, features = states
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[:, 5:] = False
@@ -56,7 +56,7 @@ def test_a_masked_patch_is_as_if_it_were_not_there(fusion, states):
     torch.testing.assert_close(attentions.sum(dim=-1), torch.ones(3, 5, dtype=torch.float64))
 
 
-def test_a_row_without_patches_keeps_its_states_and_gives_a_finite_gradient(fusion, states):
+def test_row_without_patches_keeps_its_states_and_finite_gradients(fusion, states):
     hidden_states, features = states
     hidden_states.requires_grad_()
     mask = torch.ones(3, 7, dtype=torch.bool)
@@ -69,14 +69,14 @@ def test_a_row_without_patches_keeps_its_states_and_gives_a_finite_gradient(fusi
     assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters())
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_lists_known_fusions_for_an_unknown_name():
     with pytest.raises(ValueError, match="'gatd'.*gated, gated_mha"):
         build_fusion("gatd", 16, 12)
 
 
 @pytest.mark.parametrize("name", FUSIONS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_stands_in_a_masked_patch_has_no_part(name, value):
+def test_ignores_nan_and_infinity_in_masked_patches(name, value):
     torch.manual_seed(0)
     fusion = build_fusion(name, 8, 6)
     states, patches = torch.randn(2, 3, 8), torch.randn(2, 4, 6)

@@ -1,4 +1,4 @@
-"""Decoding without needless work gives what decoding with it gives."""
+"""Optimized decoding (greedy search, packed weights, packed choices) gives the results of plain decoding."""
 
 import functools
 from itertools import pairwise
@@ -14,7 +14,7 @@ from modeling_mmcot.generation_mmcot import CACHE_STEP, GrowingLayer, greedy_sea
 
 @pytest.fixture
 def model():
-    """Weights of some size, so that what is generated is not one token only."""
+    """A model with large weights, so that a text has more than one distinct token."""
     model = tiny_model(vision_config=None, initializer_factor=3.0)
     model.generation_config.max_new_tokens = 40
     return model
@@ -30,8 +30,8 @@ def sources():
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-class LikesEos(LogitsProcessor):
-    """Ends each row at a length of its own; knows a row by its place in the batch."""
+class StaggeredEos(LogitsProcessor):
+    """Ends the rows at different lengths; a row's index in the batch defines its length."""
 
     def __call__(self, input_ids, scores):
         for row in range(len(input_ids)):
@@ -39,8 +39,8 @@ class LikesEos(LogitsProcessor):
         return scores
 
 
-def rows_decoded(model):
-    """How many rows each call of the decoder had."""
+def record_batch_sizes(model):
+    """A list to which each call of the decoder appends its number of rows."""
     sizes = []
     model.decoder.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -48,42 +48,42 @@ def rows_decoded(model):
     return sizes
 
 
-@pytest.mark.parametrize("ends", ["as_they_will", "one_after_another", "never"])
-def test_greedy_search_gives_the_tokens_of_transformers(model, sources, ends):
-    options = {"logits_processor": LogitsProcessorList([LikesEos()] if ends == "one_after_another" else [])}
+@pytest.mark.parametrize("ends", ["by_model", "staggered", "never"])
+def test_greedy_search_equals_transformers(model, sources, ends):
+    options = {"logits_processor": LogitsProcessorList([StaggeredEos()] if ends == "staggered" else [])}
     if ends == "never":
         options.update(suppress_tokens=[1], max_new_tokens=2 * CACHE_STEP + 10)
     expected = model.generate(**sources, **options)
     assert torch.equal(model.generate(**sources, **options, custom_generate=greedy_search), expected)
     lengths = (expected != 0).sum(dim=1)
-    assert (len(lengths.unique()) > 5) == (ends == "one_after_another")
+    assert (len(lengths.unique()) > 5) == (ends == "staggered")
 
 
-def test_finished_texts_leave_the_batch(model, sources):
-    sizes = rows_decoded(model)
-    options = {"logits_processor": LogitsProcessorList([LikesEos()])}
+def test_removes_finished_texts_from_the_batch(model, sources):
+    sizes = record_batch_sizes(model)
+    options = {"logits_processor": LogitsProcessorList([StaggeredEos()])}
     tokens = model.generate(**sources, **options, custom_generate=greedy_search)
     real = int((tokens[:, 1:] != 0).sum())
     assert sizes[0] == 24 and sizes == sorted(sizes, reverse=True)
     assert sum(sizes) < 1.2 * real < 24 * len(sizes)
 
 
-def test_a_growing_cache_holds_what_a_plain_one_does_and_seldom_copies():
+def test_growing_cache_equals_dynamic_cache_with_few_copies():
     torch.manual_seed(0)
-    plain, growing, places = DynamicLayer(), GrowingLayer(), []
+    plain, growing, addresses = DynamicLayer(), GrowingLayer(), []
     for number in range(3 * CACHE_STEP):
         new = torch.randn(2, 6 if number <= CACHE_STEP else 3, 4, 1, 8)
         for expected, found in zip(plain.update(*new), growing.update(*new), strict=True):
             assert torch.equal(found, expected)
-        places.append(growing.keys.data_ptr())
+        addresses.append(growing.keys.data_ptr())
         if number == CACHE_STEP:
             for layer in (plain, growing):
                 layer.batch_select_indices(torch.tensor([0, 2, 5]))
-    assert sum(place != before for before, place in pairwise(places)) <= 5
+    assert sum(address != before for before, address in pairwise(addresses)) <= 5
 
 
 def test_sampled_texts_share_one_encoding(model, sources):
-    """Self-consistency: many texts of one problem, read once."""
+    """For self-consistency: many texts of one problem, encoded once."""
     calls = []
     model.encoder.register_forward_hook(lambda _, args, output: calls.append(len(output.last_hidden_state)))
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_sampled_texts_share_one_encoding(model, sources):
     assert len(texts) == 96 and calls == [24]
 
 
-def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(model, sources):
+def test_packed_weights_change_neither_outputs_nor_the_model(model, sources):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     plain = functools.partial(model, **sources, labels=sources["input_ids"])
     with torch.no_grad():
@@ -105,8 +105,8 @@ def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(model, sourc
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_weights_of_another_kind_are_not_packed():
-    """torchao's quantized ones are such a subclass, and have no oneDNN form."""
+def test_does_not_pack_tensor_subclasses():
+    """torchao's quantized weights are such a subclass, and have no oneDNN form."""
 
     class Quantized(torch.Tensor):
         pass
@@ -119,20 +119,20 @@ def test_weights_of_another_kind_are_not_packed():
         assert "forward" in model.decoder.block[0].layer[0].SelfAttention.k.__dict__
 
 
-@pytest.mark.parametrize("max_packed_length", [256, 0])  # packed; in a pass for each choice
+@pytest.mark.parametrize("max_packed_length", [256, 0])  # packed; one pass per choice
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(
     "choices",
     [
-        [[[5, 6, 7, 1], [5, 6, 8, 1]], [[5, 6, 9, 10, 1], [5, 6, 9, 1]]],  # all begin alike, unlike far
+        [[[5, 6, 7, 1], [5, 6, 8, 1]], [[5, 6, 9, 10, 1], [5, 6, 9, 1]]],  # shared prefixes of different lengths
         [[[5, 1], [5, 1]], [[5, 6, 1], [5, 6, 1]]],  # the same choice twice
-        [[[5, 6, 1], [5, 6, 7, 1]], [[9, 1], [11, 12, 13, 14, 15, 1]]],  # one begins as the other ends; nothing alike
-        [[[5, 6, 7, 1]], []],  # one choice; none
-        [[], []],  # none at all
-        [[[1], [5, 1]], [[5], [6]]],  # of one token
+        [[[5, 6, 1], [5, 6, 7, 1]], [[9, 1], [11, 12, 13, 14, 15, 1]]],  # one ends earlier; no shared prefix
+        [[[5, 6, 7, 1]], []],  # one choice; no choices
+        [[], []],  # no choices in any problem
+        [[[1], [5, 1]], [[5], [6]]],  # targets of one token
     ],
 )
-def test_packed_choices_score_as_separate_passes(sources, choices, scaled, max_packed_length, monkeypatch):
+def test_packed_choices_score_like_separate_passes(sources, choices, scaled, max_packed_length, monkeypatch):
     monkeypatch.setattr("modeling_mmcot.modeling_mmcot.MAX_PACKED_LENGTH", max_packed_length)
     model = tiny_model(vision_config=None, scale_decoder_outputs=scaled, initializer_factor=2.0)
     source = {name: tensor[:2] for name, tensor in sources.items()}
@@ -151,7 +151,7 @@ def test_packed_choices_score_as_separate_passes(sources, choices, scaled, max_p
             torch.testing.assert_close(scores[number, choice], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_choices_are_decoded_in_one_pass_without_copies_of_the_source(sources):
+def test_decodes_choices_in_one_pass_without_copying_the_source(sources):
     model = tiny_model(vision_config=None)
     seen = []
     model.decoder.register_forward_pre_hook(
@@ -160,5 +160,5 @@ def test_choices_are_decoded_in_one_pass_without_copies_of_the_source(sources):
     )
     labels = torch.tensor([[[5, 6, 7, 8, 20, 9, 1], [5, 6, 7, 8, 21, 9, 1], [5, 6, 7, 8, 22, 9, 1]]]).expand(24, -1, -1)
     model.score_choices(labels, **sources)
-    # The start and four tokens that all share, then two tokens of each choice: the last one is only predicted.
+    # The start token and four shared tokens, then two tokens of each choice, because its last one is only predicted.
     assert seen == [((24, 5 + 3 * 2), (24, 9, 32))]

@@ -1,4 +1,4 @@
-"""Each setting of `generate`: a stage's text is that of transformers' own decoding, or an error names the setting."""
+"""Each setting of `generate`: a stage writes the text of transformers' own decoding, or an error names the setting."""
 
 import copy
 import string
@@ -30,7 +30,7 @@ STAGES = [
         **{"source": "{{ question }} {{ rationale }}", "target": "{{ choices[answer] }}"},
     },
 ]
-# For each setting a value that is not its default, with what else it needs to have an effect.
+# For each setting, a value that is not its default, with the other settings that it needs to have an effect.
 VALUES = {
     "max_length": {"max_length": 9},
     "max_new_tokens": {"max_new_tokens": 7},
@@ -105,9 +105,9 @@ VALUES = {
     "prefill_chunk_size": {"prefill_chunk_size": 2},
 }
 NAMES = sorted(GenerationConfig().to_dict().keys() - NOT_DECODING)
-# These change no text here; what they change is speed, or what NaN becomes.
-OF_NO_EFFECT_HERE = {"use_cache", "cache_implementation", "remove_invalid_values", "pad_token_id", "bos_token_id"}
-OF_NO_EFFECT_HERE |= {"renormalize_logits"}  # beams are ranked alike
+# These change no text here, because they change the speed or the treatment of NaN.
+WITHOUT_EFFECT_HERE = {"use_cache", "cache_implementation", "remove_invalid_values", "pad_token_id", "bos_token_id"}
+WITHOUT_EFFECT_HERE |= {"renormalize_logits"}  # the order of the beams stays the same
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def built():
-    # Weights of such a size that texts differ among themselves and change within.
+    # Large weights, so that the texts differ, and each has more than one distinct token.
     model = tiny_model(vision_config=None, initializer_factor=3.0, seed=16)
     model.generation_config.max_new_tokens = LENGTH
     return model
@@ -140,11 +140,12 @@ def inputs():
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def of_transformers(model, processor, inputs, settings):
-    """The texts of `generate`, which takes the settings as its generation config."""
+def transformers_texts(model, processor, inputs, settings):
+    """The texts of transformers' `generate` with the settings as its generation config."""
     own, given = copy.deepcopy(model.generation_config), copy.deepcopy(settings)
     if "max_length" in settings:
-        model.generation_config.max_new_tokens = None  # which transformers prefers, and we to what a call says
+        # Because transformers prefers max_new_tokens to max_length, while mmcot prefers the setting of the call.
+        model.generation_config.max_new_tokens = None
     torch.manual_seed(1)
     try:
         tokens = model.generate(**inputs, generation_config=GenerationConfig(**given), tokenizer=processor.tokenizer)
@@ -154,32 +155,32 @@ def of_transformers(model, processor, inputs, settings):
     return processor.batch_decode(tokens, skip_special_tokens=True)
 
 
-def of_ours(model, processor, inputs, settings):
+def mmcot_texts(model, processor, inputs, settings):
     torch.manual_seed(1)
     return generate_texts(model, processor, encode(model, inputs), **given_settings(copy.deepcopy(settings)))[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_setting_gives_the_text_of_transformers_or_is_refused_by_name(name, model, processor, inputs):
+def test_each_setting_gives_the_text_of_transformers_or_is_refused(name, model, processor, inputs):
     settings = VALUES[name]
     if name not in SETTINGS:
         with pytest.raises(ValueError, match=rf"\b(?:{'|'.join(settings)}) is .*which a stage does not support: \w+"):
-            of_ours(model, processor, inputs, settings)
+            mmcot_texts(model, processor, inputs, settings)
         with pytest.raises(ValueError, match=rf"^{name} is "):
             given_settings({name: settings[name]})
         return
-    expected = of_transformers(model, processor, inputs, settings)
-    assert of_ours(model, processor, inputs, settings) == expected
-    if name not in OF_NO_EFFECT_HERE:
+    expected = transformers_texts(model, processor, inputs, settings)
+    assert mmcot_texts(model, processor, inputs, settings) == expected
+    if name not in WITHOUT_EFFECT_HERE:
         others = {key: value for key, value in settings.items() if key != name}
-        assert expected != of_transformers(model, processor, inputs, others), "the value has no effect"
+        assert expected != transformers_texts(model, processor, inputs, others), "the value has no effect"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_setting_in_the_models_own_file_is_as_one_of_a_call(name, model, processor, inputs, tmp_path):
-    """`generation_config.json`: the text is transformers' own, or running the stages is refused before any work."""
+def test_setting_in_generation_config_file_acts_like_a_keyword(name, model, processor, inputs, tmp_path):
+    """With `generation_config.json`, the text equals transformers' text, or an error comes before the encoder runs."""
     settings = VALUES[name]
-    expected = None if name not in SETTINGS else of_transformers(model, processor, inputs, settings)
+    expected = None if name not in SETTINGS else transformers_texts(model, processor, inputs, settings)
     file = copy.deepcopy(model.generation_config)
     file.update(**copy.deepcopy(settings))
     if name == "max_length":
@@ -187,17 +188,17 @@ def test_a_setting_in_the_models_own_file_is_as_one_of_a_call(name, model, proce
     try:
         file.save_pretrained(tmp_path)
         model.generation_config = GenerationConfig.from_pretrained(tmp_path)
-    except (TypeError, ValueError):  # what transformers does not write it does not read
+    except (TypeError, ValueError):  # because transformers refuses to save or load this setting
         model.generation_config = file
     if getattr(model.generation_config, name) is None:
-        return  # it is in no file: transformers writes none of it
+        return  # because transformers does not save this setting
     calls = []
     model.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
     models_of_stages = {stage["name"]: model for stage in STAGES}
     if name in SETTINGS:
-        assert of_ours(model, processor, inputs, {}) == expected
+        assert mmcot_texts(model, processor, inputs, {}) == expected
     elif name in OUTPUTS:
-        assert of_ours(model, processor, inputs, {}) == of_transformers(model, processor, inputs, {})
+        assert mmcot_texts(model, processor, inputs, {}) == transformers_texts(model, processor, inputs, {})
     else:
         with pytest.raises(ValueError, match=rf"generation_config.json.*(?:{'|'.join(settings)}) is "):
             run_stages(models_of_stages, processor, [{"question": "ab", "choices": ["a", "b"]}], [None])
@@ -207,8 +208,8 @@ def test_a_setting_in_the_models_own_file_is_as_one_of_a_call(name, model, proce
 
 
 @pytest.mark.parametrize("name", sorted(VALUES.keys() & set(NAMES)))
-def test_the_models_own_generate_is_t5s(name, model, processor, inputs):
-    """`AutoModel….generate`: without a picture a setting does, or is refused, as of a plain T5."""
+def test_generate_without_picture_equals_t5(name, model, processor, inputs):
+    """`AutoModel….generate` without a picture: a setting has the same effect, or the same error, as with a plain T5."""
     plain = T5ForConditionalGeneration(T5Config(**TINY_TEXT)).eval()
     plain.load_state_dict(model.state_dict())
     plain.generation_config = copy.deepcopy(model.generation_config)
@@ -225,7 +226,7 @@ def test_the_models_own_generate_is_t5s(name, model, processor, inputs):
     assert outcome(model) == outcome(plain)
 
 
-def test_a_generation_config_is_taken_whole(processor):
+def test_accepts_a_generation_config(processor):
     settings = given_settings({"generation_config": GenerationConfig(num_beams=3, no_repeat_ngram_size=2)})
     assert settings == {"num_beams": 3, "no_repeat_ngram_size": 2}
     with pytest.raises(ValueError, match="num_beams given twice"):
@@ -234,21 +235,21 @@ def test_a_generation_config_is_taken_whole(processor):
         given_settings({"generation_config": GenerationConfig(num_beam_groups=2)})
 
 
-def test_a_watermark_comes_as_a_dict_too(model, processor, inputs):
+def test_accepts_a_watermark_as_a_dict(model, processor, inputs):
     settings = [{"watermarking_config": form} for form in (WatermarkingConfig(bias=9.0), {"bias": 9.0})]
-    texts = [of_ours(model, processor, inputs, setting) for setting in settings]
-    assert texts[0] == texts[1] == of_transformers(model, processor, inputs, settings[0])
+    texts = [mmcot_texts(model, processor, inputs, setting) for setting in settings]
+    assert texts[0] == texts[1] == transformers_texts(model, processor, inputs, settings[0])
 
 
-def test_a_model_without_a_pad_token_ends_its_texts(model, processor, inputs):
+def test_ends_texts_without_a_pad_token(model, processor, inputs):
     model.generation_config.update(pad_token_id=None, eos_token_id=[6, 24])
-    assert of_ours(model, processor, inputs, {}) == of_transformers(model, processor, inputs, {})
+    assert mmcot_texts(model, processor, inputs, {}) == transformers_texts(model, processor, inputs, {})
     model.generation_config.update(pad_token_id=None, eos_token_id=None)
-    assert of_ours(model, processor, inputs, {}) == of_transformers(model, processor, inputs, {})
+    assert mmcot_texts(model, processor, inputs, {}) == transformers_texts(model, processor, inputs, {})
 
 
-def test_stop_strings_that_the_tokenizer_has_no_pieces_for_are_named(model, inputs):
+def test_refuses_stop_strings_with_an_unsupported_tokenizer(model, inputs):
     words = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(PIECES)}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     with pytest.raises(ValueError, match="stop_strings is .*cannot match strings to the tokens of this tokenizer"):
-        of_ours(model, MMCoTProcessor(tokenizer, None, STAGES), inputs, {"stop_strings": ["ab"]})
+        mmcot_texts(model, MMCoTProcessor(tokenizer, None, STAGES), inputs, {"stop_strings": ["ab"]})

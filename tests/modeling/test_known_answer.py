@@ -1,4 +1,4 @@
-"""The known answer of an exported system: it holds where nothing changed, and catches what did, by name."""
+"""The known answer of an exported system: an unchanged system passes the check, and an error names a changed part."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def known(folder):
     return json.loads((folder / FILE).read_text())
 
 
-def test_it_names_each_stage_and_each_file_of_weights(folder):
+def test_contains_each_stage_and_each_file_of_weights(folder):
     found = known(folder)
     assert found["stages"].keys() == {"rationale", "answer"}
     assert found["weights"] == {
@@ -41,7 +41,7 @@ def test_it_names_each_stage_and_each_file_of_weights(folder):
         load(folder, dtype=dtype)
 
 
-def test_a_flipped_bit_is_found_and_the_file_named(folder):
+def test_names_the_file_with_a_flipped_bit(folder):
     file = folder / "rationale" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
@@ -52,7 +52,7 @@ def test_a_flipped_bit_is_found_and_the_file_named(folder):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "rationale/model.safetensors"])
-def test_a_truncated_file_is_refused_and_named(folder, name):
+def test_names_a_truncated_file(folder, name):
     file = folder / name
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{name} .*is damaged"):
@@ -60,22 +60,22 @@ def test_a_truncated_file_is_refused_and_named(folder, name):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"stages": {}, "weights": {}, "versions": {}}'])
-def test_a_known_answer_that_is_none_is_refused_and_named(folder, content):
+def test_refuses_a_damaged_known_answer(folder, content):
     (folder / FILE).write_text(content)
     with pytest.raises(ValueError, match=f"{FILE} is damaged.* of the stages rationale, answer"):
         load(folder)
     load(folder, check=False)
 
 
-def test_changed_settings_of_generation_are_caught(folder):
-    """With fewer tokens a rationale ends early, and the answer with it."""
+def test_detects_changed_generation_settings(folder):
+    """With fewer tokens the rationale ends early, and the answer changes with it."""
     file = folder / "rationale" / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "max_new_tokens": 3}))
     with pytest.raises(ValueError, match="rationale stage does not compute what .*'max_new_tokens': 3"):
         load(folder)
 
 
-def test_changed_weights_are_caught_by_what_they_compute(folder):
+def test_detects_changed_weights_by_their_outputs(folder):
     file = folder / "rationale" / "model.safetensors"
     tensors = load_file(file)
     tensors["decoder.final_layer_norm.weight"] *= 1.05
@@ -87,15 +87,15 @@ def test_changed_weights_are_caught_by_what_they_compute(folder):
         load(folder)
 
 
-def test_a_changed_template_is_caught(folder):
+def test_detects_a_changed_template(folder):
     file = folder / "processor_config.json"
     file.write_text(file.read_text().replace("Question:", "Q:"))
     with pytest.raises(ValueError, match="its source is 'Q: Which color is it"):
         load(folder)
 
 
-def test_a_keyword_of_another_name_is_caught(processor, monkeypatch):  # noqa: F811
-    """As transformers 5.23 met a decoder cache called `cache`: swallowed, no error, other tokens."""
+def test_detects_a_renamed_keyword(processor, monkeypatch):  # noqa: F811
+    """As when transformers 5.23 ignored a decoder cache named `cache`, without an error, and generated other tokens."""
     models, stage = {"rationale": tiny_model(5, initializer_factor=6.0)}, processor.stages[0]
     expected = compute_stage_answer(models, processor, stage)
     assert find_difference(expected, compute_stage_answer(models, processor, stage)) is None
@@ -103,7 +103,7 @@ def test_a_keyword_of_another_name_is_caught(processor, monkeypatch):  # noqa: F
     assert "it generates" in find_difference(expected, compute_stage_answer(models, processor, stage))
 
 
-def test_a_saved_pipeline_is_the_whole_system_again(folder, tmp_path):
+def test_save_pretrained_of_the_pipeline_saves_the_whole_system(folder, tmp_path):
     problem = {"question": "Which color is it?", "choices": ["red", "blue"]}
     pipe = load(folder)
     pipe.save_pretrained(tmp_path / "saved")
@@ -127,8 +127,8 @@ def test_a_name_that_leads_outside_opens_nothing(folder, tmp_path):
             load(folder)
 
 
-def test_a_repository_without_a_known_answer_loads_offline(folder, tmp_path, monkeypatch):
-    """From the cache, where nothing tells whether the Hub has the file."""
+def test_loads_a_repository_without_known_answer_offline(folder, tmp_path, monkeypatch):
+    """From the cache, which does not show whether the Hub has the file."""
     (folder / FILE).unlink()
     load(folder)
     repository = tmp_path / "cache" / "models--user--model"

@@ -11,7 +11,7 @@ from modeling_mmcot.layers_mmcot import UniformDropout
 FLAN = {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.1}
 
 
-def test_flan_t5s_activation_is_transformers_to_rounding(batch, labels):
+def test_flan_t5_activation_equals_transformers_within_rounding(batch, labels):
     model = tiny_model(vision_config=None, **FLAN)
     t5 = T5ForConditionalGeneration(T5Config(**{**TINY_TEXT, **FLAN})).eval()
     t5.load_state_dict(model.state_dict())
@@ -23,7 +23,7 @@ def test_flan_t5s_activation_is_transformers_to_rounding(batch, labels):
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_every_dropout_of_t5_is_ours_with_its_rate():
+def test_replaces_every_dropout_of_t5_with_the_same_rate():
     model = tiny_model(**FLAN)
     parts = [*model.encoder.block.modules(), *model.decoder.modules(), model.encoder.dropout]
     dropouts = [module for module in parts if isinstance(module, nn.Dropout)]
@@ -31,7 +31,7 @@ def test_every_dropout_of_t5_is_ours_with_its_rate():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
-def test_dropout_keeps_its_share_and_the_mean(rate):
+def test_dropout_keeps_the_expected_fraction_and_scale(rate):
     torch.manual_seed(0)
     inputs = torch.ones(1000, 1000, requires_grad=True)
     outputs = UniformDropout(rate)(inputs)
@@ -47,7 +47,7 @@ def test_dropout_keeps_its_share_and_the_mean(rate):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("probability", [0.001, 0.01, 0.1])
-def test_the_share_that_is_dropped_in_each_dtype(dtype, probability):
+def test_dropout_drops_the_expected_fraction_in_each_dtype(dtype, probability):
     torch.manual_seed(0)
     dropped = UniformDropout(probability).train()(torch.ones(2_000_000, dtype=dtype))
     assert (dropped == 0).float().mean().item() == pytest.approx(probability, rel=0.1)

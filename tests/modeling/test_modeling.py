@@ -1,4 +1,4 @@
-"""The model: T5 where there is no picture, masks, generation, losses, the ways in, tied and untied heads."""
+"""The model: equality with T5 without a picture, masks, generation, losses, loading, tied and untied heads."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def as_t5(model):
     return t5
 
 
-def test_a_row_without_picture_is_t5_to_the_bit(build, batch, labels):
+def test_row_without_picture_equals_t5_bit_for_bit(build, batch, labels):
     model = build()
     t5 = as_t5(model)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -53,8 +53,8 @@ class FusionAtTheInput(GatedFusion):
     place = ENCODER_INPUT
 
 
-def test_a_fusion_acts_at_its_place(batch, monkeypatch):
-    """Before the first layer, T5 reads the fused embeddings."""
+def test_applies_a_fusion_at_its_place(batch, monkeypatch):
+    """With a fusion before the first layer, T5 reads the fused embeddings."""
     monkeypatch.setitem(FUSIONS, "at_the_input", FusionAtTheInput)
     model = tiny_model(fusion="at_the_input")
     encoder, embeds = model.encoder, model.encoder.embed_tokens(batch["input_ids"])
@@ -68,7 +68,7 @@ def test_a_fusion_acts_at_its_place(batch, monkeypatch):
     assert torch.equal(encoder(**texts).last_hidden_state, t5.encoder(**texts).last_hidden_state)
 
 
-def test_a_zero_vision_mask_means_no_picture(build, batch):
+def test_zero_vision_mask_means_no_picture(build, batch):
     model = build(vision_config=None, vision_hidden_size=10)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     features = torch.randn(3, 4, 10)
@@ -79,7 +79,7 @@ def test_a_zero_vision_mask_means_no_picture(build, batch):
     assert not torch.equal(fused[0], plain[0]) and not torch.equal(fused[2], plain[2])
 
 
-def test_one_picture_each_may_come_without_the_images_dimension(build, batch):
+def test_accepts_one_picture_per_row_without_the_images_dimension(build, batch):
     model = build()
     squeezed = {**batch, "pixel_values": batch["pixel_values"][:, 0], "pixel_mask": batch["pixel_mask"][:, 0]}
     assert torch.equal(model.encoder(**batch).last_hidden_state, model.encoder(**squeezed).last_hidden_state)
@@ -101,7 +101,7 @@ def test_padding_changes_no_output(build, batch, labels):
         torch.testing.assert_close(padded_left, expected, rtol=0, atol=1e-5)
 
 
-def test_several_pictures_and_padding_pictures(build, batch):
+def test_second_picture_adds_patches_unless_masked(build, batch):
     """A second picture adds patches; a masked second picture adds none."""
     model = build(max_images=2)
     one = row(batch, 0)
@@ -114,7 +114,7 @@ def test_several_pictures_and_padding_pictures(build, batch):
 
 
 @pytest.mark.parametrize("generation", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
-def test_cached_equals_uncached(build, batch, generation):
+def test_generation_with_and_without_cache_is_equal(build, batch, generation):
     model = build(initializer_factor=2.0)
     outputs = []
     for use_cache in (True, False):
@@ -124,8 +124,8 @@ def test_cached_equals_uncached(build, batch, generation):
     assert len({tuple(tokens) for tokens in outputs[0].tolist()}) > 1
 
 
-def test_detr_as_the_tower_with_pictures_of_unlike_sizes(build):
-    """Any tower with a `last_hidden_state`; DETR's is its object queries', and it is told which pixels are real."""
+def test_detr_tower_accepts_pictures_of_different_sizes(build):
+    """A tower needs a `last_hidden_state`: DETR returns its object queries, and it receives the pixel mask."""
     torch.manual_seed(0)
     backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     detr = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -144,7 +144,7 @@ def test_detr_as_the_tower_with_pictures_of_unlike_sizes(build):
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
 
 
-def test_pictures_are_encoded_once_per_generate(build, batch):
+def test_encodes_pictures_once_per_generate(build, batch):
     model = build()
     calls = []
     model.encoder.vision_tower.register_forward_hook(lambda *_: calls.append("tower"))
@@ -153,15 +153,15 @@ def test_pictures_are_encoded_once_per_generate(build, batch):
     assert sorted(calls) == ["fusion", "tower"]
 
 
-def test_given_encoder_outputs_are_not_fused_again(build, batch, labels):
+def test_does_not_fuse_given_encoder_outputs_again(build, batch, labels):
     model = build()
     encoder_outputs = model.encoder(**batch)
     given = model(encoder_outputs=encoder_outputs, attention_mask=batch["attention_mask"], labels=labels)
     assert torch.equal(given.logits, model(**batch, labels=labels).logits)
 
 
-def test_the_loss_honours_num_items_in_batch(build, batch, labels):
-    """The mean over the tokens of a whole step equals the sum of its parts, each over the step's tokens."""
+def test_loss_uses_num_items_in_batch(build, batch, labels):
+    """The parts of a step, each divided by the number of tokens of the step, add up to the mean over its tokens."""
     model = build()
     logits = model(**batch, labels=labels).logits
     mean = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
@@ -171,8 +171,8 @@ def test_the_loss_honours_num_items_in_batch(build, batch, labels):
     torch.testing.assert_close(sum(parts), mean)
 
 
-def test_a_step_without_logits_of_padding_is_the_unbatched_step(build, batch, labels):
-    """Loss and gradients of a batch, the head run over real targets only, are those of its rows one by one."""
+def test_skip_logits_preserves_loss_and_gradients(build, batch, labels):
+    """With the head applied only to real targets, a batch has the loss and the gradients of its rows one by one."""
 
     def gradients(model):
         return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
@@ -195,14 +195,14 @@ def test_a_step_without_logits_of_padding_is_the_unbatched_step(build, batch, la
         torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_return_dict_both_ways(build, batch, labels):
+def test_returns_dict_or_tuple(build, batch, labels):
     model = build()
     as_dict = model(**batch, labels=labels)
     as_tuple = model(**batch, labels=labels, return_dict=False)
     assert torch.equal(as_tuple[0], as_dict.loss) and torch.equal(as_tuple[1], as_dict.logits)
 
 
-def test_scores_of_choices_are_log_probabilities_of_separate_passes(build, batch):
+def test_choice_scores_equal_log_probabilities_of_separate_passes(build, batch):
     model = build()
     choices = [[[5, 6, 1], [7, 1], [8, 9, 10, 1]], [[11, 1], [12, 13, 1]], [[14, 1]]]
     choice_labels = torch.full((3, 3, 4), -100)
@@ -219,28 +219,28 @@ def test_scores_of_choices_are_log_probabilities_of_separate_passes(build, batch
             torch.testing.assert_close(scores[i, j], expected, rtol=0, atol=1e-4)
 
 
-def test_both_kinds_of_picture_at_once_are_refused(build, batch):
+def test_refuses_pixels_together_with_features(build, batch):
     with pytest.raises(ValueError, match="pixel_values and vision_features were both given"):
         build()(**batch, vision_features=torch.randn(3, 4, 24), labels=torch.ones(3, 1, dtype=torch.long))
 
 
-def test_features_of_another_width_are_refused(build, batch):
+def test_refuses_features_of_another_width(build, batch):
     with pytest.raises(ValueError, match="vision_features are 7 wide, but config.vision_hidden_size is 24"):
         build().encoder(input_ids=batch["input_ids"], vision_features=torch.randn(3, 4, 7))
 
 
-def test_pixels_without_a_tower_are_refused(build, batch):
+def test_refuses_pixels_without_a_tower(build, batch):
     with pytest.raises(ValueError, match="no picture tower"):
         build(vision_config=None, vision_hidden_size=24).encoder(**batch)
 
 
-def test_more_pictures_than_the_limit_are_refused(build, batch):
+def test_refuses_more_pictures_than_max_images(build, batch):
     batch["pixel_values"] = batch["pixel_values"].expand(-1, 3, -1, -1, -1)
     with pytest.raises(ValueError, match="contain 3 pictures per problem, but config.max_images is 2"):
         build(max_images=2).encoder(**batch)
 
 
-def test_masks_of_another_size_are_refused(build, batch):
+def test_refuses_masks_of_another_shape(build, batch):
     with pytest.raises(ValueError, match=r"pixel_mask has the shape \(3, 1, 16, 32\).*\(3, 1, 32, 32\)"):
         build().encoder(**{**batch, "pixel_mask": batch["pixel_mask"][:, :, :16]})
     with pytest.raises(ValueError, match=r"vision_mask has the shape \(3, 5\).*\(3, 4\)"):
@@ -248,7 +248,7 @@ def test_masks_of_another_size_are_refused(build, batch):
         build().encoder(input_ids=batch["input_ids"], **features)
 
 
-def test_a_tower_of_another_width_is_refused():
+def test_refuses_a_tower_of_another_width():
     with pytest.raises(ValueError, match="vision_hidden_size is 99.*width 24"):
         MMCoTConfig(**TINY_TEXT, vision_config=TINY_VISION, vision_hidden_size=99)
 
@@ -261,7 +261,7 @@ def t5_checkpoint(folder, **config):
 
 
 def untied_t5_checkpoint(folder):
-    """A checkpoint as T5 v1.1's and FLAN-T5's are: a head of its own in the file."""
+    """A checkpoint like those of T5 v1.1 and FLAN-T5: its file contains a separate head."""
     t5_checkpoint(folder, tie_word_embeddings=False, feed_forward_proj="gated-gelu")
     weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     weights["lm_head.weight"] = torch.randn(64, 32)
@@ -269,7 +269,7 @@ def untied_t5_checkpoint(folder):
     return weights
 
 
-def test_from_a_t5_checkpoint_only_the_fusion_is_new(tmp_path, batch):
+def test_loading_a_t5_checkpoint_initializes_only_the_fusion(tmp_path, batch):
     t5 = t5_checkpoint(tmp_path)
     model, info = MMCoTForConditionalGeneration.from_pretrained(
         tmp_path, fusion="gated", vision_hidden_size=10, output_loading_info=True
@@ -280,7 +280,7 @@ def test_from_a_t5_checkpoint_only_the_fusion_is_new(tmp_path, batch):
     assert torch.equal(model.eval().generate(**texts), t5.eval().generate(**texts))
 
 
-def test_from_text_and_vision_checkpoints(tmp_path, batch):
+def test_joins_text_and_vision_checkpoints(tmp_path, batch):
     t5_checkpoint(tmp_path / "text")
     tower = ViTModel(ViTConfig(**{name: value for name, value in TINY_VISION.items() if name != "model_type"})).eval()
     tower.save_pretrained(tmp_path / "vision")
@@ -293,7 +293,7 @@ def test_from_text_and_vision_checkpoints(tmp_path, batch):
     assert torch.equal(again.encoder(**batch).last_hidden_state, model.encoder(**batch).last_hidden_state)
 
 
-def test_an_untied_head_stays_untied(tmp_path):
+def test_untied_head_stays_untied(tmp_path):
     weights = untied_t5_checkpoint(tmp_path)
     model = MMCoTForConditionalGeneration.from_pretrained(tmp_path, vision_hidden_size=10)
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
@@ -309,7 +309,7 @@ def test_an_untied_head_stays_untied(tmp_path):
     assert not again.config.scale_decoder_outputs
 
 
-def test_a_fresh_untied_model_is_untied_and_a_tied_one_tied(build):
+def test_new_model_ties_its_head_as_configured(build):
     untied = build(tie_word_embeddings=False)
     assert untied.lm_head.weight is not untied.shared.weight
     tied = build()
@@ -318,8 +318,8 @@ def test_a_fresh_untied_model_is_untied_and_a_tied_one_tied(build):
     assert tied.lm_head.weight is tied.shared.weight
 
 
-def test_fresh_weights_are_as_large_as_t5s(build):
-    """Custom code is initialised by another path in transformers, which once left T5's layers at a deviation of 1."""
+def test_initial_weights_have_the_scale_of_t5(build):
+    """transformers initializes custom code by another path, which once gave T5's layers a standard deviation of 1."""
     theirs = dict(T5ForConditionalGeneration(T5Config(**TINY_TEXT)).named_parameters())
     for name, parameter in build().named_parameters():
         if name in theirs and parameter.dim() == 2:
@@ -330,7 +330,7 @@ def test_fresh_weights_are_as_large_as_t5s(build):
             assert parameter.std().item() == pytest.approx(parameter.shape[1] ** -0.5, rel=0.25), name
 
 
-def test_initial_weights_come_from_the_seed(build):
+def test_initial_weights_depend_on_the_seed(build):
     first, second, other = (build(seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(
@@ -338,7 +338,7 @@ def test_initial_weights_come_from_the_seed(build):
     )
 
 
-def test_a_frozen_tower_gets_no_gradient_and_stays_in_evaluation_mode(build, batch, labels):
+def test_frozen_tower_gets_no_gradient_and_stays_in_evaluation_mode(build, batch, labels):
     model = build(freeze_vision=True).train()
     model(**batch, labels=labels).loss.backward()
     tower = model.encoder.vision_tower
@@ -346,7 +346,7 @@ def test_a_frozen_tower_gets_no_gradient_and_stays_in_evaluation_mode(build, bat
     assert model.encoder.fusion.vision_projection.weight.grad.abs().sum() > 0
 
 
-def test_a_step_without_any_picture_still_reaches_the_fusion_and_changes_nothing(build, batch, labels):
+def test_step_without_pictures_gives_the_fusion_zero_gradients(build, batch, labels):
     """DDP waits for a gradient of every parameter in every step."""
     model = build(vision_config=None, vision_hidden_size=24).train()
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -357,7 +357,7 @@ def test_a_step_without_any_picture_still_reaches_the_fusion_and_changes_nothing
     assert torch.equal(in_training.logits, as_t5(model)(**text, labels=labels).logits)
 
 
-def test_training_reaches_every_parameter(build, batch, labels):
+def test_trains_every_parameter(build, batch, labels):
     model = build().train()
     model(**batch, labels=labels).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -366,7 +366,7 @@ def test_training_reaches_every_parameter(build, batch, labels):
 
 @pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("num_items_in_batch", [None, 20])
-def test_a_smoothed_loss_is_that_of_transformers(build, batch, labels, skip_logits, num_items_in_batch):
+def test_smoothed_loss_equals_transformers(build, batch, labels, skip_logits, num_items_in_batch):
     model = build()
     with torch.no_grad():
         logits = model(**batch, labels=labels).logits

@@ -1,4 +1,4 @@
-"""The stages in one process: what they share is computed once, and sharing changes nothing."""
+"""The pipeline and its stages: inputs, settings and errors; stages share work without a change of the results."""
 
 import copy
 import io
@@ -40,17 +40,17 @@ def problems():
     return [{"question": "w5 w6 w7", "choices": ["w8", "w9 w10"]}, {"question": "w11", "choices": ["w12", "w13"]}]
 
 
-def times_seen(stages):
+def record_tower_calls(stages):
     calls = []
     for tower in {id(model.encoder.vision_tower): model.encoder.vision_tower for model in stages.values()}.values():
         tower.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
 
-def test_stages_with_one_tower_see_a_picture_once(processor, problems):
+def test_stages_with_a_shared_tower_encode_a_picture_once(processor, problems):
     images = [Image.new("RGB", (50, 40), "red"), None]
     stages = {"rationale": tiny_model(), "answer": tiny_model()}
-    calls = times_seen(stages)
+    calls = record_tower_calls(stages)
     apart = run_stages(stages, processor, problems, images)
     assert len(calls) == 2
     share_tower(stages["rationale"], stages["answer"])
@@ -60,14 +60,14 @@ def test_stages_with_one_tower_see_a_picture_once(processor, problems):
     assert len(calls) == 1
 
 
-def test_towers_of_unlike_weights_stay_apart():
+def test_does_not_share_towers_with_different_weights():
     model, other = tiny_model(), tiny_model(seed=1)
     share_tower(model, other)
     assert model.encoder.vision_tower is not other.encoder.vision_tower
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_sources_of_unlike_lengths_are_encoded_as_each_alone(side):
+def test_encodes_sources_of_different_lengths_like_each_alone(side):
     model = tiny_model()
     torch.manual_seed(0)
     lengths = [3, 40, 4, 12, 38, 5]
@@ -87,7 +87,7 @@ def test_sources_of_unlike_lengths_are_encoded_as_each_alone(side):
     assert group_by_length(lengths) == [[0, 2], [5], [3], [4, 1]]
 
 
-def test_choices_over_unlike_sources_score_as_each_alone_and_no_padding_is_read(processor):
+def test_scores_choices_like_each_problem_alone_without_reading_padding(processor):
     model = tiny_model(vision_config=None, initializer_factor=2.0)
     problems = [
         {"question": " ".join(f"w{word}" for word in range(length)), "choices": choices, "rationale": ""}
@@ -119,7 +119,7 @@ def answer(processor, monkeypatch):
 
 
 def alike(results, expected):
-    """Batches of other sizes round otherwise."""
+    """Compare scores approximately, because their rounding depends on the batch size."""
     for result, other in zip(results, expected, strict=True):
         assert result["scores"] == pytest.approx(other["scores"], abs=1e-4)
         assert {**result, "scores": 0} == {**other, "scores": 0}
@@ -129,10 +129,10 @@ def alike(results, expected):
 RED = {"question": "w5 w6 w7", "choices": ["w8", "w9 w10"], "image": Image.new("RGB", (50, 40), "red")}
 
 
-def test_what_is_given_stands_in_place_of_what_a_stage_writes(answer):
+def test_given_text_replaces_the_text_of_a_stage(answer):
     free = answer(RED)
     assert answer(RED, given={"rationale": free["rationale"]}) == free
-    assert answer({**RED, "rationale": "w20"}) == free, "a column of the problem may be the gold one"
+    assert answer({**RED, "rationale": "w20"}) == free, "a rationale in the problem may be gold, so it is not read"
     edited, empty = (answer(RED, given={"rationale": text}) for text in ("w20 w21 w22", ""))
     assert (edited["rationale"], empty["rationale"]) == ("w20 w21 w22", "")
     assert free["scores"] != edited["scores"] != empty["scores"]
@@ -141,7 +141,7 @@ def test_what_is_given_stands_in_place_of_what_a_stage_writes(answer):
             answer(RED, given=given)
 
 
-def test_what_is_given_at_construction_holds_for_each_call(answer):
+def test_options_of_the_constructor_apply_to_each_call(answer):
     always = MultimodalCoTPipeline(
         model=answer.model, processor=answer.processor, decode_answer=True, given={"rationale": "w20"}
     )
@@ -150,7 +150,7 @@ def test_what_is_given_at_construction_holds_for_each_call(answer):
     assert always(RED) == always([RED])[0]
 
 
-class Heard(TextStreamer):
+class RecordingStreamer(TextStreamer):
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.texts = [[]]
@@ -161,26 +161,26 @@ class Heard(TextStreamer):
             self.texts.append([])
 
 
-def test_a_streamer_hears_each_text_as_it_is_written(answer, processor):
-    heard = Heard(processor.tokenizer)
-    assert alike([answer(RED, streamer=heard)], [answer(RED)])
-    rationale, nothing_more = heard.texts
+def test_streamer_receives_each_text_while_it_is_written(answer, processor):
+    streamer = RecordingStreamer(processor.tokenizer)
+    assert alike([answer(RED, streamer=streamer)], [answer(RED)])
+    rationale, nothing_more = streamer.texts
     assert len(rationale) > 2 and "".join(rationale).strip() == answer(RED)["rationale"] and not nothing_more
-    heard = Heard(processor.tokenizer)
-    open_ended = answer({**RED, "choices": []}, streamer=heard)
-    assert ["".join(text).strip() for text in heard.texts] == [open_ended["rationale"], open_ended["answer"], ""]
+    streamer = RecordingStreamer(processor.tokenizer)
+    open_ended = answer({**RED, "choices": []}, streamer=streamer)
+    assert ["".join(text).strip() for text in streamer.texts] == [open_ended["rationale"], open_ended["answer"], ""]
 
 
-def test_of_beams_a_streamer_hears_the_whole_text(answer, processor):
+def test_streamer_receives_the_whole_text_with_beams(answer, processor):
     for model in answer.models.values():
         model.generation_config.num_beams = 2
-    heard = Heard(processor.tokenizer)
-    assert alike([answer(RED, streamer=heard)], [answer(RED)])
-    assert "".join(heard.texts[0]).strip() == answer(RED)["rationale"] and heard.texts[1:] == [[]]
+    streamer = RecordingStreamer(processor.tokenizer)
+    assert alike([answer(RED, streamer=streamer)], [answer(RED)])
+    assert "".join(streamer.texts[0]).strip() == answer(RED)["rationale"] and streamer.texts[1:] == [[]]
 
 
 class Computed(torch.utils.data.Dataset):
-    """Rows that are made when they are asked for, and no end of them."""
+    """Computes a row for any index, also beyond its length."""
 
     def __len__(self):
         return 3
@@ -189,7 +189,7 @@ class Computed(torch.utils.data.Dataset):
         return {**RED, "question": f"w{index + 3}"}
 
 
-def test_a_dataset_of_torch_ends_with_its_length(answer):
+def test_torch_dataset_ends_at_its_length(answer):
     assert alike(answer(Computed(), batch_size=2), answer([Computed()[index] for index in range(3)]))
     assert answer([]) == [] and list(answer(row for row in ())) == []
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -197,7 +197,7 @@ def test_a_dataset_of_torch_ends_with_its_length(answer):
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "error"),
     [
         ({"choices": ["w8"] * 27}, "at most 26; found 27"),
         ({"image": {}}, "a picture must be .*; found {}"),
@@ -206,22 +206,22 @@ def test_a_dataset_of_torch_ends_with_its_length(answer):
         ({"image": 5}, "a picture must be .*; found 5"),
     ],
 )
-def test_what_cannot_be_answered_is_named(answer, columns, said):
-    with pytest.raises(ValueError, match=said):
+def test_refuses_invalid_choices_and_pictures(answer, columns, error):
+    with pytest.raises(ValueError, match=error):
         answer({**RED, **columns})
 
 
-def test_many_problems_are_read_as_they_are_answered(answer):
+def test_reads_problems_lazily(answer):
     rows = [{**RED, "question": f"w{number}"} for number in range(3, 10)]
     expected = answer(rows)
     read = []
     results = answer((read.append(row) or row for row in rows), batch_size=2)
     first = next(results)
-    assert len(read) <= 3  # transformers looks at the first before all
+    assert len(read) <= 3  # transformers reads the first problem in advance
     assert alike([first, *results], expected)
 
 
-def test_a_dataset_is_answered_row_by_row_its_pictures_decoded_or_not(answer):
+def test_answers_a_dataset_with_and_without_decoded_pictures(answer):
     file = io.BytesIO()
     RED["image"].save(file, "PNG")
     rows = [
@@ -249,7 +249,7 @@ def test_a_dataset_is_answered_row_by_row_its_pictures_decoded_or_not(answer):
             assert alike(answer(source, batch_size=2), expected)
 
 
-def test_maps_of_where_a_stage_looked(answer):
+def test_token_maps_show_attention_over_patches(answer):
     found = answer.token_maps(RED, "answer", {"rationale": "w20 w21"})
     assert found.tokens[:3] == ["w5", "w6", "w7"] and {"w20", "w21"} <= set(found.tokens)
     assert [maps.shape for maps in found.maps] == [(len(found.tokens), 2, 2)]
@@ -259,14 +259,14 @@ def test_maps_of_where_a_stage_looked(answer):
         answer.token_maps({**RED, "image": None}, "answer", {"rationale": ""})
 
 
-def test_a_key_that_is_no_column_is_refused_with_what_was_meant(answer):
+def test_refuses_an_unknown_key_with_a_suggestion(answer):
     with pytest.raises(ValueError, match="unknown key 'qestion': did you mean 'question'"):
         answer({**RED, "qestion": "w5"})
     columns = {"id": "1", "answer": 0, "solution": "w3", "grade": "grade2", "hint": "", "split": "test"}
     assert answer({**RED, **columns}) == answer(RED)
 
 
-def test_settings_of_generate_are_taken_as_transformers_pipelines_take_them(answer):
+def test_accepts_generate_settings_like_transformers_pipelines(answer):
     short = answer(RED, max_new_tokens=2)["rationale"]
     assert len(short.split()) <= 2 < len(answer(RED)["rationale"].split())
     assert answer(RED, generate_kwargs={"max_new_tokens": 2})["rationale"] == short
@@ -277,7 +277,7 @@ def test_settings_of_generate_are_taken_as_transformers_pipelines_take_them(answ
         answer(RED, max_new_token=2)
 
 
-def test_several_rationales_and_the_answer_that_they_agree_on(answer):
+def test_returns_the_answer_that_several_rationales_agree_on(answer):
     torch.manual_seed(0)
     result = answer(RED, num_rationales=5, temperature=50.0)
     assert len(result["rationales"]) == 5 > 1 < len(set(result["rationales"]))
@@ -288,7 +288,7 @@ def test_several_rationales_and_the_answer_that_they_agree_on(answer):
         answer(RED, num_rationales=0)
 
 
-def test_a_stage_reads_any_text_column_but_gold(processor):
+def test_stage_reads_any_text_column_except_gold(processor):
     stages = [{**STAGES[1], "reads": [*COLUMNS, "grade", "topic"], "source": "{{ question }} {{ grade }} {{ topic }}"}]
     processor = MMCoTProcessor(processor.tokenizer, processor.image_processor, stages)
     pipe = MultimodalCoTPipeline(model=tiny_model(1, initializer_factor=3.0), processor=processor)
@@ -296,7 +296,7 @@ def test_a_stage_reads_any_text_column_but_gold(processor):
     assert scores[0] != scores[1] != scores[2] and pipe(RED)["scores"] == scores[2]
 
 
-def test_a_chat_is_answered_where_a_stage_reads_a_column_that_no_message_has(processor, tmp_path):
+def test_answers_a_chat_without_a_column_that_a_stage_reads(processor, tmp_path):
     stages = [{**STAGES[1], "reads": [*COLUMNS, "grade"], "source": "{{ question }} {{ grade }}"}]
     processor = MMCoTProcessor(processor.tokenizer, processor.image_processor, stages)
     model = tiny_model(1, initializer_factor=3.0)
@@ -310,17 +310,17 @@ def test_a_chat_is_answered_where_a_stage_reads_a_column_that_no_message_has(pro
 
 @pytest.mark.parametrize("place", ["encoder.final_layer_norm", "decoder.final_layer_norm"])
 @pytest.mark.parametrize("stage", ["rationale", "answer"])
-def test_numbers_that_are_not_finite_are_an_error_that_names_problem_and_stage(answer, place, stage):
+def test_names_problem_and_stage_of_nan_or_infinity(answer, place, stage):
     answer.models[stage].get_submodule(place).weight.data.fill_(torch.nan)
-    is_said = f"The {stage} stage computes NaN or infinity for the problem 'w5 w6 w7'"
-    with pytest.raises(ValueError, match=is_said):
+    message = f"The {stage} stage computes NaN or infinity for the problem 'w5 w6 w7'"
+    with pytest.raises(ValueError, match=message):
         answer(RED)
     if stage == "rationale":
-        with pytest.raises(ValueError, match=is_said):
+        with pytest.raises(ValueError, match=message):
             answer(RED, num_beams=2)
 
 
-def test_of_a_batch_the_problem_is_named_whose_text_is_not_finite(answer, monkeypatch):
+def test_names_the_problem_with_nan_or_infinity_in_a_batch(answer, monkeypatch):
     def overflow(model, processor, encoded, **generation):
         if (encoded["attention_mask"].sum(dim=1) > 40).any():
             raise FloatingPointError
@@ -333,20 +333,20 @@ def test_of_a_batch_the_problem_is_named_whose_text_is_not_finite(answer, monkey
         answer([RED, long, RED], batch_size=3)
 
 
-def test_settings_without_meaning_for_one_text_are_refused(answer):
+def test_refuses_settings_that_do_not_apply_to_one_text(answer):
     with pytest.raises(ValueError, match="num_return_sequences is 2.*a problem has one rationale"):
         answer(RED, num_return_sequences=2, do_sample=True)
     with pytest.raises(ValueError, match="return_dict_in_generate"):
         answer(RED, return_dict_in_generate=True)
 
 
-def test_max_length_is_that_of_the_call(answer):
+def test_max_length_of_the_call_limits_the_text(answer):
     texts = [answer(RED, **settings)["rationale"].split() for settings in ({}, {"max_length": 4})]
     assert texts[0][:3] == texts[1] and len(texts[0]) > 3
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "error"),
     [
         ({"choices": {"text": ["w8", "w9"], "label": ["A", "B"]}}, "`choices` of a problem must be a list of str"),
         ({"choices": "w8"}, "`choices` of a problem must be a list of str"),
@@ -359,15 +359,15 @@ def test_max_length_is_that_of_the_call(answer):
         ({"images": [RED["image"]]}, "pictures twice, as `image` and as `images`"),
     ],
 )
-def test_pipeline_and_processor_refuse_the_same_problems(answer, processor, columns, said):
+def test_pipeline_and_processor_refuse_the_same_problems(answer, processor, columns, error):
     problem = {**RED, **columns}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
         answer(problem)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
         processor(problem, stage="rationale")
 
 
-def test_what_a_table_leaves_empty_is_absent(answer, processor):
+def test_treats_empty_cells_of_a_table_as_absent(answer, processor):
     pandas = pytest.importorskip("pandas")
     (row,) = pandas.DataFrame([{**RED, "context": pandas.NA, "caption": float("nan")}]).to_dict("records")
     assert answer(row) == answer(RED)
@@ -377,12 +377,12 @@ def test_what_a_table_leaves_empty_is_absent(answer, processor):
     assert answer.preprocess({**RED, "image": [], "images": [RED["image"]]})["images"]
 
 
-def test_a_hint_is_context(answer):
+def test_reads_a_hint_as_context(answer):
     assert answer.preprocess({**RED, "hint": "w20 w21"})["problem"]["context"] == "w20 w21"
     assert answer.preprocess({**RED, "context": "w20", "hint": "w21"})["problem"]["context"] == "w20"
 
 
-def test_the_processor_says_what_an_earlier_stage_writes(processor):
+def test_processor_names_the_stage_that_writes_a_missing_column(processor):
     with pytest.raises(ValueError, match="The answer stage reads `rationale`, which the rationale stage writes"):
         processor([{**RED, "rationale": "w5"}, RED], stage="answer")
     with pytest.raises(ValueError, match="problems is empty"):
@@ -390,21 +390,21 @@ def test_the_processor_says_what_an_earlier_stage_writes(processor):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
-def test_a_system_loaded_in_another_dtype_is_saved(answer, tmp_path, dtype):
+def test_saves_a_processor_loaded_with_a_dtype(answer, tmp_path, dtype):
     answer.save_pretrained(tmp_path)
     found = MMCoTProcessor.from_pretrained(tmp_path, dtype=dtype)
     found.save_pretrained(tmp_path)
     assert MMCoTProcessor.from_pretrained(tmp_path).stages == found.stages
 
 
-def test_beams_leave_what_was_encoded_as_it_was(processor, problems):
+def test_beam_search_does_not_change_the_encoded_inputs(processor, problems):
     model = tiny_model(1, initializer_factor=3.0)
     encoded = encode(model, processor(problems, stage="rationale"))
     twice = [generate_texts(model, processor, encoded, num_beams=3)[0] for _ in range(2)]
     assert twice[0] == twice[1] and len(encoded["encoder_outputs"].last_hidden_state) == 2
 
 
-def test_hub_options_reach_every_stage(answer, tmp_path, monkeypatch):
+def test_passes_hub_options_to_every_stage(answer, tmp_path, monkeypatch):
     given = []
     root = answer.models["answer"]
     root.save_pretrained(tmp_path)

@@ -42,7 +42,7 @@ def picture(size=(40, 20), mode="RGB"):
     return Image.new(mode, size, color=120)
 
 
-def test_the_papers_prompts_byte_for_byte():
+def test_renders_the_papers_prompts_byte_for_byte():
     cases = json.loads(shared("fixtures/reference_text/prompts.json").read_text())
     problems = json.loads(shared("scienceqa/problems.json").read_text())
     captions = json.loads(shared("scienceqa/captions.json").read_text())["captions"]
@@ -61,7 +61,7 @@ def test_the_papers_prompts_byte_for_byte():
         assert stage.render_target(row) == case["target"]
 
 
-def test_a_source_template_sees_only_what_its_stage_reads(processor):
+def test_source_template_sees_only_columns_that_its_stage_reads(processor):
     assert "A chart." not in processor.stage("rationale").render_source(PROBLEM)
     with_gold = {**PROBLEM, "rationale": "Solution: blue."}
     source = processor.stage("answer").render_source(with_gold)
@@ -69,13 +69,13 @@ def test_a_source_template_sees_only_what_its_stage_reads(processor):
     assert "Bars show" not in source and "shows 5" not in source
 
 
-def test_a_column_that_is_not_there_is_an_error_and_not_an_empty_text():
+def test_raises_for_a_missing_column():
     no_rationale = stage("answer", "QCMG-A", ("question", "context", "choices"))
     with pytest.raises(Exception, match="'lecture' is undefined"):
         no_rationale.render_source({"question": "Why?", "choices": ["a"], "context": ""})
 
 
-def test_problems_become_the_tensors_of_forward(processor, tokenizer):
+def test_converts_problems_to_the_inputs_of_forward(processor, tokenizer):
     other = {**PROBLEM, "question": "Why?", "solution": "So."}
     batch = processor([PROBLEM, other], stage="rationale", images=[picture(), None], with_targets=True)
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "pixel_mask", "labels"}
@@ -90,34 +90,34 @@ def test_problems_become_the_tensors_of_forward(processor, tokenizer):
     assert (batch["labels"][1] == -100).any()
 
 
-def test_one_problem_and_several_pictures(processor):
+def test_accepts_one_problem_with_several_pictures(processor):
     batch = processor(PROBLEM, stage="rationale", images=[[picture(), picture((8, 8), "L")]])
     assert batch["pixel_values"].shape == (1, 2, 3, 32, 32)
     assert "labels" not in batch
 
 
-def test_text_and_images_as_any_processor_takes_them(processor, tokenizer):
+def test_accepts_text_and_images_like_other_processors(processor, tokenizer):
     batch = processor(text=["one", "two words"], images=[None, picture()])
     assert batch["input_ids"].tolist() == tokenizer(["one", "two words"], padding=True)["input_ids"]
     assert batch["pixel_mask"].flatten(1).all(dim=1).tolist() == [False, True]
     assert set(processor(text="one")) == {"input_ids", "attention_mask"}
 
 
-def test_a_stage_that_does_not_read_images_gets_none(processor):
+def test_omits_pictures_for_a_stage_that_does_not_read_images(processor):
     assert "pixel_values" not in processor({**PROBLEM, "rationale": "So."}, stage="answer", images=[picture()])
 
 
-def test_as_many_entries_of_images_as_problems(processor):
+def test_refuses_fewer_entries_of_images_than_problems(processor):
     with pytest.raises(ValueError, match="images has 1 entries for 2 problems"):
         processor([PROBLEM, PROBLEM], stage="rationale", images=[picture()])
 
 
-def test_an_unknown_stage_lists_the_known_ones(processor):
+def test_lists_known_stages_for_an_unknown_name(processor):
     with pytest.raises(ValueError, match="'ratoinale'.*rationale, answer"):
         processor(PROBLEM, stage="ratoinale")
 
 
-def test_a_long_source_loses_lecture_then_context_and_nothing_else(tokenizer):
+def test_shortens_lecture_then_context_and_nothing_else(tokenizer):
     reads = ("question", "context", "choices", "lecture", "solution")
     long = {**PROBLEM, "lecture": "lecture words " * 40, "context": " ".join(f"c{i}" for i in range(100))}
 
@@ -149,7 +149,7 @@ def test_shortening_keeps_as_much_as_fits(tokenizer):
     assert len(tokenizer(source)["input_ids"]) <= 100 < len(tokenizer(one_more)["input_ids"])
 
 
-def test_choice_labels_are_each_choices_own_target(processor, tokenizer):
+def test_choice_labels_contain_the_target_of_each_choice(processor, tokenizer):
     three = {**PROBLEM, "choices": ["a", "b", "c"]}
     labels = processor.choice_labels([PROBLEM, three], "answer")
     assert labels.shape[:2] == (2, 3)
@@ -172,12 +172,12 @@ def test_choice_labels_are_each_choices_own_target(processor, tokenizer):
         ("", -1),
     ],
 )
-def test_the_papers_way_to_read_an_answer(text, index):
+def test_reads_an_answer_as_in_the_paper(text, index):
     assert read_answer(text, num_choices=2) == index
 
 
 @pytest.mark.parametrize("with_pictures", [True, False])
-def test_saved_and_loaded_it_gives_the_same_tensors(processor, tokenizer, tmp_path, with_pictures):
+def test_save_and_load_preserve_tensors(processor, tokenizer, tmp_path, with_pictures):
     if not with_pictures:
         processor = MMCoTProcessor(tokenizer, None, processor.stages)
     processor.save_pretrained(tmp_path)
@@ -187,13 +187,13 @@ def test_saved_and_loaded_it_gives_the_same_tensors(processor, tokenizer, tmp_pa
     before, after = (p([PROBLEM], stage="rationale", images=images, with_targets=True) for p in (processor, loaded))
     assert set(before) == set(after) and ("pixel_values" in after) == with_pictures
     assert all(torch.equal(before[name], after[name]) for name in before)
-    loaded.save_pretrained(tmp_path / "again")  # after it has padded and cut texts
+    loaded.save_pretrained(tmp_path / "again")  # after a call, because padding and truncation must not change the files
     for name in ("processor_config.json", "processing_mmcot.py", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), MMCoTProcessor)
 
 
-def test_a_problems_own_pictures_and_what_it_may_leave_out(processor):
+def test_accepts_pictures_in_the_problem_and_missing_columns(processor):
     picture = Image.new("RGB", (40, 30), "red")
     stage = processor.stages[0].name
     given = processor({"question": "Why?", "choices": [], "context": ""}, stage=stage, images=[picture])

@@ -1,4 +1,4 @@
-"""The stages of a system as a value: their order, their kinds, and how they are saved."""
+"""The stages of a system: their order, kinds and saved form."""
 
 import json
 
@@ -17,7 +17,7 @@ STAGES = Stages(
 )
 
 
-def test_stages_know_their_order():
+def test_stages_return_earlier_and_later_stages():
     description, rationale, answer = STAGES
     assert STAGES.names == ["description", "rationale", "answer"]
     assert STAGES.before(description) == [] and STAGES.before(answer) == [description, rationale]
@@ -33,14 +33,14 @@ def test_each_kind_has_a_function():
     assert FUNCTIONS.keys() == set(KINDS)
 
 
-def test_the_stage_that_writes_the_answer_chooses_it():
+def test_stage_that_writes_answer_text_chooses():
     assert [stage.kind for stage in STAGES] == [GENERATE, GENERATE, CHOOSE]
     for kind, writes in (("guess", "rationale"), (CHOOSE, "rationale"), (GENERATE, "answer_text")):
         with pytest.raises(ValueError, match=f"kind of a stage is '{kind}'; expected one of generate, choose"):
             Stage("one", [], writes, "", "", kind=kind)
 
 
-def test_a_processor_that_was_saved_without_kinds_loads(tiny_run, tmp_path):
+def test_loads_a_processor_saved_without_kinds(tiny_run, tmp_path):
     processor = MMCoTProcessor.from_pretrained(tiny_run / "hub", trust_remote_code=False)
     processor.save_pretrained(tmp_path)
     file = tmp_path / "processor_config.json"

@@ -1,4 +1,4 @@
-"""One loaded system called from many threads: each answer is that of the call alone, and nothing is left behind."""
+"""Calls of one system from many threads: each answer equals that of a single call, and the system is unchanged."""
 
 import random
 import threading
@@ -16,7 +16,7 @@ from modeling_mmcot.generation_mmcot import PACKED, packed_linears
 from modeling_mmcot.loading_mmcot import StageAdapters
 
 THREADS = 8
-SOME_AND_MANY = [48, pytest.param(500, marks=pytest.mark.slow)]
+CALL_COUNTS = [48, pytest.param(500, marks=pytest.mark.slow)]
 
 
 def state_of(pipe) -> list:
@@ -36,13 +36,13 @@ def state_of(pipe) -> list:
     return state
 
 
-class Listener(TextStreamer):
+class SilentStreamer(TextStreamer):
     def on_finalized_text(self, text, stream_end=False):
         pass
 
 
 def calls_of(pipe):
-    """Calls of every kind, and of sources and batches of many lengths."""
+    """Calls of every kind, with sources of many lengths, for one problem or a batch."""
     drawing = random.Random(0)
     words = [f"w{number}" for number in range(3, 50)]
     calls = []
@@ -58,7 +58,7 @@ def calls_of(pipe):
         if number % 4 == 1:
             kwargs["given"] = {"rationale": "w20 w21"}
         if number % 4 == 2:
-            kwargs["streamer"] = Listener(pipe.processor.tokenizer)
+            kwargs["streamer"] = SilentStreamer(pipe.processor.tokenizer)
         if number % 4 == 3:
             kwargs["decode_answer"] = True
         calls.append((problem if number % 5 else [problem, RED], kwargs))
@@ -66,7 +66,7 @@ def calls_of(pipe):
 
 
 def same(found, expected) -> bool:
-    """To the bit but for scores, in which a batch's layout in memory may round otherwise."""
+    """Exactly equal except for scores, because their rounding depends on the memory layout of the batch."""
     if isinstance(expected, list):
         return all(same(one, other) for one, other in zip(found, expected, strict=True))
     scores, others = found["scores"], expected["scores"]
@@ -97,14 +97,14 @@ def one_thread_of_torch():
     torch.set_num_threads(count)
 
 
-@pytest.mark.parametrize("calls", SOME_AND_MANY)
-def test_whole_models(calls, answer, one_thread_of_torch):  # noqa: F811
+@pytest.mark.parametrize("calls", CALL_COUNTS)
+def test_whole_models_answer_concurrent_calls(calls, answer, one_thread_of_torch):  # noqa: F811
     stress(answer, calls)
 
 
 @pytest.fixture
 def adapted(request, processor, tmp_path):  # noqa: F811
-    """The pipeline over a base with an adapter for each stage, whose weights are random and large."""
+    """The pipeline over a base with an adapter for each stage; the adapters have large random weights."""
     kind = getattr(request, "param", "LORA")
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
@@ -129,14 +129,14 @@ def adapted(request, processor, tmp_path):  # noqa: F811
     return MultimodalCoTPipeline(model=root, processor=processor)
 
 
-@pytest.mark.parametrize("calls", SOME_AND_MANY)
+@pytest.mark.parametrize("calls", CALL_COUNTS)
 @pytest.mark.parametrize("adapted", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING"], indirect=True)
-def test_adapters_and_virtual_tokens(calls, adapted, one_thread_of_torch):
+def test_adapters_and_virtual_tokens_answer_concurrent_calls(calls, adapted, one_thread_of_torch):
     stress(adapted, calls)
 
 
 @pytest.mark.parametrize("adapted", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING"], indirect=True)
-def test_a_saved_system_of_adapters_is_the_same_system(adapted, tmp_path):
+def test_save_and_load_preserve_a_system_of_adapters(adapted, tmp_path):
     before = state_of(adapted)
     adapted.save_pretrained(tmp_path / "saved")
     assert state_of(adapted) == before
@@ -148,7 +148,7 @@ def test_a_saved_system_of_adapters_is_the_same_system(adapted, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("system", ["answer", "adapted"])
-def test_nothing_is_left_behind_by_an_error_or_ctrl_c(system, error, request, monkeypatch):
+def test_error_or_ctrl_c_leaves_the_system_unchanged(system, error, request, monkeypatch):
     pipe = request.getfixturevalue(system)
     expected, before = pipe(RED), state_of(pipe)
     for place in ("choose_answers", "generate_texts"):
@@ -164,7 +164,7 @@ def test_nothing_is_left_behind_by_an_error_or_ctrl_c(system, error, request, mo
     assert pipe(RED) == expected
 
 
-def test_changed_weights_are_packed_anew_while_another_block_is_open():
+def test_packs_changed_weights_again_in_a_nested_block():
     model = tiny_model()
     inputs = torch.randn(2, 32)
     with torch.no_grad(), packed_linears(model):
@@ -175,7 +175,7 @@ def test_changed_weights_are_packed_anew_while_another_block_is_open():
     assert not PACKED and "forward" not in model.lm_head.__dict__
 
 
-def test_a_tokenizer_is_not_switched_under_another_call(processor):  # noqa: F811
+def test_concurrent_calls_do_not_change_tokenizer_settings_of_each_other(processor):  # noqa: F811
     problems = [{"question": " ".join(["w5"] * length), "choices": [], "images": []} for length in range(1, 20)]
     expected = [processor(problem, stage="rationale")["input_ids"].tolist() for problem in problems]
     stop = threading.Event()

@@ -1,7 +1,8 @@
-"""What ships, under each supported version of transformers: the same texts, the same scores; other versions refused.
+"""The shipped code under each supported version of transformers: equal texts and scores. Other versions are refused.
 
-`make test-versions` makes the environments (`tests/make_versions.sh`) and runs all of them, for the demonstration
-where `make demo` trained it and for a run of adapters. Without those environments only the refusals are tested.
+`make test-versions` makes the environments (`tests/make_versions.sh`) and runs the tests in all of them, with the
+demonstration, if `make demo` trained it, and with a run of adapters. Without those environments, only the refusals
+are tested.
 """
 
 import json
@@ -72,7 +73,7 @@ for _ in range(2):
     optimizer.zero_grad()
     losses.append(loss.item())
 
-# A model that starts from a T5 checkpoint, tied and not: its text weights, and a fusion that is not left as memory was.
+# A model from a T5 checkpoint, tied and untied: it has the text weights, and its fusion is initialized.
 from transformers import T5Config, T5ForConditionalGeneration
 size = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
 started = []
@@ -81,7 +82,7 @@ for head in ({}, {"scale_decoder_outputs": False, "feed_forward_proj": "gated-ge
     text_model = T5ForConditionalGeneration(T5Config(**size, **head))
     text_model.save_pretrained("text")
     memory = [torch.full((size["d_model"], size["d_model"]), float("nan")) for _ in range(1000)]
-    del memory  # what new tensors are made of
+    del memory  # new tensors reuse this memory
     for fusion in ("gated", "gated_mha"):
         new = type(loaded[1]).from_pretrained("text", vision_hidden_size=10, fusion=fusion)
         assert torch.equal(new.shared.weight, text_model.shared.weight)
@@ -91,8 +92,8 @@ print(json.dumps([transformers.__version__, results, texts, losses, started]))
 """
 
 
-def answers_of(environment: str, folder: Path) -> list:
-    """What `ANSWERS` prints in a fresh process that sees that version of transformers."""
+def run_answers(environment: str, folder: Path) -> list:
+    """The output of `ANSWERS` in a new process with the environment's version of transformers."""
     home = folder / f"home-{Path(environment).name}"
     result = subprocess.run(
         [sys.executable, "-I", "-c", ANSWERS, environment],
@@ -121,13 +122,13 @@ def problems(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(request, problems, tmp_path_factory):
-    """A folder with a repository of whole models and the problems, and what this environment answers."""
+    """A folder with a repository of whole models and the problems, and the answers of this environment."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(DEMO if DEMO.is_dir() else request.getfixturevalue("tiny_run") / "hub", folder / "model")
-    for file in shipped_code():  # the demonstration may be of earlier code
+    for file in shipped_code():  # because the demonstration may contain earlier code
         shutil.copy(file, folder / "model")
     (folder / "problems.json").write_text(problems)
-    return folder, answers_of("installed", folder)
+    return folder, run_answers("installed", folder)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def adapted(tiny_dataset, problems, tmp_path_factory):
     run_script(*command)
     shutil.copytree(folder / "run" / "hub", folder / "model")
     (folder / "problems.json").write_text(problems)
-    return folder, answers_of("installed", folder)
+    return folder, run_answers("installed", folder)
 
 
 @pytest.mark.skipif(not ENVIRONMENTS, reason="needs other versions of transformers: make test-versions")
@@ -146,7 +147,7 @@ def adapted(tiny_dataset, problems, tmp_path_factory):
 @pytest.mark.parametrize("system", ["whole", "adapted"])
 def test_each_version_gives_the_same_texts_and_scores(system, environment, request):
     folder, (_, expected, expected_texts, expected_losses, expected_started) = request.getfixturevalue(system)
-    found_version, found, texts, losses, started = answers_of(str(environment), folder)
+    found_version, found, texts, losses, started = run_answers(str(environment), folder)
     assert found_version == environment.name != version("transformers")
     furthest = 0.0
     for one, other in zip(found, expected, strict=True):
@@ -161,39 +162,39 @@ def test_each_version_gives_the_same_texts_and_scores(system, environment, reque
     assert started == expected_started
 
 
-@pytest.mark.parametrize("opened", ["AutoConfig", "AutoModel", "AutoProcessor", "pipeline"])
-def test_a_version_outside_of_the_window_is_refused_whatever_is_opened_first(opened, tiny_run, tmp_path):
+@pytest.mark.parametrize("entry_point", ["AutoConfig", "AutoModel", "AutoProcessor", "pipeline"])
+def test_refuses_an_unsupported_transformers_from_each_entry_point(entry_point, tiny_run, tmp_path):
     shutil.copytree(tiny_run / "hub", tmp_path / "model")
-    open_it = '("multimodal-cot", model=' if opened == "pipeline" else ".from_pretrained("
+    arguments = '("multimodal-cot", model=' if entry_point == "pipeline" else ".from_pretrained("
     code = f"""
 import importlib.metadata
-from transformers import {opened}
+from transformers import {entry_point}
 true_version = importlib.metadata.version
 importlib.metadata.version = lambda name: "6.0.0" if name == "transformers" else true_version(name)
-{opened}{open_it}"model", trust_remote_code=True)
+{entry_point}{arguments}"model", trust_remote_code=True)
 """
-    assert refusal(code, tmp_path) == (
+    assert error_line(code, tmp_path) == (
         "ImportError: mmcot needs transformers>=5.12,<6, but transformers 6.0.0 is installed: "
         "pip install 'transformers>=5.12,<6'"
     )
 
 
 @pytest.mark.parametrize("environment", sorted(VERSIONS.glob("4.*")), ids=lambda folder: folder.name)
-@pytest.mark.parametrize("opened", ["AutoConfig", "AutoModel", "AutoProcessor"])
-def test_an_older_transformers_gives_the_sentence_before_any_other_error(opened, environment, tiny_run, tmp_path):
+@pytest.mark.parametrize("entry_point", ["AutoConfig", "AutoModel", "AutoProcessor"])
+def test_older_transformers_raises_the_version_error_first(entry_point, environment, tiny_run, tmp_path):
     shutil.copytree(tiny_run / "hub", tmp_path / "model")
     code = f"""
 import sys
 sys.path.insert(0, {str(environment)!r})
-from transformers import {opened}
-{opened}.from_pretrained("model", trust_remote_code=True)
+from transformers import {entry_point}
+{entry_point}.from_pretrained("model", trust_remote_code=True)
 """
-    found = refusal(code, tmp_path)
+    found = error_line(code, tmp_path)
     assert found.startswith(f"ImportError: mmcot needs transformers>=5.12,<6, but transformers {environment.name} is")
 
 
-def refusal(code: str, folder: Path) -> str:
-    """The last line that a process which loads `model` says."""
+def error_line(code: str, folder: Path) -> str:
+    """The last line of the error of a process that loads `model`."""
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PATH": os.environ["PATH"]}
     result = run_python("-I", "-c", code, cwd=folder, env=environment)
     assert result.returncode == 1
@@ -213,7 +214,7 @@ def refusal(code: str, folder: Path) -> str:
         ("peft", "0.19.0", False),
     ],
 )
-def test_the_window_of_versions(library, installed, is_refused, monkeypatch):
+def test_checks_the_range_of_versions(library, installed, is_refused, monkeypatch):
     monkeypatch.setattr(versions_mmcot, "version", lambda name: installed if name == library else version(name))
     if not is_refused:
         versions_mmcot.check_versions(library)
@@ -222,7 +223,7 @@ def test_the_window_of_versions(library, installed, is_refused, monkeypatch):
         versions_mmcot.check_versions(library)
 
 
-def test_a_python_that_is_too_old_is_refused(monkeypatch):
+def test_refuses_an_old_python(monkeypatch):
     monkeypatch.setattr(versions_mmcot.sys, "version_info", (3, 10, 4))
     with pytest.raises(ImportError, match="needs Python 3.11 or newer, but this is 3.10"):
         versions_mmcot.check_versions()

@@ -1,4 +1,4 @@
-"""The picture towers: each at its real size and exported, what becomes of its output, freezing, preprocessing."""
+"""The towers: each at its real size and exported, its patches, freezing, preprocessing."""
 
 import glob
 import json
@@ -40,8 +40,8 @@ from modeling_mmcot.vision_mmcot import (
 )
 
 RESNET_101 = {"depths": [3, 4, 23, 3], "layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
-# The configurations of the checkpoints that stand for the names, without their weights; and DETR with transformers' own
-# ResNet as its backbone.
+# The configurations of the named checkpoints, without their weights, and DETR with transformers' own ResNet as its
+# backbone.
 CONFIGS = {
     "detr": {
         "model_type": "detr",
@@ -86,7 +86,7 @@ PREPROCESSING = {
 
 
 def model_with(name, **fields):
-    """A tiny text model with the real tower, from random weights."""
+    """A tiny text model with the real tower, with random weights."""
     row = name.removesuffix("_hf")
     fields = {"vision_hidden_size": TOWERS[row].hidden_size, **fields}
     return tiny_model(vision_config=dict(CONFIGS[name]), vision_tower=row, **fields)
@@ -99,7 +99,7 @@ def as_config(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_tower_gives_its_patches_at_its_real_size(name):
+def test_tower_returns_its_patches_at_its_real_size(name):
     row = TOWERS[name.removesuffix("_hf")]
     tower = build_vision_tower(as_config(name).vision_config).eval()
     with torch.no_grad():
@@ -112,8 +112,8 @@ def test_each_tower_gives_its_patches_at_its_real_size(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("needs", ["", "timm torchvision"])
-def test_with_each_tower_a_saved_model_loads_in_a_process_that_knows_only_the_folder(needs, tmp_path):
-    """And gives there, from a picture file, what it gives here."""
+def test_saved_model_loads_from_its_folder_alone(needs, tmp_path):
+    """In another process, a picture file gives the same states."""
     names = [name for name in CONFIGS if (name in ("detr", "vit", "clip")) == bool(needs)]
     vocabulary = WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "what": 3}, unk_token="<unk>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), pad_token="<pad>", eos_token="</s>")
@@ -148,7 +148,7 @@ def test_with_each_tower_a_saved_model_loads_in_a_process_that_knows_only_the_fo
         shutil.rmtree(tmp_path / name)  # gigabytes
 
 
-def test_the_pooled_vector_stands_512_times():
+def test_repeats_the_pooled_vector_512_times():
     model = model_with("resnet_pooled")
     pixels = torch.randn(2, 3, 64, 64)
     patches, mask = model.encoder.picture_patches(pixels, None, None, None)
@@ -157,7 +157,7 @@ def test_the_pooled_vector_stands_512_times():
     assert torch.equal(patches, pooled[:, None].expand(-1, 512, -1))
 
 
-def test_a_grid_becomes_patches_row_by_row():
+def test_flattens_a_grid_into_patches_row_by_row():
     tower = build_vision_tower(as_config("resnet").vision_config).eval()
     pixels = torch.randn(1, 3, 64, 96)
     grid = tower(pixel_values=pixels).last_hidden_state
@@ -166,7 +166,7 @@ def test_a_grid_becomes_patches_row_by_row():
     assert torch.equal(patches[0, 4], grid[0, :, 1, 1])
 
 
-def test_of_a_clip_vit_the_patches_and_not_the_class():
+def test_clip_vit_returns_patches_without_the_class_token():
     config = {**CONFIGS["clip_vit"], "num_hidden_layers": 1}
     tower = build_vision_tower(MMCoTConfig(vision_config=config).vision_config).eval()
     pixels = torch.randn(1, 3, 224, 224)
@@ -191,8 +191,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_unfrozen_a_tower_is_trained_whole(name, batch, labels):
-    """But for what transformers itself freezes (the first layers of DETR's backbone)."""
+def test_trains_the_whole_tower_unless_frozen(name, batch, labels):
+    """Except for the layers that transformers itself freezes, the first ones of DETR's backbone."""
     model = tiny_model(vision_config=SMALL[name], vision_hidden_size=2048 if name == "clip" else 16).train()
     model(**batch, labels=labels).loss.backward()
     parameters = dict(model.encoder.vision_tower.named_parameters())
@@ -202,7 +202,7 @@ def test_unfrozen_a_tower_is_trained_whole(name, batch, labels):
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_batch_norm_statistics_move_only_where_the_tower_is_trained(freeze, batch, labels):
+def test_updates_batch_norm_statistics_unless_frozen(freeze, batch, labels):
     model = tiny_model(vision_config=SMALL["resnet"], freeze_vision=freeze).train()
     tower = model.encoder.vision_tower
     before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
@@ -217,7 +217,7 @@ def test_batch_norm_statistics_move_only_where_the_tower_is_trained(freeze, batc
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_a_frozen_tower_is_not_in_the_trainers_optimizer(freeze, tmp_path):
+def test_optimizer_of_the_trainer_excludes_a_frozen_tower(freeze, tmp_path):
     model = tiny_model(freeze_vision=freeze)
     arguments = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     groups = Seq2SeqTrainer(model, arguments).create_optimizer().param_groups
@@ -226,8 +226,8 @@ def test_a_frozen_tower_is_not_in_the_trainers_optimizer(freeze, tmp_path):
     assert all(id(parameter) in trained for parameter in model.encoder.fusion.parameters())
 
 
-def test_a_pictures_patches_do_not_depend_on_the_batch():
-    """DETR's pictures are of unlike sizes; padded together, they would change each other."""
+def test_patches_of_a_picture_do_not_depend_on_the_batch():
+    """Because DETR's pictures have different sizes, and padding one to the size of another would change its patches."""
     tower = build_vision_tower(MMCoTConfig(vision_config=SMALL["detr"]).vision_config).eval()
     small, large = torch.randn(3, 40, 48), torch.randn(3, 64, 32)
     pixels, mask = torch.zeros(2, 3, 64, 48), torch.zeros(2, 64, 48)
@@ -240,7 +240,7 @@ def test_a_pictures_patches_do_not_depend_on_the_batch():
         torch.testing.assert_close(together[index], alone[0], rtol=0, atol=1e-6)
 
 
-def test_patches_of_several_pictures_stand_in_their_order():
+def test_patches_keep_the_order_of_several_pictures():
     model = tiny_model(max_images=3)
     pixels, mask = torch.randn(1, 3, 3, 32, 32), torch.ones(1, 3, 32, 32)
     mask[:, 1] = 0
@@ -250,10 +250,10 @@ def test_patches_of_several_pictures_stand_in_their_order():
     assert real[0].tolist() == [True] * 5 + [False] * 5 + [True] * 5
 
 
-# How a tower comes into the model.
+# Loading a tower into the model.
 
 
-def test_a_tower_of_a_clip_or_siglip_model_is_its_picture_half(tmp_path):
+def test_loads_the_vision_model_of_clip_and_siglip(tmp_path):
     part = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
     vision = {**part, "image_size": 32, "patch_size": 16}
     for model_class, config_class, name in ((CLIPModel, CLIPConfig, "clip_vit"), (SiglipModel, SiglipConfig, "siglip")):
@@ -266,7 +266,7 @@ def test_a_tower_of_a_clip_or_siglip_model_is_its_picture_half(tmp_path):
         assert find_tower(tower.config) is TOWERS[name] and tower_width(tower) == 16
 
 
-def test_a_folder_that_does_not_hold_the_tower_is_refused_and_not_filled_with_random_weights(tmp_path):
+def test_refuses_a_folder_without_the_towers_weights(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match="does not contain a picture tower of model_type 'vit': .* tensors are missing"
@@ -274,23 +274,23 @@ def test_a_folder_that_does_not_hold_the_tower_is_refused_and_not_filled_with_ra
         load_vision_tower(str(tmp_path))
 
 
-def test_a_pixel_mask_that_is_no_rectangle_at_the_corner_is_refused(batch):
+def test_refuses_a_pixel_mask_that_is_not_an_upper_left_rectangle(batch):
     batch["pixel_mask"][0, 0, :9, :9] = False
     with pytest.raises(ValueError, match="not a rectangle in its upper left corner"):
         tiny_model().encoder(**batch)
 
 
-def test_an_unnamed_tower_goes_by_the_first_name_of_its_kind():
+def test_resolves_an_unnamed_tower_to_the_first_name_of_its_model_type():
     config = MMCoTConfig(vision_config=SMALL["resnet"]).vision_config
     assert resolved_name(config) == "resnet" and resolved_name(config, "resnet_pooled") == "resnet_pooled"
     assert find_tower(config) is TOWERS["resnet"]
 
 
-def test_a_name_stands_for_its_checkpoint():
+def test_resolves_a_name_to_its_checkpoint():
     assert checkpoint_of("detr") == "facebook/detr-resnet-101-dc5" and checkpoint_of("some/model") == "some/model"
 
 
-def test_a_tower_that_is_in_no_table_is_used_by_its_last_states():
+def test_uses_the_last_hidden_state_of_an_unlisted_tower():
     config = {"model_type": "dinov2", "image_size": 28, "patch_size": 14, "hidden_size": 16, "num_hidden_layers": 1,
               "num_attention_heads": 2}  # fmt: skip
     model = tiny_model(vision_config=config)
@@ -298,8 +298,8 @@ def test_a_tower_that_is_in_no_table_is_used_by_its_last_states():
     assert patches.shape == (1, 5, 16)
 
 
-def test_a_tower_whose_states_are_of_another_form_is_refused():
-    """timm's Swin gives its channels last."""
+def test_refuses_a_tower_with_channels_last():
+    """timm's Swin returns its channels last."""
     config = {
         "model_type": "timm_wrapper",
         "architecture": "swin_tiny_patch4_window7_224",
@@ -310,7 +310,7 @@ def test_a_tower_whose_states_are_of_another_form_is_refused():
         encode_pictures(tower, None, torch.randn(1, 3, 224, 224), None)
 
 
-def test_a_tower_whose_width_is_not_the_configs_is_refused_with_both_numbers():
+def test_refuses_a_tower_of_another_width_with_both_numbers():
     with pytest.raises(ValueError, match="patches are 2048 wide, but vision_hidden_size is 1024"):
         tiny_model(vision_config=SMALL["clip"], vision_hidden_size=1024)
     with pytest.raises(ValueError, match="'timm_wrapper'.*does not contain the width.*set vision_hidden_size"):
@@ -319,7 +319,7 @@ def test_a_tower_whose_width_is_not_the_configs_is_refused_with_both_numbers():
         tiny_model().attach_tower(AutoModel.from_config(MMCoTConfig(vision_config=SMALL["resnet"]).vision_config))
 
 
-def test_a_name_that_does_not_fit_its_tower_is_refused(batch):
+def test_refuses_a_name_of_another_tower(batch):
     with pytest.raises(
         ValueError, match="'detr', a tower with model_type 'detr', but vision_config has model_type 'vit'"
     ):
@@ -338,7 +338,7 @@ def real_pictures():
     return [Image.open(file).convert("RGB") for file in files[::30]]
 
 
-def test_paper_preprocessing_of_detr_is_torchvisions():
+def test_paper_preprocessing_of_detr_equals_torchvision():
     transform = T.Compose([T.Resize(224), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
     processor = build_image_processor(TOWERS["detr"].paper_image_processor)
     for picture in real_pictures():
@@ -346,7 +346,7 @@ def test_paper_preprocessing_of_detr_is_torchvisions():
         torch.testing.assert_close(pixels, transform(picture), rtol=0, atol=1e-6)
 
 
-def test_paper_preprocessing_of_vit_is_timms():
+def test_paper_preprocessing_of_vit_equals_timm():
     pretrained = timm.get_pretrained_cfg("vit_large_patch32_384").to_dict()
     transform = create_transform(**resolve_data_config({}, pretrained_cfg=pretrained))
     processor = build_image_processor(TOWERS["vit"].paper_image_processor)
@@ -355,13 +355,13 @@ def test_paper_preprocessing_of_vit_is_timms():
         assert torch.equal(pixels, transform(picture)) and pixels.shape == (3, 384, 384)
 
 
-def test_paper_preprocessing_is_refused_where_the_authors_published_none(tmp_path):
+def test_refuses_paper_preprocessing_that_the_authors_did_not_publish(tmp_path):
     AutoModel.from_config(MMCoTConfig(vision_config=SMALL["resnet"]).vision_config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'paper' exists for detr and vit.*'resnet'"):
         load_image_processor(str(tmp_path), "paper")
 
 
-def test_paper_preprocessing_goes_by_the_towers_kind(tmp_path):
+def test_selects_paper_preprocessing_by_model_type(tmp_path):
     ViTConfig(hidden_size=24).save_pretrained(tmp_path)
     settings = load_image_processor(str(tmp_path), "paper").to_dict()
     assert json.loads(json.dumps(settings)) == TOWERS["vit"].paper_image_processor
