@@ -1,4 +1,4 @@
-"""Columns as people have them: other names, empty cells, numbers that pandas made floats, columns that nobody reads."""
+"""Columns of users' files: other names, empty cells, integers that pandas made floats, columns that are not read."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ def table(folder, text, suffix=".csv"):
 # Names.
 
 
-def test_one_picture_as_image(tmp_path):
+def test_reads_one_picture_from_image(tmp_path):
     (tmp_path / "red.png").write_bytes(png())
     rows = [{**ROW, "image": "red.png"}, {**ROW, "id": "p2", "image": None, "images": ["red.png"]}]
     rows += [{**ROW, "id": "p3", "image": ""}, {**ROW, "id": "p4", "image": "red.png", "images": []}]
@@ -41,20 +41,20 @@ def test_one_picture_as_image(tmp_path):
         ({"hint": "Look up.", "context": "Look down."}, ["context is 'Look down.'", "hint is 'Look up.'"]),
     ],
 )
-def test_a_column_that_is_given_twice_or_in_another_form_is_named(tmp_path, fields, found):
+def test_refuses_a_column_given_twice_or_in_another_form(tmp_path, fields, found):
     file = jsonl(tmp_path, {**ROW, **fields})
     assert says(error_of(load_problems, file, "test"), f"{file}, line 1", *found)
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
-def test_a_hint_is_the_context(tmp_path, write):
+def test_reads_a_hint_as_context(tmp_path, write):
     pairs = [("Look.", ""), ("Same.", "Same."), ("", "Only here."), (None, None)]
     rows = [{**ROW, "id": str(number), "hint": pair[0], "context": pair[1]} for number, pair in enumerate(pairs)]
     assert load_problems(write(tmp_path, *rows), "test")["context"] == ["Look.", "Same.", "Only here.", ""]
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
-def test_columns_that_nobody_reads_are_named_in_one_line(tmp_path, caplog, write):
+def test_names_unread_columns_in_one_warning(tmp_path, caplog, write):
     rows = [{**ROW, "source": "web", "image_id": 3}, {**ROW, "id": "p2", "source": "book", "image_id": 4}]
     file = write(tmp_path, *rows)
     with caplog.at_level(logging.WARNING, logger="mmcot"):
@@ -69,17 +69,17 @@ def test_columns_that_nobody_reads_are_named_in_one_line(tmp_path, caplog, write
 @pytest.mark.parametrize(
     "name", ["quesion", "Question", "qeustion", "questions", "choice", "answers", "contxt", "hints"]
 )
-def test_a_near_miss_of_a_known_name_is_an_error(tmp_path, name):
+def test_refuses_a_near_miss_of_a_known_name(tmp_path, name):
     file = jsonl(tmp_path, ROW, {**ROW, "id": "p2", name: "x"})
     assert says(error_of(load_problems, file, "test"), f"{file}, line 2", f"unknown column {name!r}", "did you mean")
 
 
-def test_other_names_are_no_near_misses():
+def test_does_not_treat_other_names_as_near_misses():
     names = ("image_id", "question_id", "category_id", "source", "pid", "task", "answer_text", "caption_model", "note")
     assert not [name for name in names if any(is_near(name, known) for known in (*FEATURES, "hint", "image"))]
 
 
-def test_a_rationale_of_the_file_is_no_column(tmp_path, caplog):
+def test_does_not_read_a_rationale_of_the_file(tmp_path, caplog):
     """A stage's prompt would read it as if an earlier stage had written it."""
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         problems = load_problems(jsonl(tmp_path, {**ROW, "rationale": "Because gold."}), "test")
@@ -94,7 +94,7 @@ def test_a_rationale_of_the_file_is_no_column(tmp_path, caplog):
 @pytest.mark.parametrize(
     "columns", ["question=query,image=img,answer=label", {"question": "query", "image": "img", "answer": "label"}]
 )
-def test_other_names_are_said(tmp_path, write, columns):
+def test_reads_renamed_columns(tmp_path, write, columns):
     (tmp_path / "red.png").write_bytes(png())
     row = {
         "query": "Which?",
@@ -117,11 +117,11 @@ def test_other_names_are_said(tmp_path, write, columns):
         ("question=gone", "there is no column 'gone'; found id, question"),
     ],
 )
-def test_a_wrong_map_of_columns_is_named(tmp_path, columns, found):
+def test_refuses_a_wrong_columns_option(tmp_path, columns, found):
     assert says(error_of(load_problems, jsonl(tmp_path, ROW), "test", None, True, columns), found)
 
 
-def test_a_map_of_columns_is_refused_where_they_are_fixed():
+def test_refuses_the_columns_option_for_the_demonstration():
     assert says(error_of(load_problems, "demo", "test", None, True, "question=query"), "demo", "'query'")
     assert parse_columns(None) == {}
 
@@ -130,24 +130,24 @@ def test_a_map_of_columns_is_refused_where_they_are_fixed():
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan"), np.float32("nan"), pandas.NA, pandas.NaT])
-def test_what_a_table_has_for_nothing_is_absent(nothing):
+def test_treats_null_values_as_absent(nothing):
     assert is_absent(nothing)
 
 
 @pytest.mark.parametrize("something", ["", 0, False, "nan", [], [None]])
-def test_all_else_is_there(something):
+def test_treats_other_values_as_present(something):
     assert not is_absent(something)
 
 
-def test_nan_in_a_file_is_absent(tmp_path):
+def test_treats_nan_in_a_file_as_absent(tmp_path):
     """`json` writes NaN, and reads it."""
     nothing = dict.fromkeys(("context", "answer", "images", "caption", "image", "hint", "lecture"), float("nan"))
     (problem,) = load_problems(jsonl(tmp_path, {**ROW, **nothing}), "test")
     assert (problem["context"], problem["answer"], problem["images"], problem["caption"]) == ("", -1, [], "")
 
 
-def test_a_table_of_pandas(tmp_path):
-    """Its integers are floats where any is missing, and it writes a column for its index."""
+def test_reads_a_pandas_table(tmp_path):
+    """pandas makes integers floats if one is missing, and it writes a column for its index."""
     frame = pandas.DataFrame(
         {
             "question": ["Why?", "How?"],
@@ -166,7 +166,7 @@ def test_a_table_of_pandas(tmp_path):
         assert problems["context"] == ["", "Look."] and problems["grade"] == ["", "grade2"]
 
 
-def test_scienceqas_answer_as_a_float(tmp_path):
+def test_accepts_a_whole_float_as_answer(tmp_path):
     assert load_problems(jsonl(tmp_path, {**ROW, "answer": 1.0}), "test")["answer"] == [1]
     message = error_of(load_problems, jsonl(tmp_path, {**ROW, "answer": 0.5}), "test")
     assert says(message, "line 1", "problem p1", "answer is 0.5", "index from 0 to 1")
@@ -175,14 +175,14 @@ def test_scienceqas_answer_as_a_float(tmp_path):
 @pytest.mark.parametrize("write", [jsonl, parquet])
 @pytest.mark.parametrize("name", ["context", "grade", "caption", "question"])
 @pytest.mark.parametrize("value", [3, 2.5, True, ["a", "b"]])
-def test_a_number_or_a_list_in_a_text_field_is_named(tmp_path, write, name, value):
+def test_refuses_a_number_or_a_list_in_a_text_column(tmp_path, write, name, value):
     file = write(tmp_path, {**ROW, name: value})
     place = "line 1" if write is jsonl else "row 1"
     assert says(error_of(load_problems, file, "test"), f"{file}, {place}, problem p1: {name} is {value!r}", "a text")
 
 
 @pytest.mark.parametrize("name", ["question", "context", "choices", "images", "rationales"])
-def test_half_a_surrogate_pair_is_named(tmp_path, name):
+def test_refuses_half_a_surrogate_pair(tmp_path, name):
     broken = "\ud83d and so on"
     value = [broken, "b"] if name in ("choices", "images", "rationales") else broken
     file = jsonl(tmp_path, {**ROW, "id": "p0"}, {**ROW, name: value})
@@ -190,13 +190,13 @@ def test_half_a_surrogate_pair_is_named(tmp_path, name):
     assert load_problems(jsonl(tmp_path, {**ROW, "context": "a whole one: 😀"}), "test")["context"][0].endswith("😀")
 
 
-def test_more_choices_than_letters_are_refused_when_they_are_read(tmp_path):
+def test_refuses_more_choices_than_letters(tmp_path):
     file = jsonl(tmp_path, {**ROW, "choices": [str(number) for number in range(27)]})
     assert says(error_of(load_problems, file, "test"), "line 1", "problem p1", "choices has 27 texts", "26 at most")
     assert len(load_problems(jsonl(tmp_path, {**ROW, "choices": [str(n) for n in range(26)]}), "test")) == 1
 
 
-def test_class_labels_are_their_names(tmp_path):
+def test_reads_class_labels_of_text_columns_as_names(tmp_path):
     features = datasets.Features(
         {
             "question": datasets.Value("string"),
@@ -213,7 +213,7 @@ def test_class_labels_are_their_names(tmp_path):
 # Text files.
 
 
-def test_blank_lines_are_skipped_and_lines_are_counted(tmp_path):
+def test_skips_blank_lines_but_counts_them(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_bytes(
         b"\xef\xbb\xbf\n" + json.dumps(ROW).encode() + b"\r\n  \n\n" + json.dumps({**ROW, "id": 2}).encode()
@@ -232,7 +232,7 @@ c,How?,,NaN,,
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_a_table_of_texts(tmp_path, suffix):
+def test_reads_csv_and_tsv_tables(tmp_path, suffix):
     (tmp_path / "red.png").write_bytes(png())
     frame = pandas.read_csv(table(tmp_path, CSV).removeprefix("test="), keep_default_na=False, dtype=str)
     frame.to_csv(tmp_path / f"problems{suffix}", sep="\t" if suffix == ".tsv" else ",", index=False)
@@ -255,10 +255,10 @@ def test_a_table_of_texts(tmp_path, suffix):
         ("question,contexts\nWhy?,a\n", ["line 2", "unknown column 'contexts'", "'context'"]),
     ],
 )
-def test_a_bad_line_of_a_table_is_named(tmp_path, text, found):
+def test_names_a_bad_line_of_a_table(tmp_path, text, found):
     assert says(error_of(load_problems, table(tmp_path, text), "test"), tmp_path / "problems.csv", *found)
 
 
-def test_a_table_in_another_encoding(tmp_path):
+def test_refuses_a_table_in_another_encoding(tmp_path):
     (tmp_path / "problems.csv").write_bytes("question\nWo ist der Bär?\n".encode("latin-1"))
     assert says(error_of(load_problems, f"test={tmp_path / 'problems.csv'}", "test"), "problems.csv", "UTF-8")

@@ -1,7 +1,7 @@
-"""Tests of the demonstration problems: held out, repeatable, balanced, and true to their own pixels.
+"""Tests of the demonstration problems: held out, repeatable, balanced, and consistent with their pixels.
 
-What a picture shows is measured here from the decoded pixels, with a palette and geometry of this file's own, so that
-the drawing code is not checked against itself. Whether a model can learn the problems is not tested here.
+The tests measure the content of a picture from its decoded pixels, with their own palette and geometry, so that the
+drawing code is not checked against itself. They do not test whether a model can learn the problems.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def pixels(row: dict) -> np.ndarray:
 
 
 def mask_of(image: np.ndarray, color: str) -> np.ndarray:
-    """Where the picture has about this color of the palette."""
+    """The pixels that have about this color of the palette."""
     return np.abs(image - PALETTE[color]).max(-1) < 60
 
 
@@ -60,7 +60,7 @@ def color_of(image: np.ndarray, y: int, x: int) -> str:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_split_has_its_size_its_schema_and_its_own_ids(split):
+def test_split_has_its_size_schema_and_unique_ids(split):
     rows = ROWS[split]
     assert len(rows) == demo.SPLIT_SIZES[split]
     assert all(list(row) == SCHEMA and row["split"] == split for row in rows)
@@ -83,7 +83,7 @@ def test_every_class_of_the_score_table_has_problems(split):
     assert split != "test" or classes["picture"] >= 1200
 
 
-def test_no_problem_stands_twice_in_any_split():
+def test_no_problem_occurs_twice():
     keys = Counter(key(row) for split in SPLITS for row in ROWS[split])
     assert len(keys) == sum(demo.SPLIT_SIZES.values())
 
@@ -99,7 +99,7 @@ def test_no_statement_of_three_or_more_facts_of_val_or_test_is_in_train(skill):
     assert not facts & {demo.observation(row["solution"]) for row in rows_of(skill, "val", "test")}
 
 
-def test_every_word_is_seen_in_training():
+def test_every_word_occurs_in_train():
     def words(split: str) -> set[str]:
         text = " ".join(" ".join([row["question"], row["context"], row["solution"]]) for row in ROWS[split])
         return set(re.findall(r"\w+", text))
@@ -129,20 +129,20 @@ def test_rows_are_the_same_in_another_process():
     assert done.stdout.strip() == hashlib.sha256(repr(ROWS["val"]).encode()).hexdigest()
 
 
-def test_an_unknown_split_is_named():
+def test_names_an_unknown_split():
     with pytest.raises(ValueError, match="'dev'.*train, val, test"):
         demo.generate("dev")
 
 
-def test_too_large_a_split_ends_in_an_error(monkeypatch):
-    monkeypatch.setitem(demo.SPLIT_SIZES, "val", 4_000)  # 240 of demand
+def test_raises_for_a_split_that_is_too_large(monkeypatch):
+    monkeypatch.setitem(demo.SPLIT_SIZES, "val", 4_000)  # 240 of them with the skill demand
     with pytest.raises(ValueError, match="'demand' has only .* for split 'val'"):
         list(demo.generate("val"))
 
 
 @pytest.mark.parametrize("skill", [name for name, skill in demo.SKILLS.items() if skill.share])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_answers_are_at_every_position_about_equally_often(skill, split):
+def test_answers_are_balanced_over_positions(skill, split):
     rows = rows_of(skill, split)
     number = len(rows[0]["choices"])
     positions = Counter(row["answer"] for row in rows)
@@ -150,7 +150,7 @@ def test_answers_are_at_every_position_about_equally_often(skill, split):
 
 
 @pytest.mark.parametrize("skill", demo.PICTURE_SKILLS)
-def test_the_text_of_a_picture_problem_does_not_tell_the_answer(skill):
+def test_text_of_a_picture_problem_does_not_reveal_the_answer(skill):
     """Guessing from question and sorted choices, as counted in training, is near chance on test."""
     counts: dict[tuple, Counter] = {}
     for row in rows_of(skill, "train"):
@@ -162,7 +162,7 @@ def test_the_text_of_a_picture_problem_does_not_tell_the_answer(skill):
     assert abs(np.mean(right) - 1 / len(rows[0]["choices"])) < 0.10
 
 
-def test_a_solution_concludes_with_the_answer_and_no_other_choice():
+def test_solution_concludes_with_the_answer_and_no_other_choice():
     for row in (row for split in SPLITS for row in ROWS[split]):
         facts, conclusion = row["solution"].split(" So, ")
         named = [choice for choice in row["choices"] if re.search(rf"\b{choice}\b", conclusion)]
@@ -176,7 +176,7 @@ def test_a_solution_concludes_with_the_answer_and_no_other_choice():
     ("rationale", "facts"),
     [("A is red. So, it is red.", "A is red."), ("no conclusion", "no conclusion"), ("", "")],
 )
-def test_seen_is_the_text_before_the_conclusion(rationale, facts):
+def test_observation_is_the_text_before_the_conclusion(rationale, facts):
     assert demo.observation(rationale) == facts
 
 
@@ -187,7 +187,7 @@ def test_pictures_are_small_rgb_pngs():
         assert (image.format, image.mode, image.size, picture["path"]) == ("PNG", "RGB", (96, 96), None)
 
 
-def test_charts_show_what_their_solutions_say():
+def test_charts_match_their_solutions():
     for row in rows_of("bar_chart", "val", "test"):
         image = pixels(row)
         bars = []
@@ -202,7 +202,7 @@ def test_charts_show_what_their_solutions_say():
         assert row["choices"][row["answer"]] == extreme(bars, key=lambda bar: bar[1])[0]
 
 
-def test_magnets_face_each_other_with_the_poles_of_their_solutions():
+def test_magnets_match_their_solutions():
     for row in rows_of("magnets", "val", "test"):
         image = pixels(row)
         red, blue = mask_of(image, "red"), mask_of(image, "blue")
@@ -215,7 +215,7 @@ def test_magnets_face_each_other_with_the_poles_of_their_solutions():
         assert row["choices"][row["answer"]] == ("repel" if facing[0] == facing[1] else "attract")
 
 
-def test_stars_lie_where_their_solutions_say():
+def test_stars_match_their_solutions():
     names = [["northwest", "north", "northeast"], ["west", "", "east"], ["southwest", "south", "southeast"]]
     for row in rows_of("map", "val", "test"):
         image = pixels(row)
@@ -227,7 +227,7 @@ def test_stars_lie_where_their_solutions_say():
         assert f"at the {' '.join(filter(None, sides))} of the map" in row["solution"]
 
 
-def test_thermometers_show_what_their_solutions_say():
+def test_thermometers_match_their_solutions():
     for row in rows_of("thermometer", "val", "test"):
         image = pixels(row)
         color = max(PALETTE, key=lambda name: mask_of(image, name)[80:].sum())  # below 80 there is only the bulb
@@ -238,7 +238,7 @@ def test_thermometers_show_what_their_solutions_say():
         assert row["choices"][row["answer"]] == f"{mark} degrees"
 
 
-def test_objects_are_what_their_solutions_say():
+def test_objects_match_their_solutions():
     fills = {"square": 1.0, "circle": np.pi / 4, "triangle": 0.5}  # part of the box around it that a shape covers
     for row in rows_of("objects", "val", "test"):
         image = pixels(row)
@@ -254,8 +254,8 @@ def test_objects_are_what_their_solutions_say():
         assert (row["choices"][row["answer"]], asked) in drawn
 
 
-def test_a_harder_demonstration_has_fewer_training_problems_and_ink_on_its_pictures():
-    """The same problems otherwise."""
+def test_harder_demonstration_has_fewer_training_problems_and_ink_on_pictures():
+    """The problems are otherwise the same."""
     assert len(list(demo.generate("train", difficulty=3))) == demo.SPLIT_SIZES["train"] // 3
     plain, harder = ROWS["val"], list(demo.generate("val", difficulty=3))
     assert len(harder) == len(plain)
@@ -264,11 +264,11 @@ def test_a_harder_demonstration_has_fewer_training_problems_and_ink_on_its_pictu
         if before["images"]:
             a, b = (np.asarray(Image.open(io.BytesIO(png(row)))).astype(int) for row in (before, after))
             inked = (a != b).any(axis=2)
-            # two blots of 26 px, which may lie over one another or beyond the edge
+            # two blots of 26 px, which may overlap or extend beyond the edge
             assert 0 < inked.sum() <= 2 * 26 * 26 and (np.median(b[inked], axis=0) == demo.INK).all()
 
 
-def test_of_one_skill_there_are_as_many_problems_as_otherwise_of_all_and_gold_is_of_any_length():
+def test_one_skill_fills_a_split_with_gold_choices_of_any_length():
     rows = list(demo.generate("test", skill="descriptions"))
     assert len(rows) == demo.SPLIT_SIZES["test"] and {row["skill"] for row in rows} == {"descriptions"}
     by_length = Counter(sorted(row["choices"], key=len).index(row["choices"][row["answer"]]) for row in rows)
@@ -283,6 +283,6 @@ def test_of_one_skill_there_are_as_many_problems_as_otherwise_of_all_and_gold_is
 
 
 @pytest.mark.parametrize("source", ["demo:0", "demo:hard", "demo:1.5"])
-def test_a_demonstration_is_of_a_difficulty_or_of_a_skill(source):
+def test_refuses_an_unknown_difficulty_or_skill(source):
     with pytest.raises(ValueError, match="a difficulty from 1 to 9, or a skill: magnets, "):
         load_problems(source, "val")

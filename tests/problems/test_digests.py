@@ -1,4 +1,4 @@
-"""Digests of problems: what changed is told, by what it is and how often."""
+"""Digests of problems: the description of a difference gives the kinds of changes and their counts."""
 
 import shutil
 
@@ -16,7 +16,7 @@ def problems(folder, **changes):
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
 
 
-def test_each_change_of_a_problem_is_told_with_its_count(tmp_path):
+def test_describes_each_kind_of_change_with_its_count(tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "picture.png")
     before = problem_digests(problems(tmp_path))
     assert describe_difference(before, problem_digests(problems(tmp_path))) is None
@@ -33,7 +33,7 @@ def test_each_change_of_a_problem_is_told_with_its_count(tmp_path):
     )
 
 
-def test_a_moved_picture_is_the_same_and_an_absent_one_is_not_compared(tmp_path):
+def test_ignores_moved_and_missing_pictures(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     Image.new("RGB", (4, 4), "red").save(first / "picture.png")

@@ -1,6 +1,6 @@
-"""Tests of the datasets that the field knows: the demonstration, ScienceQA as its authors release it, A-OKVQA.
+"""Tests of the built-in dataset formats: the demonstration, ScienceQA in its authors' format, A-OKVQA.
 
-What a demonstration problem shows is tested in test_demo.py.
+test_demo.py tests the content of the demonstration problems.
 """
 
 import json
@@ -29,7 +29,7 @@ from mmcot.training.stage import training_problems
 # The original ScienceQA folder.
 
 
-def test_the_real_scienceqa_folder(caplog):
+def test_loads_the_real_scienceqa_folder(caplog):
     with caplog.at_level(logging.INFO, logger="mmcot.problems"):
         problems = load_problems(str(shared("scienceqa")), "test")
     assert problems.features == FEATURES
@@ -48,7 +48,7 @@ def test_the_real_scienceqa_folder(caplog):
     require_answers(problems)
 
 
-def test_the_columns_of_a_scienceqa_problem(tmp_path):
+def test_converts_a_scienceqa_problem_to_the_schema(tmp_path):
     folder = scienceqa(tmp_path, lecture="Colors.", solution="It is red.")
     (tmp_path / "captions.json").write_text(json.dumps({"model": "x", "captions": {"1": "A red square."}}))
     first, second = load_problems(folder, "test")
@@ -74,21 +74,21 @@ def test_the_columns_of_a_scienceqa_problem(tmp_path):
     assert (second["id"], second["images"], second["caption"], second["lecture"]) == ("2", [], "", "")
 
 
-def test_captions_are_optional_and_an_empty_split_is_no_error(tmp_path):
+def test_accepts_missing_captions_and_an_empty_split(tmp_path):
     folder = scienceqa(tmp_path)
     assert load_problems(folder, "test")["caption"] == ["", ""]
     assert len(load_problems(folder, "train")) == 0
 
 
 @pytest.mark.parametrize("name", ["problems.json", "pid_splits.json"])
-def test_a_folder_without_its_json(tmp_path, name):
+def test_refuses_a_folder_without_its_json(tmp_path, name):
     folder = scienceqa(tmp_path)
     (tmp_path / name).unlink()
     assert says(error_of(load_problems, folder, "test"), folder, f"has no {name}", "ScienceQA folder")
 
 
 @pytest.mark.parametrize("name", ["problems.json", "pid_splits.json", "captions.json"])
-def test_malformed_json_names_file_and_line(tmp_path, name):
+def test_names_file_and_line_of_malformed_json(tmp_path, name):
     folder = scienceqa(tmp_path)
     (tmp_path / name).write_text('{\n"1": {},\n"2": oops\n}')
     assert says(error_of(load_problems, folder, "test"), f"{tmp_path / name}, line 3", "JSON")
@@ -102,7 +102,7 @@ def test_malformed_json_names_file_and_line(tmp_path, name):
         ("captions.json", {"1": "A red square."}, "'captions' is None; expected a dict"),
     ],
 )
-def test_json_of_another_form(tmp_path, name, data, found):
+def test_refuses_json_of_another_form(tmp_path, name, data, found):
     folder = scienceqa(tmp_path)
     (tmp_path / name).write_text(json.dumps(data))
     assert says(error_of(load_problems, folder, "test"), tmp_path / name, found)
@@ -117,18 +117,18 @@ def test_json_of_another_form(tmp_path, name, data, found):
         ({"question": ""}, ["question is ''"]),
     ],
 )
-def test_a_bad_scienceqa_problem_is_named(tmp_path, fields, found):
+def test_names_a_bad_scienceqa_problem(tmp_path, fields, found):
     folder = scienceqa(tmp_path, **fields)
     assert says(error_of(load_problems, folder, "test"), f"{folder}, problem 1:", *found)
 
 
-def test_an_id_that_stands_twice_in_a_split(tmp_path):
+def test_refuses_an_id_that_occurs_twice_in_a_split(tmp_path):
     folder = scienceqa(tmp_path, splits={"test": ["1", "2", "1"]})
     assert says(error_of(load_problems, folder, "test"), folder, "problem 1", "twice")
 
 
-def test_a_scienceqa_problem_whose_choices_alone_have_pictures(tmp_path):
-    """The original takes the first of them, `choice_0.png`."""
+def test_loads_a_scienceqa_problem_with_pictures_of_choices_only(tmp_path):
+    """The original code uses the first of them, `choice_0.png`."""
     folder = scienceqa(tmp_path)
     for number in range(2):
         (tmp_path / "images/test/2").mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def test_a_scienceqa_problem_whose_choices_alone_have_pictures(tmp_path):
     assert [Path(p["path"]).name for p in load_problems(folder, "test", max_images=1)[1]["images"]] == ["choice_0.png"]
 
 
-def test_a_scienceqa_problem_without_choices_loads_and_is_refused_where_they_are_needed(tmp_path):
+def test_loads_a_scienceqa_problem_without_choices_unless_answers_are_required(tmp_path):
     problems = load_problems(scienceqa(tmp_path, choices=[], answer=-1), "test")
     assert problems[0]["choices"] == []
     assert says(error_of(require_answers, problems), "problem 1", "choices is empty")
@@ -147,7 +147,7 @@ def test_a_scienceqa_problem_without_choices_loads_and_is_refused_where_they_are
 # The demonstration.
 
 
-def test_demo_rows_are_what_demo_generates():
+def test_loads_the_rows_that_demo_generates():
     problems = load_problems("demo", "val")
     assert problems.features == FEATURES
     assert problems.to_list() == list(demo.generate("val"))
@@ -156,8 +156,8 @@ def test_demo_rows_are_what_demo_generates():
     require_answers(problems)
 
 
-def test_a_changed_demo_is_not_served_from_the_cache(tmp_path):
-    """In a copy of the package, with a demo.py of its own that is changed between two processes."""
+def test_does_not_load_a_changed_demo_from_the_cache(tmp_path):
+    """In a copy of the package whose demo.py changes between two processes."""
     shutil.copytree(REPOSITORY / "mmcot", tmp_path / "mmcot", ignore=shutil.ignore_patterns("__pycache__"))
     show = "from mmcot.problems.sources import load_problems; print(len(load_problems('demo', 'val')))"
     for rows in (1, 2):
@@ -181,7 +181,7 @@ SIZES = {"train": 6, "val": 3, "test": 4}
 
 
 def entry(split: str, number: int) -> dict:
-    """As in the release (allenai/aokvqa, README)."""
+    """An entry as in the release (allenai/aokvqa, README)."""
     drawn = random.Random(f"{split}{number}")
     question = {
         "split": split,
@@ -204,7 +204,7 @@ def entry(split: str, number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def aokvqa(tmp_path_factory):
-    """The release's folder, and COCO's beside it."""
+    """The folder of the release, with COCO's folder beside it."""
     root = tmp_path_factory.mktemp("datasets")
     (root / "aokvqa").mkdir()
     for split, size in SIZES.items():
@@ -226,7 +226,7 @@ def aokvqa_run(aokvqa, tmp_path_factory):
     return folder / "run", options, printed
 
 
-def test_aokvqa_s_release_is_read_as_it_is(aokvqa):
+def test_loads_the_release_of_aokvqa(aokvqa):
     rows = {split: load_problems(str(aokvqa), split) for split in SIZES}
     assert {split: len(problems) for split, problems in rows.items()} == SIZES
     row, expected = rows["train"][2], entry("train", 2)
@@ -240,15 +240,15 @@ def test_aokvqa_s_release_is_read_as_it_is(aokvqa):
     assert set(rows["test"]["answer"]) == {-1} and set(rows["test"]["solution"]) == {""}
 
 
-def test_no_gold_of_aokvqa_is_left_for_prediction(aokvqa):
+def test_removes_gold_of_aokvqa_for_prediction(aokvqa):
     row = without_gold(load_problems(str(aokvqa), "val"))[0]
     gold = entry("val", 0)
     assert all(text not in json.dumps(row) for text in [*gold["rationales"], "his ride"])
 
 
 @pytest.mark.slow
-def test_every_rationale_is_trained_on(aokvqa_run):
-    """By the rationale stage as a target, by the answer stage as what it reads."""
+def test_trains_on_every_rationale(aokvqa_run):
+    """The rationale stage learns each as a target, and the answer stage reads each in a source."""
     _, options, _ = aokvqa_run
     prepared = prepare(parse_recipe(options))
     every = sorted(f"Solution: {text}" for number in range(6) for text in entry("train", number)["rationales"])
@@ -261,7 +261,7 @@ def test_every_rationale_is_trained_on(aokvqa_run):
         assert row["rationale"].removeprefix("Solution: ") in row["rationales"]
 
 
-def test_a_run_on_aokvqa_is_judged_on_val_and_predicts_test(aokvqa, aokvqa_run, tmp_path):
+def test_run_on_aokvqa_scores_val_and_predicts_test(aokvqa, aokvqa_run, tmp_path):
     run, _, printed = aokvqa_run
     assert "One val problem, answered" in printed
     assert not (run / "scores/test.json").exists()
@@ -287,7 +287,7 @@ def test_a_run_on_aokvqa_is_judged_on_val_and_predicts_test(aokvqa, aokvqa_run, 
         evaluate(command)
 
 
-def test_each_gold_rationale_is_a_reference():
+def test_scores_against_each_gold_rationale():
     problem = {"id": "1", "solution": "a train", "rationales": ["a train", "no man waits for bags here", "it is a cab"]}
     alone = [
         rationale_scores([{**problem, "rationales": [], "solution": text}], {"1": "it is a big cab"})
@@ -295,11 +295,11 @@ def test_each_gold_rationale_is_a_reference():
     ]
     together = rationale_scores([problem], {"1": "it is a big cab"})
     assert together["rougeL"] == max(scores["rougeL"] for scores in alone) > 0
-    assert together["bleu1"] == pytest.approx(100 * 4 / 5)  # of the five words "big" is in none
+    assert together["bleu1"] == pytest.approx(100 * 4 / 5)  # four of five words: no reference contains "big"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "error"),
     [
         (lambda root: (root / "coco/val2017/000000299208.jpg").unlink(), "val1: picture .*299208.jpg is missing"),
         (lambda root: (root / "aokvqa/aokvqa_v1p0_val.json").unlink(), "has no aokvqa_v1p0_val.json"),
@@ -310,8 +310,8 @@ def test_each_gold_rationale_is_a_reference():
         ),
     ],
 )
-def test_what_is_wrong_with_a_release_is_named(aokvqa, tmp_path, change, said):
+def test_names_a_defect_of_the_aokvqa_release(aokvqa, tmp_path, change, error):
     shutil.copytree(aokvqa.parent, tmp_path / "datasets")
     change(tmp_path / "datasets")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
         load_problems(str(tmp_path / "datasets/aokvqa"), "val")

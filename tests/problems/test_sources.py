@@ -1,7 +1,7 @@
-"""Sources of problems: each gives the same problems, and from each a run trains and scores.
+"""Sources of problems: each source gives the same problems, and a run trains and scores from each.
 
-What a row may look like is tested in test_problems.py and test_columns.py, how rows are divided in test_splits.py, the
-datasets that the field knows in test_known_datasets.py.
+test_problems.py and test_columns.py test the form of rows, test_splits.py their division into splits, and
+test_known_datasets.py the built-in dataset formats.
 """
 
 import io
@@ -37,7 +37,7 @@ COLUMNS = {"question": "query", "image": "img"}  # ours = theirs, of the sources
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """24 problems, with a picture as bytes or none."""
+    """24 problems, some with a picture as bytes."""
     found = []
     for number, row in enumerate(itertools.islice(generate("val"), 24)):
         picture = row["images"][0]["bytes"] if row["images"] else None
@@ -47,7 +47,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 
 def with_paths(rows: list[dict], folder: Path, column: str = "image") -> list[dict]:
-    """The rows with their pictures as files of the folder."""
+    """The rows with their pictures as files in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for row in rows:
@@ -112,7 +112,7 @@ def write_picture_folder(rows, folder):
 
 
 def write_picture_folders(rows, folder):
-    """As `imagefolder` has it: a folder per split, each with its table."""
+    """The layout of `imagefolder`: a folder per split, each with its table."""
     for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
         part = [without(row, "split") for row in rows if row["split"] == split]
         paths = with_paths(part, folder / name, "file_name")
@@ -132,7 +132,7 @@ def write_parquet_folder(rows, folder):
 
 
 def write_parquet_with_paths(rows, folder):
-    """A table of pandas: the pictures lie beside it."""
+    """A pandas table with the pictures beside it."""
     part = [{**without(row, "split"), "split": row["split"]} for row in with_paths(rows, folder, "image")]
     pandas.DataFrame(part).to_parquet(folder / "problems.parquet")
     return str(folder), None
@@ -156,7 +156,7 @@ def write_saved_dict(rows, folder):
 
 
 def dataset_of_python(rows, folder):
-    """Its pictures are PIL's where they are looked at."""
+    """The dataset decodes its pictures into PIL images."""
     dataset = as_dataset(rows)
     assert any(isinstance(picture, Image.Image) for picture in dataset["img"])
     return dataset, COLUMNS
@@ -187,7 +187,7 @@ SOURCES = [
 @pytest.mark.parametrize("write", SOURCES)
 def test_each_source_gives_the_same_problems(rows, tmp_path, write, monkeypatch):
     source, columns = write(rows, tmp_path)
-    monkeypatch.chdir("/")  # paths are relative to the source, wherever the process stands
+    monkeypatch.chdir("/")  # because paths are relative to the source, not to the working directory
     for split in SPLITS:
         problems = load_problems(source, split, columns=columns)
         expected = [row for row in rows if row["split"] == split]
@@ -203,7 +203,7 @@ def test_each_source_gives_the_same_problems(rows, tmp_path, write, monkeypatch)
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """One stage, one step."""
+    """A recipe with one stage and one step."""
     values = yaml.safe_load(TINY_RECIPE.read_text())
     values["stages"] = [{**values["stages"][1], "template": "QCM-A"}]
     values["stages"][0]["reads"] = ["question", "context", "choices", "images"]
@@ -214,7 +214,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def train_predict_and_score(recipe, source, columns, folder) -> dict:
-    """From the command line's functions, or with a dataset of Python in place of `--dataset`; the run's scores."""
+    """Train, predict and evaluate from `--dataset` or from a dataset in Python; return the scores of the run."""
     given = {} if isinstance(source, str) else {"dataset": source}
     options = ["--dataset", source] if isinstance(source, str) else []
     options += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())] if columns else []
@@ -225,22 +225,22 @@ def train_predict_and_score(recipe, source, columns, folder) -> dict:
     scores, again = read_json(folder / "run/scores/test.json"), read_json(folder / "again.scores.json")
     assert again["accuracy"] == scores["accuracy"] and again["n"] == scores["n"]
     assert sum(one["n"] for one in again["by"]["skill"].values()) == scores["n"]
-    said = ",".join(f"{ours}={theirs}" for ours, theirs in (columns or {}).items())
+    expected = ",".join(f"{ours}={theirs}" for ours, theirs in (columns or {}).items())
     for options in (scores["predict_options"], scores["evaluate_options"], again["predict_options"]):
-        assert options.get("columns", "") == said
+        assert options.get("columns", "") == expected
     assert again["dataset"] == scores["dataset"] == (source if isinstance(source, str) else "dataset-given-in-python")
     return scores
 
 
 @pytest.mark.parametrize("write", SOURCES)
-def test_a_run_from_each_source_trains_and_scores(rows, recipe, tmp_path, write):
+def test_trains_and_scores_from_each_source(rows, recipe, tmp_path, write):
     (tmp_path / "data").mkdir()
     source, columns = write(rows, tmp_path / "data")
     assert train_predict_and_score(recipe, source, columns, tmp_path)["n"] == 4
 
 
 @pytest.mark.parametrize("write", SOURCES)
-def test_a_run_from_each_source_can_be_prepared(rows, recipe, tmp_path, write):
+def test_prepares_a_run_from_each_source(rows, recipe, tmp_path, write):
     (tmp_path / "data").mkdir()
     source, columns = write(rows, tmp_path / "data")
     options = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -254,7 +254,7 @@ def test_a_run_from_each_source_can_be_prepared(rows, recipe, tmp_path, write):
 
 
 @pytest.mark.slow
-def test_the_commands_themselves(rows, recipe, tmp_path):
+def test_commands_train_predict_and_evaluate(rows, recipe, tmp_path):
     (tmp_path / "data").mkdir()
     source, _ = write_tsv(rows, tmp_path / "data")
     run_script("train.py", "--config", recipe, "--output_dir", tmp_path / "run", "--dataset", source)
@@ -263,7 +263,7 @@ def test_the_commands_themselves(rows, recipe, tmp_path):
     assert says(printed, "by skill", "scores:")
 
 
-def test_features_are_computed_of_any_source(rows, vit, tmp_path):
+def test_computes_features_from_a_file_or_python(rows, vit, tmp_path):
     options = ["--vision", str(vit), "--columns", "question=query,image=img", "--output"]
     features.main([*options, str(tmp_path / "python")], dataset=as_dict(rows))
     source, _ = write_parquet(rows, tmp_path)
@@ -271,7 +271,7 @@ def test_features_are_computed_of_any_source(rows, vit, tmp_path):
     assert content(tmp_path / "python") == content(tmp_path / "file")
 
 
-def test_a_dataset_is_given_by_name_or_in_python_and_not_both(tmp_path, rows):
+def test_refuses_a_dataset_both_by_name_and_in_python(tmp_path, rows):
     with pytest.raises(SystemExit, match="give one of them"):
         train.main(["--config", str(TINY_RECIPE), "--dataset", "demo"], dataset=as_dataset(rows))
     with pytest.raises(SystemExit, match="give one of them"):
@@ -282,11 +282,11 @@ def test_a_dataset_is_given_by_name_or_in_python_and_not_both(tmp_path, rows):
         load_problems([{"question": "Why?"}], "test")
 
 
-# What a folder holds.
+# Folders.
 
 
-def test_a_folder_rewritten_at_the_same_time_serves_its_new_rows(tmp_path):
-    """As a copy that keeps times leaves it; `datasets` knows a file by its name and time."""
+def test_loads_new_rows_of_a_file_with_the_same_time(tmp_path):
+    """As after a copy that preserves times. `datasets` identifies a file by its name and time."""
     file = tmp_path / "data" / "test-00000-of-00001.parquet"
     for question in ("First version?", "Other version?"):
         datasets.Dataset.from_list([{**without(ROW, "split"), "question": question}]).to_parquet(file)
@@ -300,7 +300,7 @@ def test_a_folder_rewritten_at_the_same_time_serves_its_new_rows(tmp_path):
 
 
 def paths_parquet(folder: Path, *paths: str) -> str:
-    """Pictures by path alone, as a table that `datasets` did not embed has them."""
+    """A folder with a table of picture paths alone, as if `datasets` had not embedded the pictures."""
     folder.mkdir(exist_ok=True)
     features = datasets.Features({**{name: FEATURES[name] for name in ROW}, "image": datasets.Image(decode=False)})
     rows = [{**ROW, "id": str(n), "image": {"bytes": None, "path": path}} for n, path in enumerate(paths)]
@@ -309,7 +309,7 @@ def paths_parquet(folder: Path, *paths: str) -> str:
     return str(folder)
 
 
-def test_pictures_by_path_in_a_folder_of_parquet_are_those_in_it(tmp_path, monkeypatch):
+def test_reads_pictures_by_path_in_a_folder_of_parquet(tmp_path, monkeypatch):
     folder = Path(paths_parquet(tmp_path / "data", "red.png", "./sub/../red.png"))
     (folder / "sub").mkdir()
     (folder / "red.png").write_bytes(png())
@@ -325,7 +325,7 @@ def test_pictures_by_path_in_a_folder_of_parquet_are_those_in_it(tmp_path, monke
 
 
 @pytest.mark.parametrize("path", ["../private.png", "{}/private.png", "sub/../../private.png", "link.png"])
-def test_a_path_that_leads_out_of_a_folder_of_parquet_is_refused(tmp_path, path):
+def test_refuses_a_path_outside_of_a_folder_of_parquet(tmp_path, path):
     (tmp_path / "private.png").write_bytes(png())
     folder = paths_parquet(tmp_path / "data", path.format(tmp_path))
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "private.png")
@@ -343,21 +343,21 @@ def test_a_path_that_leads_out_of_a_folder_of_parquet_is_refused(tmp_path, path)
         ({"state.json": "{}"}, ["not a complete dataset of save_to_disk"]),
     ],
 )
-def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, found):
+def test_explains_why_a_folder_is_refused(tmp_path, files, found):
     for name, text in files.items():
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text(text)
     assert says(error_of(load_problems, str(tmp_path / "data"), "test"), str(tmp_path / "data"), *found)
 
 
-def test_a_path_that_leads_out_of_a_folder_of_pictures_is_refused(tmp_path):
+def test_refuses_a_path_outside_of_a_folder_of_pictures(tmp_path):
     (tmp_path / "private.png").write_bytes(png())
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({**ROW, "file_name": "../private.png"}))
     assert says(error_of(load_problems, str(tmp_path / "data"), "test"), "line 1", "problem p1", "is outside of")
 
 
-def test_folders_of_pictures_say_the_split_of_one_table(tmp_path):
+def test_folders_of_pictures_define_the_splits_of_one_table(tmp_path):
     lines = "file_name,question\n" + "".join(f"{name}/a.png,Which?\n" for name in ("train", "validation", "test"))
     for name in ("train", "validation", "test"):
         (tmp_path / name).mkdir()
@@ -366,7 +366,7 @@ def test_folders_of_pictures_say_the_split_of_one_table(tmp_path):
     assert [len(load_problems(str(tmp_path), split)) for split in SPLITS] == [1, 1, 1]
 
 
-def test_splits_of_other_names_are_named(tmp_path):
+def test_names_unknown_and_missing_splits(tmp_path):
     dataset = datasets.Dataset.from_list([ROW])
     assert says(
         error_of(load_problems, datasets.DatasetDict(a=dataset, b=dataset), "test"), "the splits a, b; expected train"
@@ -378,7 +378,7 @@ def test_splits_of_other_names_are_named(tmp_path):
 # A dataset of the Hub.
 
 
-def test_a_dataset_of_the_hub_is_brought_into_the_schema(hub_dataset):
+def test_converts_a_dataset_of_the_hub_to_the_schema(hub_dataset):
     problems = load_problems(str(hub_dataset), "val")
     assert problems.features == FEATURES and problems["id"] == [f"val-{row}" for row in range(5)]
     row, expected = problems[3], hub_rows(4)[3]
@@ -389,14 +389,14 @@ def test_a_dataset_of_the_hub_is_brought_into_the_schema(hub_dataset):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_dataset_of_the_hub_ends(hub_dataset, tmp_path):
+def test_run_on_a_dataset_of_the_hub_finishes(hub_dataset, tmp_path):
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "dataset": str(hub_dataset), "max_steps": 2}))
     train.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")])
     assert read_json(tmp_path / "run/scores/test.json")["n"] == 5
 
 
-def test_a_dataset_that_is_not_there_or_has_other_columns_is_named(hub_dataset, tmp_path):
+def test_refuses_a_missing_dataset_and_unknown_columns(hub_dataset, tmp_path):
     with pytest.raises(
         ValueError, match="dataset is 'nobody/nothing'; expected .* As a dataset of the Hub it cannot be loaded"
     ):
@@ -408,7 +408,7 @@ def test_a_dataset_that_is_not_there_or_has_other_columns_is_named(hub_dataset, 
     assert load_problems(str(tmp_path), "test", columns="context=hints")["context"] == ["hint 0", "hint 1"]
 
 
-def test_an_address_of_the_hub_in_another_form_is_named():
+def test_refuses_an_address_of_the_hub_in_another_form():
     for address in ("hf://models/a/b", "hf://datasets/a", "hf://datasets/a/b/pictures.zip"):
         assert says(error_of(load_problems, address, "test"), repr(address), "expected")
 
@@ -423,14 +423,14 @@ api.create_repo("someone/problems", repo_type="dataset", exist_ok=True)
 api.upload_folder(repo_id="someone/problems", repo_type="dataset", folder_path=sys.argv[1])
 columns = "question=query,image=img"
 found = {}
-for source, said in (
+for source, mapping in (
     ("someone/problems", columns),
     ("hf://datasets/someone/problems", columns),
     ("hf://datasets/someone/problems@main", columns),
     ("test=hf://datasets/someone/problems/data/test-00000-of-00001.parquet", columns),
     ("hf://datasets/someone/problems@main/texts.jsonl", None),
 ):
-    rows = load_problems(source, "test", columns=said)
+    rows = load_problems(source, "test", columns=mapping)
     found[source] = [[row["question"], row["answer"], len(row["images"])] for row in rows]
 try:
     load_problems("hf://datasets/someone/problems/paths.jsonl", "test")
@@ -440,8 +440,8 @@ print(json.dumps(found))
 """
 
 
-def test_addresses_of_the_hub(rows, tmp_path):
-    """By the Hub's own protocol, from a server of ours."""
+def test_loads_problems_from_addresses_of_the_hub(rows, tmp_path):
+    """With the Hub's protocol, from a local server."""
     asked = [row for row in rows if row["split"] == "test"]
     write_parquet_folder(rows, tmp_path / "repository")
     texts, paths = ([without(row, "picture") for row in rows], [{**ROW, "images": ["private.png"]}])

@@ -1,4 +1,4 @@
-"""Rows without a split: divided by their content, the same way whatever else is there. And problems in two splits."""
+"""The division of rows without a split by their content, independent of other rows; problems in two splits."""
 
 import collections
 import json
@@ -33,7 +33,7 @@ def divided(source: str, **options) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
-def test_rows_without_a_split_are_divided_eight_to_one_to_one(tmp_path, write, caplog):
+def test_divides_rows_without_a_split_eight_to_one_to_one(tmp_path, write, caplog):
     file = write(tmp_path, *map(question, range(400)))
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         found = divided(file)
@@ -46,7 +46,7 @@ def test_rows_without_a_split_are_divided_eight_to_one_to_one(tmp_path, write, c
     assert load_problems(file, "test")["split"] == ["test"] * len(found["test"])
 
 
-def test_a_row_stays_where_it_is_when_others_come_go_or_are_reordered(tmp_path):
+def test_row_keeps_its_split_when_other_rows_change(tmp_path):
     rows = [question(number) for number in range(60)]
     before = divided(jsonl(tmp_path, *rows))
     more = [*map(question, range(100, 140)), *rows]
@@ -55,19 +55,19 @@ def test_a_row_stays_where_it_is_when_others_come_go_or_are_reordered(tmp_path):
     assert all(before[split] <= after[split] for split in SPLITS)
     fewer = divided(jsonl(tmp_path, *rows[::2]))
     assert all(fewer[split] <= before[split] for split in SPLITS)
-    assert divided(parquet(tmp_path, *rows)) == before, "in whatever file"
+    assert divided(parquet(tmp_path, *rows)) == before, "the file format does not matter"
     other_gold = [{**row, "answer": 0, "solution": "Else.", "id": f"p{n}"} for n, row in enumerate(rows)]
-    assert divided(jsonl(tmp_path, *other_gold)) == before, "gold and ids may be mended"
+    assert divided(jsonl(tmp_path, *other_gold)) == before, "gold and ids do not matter"
 
 
-def test_another_seed_is_another_division(tmp_path):
+def test_division_depends_on_the_seed(tmp_path):
     file = jsonl(tmp_path, *map(question, range(60)))
     assert divided(file, split_seed=1) != divided(file)
     assert divided(file, split_seed=1) == divided(file, split_seed=1)
 
 
-def test_the_same_problem_never_stands_on_two_sides(tmp_path):
-    """Whatever its pictures' files are called; with other pictures it is another problem."""
+def test_puts_equal_problems_into_the_same_split(tmp_path):
+    """The names of picture files do not matter; a problem with other pictures is another problem."""
     colors = ["red", "green", "blue", "white", "black", "navy", "gold", "gray", "pink", "tan", "lime", "plum"]
     for color in colors:
         for copy in range(5):
@@ -77,32 +77,32 @@ def test_the_same_problem_never_stands_on_two_sides(tmp_path):
     rows[0]["question"] = " Which  color is it?"
     file = jsonl(tmp_path, *rows)
     loaded = {split: load_problems(file, split) for split in SPLITS}
-    sides = collections.defaultdict(set)
+    splits_by_color = collections.defaultdict(set)
     for split, problems in loaded.items():
         for row in problems:
-            sides[row["images"][0]["path"].split("/")[-1].split("-")[0]].add(split)
-    assert all(len(found) == 1 for found in sides.values()), sides
-    assert len(set.union(*sides.values())) > 1, "not all where the text is"
+            splits_by_color[row["images"][0]["path"].split("/")[-1].split("-")[0]].add(split)
+    assert all(len(found) == 1 for found in splits_by_color.values()), splits_by_color
+    assert len(set.union(*splits_by_color.values())) > 1, "the pictures must matter, not only the text"
     assert not any(ids for seconds in overlaps(loaded).values() for ids in seconds.values())
     blind = {split: load_problems(file, split, pictures=False)["id"] for split in SPLITS}
-    assert blind == {split: problems["id"] for split, problems in loaded.items()}, "pictures asked for or not"
+    assert blind == {split: problems["id"] for split, problems in loaded.items()}, "`pictures` does not matter"
 
 
-def test_a_picture_that_decides_a_split_must_be_there(tmp_path):
+def test_refuses_a_missing_picture_that_decides_a_split(tmp_path):
     file = jsonl(tmp_path, {**question(0), "images": ["gone.png"]})
     assert says(error_of(load_problems, file, "test", None, False), "line 1", "gone.png is missing")
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
 @pytest.mark.parametrize("nothing", [None, ""])
-def test_a_file_in_which_some_rows_have_a_split_is_refused(tmp_path, write, nothing):
+def test_refuses_a_file_with_a_split_in_only_some_rows(tmp_path, write, nothing):
     rows = [{**question(number), "split": nothing if number in (3, 5) else "train"} for number in range(9)]
     message = error_of(load_problems, write(tmp_path, *rows), "train")
     assert says(message, "2 of 9 rows have no split", "in all rows or in none")
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
-def test_splits_have_other_names_too(tmp_path, write):
+def test_accepts_other_names_of_splits(tmp_path, write):
     names = ("train", "validation", "valid", "dev", "val", "test")
     file = write(tmp_path, *({**question(number), "split": name} for number, name in enumerate(names)))
     assert len(load_problems(file, "val")) == len(load_problems(file, "validation")) == 4
@@ -112,7 +112,7 @@ def test_splits_have_other_names_too(tmp_path, write):
 # A file for each split.
 
 
-def test_a_file_that_is_given_as_a_split_serves_whole_for_it(tmp_path, caplog):
+def test_reads_a_whole_file_as_the_given_split(tmp_path, caplog):
     files = {}
     for split, numbers in (("train", range(30)), ("val", range(30, 40)), ("test", range(40, 45))):
         (tmp_path / split).mkdir()
@@ -144,7 +144,7 @@ def overlapping(folder) -> str:
     return jsonl(folder, *rows)
 
 
-def test_test_problems_that_stand_in_training_are_refused_with_their_count(text_recipe, tmp_path):
+def test_refuses_overlap_of_splits_with_its_count(text_recipe, tmp_path):
     file = overlapping(tmp_path)
     with pytest.raises(ValueError) as error:
         prepare(parse_recipe([*text_recipe, "--dataset", file]))
@@ -158,7 +158,7 @@ def test_test_problems_that_stand_in_training_are_refused_with_their_count(text_
     assert not (tmp_path / "run").exists(), "nothing is written"
 
 
-def test_they_are_trained_on_where_that_is_asked_for_and_told(text_recipe, tmp_path, caplog):
+def test_allow_overlap_warns_and_records_the_overlap(text_recipe, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         run = prepare(parse_recipe([*text_recipe, "--dataset", overlapping(tmp_path), "--allow_overlap", "true"]))
     assert says(caplog.text, "3 of 5 test problems are in train too", "the card reports the overlap")
@@ -170,9 +170,9 @@ def test_they_are_trained_on_where_that_is_asked_for_and_told(text_recipe, tmp_p
     assert yaml.safe_load(run.folder.recipe.read_text())["allow_overlap"] is True
 
 
-def test_a_run_says_how_its_rows_were_divided(text_recipe, tmp_path):
+def test_run_records_the_division_of_its_rows(text_recipe, tmp_path):
     file = jsonl(tmp_path, *map(question, range(60)))
-    for _ in range(2):  # the second call goes on with the same run
+    for _ in range(2):  # the second call resumes the same run
         run = prepare(parse_recipe([*text_recipe, "--dataset", file]))
         run.lock.__exit__(None, None, None)
     assert yaml.safe_load(run.folder.recipe.read_text())["split_seed"] == 42
@@ -183,14 +183,14 @@ def test_a_run_says_how_its_rows_were_divided(text_recipe, tmp_path):
         prepare(parse_recipe([*text_recipe, "--dataset", file, "--split_seed", "7"]))
 
 
-def test_too_few_rows_to_divide_are_an_error_that_says_the_way_out(text_recipe, tmp_path):
+def test_suggests_separate_files_for_too_few_rows(text_recipe, tmp_path):
     file = jsonl(tmp_path, *map(question, range(2)))
     with pytest.raises(ValueError, match="has no problems.*one in ten.*train=FILE"):
         prepare(parse_recipe([*text_recipe, "--dataset", file]))
 
 
-def test_published_splits_are_counted_and_not_refused(text_recipe, tmp_path, caplog):
-    """Published figures are of them, and nobody can change them."""
+def test_warns_about_overlap_of_published_splits(text_recipe, tmp_path, caplog):
+    """Not refused, because published figures use these splits, and users cannot change them."""
     rows = [{**row, "image": None} for row in hub_rows(4)]
     for split in ("train", "validation", "test"):
         dataset = datasets.Dataset.from_list(rows, features=HUB_FEATURES)
@@ -201,7 +201,7 @@ def test_published_splits_are_counted_and_not_refused(text_recipe, tmp_path, cap
     assert read_json(run.folder.splits)["overlap"]["train"] == {"val": 4, "test": 4}
 
 
-def test_pictures_tell_problems_apart(tmp_path):
+def test_distinguishes_problems_by_their_pictures(tmp_path):
     for name, color in (("a", "red"), ("b", "red"), ("c", "blue")):
         (tmp_path / f"{name}.png").write_bytes(png(color))
     asked = {"question": "Which color is it?", "choices": ["red", "blue"]}
@@ -212,7 +212,7 @@ def test_pictures_tell_problems_apart(tmp_path):
     assert found == {"train": {"val": [], "test": ["test-2"]}, "val": {"test": []}}
 
 
-def test_the_demonstrations_splits_share_no_problem():
+def test_splits_of_the_demonstration_share_no_problem():
     assert not any(
         ids
         for seconds in overlaps({split: load_problems("demo:9", split) for split in SPLITS}).values()
