@@ -1,4 +1,4 @@
-"""Stages as adapters of one base: trained, saved, loaded by strangers, switched, merged; the base stays what it was."""
+"""Stages as adapters of one base: training, saving, loading from the export, switching, merging, an unchanged base."""
 
 import json
 import shutil
@@ -41,14 +41,14 @@ def problems(tiny_dataset):
 
 
 def merged(hub, stage):
-    """A stage's whole model, by PEFT's own merging."""
+    """A stage's whole model, merged by PEFT."""
     base = MMCoTForConditionalGeneration.from_pretrained(hub)
     model = PeftModelForSeq2SeqLM.from_pretrained(base, hub, subfolder=stage).merge_and_unload()
     model.generation_config = model.generation_config.from_pretrained(hub, f"{stage}/generation_config.json")
     return model.eval()
 
 
-def test_a_run_holds_the_base_once_and_an_adapter_for_each_stage(adapter_run):
+def test_run_contains_one_base_and_an_adapter_for_each_stage(adapter_run):
     hub = adapter_run / "hub"
     assert (hub / "model.safetensors").read_bytes() == (adapter_run / "base" / "model.safetensors").read_bytes()
     assert not (hub / "adapter_config.json").exists(), "a repository id would lead to another base"
@@ -66,7 +66,7 @@ def test_a_run_holds_the_base_once_and_an_adapter_for_each_stage(adapter_run):
 
 
 @pytest.mark.parametrize("source", [pytest.param("folder", marks=pytest.mark.slow), "repository"])
-def test_a_stranger_gets_the_merged_models_answers_from_one_base(adapter_run, problems, tmp_path, source):
+def test_export_answers_like_merged_models_with_one_base(adapter_run, problems, tmp_path, source):
     hub, name = adapter_run / "hub", "model"
     if source == "folder":
         shutil.copytree(hub, tmp_path / name)
@@ -107,7 +107,7 @@ def test_a_stranger_gets_the_merged_models_answers_from_one_base(adapter_run, pr
     assert size <= (hub / "model.safetensors").stat().st_size + adapters
 
 
-def test_a_stranger_without_peft_is_told(adapter_run, tmp_path):
+def test_export_names_peft_if_it_is_missing(adapter_run, tmp_path):
     shutil.copytree(adapter_run / "hub", tmp_path / "model")
     message = as_a_stranger(
         """
@@ -121,14 +121,14 @@ def test_a_stranger_without_peft_is_told(adapter_run, tmp_path):
     assert "pip install peft" in message
 
 
-def test_a_run_predicts_what_its_export_does(adapter_run, tiny_dataset, tmp_path):
+def test_predict_repeats_the_predictions_of_the_run(adapter_run, tiny_dataset, tmp_path):
     output = tmp_path / "test.json"
     options = ("--dataset", tiny_dataset, "--decode_answer", "--batch_size", "16")
     run_script("-m", "mmcot.predict", adapter_run, *options, "--output", output)
     assert output.read_bytes() == (adapter_run / "predictions" / "test.json").read_bytes()
 
 
-def test_adapters_are_switched_by_stage_with_their_ways_to_generate(adapter_run):
+def test_switches_adapter_and_generation_config_by_stage(adapter_run):
     _, models = load_system(str(adapter_run))
     limits, weights = [], []
     for stage in (*STAGES, *STAGES):
@@ -141,7 +141,7 @@ def test_adapters_are_switched_by_stage_with_their_ways_to_generate(adapter_run)
 
 
 @pytest.mark.slow
-def test_merged_stages_are_whole_models_that_answer_alike(adapter_run, adapter_recipe, tmp_path):
+def test_merged_stages_are_whole_models_with_equal_answers(adapter_run, adapter_recipe, tmp_path):
     train(adapter_recipe, tmp_path / "run", *LORA, "--merge_adapters", "true")
     hub = tmp_path / "run" / "hub"
     assert not list(hub.rglob("adapter_*")) and not (tmp_path / "run" / "base").exists()
@@ -156,7 +156,7 @@ def test_merged_stages_are_whole_models_that_answer_alike(adapter_run, adapter_r
 
 
 @pytest.mark.slow
-def test_a_bfloat16_base_is_merged_in_bfloat16(adapter_recipe, tmp_path):
+def test_merges_a_bfloat16_base_in_bfloat16(adapter_recipe, tmp_path):
     options = ("--dtype", "bfloat16", "--bf16", "true", "--merge_adapters", "true", "--max_steps", "2")
     train(adapter_recipe, tmp_path / "run", *LORA, *options)
     weights = load_file(tmp_path / "run" / "hub" / "model.safetensors")
@@ -165,7 +165,7 @@ def test_a_bfloat16_base_is_merged_in_bfloat16(adapter_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tower_trained_beside_adapters_is_each_stages_own(adapter_recipe, problems, tmp_path):
+def test_saves_a_trained_tower_for_each_stage(adapter_recipe, problems, tmp_path):
     train(adapter_recipe, tmp_path / "run", *LORA, "--lora_modules_to_save", "vision_tower", "--max_steps", "6")
     processor, models = load_system(str(tmp_path / "run"))
     apart = {stage: merged(tmp_path / "run" / "hub", stage) for stage in STAGES}
@@ -181,8 +181,8 @@ def test_a_tower_trained_beside_adapters_is_each_stages_own(adapter_recipe, prob
 
 
 @pytest.mark.slow
-def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(adapter_run, adapter_recipe, tmp_path):
-    """As if killed after the checkpoint of step 20 of the last stage."""
+def test_resumes_an_interrupted_stage_with_identical_results(adapter_run, adapter_recipe, tmp_path):
+    """The run is as if killed after the checkpoint of step 20 of the last stage."""
     folder = tmp_path / "run"
     shutil.copytree(adapter_run, folder)
     shutil.rmtree(folder / "hub")
@@ -197,7 +197,7 @@ def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(adapter_run, adapter
         assert (folder / name).read_bytes() == (adapter_run / name).read_bytes()
 
 
-def test_training_an_adapter_leaves_every_tensor_of_the_base(batch, labels, tmp_path):
+def test_training_an_adapter_does_not_change_the_base(batch, labels, tmp_path):
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapted = adapt(model, ModelConfig(use_peft=True, lora_r=2, lora_target_modules=["q", "wo"]))
@@ -225,20 +225,20 @@ def test_training_an_adapter_leaves_every_tensor_of_the_base(batch, labels, tmp_
         ({"lora_target_modules": ["q", "v"], "use_dora": True}, {"q", "v"}),
     ],
 )
-def test_what_is_adapted(options, layers):
+def test_adapts_the_selected_layers(options, layers):
     adapted = adapt(tiny_model(), ModelConfig(use_peft=True, **options))
     names = [name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A." in name]
     assert {name.rsplit(".", 1)[-1] for name in names} == layers
     assert not any("vision_tower" in name or "fusion" in name for name in names)
 
 
-def test_what_is_trained_of_a_bfloat16_base_is_float32():
+def test_trains_float32_parameters_with_a_bfloat16_base():
     adapted = adapt(tiny_model().bfloat16(), ModelConfig(use_peft=True))
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in adapted.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-def test_names_that_match_nothing_are_refused_with_those_that_there_are():
+def test_refuses_unknown_target_modules_and_lists_the_known_ones():
     layers = ["encoder.block.0.layer.0.SelfAttention.q", "lm_head"]
     for asked in (["q", "query"], ["query"], r".*decoder.*"):
         with pytest.raises(ValueError, match="matches no linear layer of the text model; expected one of lm_head, q"):
@@ -246,7 +246,7 @@ def test_names_that_match_nothing_are_refused_with_those_that_there_are():
     check_adapters(ModelConfig(use_peft=True, lora_target_modules=["SelfAttention.q"]), layers)
 
 
-def test_quantization_without_the_means_is_refused(monkeypatch):
+def test_refuses_quantization_without_bitsandbytes_or_gpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="load_in_4bit is set, but needs bitsandbytes"):
         quantization(ModelConfig(use_peft=True, load_in_4bit=True))
@@ -267,9 +267,7 @@ def test_quantization_without_the_means_is_refused(monkeypatch):
         (("--use_peft", "true", "--load_in_4bit", "true", "--merge_adapters", "true"), ("merge_adapters", "quantized")),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_before_anything_is_written(
-    options, expected, adapter_recipe, tmp_path
-):
+def test_refuses_conflicting_settings_before_it_writes(options, expected, adapter_recipe, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(["--config", str(adapter_recipe), "--output_dir", str(tmp_path / "run"), *options])
     assert all(word in stopped.value.code for word in expected), stopped.value.code
@@ -277,7 +275,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_written
 
 
 @pytest.mark.parametrize("change", ["fusion", "shape"])
-def test_an_adapter_of_another_base_is_refused(adapter_run, tmp_path, change):
+def test_refuses_an_adapter_with_other_names_or_shapes(adapter_run, tmp_path, change):
     shutil.copytree(adapter_run / "hub", tmp_path / "hub")
     file = tmp_path / "hub" / "answer" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -291,7 +289,7 @@ def test_an_adapter_of_another_base_is_refused(adapter_run, tmp_path, change):
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(adapter_run, tmp_path):
-    """One weight of the base is another one; in another dtype it is the same base."""
+    """One weight of the base differs. Another dtype does not make it another base."""
     shutil.copytree(adapter_run / "hub", tmp_path / "hub")
     for dtype in (torch.bfloat16, torch.float16):
         load_system(str(tmp_path / "hub"), dtype)
@@ -307,8 +305,8 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(adapter_run, tm
 
 
 @pytest.mark.parametrize("asked", [{"lora_target_modules": ["q", "lm_head"]}, {"lora_modules_to_save": ["shared"]}])
-def test_a_module_whose_weight_others_share_is_not_adapted(asked, tiny_dataset, tmp_path):
-    """PEFT merges into the shared weight, and the embeddings change with the head."""
+def test_refuses_to_adapt_a_module_with_a_shared_weight(asked, tiny_dataset, tmp_path):
+    """Because PEFT merges into the shared weight, which changes the embeddings with the head."""
     model = tiny_model()
     assert "lm_head" in shared_modules(model)
     with pytest.raises(ValueError, match="An adapter changes (lm_head|shared), which shares its weight"):
@@ -322,7 +320,7 @@ def test_a_module_whose_weight_others_share_is_not_adapted(asked, tiny_dataset, 
         prepare(parse_recipe([str(word) for word in words]))
 
 
-def test_a_head_of_its_own_is_adapted_and_merged(batch, labels):
+def test_adapts_and_merges_an_untied_head(batch, labels):
     model = tiny_model(scale_decoder_outputs=False)
     assert "lm_head" not in shared_modules(model)
     adapted = adapt(model, ModelConfig(use_peft=True, lora_target_modules=["q", "lm_head"]))

@@ -1,4 +1,4 @@
-"""The model that stages start from: built once in preparation, and not at all where its configuration is enough."""
+"""The initial model of the stages: preparation builds it once, or not at all if its configuration is enough."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SIZE = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1,
 
 @pytest.fixture
 def built(monkeypatch):
-    """The models that are built from now on."""
+    """The models that the test builds."""
     models = []
     build_model = building.build_model
     monkeypatch.setattr(building, "build_model", lambda *given: models.append(build_model(*given)) or models[-1])
@@ -28,7 +28,7 @@ def words(dataset, folder, *options, config=TINY_RECIPE):
     return [str(word) for word in ("--config", config, "--dataset", dataset, "--output_dir", folder, *options)]
 
 
-def test_the_first_stage_takes_the_model_whose_tower_made_the_features(built, tiny_dataset, tmp_path):
+def test_first_stage_takes_the_model_that_computed_the_features(built, tiny_dataset, tmp_path):
     prepared = prepare(parse_recipe(words(tiny_dataset, tmp_path / "run", "--freeze_vision", "true")))
     first = prepared.initial_model.take()
     assert built == [first]
@@ -37,7 +37,7 @@ def test_the_first_stage_takes_the_model_whose_tower_made_the_features(built, ti
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
 
 
-def test_nothing_is_built_in_preparation_for_features_or_a_tower_that_is_trained(built, store, tiny_dataset, tmp_path):
+def test_preparation_builds_no_model_for_features_or_a_trained_tower(built, store, tiny_dataset, tmp_path):
     prepare(parse_recipe(words(tiny_dataset, tmp_path / "pixels")))
     values = yaml.safe_load(TINY_RECIPE.read_text())
     values = {name: value for name, value in values.items() if name not in ("vision_config", "image_processor")}
@@ -49,14 +49,14 @@ def test_nothing_is_built_in_preparation_for_features_or_a_tower_that_is_trained
     assert found.config.to_dict() == expected.config.to_dict()
 
 
-def test_a_discarded_model_is_not_kept(built, tiny_dataset, tmp_path):
+def test_does_not_keep_a_discarded_model(built, tiny_dataset, tmp_path):
     prepared = prepare(parse_recipe(words(tiny_dataset, tmp_path / "run", "--freeze_vision", "true")))
     prepared.initial_model.discard()
     assert isinstance(prepared.initial_model, InitialModel) and prepared.initial_model.built is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"scale_decoder_outputs": False}, {"tied_head": True}])
-def test_a_skeleton_has_no_weights_and_shares_what_the_model_shares(settings):
+def test_skeleton_has_no_weights_and_shares_modules_like_the_model(settings):
     config = MMCoTConfig(**SIZE, **settings)
     model = skeleton(config)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""What a training tells beside its loss, and that this changes nothing; and which parts of a model it leaves alone."""
+"""The reports of a training beside its loss, which do not change its results; frozen parts of a model."""
 
 import pytest
 import torch
@@ -21,9 +21,9 @@ STAGES = ("rationale", "answer")
 
 
 @pytest.fixture(scope="module")
-def told_run(tiny_dataset, tmp_path_factory):
-    """The run of `tiny_run`, that also tells what it does."""
-    folder = tmp_path_factory.mktemp("told") / "run"
+def reporting_run(tiny_dataset, tmp_path_factory):
+    """The run of `tiny_run`, with reports."""
+    folder = tmp_path_factory.mktemp("reporting") / "run"
     options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(folder)]
     main([*options, "--report_problems", "12", "--report_to", "tensorboard"])
     return folder
@@ -34,16 +34,16 @@ def history(run, stage: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_telling_changes_nothing(told_run, tiny_run):
+def test_reports_do_not_change_the_results(reporting_run, tiny_run):
     for file in ("rationale/model.safetensors", "answer/model.safetensors", "predictions/test.json"):
-        assert (told_run / file).read_bytes() == (tiny_run / file).read_bytes()
+        assert (reporting_run / file).read_bytes() == (tiny_run / file).read_bytes()
 
 
 @pytest.mark.slow
-def test_the_last_report_is_what_the_finished_run_scores_on_validation(told_run):
-    scores = read_json(told_run / "scores/val.json")
-    told = {stage: [entry for entry in history(told_run, stage) if "eval_gate" in entry] for stage in STAGES}
-    last = {stage: entries[-1] for stage, entries in told.items()}
+def test_last_report_equals_the_validation_scores_of_the_run(reporting_run):
+    scores = read_json(reporting_run / "scores/val.json")
+    reports = {stage: [entry for entry in history(reporting_run, stage) if "eval_gate" in entry] for stage in STAGES}
+    last = {stage: entries[-1] for stage, entries in reports.items()}
     assert {entry["step"] for entry in last.values()} == {24}
     for name in ("bleu1", "bleu4", "rougeL"):
         assert last["rationale"][f"eval_{name}"] == scores["rationale"][name]
@@ -52,30 +52,30 @@ def test_the_last_report_is_what_the_finished_run_scores_on_validation(told_run)
 
 
 @pytest.mark.slow
-def test_examples_are_left_to_read(told_run, tiny_dataset):
-    text = (told_run / "rationale/reports/step-24.md").read_text()
-    written = read_json(told_run / "predictions/val.json")
+def test_writes_examples_with_pictures_and_texts(reporting_run, tiny_dataset):
+    text = (reporting_run / "rationale/reports/step-24.md").read_text()
+    written = read_json(reporting_run / "predictions/val.json")
     number, problem = next(
         (number, row) for number, row in enumerate(load_problems(str(tiny_dataset), "val")) if row["images"]
     )
     assert problem["question"] in text and f"- written: {written[problem['id']]['rationale']}" in text
     assert problem["solution"] in text
-    with Image.open(told_run / f"rationale/reports/pictures/{number}-0.png") as picture:
+    with Image.open(reporting_run / f"rationale/reports/pictures/{number}-0.png") as picture:
         assert picture.size == (96, 96)
 
 
 @pytest.mark.slow
-def test_curves_speed_and_memory_are_told(told_run):
-    with Image.open(told_run / "answer/curves.png") as curves:
+def test_reports_curves_speed_and_memory(reporting_run):
+    with Image.open(reporting_run / "answer/curves.png") as curves:
         assert curves.width > curves.height  # several panels
-    for entry in history(told_run, "answer"):
+    for entry in history(reporting_run, "answer"):
         if "loss" in entry:
             assert entry["tokens_per_second"] > entry["problems_per_second"] > 0 and entry["memory_gb"] > 0.1
 
 
 @pytest.mark.slow
-def test_tensorboard_is_told_all_of_it(told_run):
-    (events,) = (told_run / "answer").rglob("events.out.tfevents*")
+def test_reports_scalars_to_tensorboard(reporting_run):
+    (events,) = (reporting_run / "answer").rglob("events.out.tfevents*")
     accumulator = EventAccumulator(str(events.parent))
     accumulator.Reload()
     steps = [event.step for event in accumulator.Scalars("eval/accuracy_Avg")]
@@ -83,17 +83,17 @@ def test_tensorboard_is_told_all_of_it(told_run):
     assert {"train/loss", "train/tokens_per_second", "eval/gate"} <= set(accumulator.Tags()["scalars"])
 
 
-@pytest.mark.parametrize(("said", "expected"), [([], "run"), (["--run_name", "mine"], "mine")])
-def test_stages_and_folds_are_told_under_the_name_of_their_run(tiny_dataset, tmp_path, said, expected):
+@pytest.mark.parametrize(("run_name", "expected"), [([], "run"), (["--run_name", "mine"], "mine")])
+def test_names_reports_of_stages_and_folds_by_their_run(tiny_dataset, tmp_path, run_name, expected):
     options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
-    recipe = parse_recipe([*options, *said])
+    recipe = parse_recipe([*options, *run_name])
     for folder in ("rationale", "folds/0/rationale"):
         arguments = training_arguments(recipe.training_arguments, recipe.stages[0], tmp_path / "run" / folder)
         assert arguments.run_name == f"{expected}/{folder}"
 
 
-def test_the_gate_is_told_by_position_of_real_tokens(tiny_run, tiny_dataset, tmp_path):
-    """With a gate of no weights every token takes half of the picture."""
+def test_reports_the_gate_by_position_of_real_tokens(tiny_run, tiny_dataset, tmp_path):
+    """With zero weights, the gate of every token is 0.5."""
     processor = MMCoTProcessor.from_pretrained(tiny_run / "hub")
     model = MMCoTForConditionalGeneration.from_pretrained(tiny_run / "rationale")
     for name in ("language_gate", "vision_gate"):
@@ -112,13 +112,14 @@ def test_speed_counts_real_tokens():
     speed = Speed(num_processes=1)
     speed.count({"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([[5, -100, -100]])})
     speed.begin -= 1  # a second ago
-    told = speed.report()
-    assert told["tokens_per_second"] == pytest.approx(3, abs=1) and told["problems_per_second"] == pytest.approx(1, 0.1)
+    report = speed.report()
+    assert report["tokens_per_second"] == pytest.approx(3, abs=1)
+    assert report["problems_per_second"] == pytest.approx(1, 0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16", "--bf16", "true"]], ids=["float32", "bfloat16"])
-def test_adapters_report_too(tiny_dataset, tmp_path, dtype):
+def test_reports_with_adapters(tiny_dataset, tmp_path, dtype):
     options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
     options += ["--report_problems", "4", "--use_peft", "true", "--max_steps", "12", "--save_strategy", "no"]
     main([*options, *dtype])
@@ -126,7 +127,7 @@ def test_adapters_report_too(tiny_dataset, tmp_path, dtype):
     assert any("eval_gate" in entry for entry in history(tmp_path / "run", "answer"))
 
 
-def test_a_training_that_told_nothing_has_no_curves(tmp_path):
+def test_writes_no_curves_without_history(tmp_path):
     plot_curves([], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
@@ -134,8 +135,8 @@ def test_a_training_that_told_nothing_has_no_curves(tmp_path):
 # Frozen parts.
 
 
-def start_and_end(tiny_dataset, folder, *options: str) -> list[dict]:
-    """The first stage's weights before its training, as those of a learning rate of nothing, and after it."""
+def train_first_stage(tiny_dataset, folder, *options: str) -> list[dict]:
+    """The first stage's weights before training, from a run with a learning rate of 0, and after training."""
     weights = []
     command = ["--config", str(folder / "recipe.yaml"), "--dataset", str(tiny_dataset), *options]
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
@@ -149,8 +150,8 @@ def start_and_end(tiny_dataset, folder, *options: str) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["text", "fusion"])
-def test_a_frozen_part_stays_as_it_is_to_the_bit_and_the_others_do_not(tiny_dataset, tmp_path, part):
-    before, after = start_and_end(tiny_dataset, tmp_path, f"--freeze_{part}", "true")
+def test_training_changes_all_parts_except_the_frozen_one(tiny_dataset, tmp_path, part):
+    before, after = train_first_stage(tiny_dataset, tmp_path, f"--freeze_{part}", "true")
     for name, tensor in before.items():
         is_fusion = ".fusion." in name
         is_frozen = is_fusion if part == "fusion" else not is_fusion and ".vision_tower." not in name
@@ -163,14 +164,14 @@ def test_a_frozen_part_stays_as_it_is_to_the_bit_and_the_others_do_not(tiny_data
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         (["--freeze_text", "true", "--use_peft", "true"], "with use_peft the text model is never trained"),
         (["--freeze_text", "true", "--freeze_fusion", "true"], "leave nothing to train on problems without picture"),
         (["--freeze_text", "true", "--max_images", "0"], "the stage 'rationale' reads no pictures"),
     ],
 )
-def test_something_is_left_to_train(tiny_dataset, tmp_path, options, said):
+def test_refuses_settings_that_leave_nothing_to_train(tiny_dataset, tmp_path, options, error):
     command = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match=error):
         main([*command, *options])

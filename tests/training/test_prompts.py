@@ -1,4 +1,4 @@
-"""Virtual tokens in place of the model's weights: decoded as PEFT itself does, trained, saved, loaded by strangers."""
+"""Stages with virtual tokens: decoding equal to PEFT's, training, saving, loading from the export alone."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ OPTIONS = ("--use_peft", "true", "--num_virtual_tokens", "5", "--learning_rate",
 
 @pytest.fixture(params=KINDS)
 def prompted(request, build):
-    """PEFT's own model with another fusion than its base has, and virtual tokens of some size."""
+    """A model of PEFT with large virtual tokens and a fusion that differs from that of its base."""
     model = adapt(build(), ModelConfig(use_peft=True), False, request.param, NUM_VIRTUAL_TOKENS).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -34,13 +34,13 @@ def prompted(request, build):
 
 @pytest.fixture
 def stage(prompted, build, tmp_path):
-    """The same, saved, and loaded beside its base."""
+    """The same model, saved, and loaded as a stage over its base."""
     prompted.save_pretrained(tmp_path / "answer")
     prompted.get_base_model().generation_config.save_pretrained(tmp_path / "answer")
     return StageAdapters(build(), str(tmp_path), ["answer"])["answer"]
 
 
-def test_decoding_from_shared_states_is_pefts_own_pass(prompted, stage, build, batch, labels):
+def test_decoding_from_shared_states_equals_the_forward_pass_of_peft(prompted, stage, build, batch, labels):
     with torch.no_grad():
         expected = prompted(**batch, labels=labels)
         found = stage(**encode(stage, batch), labels=labels)
@@ -49,10 +49,10 @@ def test_decoding_from_shared_states_is_pefts_own_pass(prompted, stage, build, b
     plain.encoder.fusion.load_state_dict(stage.encoder.fusion.modules_to_save["answer"].state_dict())
     with torch.no_grad():
         without = plain(**batch, labels=labels).logits
-    assert (without - expected.logits).abs().max() > 1e-2, "the virtual tokens change nothing here"
+    assert (without - expected.logits).abs().max() > 1e-2, "the virtual tokens must change the logits"
 
 
-def test_texts_are_those_that_pefts_own_pass_finds_likeliest(prompted, stage, batch):
+def test_greedy_texts_have_the_highest_logits_of_peft(prompted, stage, batch):
     ours = stage.generate(**encode(stage, batch), custom_generate=greedy_search)
     assert torch.equal(ours, stage.generate(**encode(stage, batch)))
     for row, tokens in enumerate(ours):
@@ -61,11 +61,11 @@ def test_texts_are_those_that_pefts_own_pass_finds_likeliest(prompted, stage, ba
             logits = prompted(**problem, decoder_input_ids=tokens[None, :-1]).logits[0]
         written = len(tokens) - 1
         if (tokens == 1).any():
-            written = int((tokens == 1).nonzero()[0])  # what follows the end is padding
+            written = int((tokens == 1).nonzero()[0])  # because padding follows the end
         assert torch.equal(logits.argmax(dim=-1)[:written], tokens[1 : written + 1])
 
 
-def test_the_score_of_a_beam_is_what_pefts_own_pass_gives_its_text(prompted, stage, batch):
+def test_beam_scores_equal_log_probabilities_of_peft(prompted, stage, batch):
     settings = {"num_beams": 3, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
     beams = stage.generate(**encode(stage, batch), **settings)
     for row, (tokens, score) in enumerate(zip(beams.sequences, beams.sequences_scores, strict=True)):
@@ -75,10 +75,10 @@ def test_the_score_of_a_beam_is_what_pefts_own_pass_gives_its_text(prompted, sta
         assert score.item() == pytest.approx(log_probability(prompted, problem, target).item(), abs=1e-4)
 
 
-def test_scores_of_choices_are_those_of_pefts_own_passes(prompted, stage, batch):
+def test_choice_scores_equal_log_probabilities_of_peft(prompted, stage, batch):
     torch.manual_seed(4)
     choices = torch.randint(3, 60, (3, 4, 5))
-    choices[:, :, :2] = choices[:, :1, :2]  # they begin alike
+    choices[:, :, :2] = choices[:, :1, :2]  # a shared prefix
     choices[1, 2:] = -100
     choices[2, 1, 4:] = -100
     encoded = encode(stage, batch)
@@ -94,14 +94,14 @@ def test_scores_of_choices_are_those_of_pefts_own_passes(prompted, stage, batch)
                 assert scores[row, number] == -torch.inf
 
 
-def test_heads_of_another_width_than_the_states_have_their_prefix(batch, labels):
-    """As FLAN-T5-small's: 6 heads of 64 for states of 512."""
+def test_prefix_fits_heads_of_another_width_than_the_states(batch, labels):
+    """As in FLAN-T5-small, with 6 heads of width 64 and states of width 512."""
     model = adapt(tiny_model(d_kv=6), ModelConfig(use_peft=True), False, "PREFIX_TUNING", NUM_VIRTUAL_TOKENS)
     model(**batch, labels=labels).loss.backward()
     assert model.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
 
 
-def test_the_loss_without_logits_is_that_with_them_where_peft_alone_is_used(batch, labels):
+def test_skip_logits_preserves_the_loss_of_a_plain_peft_model(batch, labels):
     model = tiny_model()
     prompted = get_peft_model(model, prompt_config(model.config, "PREFIX_TUNING", NUM_VIRTUAL_TOKENS))
     losses = [prompted(**batch, labels=labels, skip_logits=skip).loss.item() for skip in (True, False)]
@@ -110,7 +110,7 @@ def test_the_loss_without_logits_is_that_with_them_where_peft_alone_is_used(batc
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("freeze_fusion", [False, True])
-def test_what_is_trained(kind, freeze_fusion):
+def test_trains_virtual_tokens_and_the_fusion_unless_frozen(kind, freeze_fusion):
     model = adapt(tiny_model().bfloat16(), ModelConfig(use_peft=True), freeze_fusion, kind, NUM_VIRTUAL_TOKENS)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("prompt_encoder" in name or "fusion" in name for name in trained)
@@ -127,7 +127,7 @@ def prompt_run(tiny_dataset, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_stranger_answers_as_the_run_did(prompt_run, tiny_dataset, tmp_path):
+def test_export_repeats_the_predictions_of_the_run(prompt_run, tiny_dataset, tmp_path):
     shutil.copytree(prompt_run / "hub", tmp_path / "model")
     for stage in ("rationale", "answer"):
         adapter = load_file(tmp_path / "model" / stage / "adapter_model.safetensors")
@@ -162,8 +162,8 @@ def test_a_stranger_answers_as_the_run_did(prompt_run, tiny_dataset, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(kind, tiny_dataset, tmp_path):
-    """As if killed after the checkpoint of step 20 of the last stage."""
+def test_resumes_an_interrupted_stage_with_identical_results(kind, tiny_dataset, tmp_path):
+    """The run is as if killed after the checkpoint of step 20 of the last stage."""
     options = ("--config", TINY_RECIPE, "--dataset", tiny_dataset, *OPTIONS, "--peft_type", kind)
     run_script("train.py", *options, "--output_dir", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -191,7 +191,7 @@ def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(kind, tiny_dataset, 
         (("--use_peft", "true", "--peft_type", "PREFIX_TUNING", "--num_virtual_tokens", "0"), ("1 or more",)),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_before_anything_is_written(options, expected, tmp_path):
+def test_refuses_conflicting_settings_before_it_writes(options, expected, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(["--config", str(TINY_RECIPE), "--output_dir", str(tmp_path / "run"), *options])
     assert all(word in stopped.value.code for word in expected), stopped.value.code

@@ -1,4 +1,4 @@
-"""A run goes on only with the data, pictures, captions, features and checkpoints that it was begun with."""
+"""A run resumes only with the data, pictures, captions, features and checkpoints that it started with."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from mmcot.training.preparation import prepare
 
 
 @pytest.fixture
-def begun(tiny_run, tiny_dataset, tmp_path):
-    """A finished run, and its dataset beside it: both can be changed."""
+def finished(tiny_run, tiny_dataset, tmp_path):
+    """Copies of a finished run and of its dataset, which a test can change."""
     shutil.copytree(tiny_run, tmp_path / "run")
     shutil.copytree(tiny_dataset.parent, tmp_path / "data")
     return tmp_path / "run", tmp_path / "data" / tiny_dataset.name
@@ -52,15 +52,15 @@ CHANGES = {
     "solutions": (with_other_solutions, "Of 40 train problems 40 have other texts or answers"),
     "test questions": (with_other_questions, "Of 20 test problems 5 have other texts or answers"),
     "an answer": (lambda rows: rows[45].update(answer=1 - rows[45]["answer"]), "Of 12 val problems 1 have other texts"),
-    "a row less": (lambda rows: rows[1:], "Of 40 train problems 1 are gone"),
+    "a missing row": (lambda rows: rows[1:], "Of 40 train problems 1 are gone"),
     "order": (lambda rows: rows[::-1], "Of 40 train problems all 40 are the same, in another order"),
 }
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changed_problems_are_refused_with_their_count(begun, name, is_finished):
-    run, dataset = begun
+def test_refuses_changed_problems_with_their_count(finished, name, is_finished):
+    run, dataset = finished
     if not is_finished:  # killed in the middle of the second stage
         shutil.rmtree(run / "hub")
         (run / "answer" / "train_results.json").unlink()
@@ -73,8 +73,8 @@ def test_changed_problems_are_refused_with_their_count(begun, name, is_finished)
     assert content(run) == before
 
 
-def test_a_picture_that_is_changed_in_place_is_refused(begun):
-    run, dataset = begun
+def test_refuses_a_picture_changed_in_place(finished):
+    run, dataset = finished
     rows = [json.loads(line) for line in dataset.read_text().splitlines()]
     row = next(row for row in rows if row["images"])
     Image.new("RGB", (96, 96), "red").save(dataset.parent / row["images"][0])
@@ -82,15 +82,15 @@ def test_a_picture_that_is_changed_in_place_is_refused(begun):
         prepared(run, dataset)
 
 
-def test_data_and_run_can_both_be_moved(begun, tmp_path):
-    run, dataset = begun
+def test_resumes_after_a_move_of_data_and_run(finished, tmp_path):
+    run, dataset = finished
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     run.rename(moved / "run")
     assert prepared(moved / "run", dataset).folder.path == moved / "run"
 
 
-def test_other_captions_and_joined_texts_are_refused(tiny_dataset, tmp_path):
+def test_refuses_changed_captions(tiny_dataset, tmp_path):
     rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
     captions, solutions = tmp_path / "captions.json", tmp_path / "solutions.json"
     captions.write_text(json.dumps({"captions": {row["id"]: "A picture." for row in rows}}))
@@ -102,7 +102,7 @@ def test_other_captions_and_joined_texts_are_refused(tiny_dataset, tmp_path):
         prepared(tmp_path / "run", tiny_dataset, *options)
 
 
-def test_a_base_checkpoint_or_a_tokenizer_that_is_another_now_is_refused(tiny_dataset, tiny_run, tmp_path):
+def test_refuses_a_changed_base_checkpoint_or_tokenizer(tiny_dataset, tiny_run, tmp_path):
     torch.manual_seed(0)
     size = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     base = tmp_path / "base"
@@ -129,7 +129,7 @@ def test_a_base_checkpoint_or_a_tokenizer_that_is_another_now_is_refused(tiny_da
         prepare(parse_recipe(words))
 
 
-def test_other_features_are_refused(store, tiny_dataset, tmp_path):
+def test_refuses_changed_features(store, tiny_dataset, tmp_path):
     features = tmp_path / "features"
     shutil.copytree(store, features)
     recipe = tmp_path / "recipe.yaml"
@@ -146,8 +146,8 @@ def test_other_features_are_refused(store, tiny_dataset, tmp_path):
         prepare(parse_recipe(words))
 
 
-def test_the_command_says_it_in_one_line(begun):
-    run, dataset = begun
+def test_command_reports_changed_data_in_one_line(finished):
+    run, dataset = finished
     rewrite(dataset, with_other_questions)
     words = ("--config", TINY_RECIPE, "--dataset", dataset, "--output_dir", run)
     result = run_script("train.py", *words, check=False)

@@ -1,4 +1,4 @@
-"""What a stage is trained on and what it starts from: `inputs_from`, `init_from`, folds."""
+"""The training inputs and initial weights of a stage: `inputs_from`, `init_from`, folds."""
 
 import json
 from pathlib import Path
@@ -48,14 +48,14 @@ def cross_fit(tiny_dataset, tmp_path_factory):
     return folder / "run", options
 
 
-def test_folds_are_each_problem_once_and_of_one_size():
+def test_assigns_each_problem_to_one_fold_of_about_equal_size():
     folds = assign_folds(11, 3, seed=5)
     assert sorted(folds.count(fold) for fold in range(3)) == [3, 4, 4]
     assert folds == assign_folds(11, 3, seed=5) != assign_folds(11, 3, seed=6)
 
 
-def test_cross_fitted_texts_are_written_by_stages_that_never_saw_the_problem(cross_fit, tiny_dataset, tmp_path):
-    """A fold's stage is, weight for weight, the one that is trained where the fold's problems are not in the data."""
+def test_cross_fitted_texts_come_from_stages_not_trained_on_the_problem(cross_fit, tiny_dataset, tmp_path):
+    """A fold's stage has exactly the weights of a stage trained on data without the fold's problems."""
     run, _ = cross_fit
     written = read_json(run / "predictions/train_cross_fit.json")
     parts = [read_json(run / f"folds/{fold}/predictions/held_out.json") for fold in (0, 1)]
@@ -78,14 +78,14 @@ def test_cross_fitted_texts_are_written_by_stages_that_never_saw_the_problem(cro
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_answer_stage_is_trained_on_the_cross_fitted_texts(cross_fit):
+def test_trains_the_answer_stage_on_the_cross_fitted_texts(cross_fit):
     run, options = cross_fit
     written = read_json(run / "predictions/train_cross_fit.json")
     assert trained_on(options) == {problem_id: columns["rationale"] for problem_id, columns in written.items()}
 
 
 @pytest.mark.slow
-def test_folds_can_be_made_by_calls_of_their_own(cross_fit, tiny_dataset, tmp_path, capsys):
+def test_trains_folds_in_separate_calls(cross_fit, tiny_dataset, tmp_path, capsys):
     run, options = cross_fit
     options = [*options, "--output_dir", str(tmp_path / "run")]
     main([*options, "--fold", "1"])
@@ -100,7 +100,7 @@ def test_folds_can_be_made_by_calls_of_their_own(cross_fit, tiny_dataset, tmp_pa
 
 
 @pytest.mark.slow
-def test_generated_inputs_are_what_the_stage_before_writes_for_its_own_training_problems(tiny_dataset, tmp_path):
+def test_generated_inputs_are_predictions_of_the_previous_stage_on_train(tiny_dataset, tmp_path):
     options = command(recipe(tmp_path / "recipe.yaml", inputs_from="generated"), tiny_dataset, tmp_path / "run")
     main(options)
     predict(
@@ -115,8 +115,8 @@ def test_generated_inputs_are_what_the_stage_before_writes_for_its_own_training_
     [[], pytest.param(["--use_peft", "true", "--lora_r", "2"], marks=pytest.mark.slow)],
     ids=["whole", "adapters"],
 )
-def test_a_stage_can_start_from_the_one_before_it(tiny_dataset, tmp_path, more):
-    """With a learning rate of nothing it stays what that one is."""
+def test_stage_starts_from_the_previous_stage(tiny_dataset, tmp_path, more):
+    """With a learning rate of 0, its weights stay equal to those of the previous stage."""
     values = recipe(tmp_path / "recipe.yaml", init_from="previous_stage", learning_rate=0.0)
     main(command(values, tiny_dataset, tmp_path / "run", *more))
     name = "adapter_model.safetensors" if more else "model.safetensors"
@@ -125,7 +125,7 @@ def test_a_stage_can_start_from_the_one_before_it(tiny_dataset, tmp_path, more):
 
 
 @pytest.mark.parametrize(
-    ("stage", "more", "said"),
+    ("stage", "more", "error"),
     [
         ({"inputs_from": "golden"}, [], "stage 'answer' has inputs_from 'golden'; expected one of gold, generated"),
         ({"init_from": "rationale"}, [], "stage 'answer' has init_from 'rationale'; expected one of base, previous"),
@@ -139,15 +139,15 @@ def test_a_stage_can_start_from_the_one_before_it(tiny_dataset, tmp_path, more):
         ({}, ["--fold", "0"], "and a stage with inputs_from: cross_fit"),
     ],
 )
-def test_what_is_said_of_inputs_goes_together(tiny_dataset, tmp_path, stage, more, said):
+def test_refuses_invalid_stage_inputs(tiny_dataset, tmp_path, stage, more, error):
     config = recipe(tmp_path / "recipe.yaml", **stage)
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match=error):
         main(command(config, tiny_dataset, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["inputs_from", "init_from"])
-def test_the_first_stage_has_none_before_it(tiny_dataset, tmp_path, key):
+def test_refuses_inputs_of_a_previous_stage_for_the_first_stage(tiny_dataset, tmp_path, key):
     values = yaml.safe_load(TINY_RECIPE.read_text())
     values["stages"][0][key] = {"inputs_from": "generated", "init_from": "previous_stage"}[key]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -155,7 +155,7 @@ def test_the_first_stage_has_none_before_it(tiny_dataset, tmp_path, key):
         main(command(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "run"))
 
 
-def test_a_fold_alone_is_refused_where_a_later_stage_wants_all_folds(tiny_dataset, tmp_path):
+def test_refuses_a_single_fold_if_a_later_stage_needs_all_folds(tiny_dataset, tmp_path):
     values = yaml.safe_load(TINY_RECIPE.read_text())
     rationale, answer = values["stages"]
     second = {**rationale, "name": "second", "writes": "second", "inputs_from": "cross_fit"}
@@ -166,7 +166,7 @@ def test_a_fold_alone_is_refused_where_a_later_stage_wants_all_folds(tiny_datase
 
 
 @pytest.mark.slow
-def test_three_stages_can_be_cross_fitted_one_on_another(tiny_dataset, tmp_path):
+def test_cross_fits_three_stages_in_sequence(tiny_dataset, tmp_path):
     values = yaml.safe_load(TINY_RECIPE.read_text())
     rationale, answer = values["stages"]
     second = {**rationale, "name": "second", "writes": "second", "inputs_from": "cross_fit"}

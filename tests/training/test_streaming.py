@@ -1,4 +1,4 @@
-"""Training problems that are read while they are trained on: the same examples as those that are kept, without end."""
+"""Streamed training problems: the same examples as stored problems give, in an endless stream."""
 
 import collections
 import itertools
@@ -21,7 +21,7 @@ from mmcot.training.trainer import NamedCollator
 
 @pytest.fixture
 def recipe(hub_dataset, tmp_path):
-    """The tiny one on a dataset of the Hub; with a tokenizer that is not trained on its problems."""
+    """The tiny recipe on a dataset of the Hub, with a given tokenizer, because a streamed run cannot train one."""
     values = {**yaml.safe_load(TINY_RECIPE.read_text()), "dataset": str(hub_dataset)}
     run = prepare(parse_recipe(write(values, tmp_path / "plain.yaml", tmp_path / "plain")))
     run.processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -36,24 +36,25 @@ def write(values, file, run):
     return ["--config", str(file), "--output_dir", str(run)]
 
 
-def test_a_stream_gives_the_examples_that_are_kept_otherwise(recipe, tmp_path):
+def test_stream_gives_the_same_examples_as_stored_problems(recipe, tmp_path):
     options = ["--config", str(recipe), "--output_dir"]
-    kept = prepare(parse_recipe([*options, str(tmp_path / "kept")]))
+    stored = prepare(parse_recipe([*options, str(tmp_path / "stored")]))
     streamed = prepare(parse_recipe([*options, str(tmp_path / "streamed"), "--streaming", "true"]))
-    for number, stage in enumerate(kept.stages):
-        expected = stage_examples(kept, stage, "train")
+    for number, stage in enumerate(stored.stages):
+        expected = stage_examples(stored, stage, "train")
         stream = stage_examples(streamed, streamed.stages[number], "train")
         rows = list(itertools.islice(stream, 20 * len(expected)))
         counts = collections.Counter(json.dumps([row["input_ids"], row["labels"]]) for row in rows)
         assert counts.keys() == {json.dumps([row["input_ids"], row["labels"]]) for row in expected}
         orders = [[row["id"] for row in rows[start : start + 5]] for start in range(0, 100, 5)]
-        assert len(set(map(tuple, orders))) > 10, "each time through in the same order"
-        assert [row["id"] for row in itertools.islice(stream, 100)] == [row["id"] for row in rows], "as resuming wants"
+        assert len(set(map(tuple, orders))) > 10, "the order must change with each pass"
+        again = list(itertools.islice(stream, 100))  # the same order, because resuming needs it
+        assert [row["id"] for row in again] == [row["id"] for row in rows]
         by_id = {row["id"]: row for row in rows}
         batches = [
             NamedCollator(run.processor, stage, pictures)([source[problem_id] for problem_id in sorted(by_id)])
             for run, source, pictures in (
-                (kept, {row["id"]: row for row in expected}, kept.pictures),
+                (stored, {row["id"]: row for row in expected}, stored.pictures),
                 (streamed, by_id, streamed_pictures(streamed.processor, streamed.problems["val"])),
             )
         ]
@@ -63,8 +64,8 @@ def test_a_stream_gives_the_examples_that_are_kept_otherwise(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_streamed_run_that_is_interrupted_goes_on_as_if_it_had_not_been(recipe, tmp_path):
-    """As if killed after the checkpoint of step 20 of the last stage: more than four times through the stream."""
+def test_resumes_an_interrupted_stream_with_identical_results(recipe, tmp_path):
+    """The run is as if killed after the checkpoint of step 20 of the last stage, after more than four passes."""
     options = ("train.py", "--config", recipe, "--streaming", "true")
     run_script(*options, "--output_dir", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -80,7 +81,7 @@ def test_a_streamed_run_that_is_interrupted_goes_on_as_if_it_had_not_been(recipe
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_problem_without_answer_is_named(recipe, tmp_path):
+def test_names_a_problem_without_answer(recipe, tmp_path):
     rows = hub_rows(5)
     rows[3]["answer"] = -1
     datasets.Dataset.from_list(rows, features=HUB_FEATURES).to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
@@ -102,14 +103,14 @@ def test_a_problem_without_answer_is_named(recipe, tmp_path):
         (("--dataset", "demo"), "dataset is 'demo'; streaming reads a dataset of the Hub"),
     ],
 )
-def test_what_does_not_go_with_streaming_is_refused_before_anything_is_written(recipe, tmp_path, options, expected):
+def test_refuses_settings_incompatible_with_streaming_before_it_writes(recipe, tmp_path, options, expected):
     with pytest.raises(SystemExit) as stopped:
         main(["--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--streaming", "true", *options])
     assert expected in stopped.value.code
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stream_is_gone_on_with_by_batches_of_the_same_size(recipe, tmp_path):
+def test_resumes_a_stream_only_with_the_same_batch_size(recipe, tmp_path):
     options = ["--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--streaming", "true"]
     prepare(parse_recipe(options))
     with pytest.raises(ValueError, match="per_device_train_batch_size"):

@@ -1,5 +1,5 @@
-"""Which text checkpoints a model starts from: each kind of T5 gives the numbers of transformers' own class, any other
-kind is refused by its name; a byte-level tokenizer (ByT5) trains, saves, loads and answers."""
+"""The text checkpoints that a model can start from: each kind of T5 gives the outputs of transformers' own class; any
+other model type is refused by name; a system with a byte-level tokenizer (ByT5) trains, saves, loads and answers."""
 
 import json
 
@@ -30,7 +30,7 @@ from mmcot.training.preparation import prepare
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-# class, configuration, and whether the file holds a head of its own
+# class, configuration, and whether the file contains a separate head
 KINDS = {
     "t5, unifiedqa": (T5ForConditionalGeneration, T5Config(**TINY_TEXT), False),
     "t5 v1.1, flan-t5, flan-alpaca": (T5ForConditionalGeneration, T5Config(**TINY_TEXT, **GATED), True),
@@ -61,7 +61,7 @@ def save_checkpoint(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_t5_gives_its_own_numbers(kind, tmp_path, batch, labels):
+def test_each_kind_of_t5_equals_transformers(kind, tmp_path, batch, labels):
     plain = save_checkpoint(tmp_path, kind)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
     model, info = MMCoTForConditionalGeneration.from_pretrained(
@@ -74,12 +74,12 @@ def test_each_kind_of_t5_gives_its_own_numbers(kind, tmp_path, batch, labels):
         expected = plain(**texts, labels=labels).logits
         for ours in (model, again):
             assert torch.equal(ours.lm_head.weight, plain.lm_head.weight)
-            # But for the rounding of a gated activation, which is computed in one operation.
+            # Approximately equal, because a gated activation is computed in one operation, which rounds differently.
             torch.testing.assert_close(ours(**texts, labels=labels).logits, expected, rtol=1e-5, atol=1e-4)
             assert torch.equal(ours.generate(**texts), plain.generate(**texts))
 
 
-def test_a_head_that_is_tied_in_the_file_stays_tied(tmp_path):
+def test_head_tied_in_the_file_stays_tied(tmp_path):
     save_checkpoint(tmp_path, "t5 v1.1 as 5.24 saves a tied one")
     model = MMCoTForConditionalGeneration.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "ours")
@@ -91,13 +91,13 @@ def test_a_head_that_is_tied_in_the_file_stays_tied(tmp_path):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_kind_of_model_is_refused_by_name(name, tmp_path):
+def test_refuses_another_model_type_by_name(name, tmp_path):
     OTHERS[name].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"model_type is '{name}'.*expected a T5 text model"):
         MMCoTForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_training_refuses_another_kind_before_anything_is_read(tmp_path):
+def test_training_refuses_another_model_type_before_it_reads_data(tmp_path):
     OTHERS["bart"].save_pretrained(tmp_path / "bart")
     recipe = one_stage_recipe(tmp_path, model_name_or_path=str(tmp_path / "bart"), dataset="is/not/there.jsonl")
     with pytest.raises(ValueError, match="model_type is 'bart'"):
@@ -105,7 +105,7 @@ def test_training_refuses_another_kind_before_anything_is_read(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_training_refuses_a_generation_setting_before_anything_is_read(tmp_path):
+def test_training_refuses_a_generation_setting_before_it_reads_data(tmp_path):
     save_checkpoint(tmp_path / "t5", "t5, unifiedqa")
     GenerationConfig(num_beam_groups=2).save_pretrained(tmp_path / "t5")
     recipe = one_stage_recipe(tmp_path, model_name_or_path=str(tmp_path / "t5"), dataset="is/not/there.jsonl")
@@ -145,7 +145,7 @@ def of_split(rows, split):
 
 
 @pytest.mark.slow
-def test_a_byte_level_tokenizer_trains_and_predicts(byt5_run):
+def test_trains_and_predicts_with_a_byte_level_tokenizer(byt5_run):
     output = byt5_run / "test.json"
     run_script(*("-m", "mmcot.predict", byt5_run / "run", "--dataset", byt5_run / "problems.jsonl", "--output", output))
     written = json.loads((byt5_run / "run/predictions/test.json").read_text())
@@ -155,7 +155,7 @@ def test_a_byte_level_tokenizer_trains_and_predicts(byt5_run):
 
 
 @pytest.mark.slow
-def test_a_stranger_asks_a_byte_level_system(byt5_run, tmp_path):
+def test_export_with_a_byte_level_tokenizer_answers(byt5_run, tmp_path):
     found = as_a_stranger(
         """
         repository = sys.argv[1]
@@ -179,7 +179,7 @@ def test_a_stranger_asks_a_byte_level_system(byt5_run, tmp_path):
     assert found["result"]["answer"] in ("the sky", "blood") and found["reply"] and found["answered"] > 40
 
 
-def test_a_tokenizer_without_backend_saves_alike_and_is_told_from_another(tmp_path):
+def test_saves_and_identifies_a_tokenizer_without_backend(tmp_path):
     processor = MMCoTProcessor(ByT5Tokenizer(), None, [])
     processor.encode_texts(["a", "a longer text"], truncation=True, max_length=4)
     state = tokenizer_state(processor.tokenizer)
@@ -193,7 +193,7 @@ def test_a_tokenizer_without_backend_saves_alike_and_is_told_from_another(tmp_pa
 @pytest.mark.parametrize(
     "absent", ["decoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"]
 )
-def test_a_text_weight_that_is_missing_is_an_error(absent, tmp_path):
+def test_refuses_a_missing_text_weight(absent, tmp_path):
     save_checkpoint(tmp_path, "t5, unifiedqa")
     weights = load_file(tmp_path / "model.safetensors")
     del weights[absent]
