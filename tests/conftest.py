@@ -134,7 +134,7 @@ from transformers import pipeline
 """
 
 
-def as_a_stranger(code, cwd, *arguments, needs=""):
+def run_isolated(code, cwd, *arguments, needs=""):
     """
     Run code in isolated mode (`-I`), in another folder, offline, with an empty cache. Returns its last line, parsed.
     `needs` names the blocked libraries that a tower requires, separated by spaces.

@@ -19,7 +19,7 @@ def train(recipe, folder):
     return predictions, json.loads((folder / "scores/test.json").read_text())
 
 
-def percent_right(problems, predictions):
+def accuracy_in_percent(problems, predictions):
     right = [predictions[row["id"]]["answer"] == row["answer"] for row in problems]
     return 100 * sum(right) / len(right)
 

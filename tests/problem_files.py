@@ -38,7 +38,7 @@ def error_of(call, *arguments) -> str:
     return str(error.value)
 
 
-def says(message: str, *parts) -> bool:
+def has_all(message: str, *parts) -> bool:
     missing = [str(part) for part in parts if str(part) not in message]
     assert not missing, f"{missing} not in: {message}"
     return True

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, as_a_stranger, hub_rows, run_script, tiny_model
+from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, hub_rows, run_isolated, run_script, tiny_model
 from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 from PIL import Image
 
@@ -48,7 +48,7 @@ def change(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def test_a_processors_file_calls_nothing_but_image_processors(folder, tmp_path):
+def test_processor_file_loads_only_image_processors(folder, tmp_path):
     """Such a file once made `mmcot.predict FOLDER` run code of a second repository without trust_remote_code."""
     evil = tmp_path / "evil"
     evil.mkdir()
@@ -65,7 +65,7 @@ def test_a_processors_file_calls_nothing_but_image_processors(folder, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["processor_config.json", "audio_tokenizer_config.json"])
-def test_a_processors_file_loads_no_audio_tokenizer_of_another_repository(folder, tiny_run, file):
+def test_processor_file_loads_no_audio_tokenizer(folder, tiny_run, file):
     attack = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(tiny_run / "answer")}
     if file == "processor_config.json":
         change(folder / file, audio_tokenizer=attack)
@@ -75,7 +75,7 @@ def test_a_processors_file_loads_no_audio_tokenizer_of_another_repository(folder
         MMCoTProcessor.from_pretrained(folder)
 
 
-def test_a_towers_configuration_runs_no_code_of_its_own(tmp_path):
+def test_tower_configuration_runs_no_own_code(tmp_path):
     vision = {"model_type": "evil", "auto_map": {"AutoConfig": f"{tmp_path}--evil.Config"}, "hidden_size": 4}
     with pytest.raises(ValueError, match="evil"):
         MMCoTConfig(vision_config=vision)
@@ -89,7 +89,7 @@ def says_yes(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
 
 
-def test_a_towers_image_processor_runs_no_code_of_its_own(vit, tmp_path, says_yes):
+def test_tower_image_processor_runs_no_own_code(vit, tmp_path, says_yes):
     shutil.copytree(vit, tmp_path / "tower")
     change(
         tmp_path / "tower" / "preprocessor_config.json",
@@ -103,7 +103,7 @@ def test_a_towers_image_processor_runs_no_code_of_its_own(vit, tmp_path, says_ye
 
 
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "", ".hidden", "a b", "a\n", "ä", None, 1, ["a"]])
-def test_a_stages_name_stays_in_its_folder(name, folder):
+def test_refuses_stage_name_that_leaves_folder(name, folder):
     with pytest.raises(ValueError, match="name of a stage is .*expected letters, digits"):
         Stage(name=name, reads=[], writes="x", source="", target="")
     settings = json.loads((folder / "processor_config.json").read_text())
@@ -126,13 +126,13 @@ def test_a_stages_name_stays_in_its_folder(name, folder):
         ("max_target_length", True, "a number of tokens"),
     ],
 )
-def test_a_stages_fields_are_of_their_kind(field, value, expected):
+def test_refuses_stage_fields_of_wrong_type(field, value, expected):
     fields = {"name": "x", "reads": [], "writes": "x", "source": "", "target": ""}
     with pytest.raises(ValueError, match=f"{field} of a stage is {value!r}; expected {expected}".replace("[", r"\[")):
         Stage(**{**fields, field: value})
 
 
-def test_a_recipe_sets_no_variable_of_the_environment(tmp_path, monkeypatch):
+def test_recipe_sets_no_environment_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("MMCOT_ATTACK", raising=False)
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "env": {"MMCOT_ATTACK": "1"}}))
@@ -141,7 +141,7 @@ def test_a_recipe_sets_no_variable_of_the_environment(tmp_path, monkeypatch):
     assert "MMCOT_ATTACK" not in os.environ
 
 
-def test_a_recipe_makes_no_objects(tmp_path):
+def test_recipe_creates_no_python_objects(tmp_path):
     (tmp_path / "recipe.yaml").write_text("stages: !!python/object/apply:os.system ['touch was_here']\n")
     with pytest.raises(ValueError, match="expected a recipe in YAML; found could not determine a constructor"):
         parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
@@ -162,24 +162,24 @@ def test_a_recipe_makes_no_objects(tmp_path):
         "{{ (cycler | attr('__init__')).__globals__ }}",
     ],
 )
-def test_a_template_reaches_nothing_but_its_columns(template):
+def test_template_accesses_only_its_columns(template):
     with pytest.raises(SecurityError):
         render(template, {"question": "a", "choices": ["b"]})
 
 
 @pytest.mark.parametrize("template", ["{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends 'x' %}"])
-def test_a_template_opens_no_file(template):
+def test_template_opens_no_file(template):
     with pytest.raises((TypeError, TemplateError)):
         render(template, {})
 
 
-def test_a_source_template_sees_no_column_that_its_stage_does_not_read():
+def test_source_template_accesses_only_read_columns():
     stage = Stage(name="x", reads=["question"], writes="x", source="{{ solution }}", target="")
     with pytest.raises(UndefinedError, match="solution"):
         stage.render_source({"question": "a", "solution": "gold"})
 
 
-def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
+def test_refuses_hub_dataset_that_names_local_file(tmp_path):
     """Pictures are bytes in the rows, because a path would open a file of this machine and show it in a report."""
     Image.new("RGB", (4, 3)).save(tmp_path / "private.png")
     row = {**hub_rows(1)[0], "image": {"bytes": None, "path": str(tmp_path / "private.png")}}
@@ -192,7 +192,7 @@ def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path):
         load_problems(str(tmp_path / "hub"), "test")
 
 
-def test_a_tokenizers_file_runs_no_code(folder, tmp_path, says_yes):
+def test_tokenizer_file_runs_no_code(folder, tmp_path, says_yes):
     """The user is not asked for permission either, because the commands run only installed code."""
     evil = tmp_path / "evil"
     evil.mkdir()
@@ -204,7 +204,7 @@ def test_a_tokenizers_file_runs_no_code(folder, tmp_path, says_yes):
     assert not (tmp_path / "was_here").exists()
 
 
-def test_a_configuration_names_no_kernel_of_the_hub(folder):
+def test_refuses_configuration_with_hub_kernel(folder):
     change(folder / "config.json", attn_implementation="evil/kernel")
     with pytest.raises(ValueError, match="attn_implementation is 'evil/kernel', code of the Hub"):
         load_system(str(folder))
@@ -219,12 +219,12 @@ def test_a_configuration_names_no_kernel_of_the_hub(folder):
         {"model_type": "detr", "backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:evil/repo"}},
     ],
 )
-def test_a_towers_configuration_opens_no_other_file_or_repository(vision):
+def test_tower_configuration_opens_no_other_file_or_repository(vision):
     with pytest.raises(ValueError, match="another file or repository; expected a timm name"):
         build_vision_tower(MMCoTConfig(vision_config=vision, vision_hidden_size=256).vision_config)
 
 
-def test_a_stores_record_holds_numbers(tmp_path):
+def test_feature_record_accepts_only_numeric_dtypes(tmp_path):
     """numpy interpreted bytes of the file as addresses of Python objects, and the process crashed."""
     for dtype in ("|O", "O", "<i8", "|V8", None):
         with pytest.raises(ValueError, match="record has features of type"):
@@ -234,7 +234,7 @@ def test_a_stores_record_holds_numbers(tmp_path):
 PLANTED = "<img id=planted src=x onerror=alert(1)></script><script id=planted>alert(1)</script>"
 
 
-def test_no_text_of_a_dataset_or_a_model_is_html_in_the_report(tmp_path):
+def test_report_escapes_texts_of_dataset_and_model(tmp_path):
     problem = load_problems("demo", "test")[0]
     texts = dict.fromkeys(("question", "context", "lecture", "solution", "subject", "grade", "skill"), PLANTED)
     row = {**problem, **texts, "id": PLANTED, "choices": [PLANTED, "b"], "answer": 0, "images": []}
@@ -262,14 +262,14 @@ def test_no_text_of_a_dataset_or_a_model_is_html_in_the_report(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"penalty_alpha": 0.6, "top_k": 4}, {"num_beam_groups": 2, "num_beams": 2}, {"dola_layers": "low"}]
 )
-def test_a_way_to_generate_runs_no_code_of_the_hub(settings):
+def test_generation_settings_run_no_hub_code(settings):
     model = tiny_model()
     model.generation_config.update(**settings)
     with pytest.raises(ValueError, match="requires `trust_remote_code=True` in your `generate` call"):
         model.generate(torch.tensor([[3, 4, 1]]))
 
 
-def test_weights_are_never_pickles(folder):
+def test_never_loads_weights_from_pickle(folder):
     """A pickle in place of the weights is never opened, even if transformers would open it."""
     (folder / "model.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, folder / "pytorch_model.bin")
@@ -279,7 +279,7 @@ def test_weights_are_never_pickles(folder):
 
 def test_loading_through_meta_device_sets_every_buffer(folder):
     """Under transformers 5 this fault leaves uninitialized buffers in other repositories' remote code."""
-    found = as_a_stranger(
+    found = run_isolated(
         """
         model = AutoModel.from_pretrained("model", trust_remote_code=True, device_map=None)
         saved = set(model.state_dict())

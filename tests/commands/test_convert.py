@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import as_a_stranger, run_script, shared, tiny_model
+from conftest import run_isolated, run_script, shared, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -257,7 +257,7 @@ def test_converts_two_stages_and_a_tower_to_a_system_that_answers_from_pixels(pu
     tower = ViTModel.from_pretrained(published / "tower").state_dict()
     attached = models["answer"].encoder.vision_tower.state_dict()
     assert all(torch.equal(attached[name], tower[name]) for name in attached)
-    (answer,) = as_a_stranger(
+    (answer,) = run_isolated(
         """
         from PIL import Image
         answer = pipeline("multimodal-cot", model="ours", trust_remote_code=True)
@@ -390,7 +390,7 @@ class Planted:
         return print, ("planted",)
 
 
-def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, capsys):
+def test_refuses_pickle_with_code(tmp_path, capsys):
     torch.save({"shared.weight": Planted()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin is damaged, or contains objects other than tensors"):
         read_tensors(tmp_path)

@@ -6,7 +6,7 @@ import random
 import pytest
 from analysis.test_report import drive
 from conftest import run_script
-from demonstration import chance, percent_right, select_picture_problems, train
+from demonstration import accuracy_in_percent, chance, select_picture_problems, train
 from test_predict import predict_alone
 
 from mmcot.evaluate import main as evaluate
@@ -84,10 +84,10 @@ def test_answers_depend_on_the_rationale(demo, picture_problems):
         swapped,
         PredictOptions(batch_size=100),
     )
-    assert percent_right(picture_problems, swapped) <= chance(picture_problems) + 10
+    assert accuracy_in_percent(picture_problems, swapped) <= chance(picture_problems) + 10
     for skill in PICTURE_SKILLS:
         rows = select_skill(picture_problems, skill)
-        assert percent_right(rows, swapped) <= chance(rows) + 12, skill
+        assert accuracy_in_percent(rows, swapped) <= chance(rows) + 12, skill
 
 
 def test_predictions_pass_the_leak_check_and_the_report_works(demo, problems, tmp_path):

@@ -4,7 +4,7 @@ This is a separate file because pytest-xdist then runs it in parallel with `test
 """
 
 import pytest
-from demonstration import chance, percent_right, select_picture_problems, train
+from demonstration import accuracy_in_percent, chance, select_picture_problems, train
 
 from mmcot.problems.sources import load_problems
 
@@ -13,4 +13,4 @@ from mmcot.problems.sources import load_problems
 def test_picture_skills_are_at_chance_without_pictures(tmp_path):
     problems = select_picture_problems(load_problems("demo", "test"))
     predictions, _ = train("demo/no_vision", tmp_path / "demo_no_vision")
-    assert percent_right(problems, predictions) == pytest.approx(chance(problems), abs=5)
+    assert accuracy_in_percent(problems, predictions) == pytest.approx(chance(problems), abs=5)

@@ -513,7 +513,7 @@ def test_import_refuses_mismatched_or_truncated_file(scienceqa, tmp_path):
     assert "vit.pth is not a complete feature file" in error_of("vit", vit)
 
 
-def test_an_npy_of_objects_is_not_unpickled(tmp_path):
+def test_refuses_npy_with_objects(tmp_path):
     np.save(tmp_path / "detr.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="not a complete feature file"):
         open_authors_features(str(tmp_path / "detr.npy"))

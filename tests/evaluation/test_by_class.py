@@ -1,7 +1,7 @@
 """Scores by the classes of a user's own columns, in text, JSON, report and card; the splits that the card describes."""
 
 import pytest
-from problem_files import jsonl, says
+from problem_files import has_all, jsonl
 
 from mmcot import evaluate, predict, train
 from mmcot.evaluation.metrics import score_by
@@ -49,7 +49,7 @@ def test_scores_classes_of_own_columns(command, tmp_path, capsys):
     assert "by level n accuracy 95 %, from to" in printed and "easy 3 100.00 100.00 100.00" in printed
     assert printed[0] == "NO Avg", "classes without problems are not printed"
     page = (tmp_path / "page" / "index.html").read_text()
-    assert says(page, "<th>by skill</th>", "<td>multiplying</td>", "<th>by level</th>")
+    assert has_all(page, "<th>by skill</th>", "<td>multiplying</td>", "<th>by level</th>")
     assert "<th>NAT</th>" not in page and "<th>NO</th>" in page
 
 
@@ -94,9 +94,9 @@ def test_card_shows_scores_by_class_and_split_seed(text_recipe, tmp_path):
     export(RunFolder(run), prepare(parse_recipe(one_step_options(text_recipe, *options))).processor)
     card, scores = (run / "hub" / "README.md").read_text(), read_json(RunFolder(run).scores("test"))
     one = scores["by"]["level"]["high"]
-    assert says(card, "| level | n | accuracy |", f"| high | {one['n']} | {one['accuracy']:.2f} |")
+    assert has_all(card, "| level | n | accuracy |", f"| high | {one['n']} | {one['accuracy']:.2f} |")
     sizes = read_json(run / "splits.json")["n"]
-    assert says(
+    assert has_all(
         card,
         f"{sizes['train']} train, {sizes['val']} validation, {sizes['test']} test",
         "the rows had no split: a hash of their content (`split_seed` 7) divides them 8:1:1",
@@ -120,7 +120,7 @@ def test_card_warns_about_test_problems_in_training_data(text_recipe, tmp_path):
         train.main(one_step_options(text_recipe, "--dataset", file))
     train.main(one_step_options(text_recipe, "--dataset", file, "--allow_overlap", "true"))
     card = (tmp_path / "run" / "hub" / "README.md").read_text()
-    assert says(
+    assert has_all(
         card,
         "On the test split of `problems.jsonl` (4 problems)",
         "**3 of them were trained on** (same texts and pictures), so these are not scores on unseen problems.",

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import as_a_stranger, tiny_model
+from conftest import run_isolated, tiny_model
 
 from mmcot.hub.export import shipped_code
 from modeling_mmcot import MMCoTProcessor
@@ -29,7 +29,7 @@ def test_auto_classes_and_pipeline_reproduce_predictions(elsewhere, tiny_run, ti
         for row in rows
     ]
     (elsewhere / "problems.json").write_text(json.dumps(problems))
-    answers = as_a_stranger(
+    answers = run_isolated(
         """
         classes = [
             auto.from_pretrained("model", trust_remote_code=True)
@@ -61,7 +61,7 @@ def test_auto_classes_and_pipeline_reproduce_predictions(elsewhere, tiny_run, ti
 
 
 def test_pipeline_accepts_pictures_in_every_form_and_no_choices(elsewhere):
-    results = as_a_stranger(
+    results = run_isolated(
         """
         from PIL import Image
         answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
@@ -82,7 +82,7 @@ def test_pipeline_accepts_pictures_in_every_form_and_no_choices(elsewhere):
 
 
 def test_pipeline_refuses_malformed_problems(elsewhere):
-    messages = as_a_stranger(
+    messages = run_isolated(
         """
         answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
         messages = []
@@ -104,7 +104,7 @@ def test_stage_folders_and_checkpoints_load_without_repository(source, tiny_run,
     if source == "checkpoint":
         folder = sorted(folder.glob("checkpoint-*"))[0]
     shutil.copytree(folder, tmp_path / "model")
-    loaded = as_a_stranger(
+    loaded = run_isolated(
         """
         model = AutoModel.from_pretrained("model", trust_remote_code=True)
         processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
@@ -120,7 +120,7 @@ def test_stage_folders_and_checkpoints_load_without_repository(source, tiny_run,
 def test_save_pretrained_folders_load_without_repository_and_save_same_files(tiny_run, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     MMCoTProcessor.from_pretrained(tiny_run / "hub").save_pretrained(tmp_path / "processor")
-    as_a_stranger(
+    run_isolated(
         """
         for auto, name in ((AutoModelForSeq2SeqLM, "model"), (AutoProcessor, "processor")):
             auto.from_pretrained(name, trust_remote_code=True).save_pretrained(name + "_again")
@@ -165,7 +165,7 @@ def test_pipeline_loads_every_stage_at_given_revision(elsewhere):
     tensors = load_file(weights)
     tensors["encoder.final_layer_norm.weight"].zero_()
     save_file(tensors, weights, metadata={"format": "pt"})
-    sums = as_a_stranger(
+    sums = run_isolated(
         """
         sums = []
         for revision in (None, sys.argv[1], sys.argv[2]):

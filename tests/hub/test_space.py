@@ -304,7 +304,7 @@ def test_invalid_texts_show_error(app, answer, texts, message):
 
 
 @pytest.mark.parametrize("named", [{"path": str(PICTURE)}, {"path": None, "url": str(PICTURE)}, {"url": "x"}, "x", {}])
-def test_only_what_was_uploaded_is_opened(app, answer, tmp_path, monkeypatch, named):
+def test_space_opens_only_uploaded_pictures(app, answer, tmp_path, monkeypatch, named):
     """A client can call the server's API directly and name any file of the server."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with pytest.raises(gr.Error, match="not supported"):
@@ -313,7 +313,7 @@ def test_only_what_was_uploaded_is_opened(app, answer, tmp_path, monkeypatch, na
     assert app.read_problem(answer, {"path": str(inside)}, "Which?", "", "", "")["image"] == str(inside)
 
 
-def test_a_url_that_leads_into_the_servers_network_is_not_fetched(monkeypatch):
+def test_space_refuses_url_in_private_network(monkeypatch):
     """Gradio downloads a URL from a client before the page's code runs, and must check every redirect."""
     fetched = []
 
@@ -334,7 +334,7 @@ async def no_addresses(_):
     return []
 
 
-def test_a_postscript_upload_never_reaches_ghostscript(app, answer, tmp_path, monkeypatch):
+def test_space_refuses_postscript_upload(app, answer, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n%%EOF\n")

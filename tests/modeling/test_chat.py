@@ -5,7 +5,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import as_a_stranger
+from conftest import run_isolated
 from transformers import GenerationConfig
 
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -92,7 +92,7 @@ def test_refuses_unsupported_chats(messages, error):
 
 def test_hub_snippets_return_the_answer_of_the_pipeline(tiny_run, tmp_path):
     shutil.copytree(tiny_run / "hub", tmp_path / "model")
-    found = as_a_stranger(
+    found = run_isolated(
         """
         from PIL import Image
         Image.new("RGB", (50, 40), "red").save("red.png")

@@ -117,7 +117,7 @@ def test_save_pretrained_of_the_pipeline_saves_the_whole_system(folder, tmp_path
     )
 
 
-def test_a_name_that_leads_outside_opens_nothing(folder, tmp_path):
+def test_known_answer_opens_no_file_outside_its_folder(folder, tmp_path):
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes(b"secret")
     found = known(folder)

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision.transforms as T
-from conftest import SHARED, as_a_stranger, tiny_model
+from conftest import SHARED, run_isolated, tiny_model
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from tokenizers import Tokenizer
@@ -126,7 +126,7 @@ def test_saved_model_loads_from_its_folder_alone(needs, tmp_path):
         processor.save_pretrained(tmp_path / name)
         with torch.no_grad():
             expected[name] = model.encoder(**processor(text=["what"], images=[picture])).last_hidden_state
-    states = as_a_stranger(
+    states = run_isolated(
         """
         from PIL import Image
         states = {}

@@ -247,7 +247,7 @@ def test_refuses_array_that_is_no_picture(array, found):
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n0 0 moveto\nshowpage\n%%EOF\n"
 
 
-def test_a_postscript_file_never_reaches_ghostscript(tmp_path, monkeypatch):
+def test_refuses_postscript_picture(tmp_path, monkeypatch):
     """Under any file name, in the pipeline and from a dataset."""
     (tmp_path / "x.png").write_bytes(POSTSCRIPT)
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
@@ -313,7 +313,7 @@ def test_refuses_invalid_url(url):
         as_pictures(url)
 
 
-def test_a_download_is_bounded_in_size_and_time(served, monkeypatch):
+def test_limits_size_and_time_of_picture_download(served, monkeypatch):
     address, folder = served
     (folder / "large.png").write_bytes(encode_noise("PNG", (300, 300)))
     monkeypatch.setattr(pictures_mmcot, "MAX_DOWNLOAD", 1000)
@@ -324,7 +324,7 @@ def test_a_download_is_bounded_in_size_and_time(served, monkeypatch):
         as_pictures(f"{address}/slow")
 
 
-def test_a_redirect_does_not_lead_from_the_internet_into_the_own_network(served, monkeypatch):
+def test_refuses_redirect_into_private_network(served, monkeypatch):
     address, folder = served
     Image.new("RGB", (30, 20), "red").save(folder / "red.png")
     with pytest.raises(ValueError, match="cannot be downloaded: .*redirects to ftp:.*expected an http or https URL"):
@@ -374,7 +374,7 @@ def test_converts_image_processor_to_pillow_backend():
 
 
 @pytest.mark.parametrize("name", ["pipeline", "AutoModel", "BatchFeature", "set_seed", "ViTModel", None, "__name__"])
-def test_nothing_but_an_image_processor_is_called_by_a_models_file(name):
+def test_model_file_loads_only_image_processors(name):
     """`{"image_processor_type": "pipeline", "model": …, "trust_remote_code": true}` ran another repository's code."""
     with pytest.raises(ValueError, match="expected an image processor of transformers"):
         build_image_processor({"image_processor_type": name, "task": "text-generation", "trust_remote_code": True})
@@ -383,7 +383,7 @@ def test_nothing_but_an_image_processor_is_called_by_a_models_file(name):
 @pytest.mark.parametrize(
     "name", ["LayoutLMv2ImageProcessor", "LayoutLMv3ImageProcessorFast", "OneFormerImageProcessor"]
 )
-def test_an_image_processor_neither_starts_a_program_nor_reads_another_file(name):
+def test_image_processor_starts_no_program_and_reads_no_file(name):
     """Such settings of a model's file are Tesseract's command line and a file of another repository."""
     settings = {"tesseract_config": "-c debug_file=x", "repo_path": "evil/repo", "class_info_file": "x.json"}
     with pytest.raises(ValueError, match="starts no program and reads no other file"):

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pandas
 import pytest
-from problem_files import ROW, error_of, jsonl, parquet, png, says
+from problem_files import ROW, error_of, has_all, jsonl, parquet, png
 
 from mmcot.pictures.reading import read_pictures
 from mmcot.problems.columns import is_absent, is_near, parse_columns
@@ -43,7 +43,7 @@ def test_reads_one_picture_from_image(tmp_path):
 )
 def test_refuses_a_column_given_twice_or_in_another_form(tmp_path, fields, found):
     file = jsonl(tmp_path, {**ROW, **fields})
-    assert says(error_of(load_problems, file, "test"), f"{file}, line 1", *found)
+    assert has_all(error_of(load_problems, file, "test"), f"{file}, line 1", *found)
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -71,7 +71,7 @@ def test_names_unread_columns_in_one_warning(tmp_path, caplog, write):
 )
 def test_refuses_a_near_miss_of_a_known_name(tmp_path, name):
     file = jsonl(tmp_path, ROW, {**ROW, "id": "p2", name: "x"})
-    assert says(error_of(load_problems, file, "test"), f"{file}, line 2", f"unknown column {name!r}", "did you mean")
+    assert has_all(error_of(load_problems, file, "test"), f"{file}, line 2", f"unknown column {name!r}", "did you mean")
 
 
 def test_does_not_treat_other_names_as_near_misses():
@@ -84,7 +84,7 @@ def test_does_not_read_a_rationale_of_the_file(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         problems = load_problems(jsonl(tmp_path, {**ROW, "rationale": "Because gold."}), "test")
     assert "rationale" not in problems.column_names and "Because gold." not in json.dumps(problems[0])
-    assert says(caplog.text, "columns that are not read: rationale", "`solution`")
+    assert has_all(caplog.text, "columns that are not read: rationale", "`solution`")
     for columns in ({"rationale": "rationale"}, "rationale=rationale"):
         with pytest.raises(ValueError, match="columns names 'rationale'"):
             load_problems(jsonl(tmp_path, {**ROW, "rationale": "Because gold."}), "test", columns=columns)
@@ -118,11 +118,11 @@ def test_reads_renamed_columns(tmp_path, write, columns):
     ],
 )
 def test_refuses_a_wrong_columns_option(tmp_path, columns, found):
-    assert says(error_of(load_problems, jsonl(tmp_path, ROW), "test", None, True, columns), found)
+    assert has_all(error_of(load_problems, jsonl(tmp_path, ROW), "test", None, True, columns), found)
 
 
 def test_refuses_the_columns_option_for_the_demonstration():
-    assert says(error_of(load_problems, "demo", "test", None, True, "question=query"), "demo", "'query'")
+    assert has_all(error_of(load_problems, "demo", "test", None, True, "question=query"), "demo", "'query'")
     assert parse_columns(None) == {}
 
 
@@ -169,7 +169,7 @@ def test_reads_a_pandas_table(tmp_path):
 def test_accepts_a_whole_float_as_answer(tmp_path):
     assert load_problems(jsonl(tmp_path, {**ROW, "answer": 1.0}), "test")["answer"] == [1]
     message = error_of(load_problems, jsonl(tmp_path, {**ROW, "answer": 0.5}), "test")
-    assert says(message, "line 1", "problem p1", "answer is 0.5", "index from 0 to 1")
+    assert has_all(message, "line 1", "problem p1", "answer is 0.5", "index from 0 to 1")
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -178,7 +178,7 @@ def test_accepts_a_whole_float_as_answer(tmp_path):
 def test_refuses_a_number_or_a_list_in_a_text_column(tmp_path, write, name, value):
     file = write(tmp_path, {**ROW, name: value})
     place = "line 1" if write is jsonl else "row 1"
-    assert says(error_of(load_problems, file, "test"), f"{file}, {place}, problem p1: {name} is {value!r}", "a text")
+    assert has_all(error_of(load_problems, file, "test"), f"{file}, {place}, problem p1: {name} is {value!r}", "a text")
 
 
 @pytest.mark.parametrize("name", ["question", "context", "choices", "images", "rationales"])
@@ -186,13 +186,13 @@ def test_refuses_half_a_surrogate_pair(tmp_path, name):
     broken = "\ud83d and so on"
     value = [broken, "b"] if name in ("choices", "images", "rationales") else broken
     file = jsonl(tmp_path, {**ROW, "id": "p0"}, {**ROW, name: value})
-    assert says(error_of(load_problems, file, "test"), f"{file}, line 2", "problem p1", name, "surrogate")
+    assert has_all(error_of(load_problems, file, "test"), f"{file}, line 2", "problem p1", name, "surrogate")
     assert load_problems(jsonl(tmp_path, {**ROW, "context": "a whole one: 😀"}), "test")["context"][0].endswith("😀")
 
 
 def test_refuses_more_choices_than_letters(tmp_path):
     file = jsonl(tmp_path, {**ROW, "choices": [str(number) for number in range(27)]})
-    assert says(error_of(load_problems, file, "test"), "line 1", "problem p1", "choices has 27 texts", "26 at most")
+    assert has_all(error_of(load_problems, file, "test"), "line 1", "problem p1", "choices has 27 texts", "26 at most")
     assert len(load_problems(jsonl(tmp_path, {**ROW, "choices": [str(n) for n in range(26)]}), "test")) == 1
 
 
@@ -220,7 +220,7 @@ def test_skips_blank_lines_but_counts_them(tmp_path):
     )
     assert load_problems(str(file), "test")["id"] == ["p1", "2"]
     file.write_text(json.dumps(ROW) + "\n\n{oops}\n\n")
-    assert says(error_of(load_problems, str(file), "test"), f"{file}, line 3", "JSON")
+    assert has_all(error_of(load_problems, str(file), "test"), f"{file}, line 3", "JSON")
 
 
 CSV = """id,question,choices,answer,image,context
@@ -256,9 +256,9 @@ def test_reads_csv_and_tsv_tables(tmp_path, suffix):
     ],
 )
 def test_names_a_bad_line_of_a_table(tmp_path, text, found):
-    assert says(error_of(load_problems, table(tmp_path, text), "test"), tmp_path / "problems.csv", *found)
+    assert has_all(error_of(load_problems, table(tmp_path, text), "test"), tmp_path / "problems.csv", *found)
 
 
 def test_refuses_a_table_in_another_encoding(tmp_path):
     (tmp_path / "problems.csv").write_bytes("question\nWo ist der Bär?\n".encode("latin-1"))
-    assert says(error_of(load_problems, f"test={tmp_path / 'problems.csv'}", "test"), "problems.csv", "UTF-8")
+    assert has_all(error_of(load_problems, f"test={tmp_path / 'problems.csv'}", "test"), "problems.csv", "UTF-8")

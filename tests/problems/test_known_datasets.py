@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, TINY_RECIPE, run_script, shared
 from PIL import Image
-from problem_files import ROW, check_pictures, error_of, png, says, scienceqa
+from problem_files import ROW, check_pictures, error_of, has_all, png, scienceqa
 
 from mmcot.evaluate import main as evaluate
 from mmcot.evaluation.metrics import rationale_scores
@@ -34,7 +34,7 @@ def test_loads_the_real_scienceqa_folder(caplog):
         problems = load_problems(str(shared("scienceqa")), "test")
     assert problems.features == FEATURES
     assert len(problems) == 361
-    assert says(caplog.text, "3880 of 4241 test problems", "problems.json")
+    assert has_all(caplog.text, "3880 of 4241 test problems", "problems.json")
     assert sum(map(bool, problems["images"])) == 167
     assert all(row["caption"] for row in problems if row["images"])
     pictures = [picture for images in problems["images"] for picture in images]
@@ -84,14 +84,14 @@ def test_accepts_missing_captions_and_an_empty_split(tmp_path):
 def test_refuses_a_folder_without_its_json(tmp_path, name):
     folder = scienceqa(tmp_path)
     (tmp_path / name).unlink()
-    assert says(error_of(load_problems, folder, "test"), folder, f"has no {name}", "ScienceQA folder")
+    assert has_all(error_of(load_problems, folder, "test"), folder, f"has no {name}", "ScienceQA folder")
 
 
 @pytest.mark.parametrize("name", ["problems.json", "pid_splits.json", "captions.json"])
 def test_names_file_and_line_of_malformed_json(tmp_path, name):
     folder = scienceqa(tmp_path)
     (tmp_path / name).write_text('{\n"1": {},\n"2": oops\n}')
-    assert says(error_of(load_problems, folder, "test"), f"{tmp_path / name}, line 3", "JSON")
+    assert has_all(error_of(load_problems, folder, "test"), f"{tmp_path / name}, line 3", "JSON")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_names_file_and_line_of_malformed_json(tmp_path, name):
 def test_refuses_json_of_another_form(tmp_path, name, data, found):
     folder = scienceqa(tmp_path)
     (tmp_path / name).write_text(json.dumps(data))
-    assert says(error_of(load_problems, folder, "test"), tmp_path / name, found)
+    assert has_all(error_of(load_problems, folder, "test"), tmp_path / name, found)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def test_refuses_json_of_another_form(tmp_path, name, data, found):
 )
 def test_names_a_bad_scienceqa_problem(tmp_path, fields, found):
     folder = scienceqa(tmp_path, **fields)
-    assert says(error_of(load_problems, folder, "test"), f"{folder}, problem 1:", *found)
+    assert has_all(error_of(load_problems, folder, "test"), f"{folder}, problem 1:", *found)
 
 
 def test_refuses_an_id_that_occurs_twice_in_a_split(tmp_path):
     folder = scienceqa(tmp_path, splits={"test": ["1", "2", "1"]})
-    assert says(error_of(load_problems, folder, "test"), folder, "problem 1", "twice")
+    assert has_all(error_of(load_problems, folder, "test"), folder, "problem 1", "twice")
 
 
 def test_loads_a_scienceqa_problem_with_pictures_of_choices_only(tmp_path):
@@ -141,7 +141,7 @@ def test_loads_a_scienceqa_problem_with_pictures_of_choices_only(tmp_path):
 def test_loads_a_scienceqa_problem_without_choices_unless_answers_are_required(tmp_path):
     problems = load_problems(scienceqa(tmp_path, choices=[], answer=-1), "test")
     assert problems[0]["choices"] == []
-    assert says(error_of(require_answers, problems), "problem 1", "choices is empty")
+    assert has_all(error_of(require_answers, problems), "problem 1", "choices is empty")
 
 
 # The demonstration.

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from conftest import REPOSITORY
 from PIL import Image, ImageFile
-from problem_files import ROW, check_pictures, error_of, jsonl, parquet, png, says, scienceqa
+from problem_files import ROW, check_pictures, error_of, has_all, jsonl, parquet, png, scienceqa
 
 from mmcot.pictures.reading import read_pictures
 from mmcot.problems.schema import FEATURES, GOLD_COLUMNS, join_column, require_answers, without_gold
@@ -109,30 +109,30 @@ def test_reads_problems_that_to_parquet_wrote(tmp_path):
 )
 def test_names_a_bad_row(tmp_path, fields, found):
     file = jsonl(tmp_path, {**ROW, **fields})
-    assert says(error_of(load_problems, file, "test"), file, *found)
+    assert has_all(error_of(load_problems, file, "test"), file, *found)
 
 
 def test_finds_an_unknown_split_in_any_row(tmp_path):
     file = jsonl(tmp_path, ROW, {**ROW, "id": "p2", "split": "minitest"})
-    assert says(error_of(load_problems, file, "test"), f"{file}, line 2", "split is 'minitest'")
+    assert has_all(error_of(load_problems, file, "test"), f"{file}, line 2", "split is 'minitest'")
 
 
 def test_refuses_an_id_that_occurs_in_two_rows(tmp_path):
     file = jsonl(tmp_path, ROW, {**ROW, "question": "Another?"})
-    assert says(error_of(load_problems, file, "test"), file, "problem p1", "twice")
+    assert has_all(error_of(load_problems, file, "test"), file, "problem p1", "twice")
 
 
 @pytest.mark.parametrize("line", [b"{oops}", b'{"question": "\xff"}', b'["a"]', b"3"])
 def test_names_a_malformed_line_of_jsonl(tmp_path, line):
     file = tmp_path / "problems.jsonl"
     file.write_bytes(json.dumps(ROW).encode() + b"\n" + line + b"\n")
-    assert says(error_of(load_problems, str(file), "test"), f"{file}, line 2", "JSON")
+    assert has_all(error_of(load_problems, str(file), "test"), f"{file}, line 2", "JSON")
 
 
 def test_refuses_a_file_that_is_not_parquet(tmp_path):
     file = tmp_path / "problems.parquet"
     file.write_text("id,question")
-    assert says(error_of(load_problems, str(file), "test"), file, "not a complete Parquet file")
+    assert has_all(error_of(load_problems, str(file), "test"), file, "not a complete Parquet file")
 
 
 # Sources and splits.
@@ -140,19 +140,21 @@ def test_refuses_a_file_that_is_not_parquet(tmp_path):
 
 @pytest.mark.parametrize("source", ["nothing", "problems.txt", "some/scienceqa"])
 def test_lists_accepted_sources_for_an_unknown_source(source):
-    assert says(error_of(load_problems, source, "test"), repr(source), "demo", "ScienceQA or A-OKVQA folder", ".jsonl")
+    assert has_all(
+        error_of(load_problems, source, "test"), repr(source), "demo", "ScienceQA or A-OKVQA folder", ".jsonl"
+    )
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
 def test_refuses_a_missing_file(tmp_path, name):
-    assert says(error_of(load_problems, str(tmp_path / name), "test"), tmp_path / name, "no such file")
+    assert has_all(error_of(load_problems, str(tmp_path / name), "test"), tmp_path / name, "no such file")
 
 
 @pytest.mark.parametrize("split", ["minitest", "trainval", ""])
 def test_lists_known_splits_for_an_unknown_split(tmp_path, split):
     folder = scienceqa(tmp_path, splits={"test": ["1"], "minitest": ["1"], "trainval": ["1"]})
     for source in ("demo", folder):
-        assert says(error_of(load_problems, source, split), repr(split), "train, val, test")
+        assert has_all(error_of(load_problems, source, split), repr(split), "train, val, test")
 
 
 def test_problems_import_neither_torch_nor_the_model():
@@ -180,7 +182,7 @@ def test_names_a_missing_or_empty_picture_at_load(tmp_path, kind, source):
     if kind == "an empty file":
         picture.touch()
     where = file if source == "scienceqa" else f"{file}, line 1"
-    assert says(error_of(load_problems, file, "test"), f"{where}, problem {problem_id}: picture {picture} is {kind}")
+    assert has_all(error_of(load_problems, file, "test"), f"{where}, problem {problem_id}: picture {picture} is {kind}")
 
 
 @pytest.mark.parametrize("kind", ["missing", "an empty file", "truncated", "not an image"])
@@ -194,14 +196,14 @@ def test_names_a_bad_picture_when_it_is_read(tmp_path, kind):
     if broken(kind) is not None:
         (tmp_path / "bad.png").write_bytes(broken(kind))
     for message in (error_of(read_pictures, problems[1]), error_of(check_pictures, problems)):
-        assert says(message, f"problem p2: picture {tmp_path / 'bad.png'} is {kind}")
+        assert has_all(message, f"problem p2: picture {tmp_path / 'bad.png'} is {kind}")
     assert read_pictures(problems[0])
 
 
 @pytest.mark.parametrize("kind", ["truncated", "not an image"])
 def test_names_bad_bytes(tmp_path, kind):
     file = parquet(tmp_path, {**ROW, "images": [{"bytes": broken(kind), "path": None}]})
-    assert says(error_of(check_pictures, load_problems(file, "test")), "problem p1", "given as bytes", kind)
+    assert has_all(error_of(check_pictures, load_problems(file, "test")), "problem p1", "given as bytes", kind)
 
 
 def test_names_a_picture_with_a_damaged_chunk(tmp_path):
@@ -209,7 +211,7 @@ def test_names_a_picture_with_a_damaged_chunk(tmp_path):
     whole[60] ^= 0xFF  # within the compressed rows
     (tmp_path / "bad.png").write_bytes(whole)
     problems = load_problems(jsonl(tmp_path, {**ROW, "images": ["bad.png"]}), "test")
-    assert says(error_of(check_pictures, problems), "problem p1", tmp_path / "bad.png", "damaged")
+    assert has_all(error_of(check_pictures, problems), "problem p1", tmp_path / "bad.png", "damaged")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
@@ -217,7 +219,7 @@ def test_names_a_picture_too_large_to_decode(tmp_path, monkeypatch):
     (tmp_path / "large.png").write_bytes(png())
     problems = load_problems(jsonl(tmp_path, {**ROW, "images": ["large.png"]}), "test")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert says(error_of(check_pictures, problems), "problem p1", tmp_path / "large.png", "too large")
+    assert has_all(error_of(check_pictures, problems), "problem p1", tmp_path / "large.png", "too large")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
@@ -231,12 +233,12 @@ def test_refuses_more_pictures_than_max_images(tmp_path):
     (tmp_path / "red.png").write_bytes(png())
     file = jsonl(tmp_path, {**ROW, "images": ["red.png"] * 3})
     assert len(load_problems(file, "test", max_images=3)[0]["images"]) == 3
-    assert says(error_of(load_problems, file, "test", 2), "problem p1", "3 pictures", "max_images is 2")
+    assert has_all(error_of(load_problems, file, "test", 2), "problem p1", "3 pictures", "max_images is 2")
 
 
 def test_does_not_look_for_files_without_pictures(tmp_path):
     file = jsonl(tmp_path, {**ROW, "images": ["nowhere.png"]})
-    assert says(error_of(load_problems, file, "test"), "nowhere.png is missing")
+    assert has_all(error_of(load_problems, file, "test"), "nowhere.png is missing")
     assert load_problems(file, "test", pictures=False)[0]["images"] == [{"bytes": None, "path": "nowhere.png"}]
 
 
@@ -263,7 +265,7 @@ def test_without_gold_removes_only_the_gold_columns(tmp_path):
 )
 def test_loads_a_problem_without_answer_unless_answers_are_required(tmp_path, fields, found):
     problems = load_problems(jsonl(tmp_path, {**ROW, "id": "p0"}, {**ROW, **fields}), "test")
-    assert says(error_of(require_answers, problems), "problem p1", *found)
+    assert has_all(error_of(require_answers, problems), "problem p1", *found)
 
 
 def test_accepts_one_choice(tmp_path):
@@ -289,7 +291,7 @@ def test_join_adds_or_replaces_a_column(tmp_path, column):
 def test_join_counts_and_names_missing_ids(tmp_path, absent, shown):
     problems = load_problems(jsonl(tmp_path, *({**ROW, "id": f"p{number}"} for number in range(9))), "test")
     file = texts_file(tmp_path, {f"p{number}": "Text." for number in range(absent, 9)})
-    assert says(error_of(join_column, problems, "rationale", file), file, f"{absent} of 9", shown)
+    assert has_all(error_of(join_column, problems, "rationale", file), file, f"{absent} of 9", shown)
 
 
 @pytest.mark.parametrize(
@@ -299,9 +301,9 @@ def test_join_counts_and_names_missing_ids(tmp_path, absent, shown):
 def test_join_names_a_malformed_file(tmp_path, texts, found):
     problems = load_problems(jsonl(tmp_path, ROW), "test")
     file = texts_file(tmp_path, texts)
-    assert says(error_of(join_column, problems, "rationale", file), file, found)
+    assert has_all(error_of(join_column, problems, "rationale", file), file, found)
 
 
 def test_join_refuses_a_missing_file(tmp_path):
     problems = load_problems(jsonl(tmp_path, ROW), "test")
-    assert says(error_of(join_column, problems, "rationale", "gone.json"), "gone.json", "no such file")
+    assert has_all(error_of(join_column, problems, "rationale", "gone.json"), "gone.json", "no such file")

@@ -20,7 +20,7 @@ from conftest import HUB_FEATURES, REPOSITORY, TINY_RECIPE, content, hub_rows, r
 from loopback_hub import LoopbackHub, client_environment
 from PIL import Image
 from preloaded import run_python
-from problem_files import ROW, error_of, png, says
+from problem_files import ROW, error_of, has_all, png
 
 from mmcot import evaluate, features, predict, train
 from mmcot.pictures.reading import read_pictures
@@ -260,7 +260,7 @@ def test_commands_train_predict_and_evaluate(rows, recipe, tmp_path):
     run_script("train.py", "--config", recipe, "--output_dir", tmp_path / "run", "--dataset", source)
     run_script("-m", "mmcot.predict", tmp_path / "run", "--dataset", source, "--output", tmp_path / "p.json")
     printed = run_script("-m", "mmcot.evaluate", tmp_path / "p.json", "--dataset", source, "--by", "skill").stdout
-    assert says(printed, "by skill", "scores:")
+    assert has_all(printed, "by skill", "scores:")
 
 
 def test_computes_features_from_a_file_or_python(rows, vit, tmp_path):
@@ -319,9 +319,11 @@ def test_reads_pictures_by_path_in_a_folder_of_parquet(tmp_path, monkeypatch):
     (folder / "red.png").unlink()
     for source in (str(folder), str(shutil.copytree(folder, tmp_path / "copy"))):
         if source != str(folder):
-            assert says(error_of(load_problems, source, "test"), "row 1", "problem 0", "red.png is missing")
+            assert has_all(error_of(load_problems, source, "test"), "row 1", "problem 0", "red.png is missing")
         else:
-            assert says(error_of(lambda s=source: [read_pictures(row) for row in load_problems(s, "test")]), "missing")
+            assert has_all(
+                error_of(lambda s=source: [read_pictures(row) for row in load_problems(s, "test")]), "missing"
+            )
 
 
 @pytest.mark.parametrize("path", ["../private.png", "{}/private.png", "sub/../../private.png", "link.png"])
@@ -329,7 +331,7 @@ def test_refuses_a_path_outside_of_a_folder_of_parquet(tmp_path, path):
     (tmp_path / "private.png").write_bytes(png())
     folder = paths_parquet(tmp_path / "data", path.format(tmp_path))
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "private.png")
-    assert says(error_of(load_problems, folder, "test"), "row 1", "is outside of", "expected a file in it")
+    assert has_all(error_of(load_problems, folder, "test"), "row 1", "is outside of", "expected a file in it")
 
 
 @pytest.mark.parametrize(
@@ -347,14 +349,14 @@ def test_explains_why_a_folder_is_refused(tmp_path, files, found):
     for name, text in files.items():
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text(text)
-    assert says(error_of(load_problems, str(tmp_path / "data"), "test"), str(tmp_path / "data"), *found)
+    assert has_all(error_of(load_problems, str(tmp_path / "data"), "test"), str(tmp_path / "data"), *found)
 
 
 def test_refuses_a_path_outside_of_a_folder_of_pictures(tmp_path):
     (tmp_path / "private.png").write_bytes(png())
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({**ROW, "file_name": "../private.png"}))
-    assert says(error_of(load_problems, str(tmp_path / "data"), "test"), "line 1", "problem p1", "is outside of")
+    assert has_all(error_of(load_problems, str(tmp_path / "data"), "test"), "line 1", "problem p1", "is outside of")
 
 
 def test_folders_of_pictures_define_the_splits_of_one_table(tmp_path):
@@ -368,11 +370,11 @@ def test_folders_of_pictures_define_the_splits_of_one_table(tmp_path):
 
 def test_names_unknown_and_missing_splits(tmp_path):
     dataset = datasets.Dataset.from_list([ROW])
-    assert says(
+    assert has_all(
         error_of(load_problems, datasets.DatasetDict(a=dataset, b=dataset), "test"), "the splits a, b; expected train"
     )
     message = error_of(load_problems, datasets.DatasetDict(train=dataset, test=dataset), "val")
-    assert says(message, "no split 'val'; found train, test")
+    assert has_all(message, "no split 'val'; found train, test")
 
 
 # A dataset of the Hub.
@@ -410,7 +412,7 @@ def test_refuses_a_missing_dataset_and_unknown_columns(hub_dataset, tmp_path):
 
 def test_refuses_an_address_of_the_hub_in_another_form():
     for address in ("hf://models/a/b", "hf://datasets/a", "hf://datasets/a/b/pictures.zip"):
-        assert says(error_of(load_problems, address, "test"), repr(address), "expected")
+        assert has_all(error_of(load_problems, address, "test"), repr(address), "expected")
 
 
 LOAD = """
@@ -457,7 +459,7 @@ def test_loads_problems_from_addresses_of_the_hub(rows, tmp_path):
         result = run_python("-c", LOAD, tmp_path / "repository", cwd=REPOSITORY, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.strip().splitlines()[-1])
-    assert says(found.pop("paths"), "image is the path 'private.png'; expected its bytes")
+    assert has_all(found.pop("paths"), "image is the path 'private.png'; expected its bytes")
     for source, problems in found.items():
         pictures = "texts" not in source
         assert problems == [[row["question"], row["answer"], int(pictures and bool(row["picture"]))] for row in asked]

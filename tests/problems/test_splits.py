@@ -9,7 +9,7 @@ import datasets
 import pytest
 import yaml
 from conftest import HUB_FEATURES, hub_rows
-from problem_files import error_of, jsonl, parquet, png, says
+from problem_files import error_of, has_all, jsonl, parquet, png
 
 from mmcot.problems.sources import is_divided, load_problems
 from mmcot.problems.splits import overlaps, parse_split_files
@@ -39,7 +39,7 @@ def test_divides_rows_without_a_split_eight_to_one_to_one(tmp_path, write, caplo
         found = divided(file)
     assert sum(map(len, found.values())) == 400 == len(set.union(*found.values())), "each row is in one split"
     assert 290 < len(found["train"]) < 350 and 20 < len(found["val"]) < 60 and 20 < len(found["test"]) < 60
-    assert says(
+    assert has_all(
         caplog.text, file, "no row has a split", "split_seed 42", "8:1:1", f"test has {len(found['test'])} of 400"
     )
     assert is_divided(file)
@@ -90,7 +90,7 @@ def test_puts_equal_problems_into_the_same_split(tmp_path):
 
 def test_refuses_a_missing_picture_that_decides_a_split(tmp_path):
     file = jsonl(tmp_path, {**question(0), "images": ["gone.png"]})
-    assert says(error_of(load_problems, file, "test", None, False), "line 1", "gone.png is missing")
+    assert has_all(error_of(load_problems, file, "test", None, False), "line 1", "gone.png is missing")
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -98,7 +98,7 @@ def test_refuses_a_missing_picture_that_decides_a_split(tmp_path):
 def test_refuses_a_file_with_a_split_in_only_some_rows(tmp_path, write, nothing):
     rows = [{**question(number), "split": nothing if number in (3, 5) else "train"} for number in range(9)]
     message = error_of(load_problems, write(tmp_path, *rows), "train")
-    assert says(message, "2 of 9 rows have no split", "in all rows or in none")
+    assert has_all(message, "2 of 9 rows have no split", "in all rows or in none")
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -121,11 +121,11 @@ def test_reads_a_whole_file_as_the_given_split(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         assert [len(load_problems(source, split)) for split in SPLITS] == [30, 10, 5]
     assert not is_divided(source) and load_problems(source, "val")["id"][0] == "val-0"
-    assert says(caplog.text, f"{files['test']}: given as test, which overrides rows that name another split")
+    assert has_all(caplog.text, f"{files['test']}: given as test, which overrides rows that name another split")
     assert len(load_problems(f"test={files['train']}", "test")) == 30
     message = error_of(load_problems, f"test={files['train']}", "train")
-    assert says(message, "no split 'train'; found test", "train=FILE,val=FILE,test=FILE")
-    assert says(
+    assert has_all(message, "no split 'train'; found test", "train=FILE,val=FILE,test=FILE")
+    assert has_all(
         error_of(load_problems, f"test={files['train']},test={files['val']}", "test"), "names the split 'test' twice"
     )
     assert parse_split_files("a=b.jsonl") is None and parse_split_files("test=a,b.jsonl,dev=c") == {
@@ -148,7 +148,7 @@ def test_refuses_overlap_of_splits_with_its_count(text_recipe, tmp_path):
     file = overlapping(tmp_path)
     with pytest.raises(ValueError) as error:
         prepare(parse_recipe([*text_recipe, "--dataset", file]))
-    assert says(
+    assert has_all(
         str(error.value),
         f"{file}: 2 of 6 val problems are in train too (v18, v19)",
         "3 of 5 test problems are in train too (t3, t4, t5)",
@@ -161,7 +161,7 @@ def test_refuses_overlap_of_splits_with_its_count(text_recipe, tmp_path):
 def test_allow_overlap_warns_and_records_the_overlap(text_recipe, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         run = prepare(parse_recipe([*text_recipe, "--dataset", overlapping(tmp_path), "--allow_overlap", "true"]))
-    assert says(caplog.text, "3 of 5 test problems are in train too", "the card reports the overlap")
+    assert has_all(caplog.text, "3 of 5 test problems are in train too", "the card reports the overlap")
     assert read_json(run.folder.splits) == {
         "divided_by": None,
         "n": {"train": 20, "val": 6, "test": 5},
@@ -197,7 +197,7 @@ def test_warns_about_overlap_of_published_splits(text_recipe, tmp_path, caplog):
         dataset.to_parquet(tmp_path / f"hub/data/{split}-00000-of-00001.parquet")
     with caplog.at_level(logging.WARNING, logger="mmcot"):
         run = prepare(parse_recipe([*text_recipe, "--dataset", str(tmp_path / "hub")]))
-    assert says(caplog.text, "4 of 4 test problems are in train too")
+    assert has_all(caplog.text, "4 of 4 test problems are in train too")
     assert read_json(run.folder.splits)["overlap"]["train"] == {"val": 4, "test": 4}
 
 

@@ -105,7 +105,7 @@ def test_converts_nested_numbers_that_yaml_reads_as_strings(tmp_path):
         ),
     ],
 )
-def test_a_wrong_recipe_is_refused_by_name(tmp_path, change, message):
+def test_refuses_invalid_recipe_with_its_name(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         parse(tmp_path, change)
     assert str(tmp_path / "recipe.yaml") in str(error.value)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LORA, TINY_RECIPE, as_a_stranger, run_script, tiny_model
+from conftest import LORA, TINY_RECIPE, run_isolated, run_script, tiny_model
 from peft import PeftModelForSeq2SeqLM
 from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -77,7 +77,7 @@ def test_export_answers_like_merged_models_with_one_base(adapter_run, problems, 
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text(commit)
     (tmp_path / "problems.json").write_text(json.dumps(problems))
-    answers, size, num_bases, is_base = as_a_stranger(
+    answers, size, num_bases, is_base = run_isolated(
         """
         name = sys.argv[1]
         answer = pipeline("multimodal-cot", model=name, trust_remote_code=True)
@@ -109,7 +109,7 @@ def test_export_answers_like_merged_models_with_one_base(adapter_run, problems, 
 
 def test_export_names_peft_if_it_is_missing(adapter_run, tmp_path):
     shutil.copytree(adapter_run / "hub", tmp_path / "model")
-    message = as_a_stranger(
+    message = run_isolated(
         """
         try:
             pipeline("multimodal-cot", model="model", trust_remote_code=True)
@@ -288,7 +288,7 @@ def test_refuses_an_adapter_with_other_names_or_shapes(adapter_run, tmp_path, ch
         load_system(str(tmp_path / "hub"))
 
 
-def test_an_adapter_of_another_base_of_the_same_shape_is_refused(adapter_run, tmp_path):
+def test_refuses_adapter_of_other_base_with_same_shape(adapter_run, tmp_path):
     """One weight of the base differs. Another dtype does not make it another base."""
     shutil.copytree(adapter_run / "hub", tmp_path / "hub")
     for dtype in (torch.bfloat16, torch.float16):

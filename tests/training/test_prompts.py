@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY_RECIPE, as_a_stranger, log_probability, run_script, tiny_model
+from conftest import TINY_RECIPE, log_probability, run_isolated, run_script, tiny_model
 from peft import get_peft_model
 from safetensors.torch import load_file
 from trl import ModelConfig
@@ -146,7 +146,7 @@ def test_export_repeats_the_predictions_of_the_run(prompt_run, tiny_dataset, tmp
         for row in rows
     ]
     (tmp_path / "problems.json").write_text(json.dumps(problems))
-    answers = as_a_stranger(
+    answers = run_isolated(
         """
         answer = pipeline("multimodal-cot", model="model", trust_remote_code=True)
         print(json.dumps(answer(json.load(open("problems.json")), batch_size=4)))

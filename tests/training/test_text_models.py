@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import TINY_RECIPE, TINY_TEXT, as_a_stranger, run_script
+from conftest import TINY_RECIPE, TINY_TEXT, run_isolated, run_script
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -156,7 +156,7 @@ def test_trains_and_predicts_with_a_byte_level_tokenizer(byt5_run):
 
 @pytest.mark.slow
 def test_export_with_a_byte_level_tokenizer_answers(byt5_run, tmp_path):
-    found = as_a_stranger(
+    found = run_isolated(
         """
         repository = sys.argv[1]
         pipe = pipeline("multimodal-cot", model=repository, trust_remote_code=True)
