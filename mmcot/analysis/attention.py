@@ -1,4 +1,4 @@
-"""Attention maps of the fusion over a dataset's problems; `attention_mmcot.py` computes the maps."""
+"""Attention maps of the fusion for the problems of a dataset; `attention_mmcot.py` computes the maps of one problem."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def maps_of_problems(
         problems: rows with the columns that the stage reads.
 
     Raises:
-        ValueError: the picture positions of the tower's patches are unknown.
+        ValueError: the positions of the tower's patches in the picture are unknown.
     """
     for problem in without_gold(problems):
         if problem["images"]:

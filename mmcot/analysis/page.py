@@ -47,11 +47,17 @@ def write_page(
 
 
 def check_attention(
-    arguments: argparse.Namespace, here: dict[str, str] | None, predicted: dict[str, str] | None
+    arguments: argparse.Namespace, of_model: dict[str, str] | None, of_predictions: dict[str, str] | None
 ) -> None:
-    """Raise a `ValueError` if the maps and the predictions come from models with different weights."""
-    if None not in (here, predicted) and here != predicted:
-        differing = ", ".join(stage for stage in here | predicted if here.get(stage) != predicted.get(stage))
+    """
+    Raise a `ValueError` if the maps and the predictions come from models with different weights.
+
+    Args:
+        of_model, of_predictions: the weights digest of each stage; None if unknown.
+    """
+    if None not in (of_model, of_predictions) and of_model != of_predictions:
+        stages = of_model | of_predictions
+        differing = ", ".join(stage for stage in stages if of_model.get(stage) != of_predictions.get(stage))
         raise ValueError(
             f"--attention {arguments.attention} has other weights than the model that wrote {arguments.file} "
             f"({differing}); expected the same model."
@@ -59,7 +65,10 @@ def check_attention(
 
 
 def problems_as_predicted(arguments: argparse.Namespace, problems: Dataset, origin: Any) -> Dataset:
-    """Load the pictures and captions of the prediction. Without `--attention`, absent ones only cause a warning."""
+    """
+    Load the problems with the pictures and captions that the model read during prediction. If some are absent, the
+    report shows none and a warning is logged; with `--attention`, an error is raised.
+    """
     source, reading = (arguments.source, arguments.split, origin.max_images), reading_options(arguments)
     try:
         shown = load_problems(*source, **reading)
@@ -86,7 +95,7 @@ def token_maps_of(
 
     stages_with_pictures = [stage for stage in processor.stages if stage.sees_pictures]
     if not stages_with_pictures or models[stages_with_pictures[-1].name].get_encoder().vision_tower is None:
-        raise ValueError("--attention: no stage of that model sees pictures, or it has no picture tower")
+        raise ValueError("--attention: no stage of the model sees pictures, or the model has no picture tower")
     last = stages_with_pictures[-1]
     earlier = processor.stages.before(last)
     for stage in earlier:

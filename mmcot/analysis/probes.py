@@ -1,6 +1,6 @@
 """Probes: measure how much an answer depends on the rationale, the picture and the content of the choices.
 
-The last stage answers again with the rationale removed, cut in half, taken from another problem or with shuffled words,
+The last stage answers again with another rationale (none, the first half, one from another problem, shuffled words),
 and with permuted choices. The whole system answers again without the picture, and with the picture of another problem.
 """
 
@@ -50,9 +50,9 @@ RATIONALES: dict[str, Callable[[list[str], random.Random], list[str]]] = {
 
 
 def other_indices(count: int, generator: random.Random) -> list[int]:
-    """Return a random permutation without fixed points: each index maps to its neighbour in a random circle."""
-    circle = generator.sample(range(count), count)
-    return [pair[1] for pair in sorted(zip(circle, circle[1:] + circle[:1], strict=True))]
+    """Return a random permutation without fixed points: each index maps to the next one in a random cycle."""
+    cycle = generator.sample(range(count), count)
+    return [pair[1] for pair in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
 
 
 def with_images(problems: Dataset, images: list[list]) -> Dataset:
@@ -90,7 +90,7 @@ def probe(
 
     Args:
         problems: rows with right answers, which no model sees.
-        store: features that replace the pictures, with the pictures' content as key.
+        store: the feature store that replaces the pictures, with a digest of each picture's content as key.
 
     Returns:
         For each probe: the number `n` of affected problems, their original `accuracy` and their `probed` accuracy, both
@@ -145,7 +145,10 @@ def difference(problems: Dataset, predictions: Predictions, probed: Predictions)
 def compare_permuted(
     problems: Dataset, orders: list[list[int]], predictions: Predictions, probed: Predictions
 ) -> dict[str, Any]:
-    """Compare answers to permuted choices, mapped back to the original order; only problems with several choices."""
+    """
+    Compare the answers to permuted choices, mapped back to the original order, with the original answers. Only problems
+    with several choices are compared.
+    """
     mapped_back = {
         name: {"answer": order[probed[name]["answer"]]} for name, order in zip(problems["id"], orders, strict=True)
     }
@@ -159,7 +162,7 @@ def compare_permuted(
 
 
 def format_probes(results: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [f"{'':<28}" + "".join(f"{title:>10}" for title in ("n", "as it is", "probed", "from", "to", "changed"))]
+    lines = [f"{'':<28}" + "".join(f"{title:>10}" for title in ("n", "original", "probed", "from", "to", "changed"))]
     for name, row in results.items():
         low, high = row["interval"] or (None, None)
         cells = [str(row["n"]), *map(two_places, (row["accuracy"], row["probed"], low, high, row["changed"]))]

@@ -35,7 +35,7 @@ from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage
 MARKER = "mmcot-report.json"  # marks a folder as a report, which may be replaced
 PICTURE_SIDE = 480  # maximum length of the longer side, px
 NUM_SKILLS = 30
-FULL = 4  # multiple of an even share of the attention that the overlay shows in full colour
+FULL = 4  # the overlay has its full colour from this multiple of uniform attention
 
 Predictions = Mapping[str, Mapping[str, Any]]
 
@@ -104,7 +104,7 @@ def write_maps(folder: Path, problem_ids: Sequence[str], attention: Iterable[tup
 
 @dataclass
 class Origin:
-    """The origin of predictions as needed by the page; an unknown field is None or empty."""
+    """The origin of predictions, in the fields that the page needs; an unknown field is None or empty."""
 
     stages: list[Stage] = field(default_factory=list)
     max_images: int | None = None
@@ -173,13 +173,13 @@ def write_attention(file: Path, number: int, token_maps: TokenMaps) -> None:
     """
     Write attention maps as a script, because a page opened from the disk can load scripts but not read files.
 
-    Values are scaled from 0 for half of an even share or less to 255 for `FULL` times an even share or more, so that
-    uniform attention is nearly invisible.
+    Values are scaled linearly: 0 for half of uniform attention or less, 255 for `FULL` times uniform attention or more.
+    Uniform attention is therefore nearly invisible.
     """
-    even = 1 / sum(maps[0].numel() for maps in token_maps.maps)
+    uniform = 1 / sum(maps[0].numel() for maps in token_maps.maps)
     data: dict[str, Any] = {"tokens": token_maps.tokens, "pictures": []}
     for maps in token_maps.maps:
-        scaled = ((maps / even - 0.5) / (FULL - 0.5) * 255).clamp(0, 255).round().byte()
+        scaled = ((maps / uniform - 0.5) / (FULL - 0.5) * 255).clamp(0, 255).round().byte()
         encoded = base64.b64encode(scaled.cpu().numpy().tobytes()).decode()
         data["pictures"].append({"rows": maps.shape[1], "columns": maps.shape[2], "maps": encoded})
     file.write_text(f"attention({number}, {json.dumps(data)});\n", encoding="utf-8")
@@ -205,10 +205,10 @@ def plots(
     if by_skill.keys() != {"no skill"}:
         figures[f"Accuracy by skill, the {len(largest)} largest of {len(by_skill)}"] = bars(largest)
     if scores["calibration"] is not None:
-        figures["Are the probabilities right? (reliability)"] = reliability(scores["calibration"]["curve"])
+        figures["Reliability of the probabilities"] = reliability(scores["calibration"]["curve"])
     lengths = by_length(problems, predictions, answers)
     if len(lengths) > 1:
-        figures["Accuracy by the rationale's words"] = bars(lengths)
+        figures["Accuracy by number of words in the rationale"] = bars(lengths)
     if without_picture is not None:
         blind_right = right_by_class(problems, checked_answers(problems, without_picture))
         figures["With and without picture"] = bars(right_by_class(problems, answers), blind_right)
@@ -229,7 +229,7 @@ def by_length(problems: Dataset, predictions: Predictions, answers: Mapping[str,
 
 
 def bars(right: Mapping[str, list[bool]], beside: Mapping[str, list[bool]] | None = None) -> str:
-    """Plot percentages as horizontal bars, the first name at the top."""
+    """Plot percentages as horizontal bars, the first name at the top; `beside` adds a grey bar for each name."""
     names = [name for name, values in right.items() if values]
     figure = Figure(figsize=(5.2, 0.5 + 0.27 * len(names)))
     axes = figure.subplots()

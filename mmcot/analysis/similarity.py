@@ -1,7 +1,7 @@
-"""Semantic similarity of rationales to gold by a sentence embedding model, the paper's `Similarity` score.
+"""Semantic similarity of rationales to the gold rationales, the paper's `Similarity` score.
 
-The paper uses sentence-transformers' all-MiniLM-L6-v2: the mean of the token states, compared by cosine. Any encoder on
-the Hub can be named; without a name the score is not computed.
+The paper compares embeddings of all-MiniLM-L6-v2 (sentence-transformers) by cosine; an embedding is the mean of the
+token states. Here the user names any encoder on the Hub; without a name the score is not computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def similarity(problems: Problems, rationales: Mapping[str, str], model: str, ba
     """
     Return the mean cosine, in percent, between each rationale and its most similar gold rationale.
 
-    Returns None if no problem has both texts.
+    Returns None if no problem has both a gold and a generated rationale.
 
     Args:
         rationales: by problem id.
