@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 Lengths = tuple[int, int]  # of a problem's source and target; 0 for an unknown target
 
-# Number of steps whose problems are sorted by length together; each epoch draws other problems for a window.
+# Problems are sorted by length within windows of this many steps. Each epoch draws the windows at random.
 WINDOW = 64
 
 
@@ -27,7 +27,7 @@ def length_batches(lengths: Sequence[Lengths], count: int, minimum: int = 1) -> 
 def by_both_lengths(lengths: Sequence[Lengths]) -> list[int]:
     """Sort indices so that neighbours have similar lengths: into strips by target length, within a strip by source."""
     by_target = sorted(range(len(lengths)), key=lambda index: lengths[index][::-1])
-    # As many strips as batches in a strip, for batches of 8; one strip if all targets have the same length.
+    # For batches of 8, there are as many strips as batches per strip, but no more strips than target lengths.
     num_strips = min(len({target for _, target in lengths}), math.ceil(math.sqrt(len(lengths) / 8)))
     size = math.ceil(len(lengths) / max(1, num_strips))
     strips = [by_target[start : start + size] for start in range(0, len(lengths), size)]
@@ -92,8 +92,8 @@ def split_by_cost(batches: list[list[int]], lengths: Sequence[Lengths], num_proc
 class LengthBatchSampler(Sampler[list[int]]):
     """
     Yields the batches of an epoch: optimisation steps in random order, with the batches of a step in succession. Each
-    epoch has other steps. The problems of a step do not depend on the number of batches per step if a batch contains 4
-    or more problems on average.
+    epoch groups the problems into different steps. The problems of a step do not depend on the number of batches per
+    step if a batch contains 4 or more problems on average.
 
     Args:
         lengths: source and target length of each problem.

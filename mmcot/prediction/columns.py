@@ -17,7 +17,7 @@ def with_columns(
     problems: Dataset, predictions: Mapping[str, Mapping[str, Any]], earlier: Sequence[Stage], required: bool = False
 ) -> Dataset:
     """
-    Add the columns that earlier stages wrote to the problems.
+    Return the problems with the columns that earlier stages wrote.
 
     Args:
         predictions: the written columns by problem id.
@@ -41,7 +41,7 @@ def with_columns(
 
 
 def with_gold_columns(problems: Dataset, earlier: Sequence[Stage]) -> Dataset:
-    """Add the columns that earlier stages learn to write, rendered from gold."""
+    """Return the problems with the columns that earlier stages learn to write, rendered from gold."""
     rows = [with_gold(row, earlier) for row in problems.remove_columns("images")] if earlier else []
     for stage in earlier:
         problems = with_column(problems, stage.writes, [row[stage.writes] for row in rows])

@@ -143,7 +143,7 @@ def add_columns(
 
 
 def log_shortened(stage: Stage, examples: Dataset | IterableDataset, which: str) -> dict[str, int] | None:
-    """Log and return the number of sources and targets that exceed the stage's limits; None for a stream."""
+    """Log and return the number of sources and targets that exceed the stage's limits. Return None for a stream."""
     if isinstance(examples, IterableDataset):
         return None
     counts = {"of": len(examples), "sources": sum(examples["is_shortened"])}

@@ -13,7 +13,10 @@ from modeling_mmcot.self_consistency_mmcot import TEMPERATURE
 
 @dataclass(frozen=True)
 class Sample:
-    """Settings of one of several sampled texts per problem: the text is the same in any process and after a kill."""
+    """
+    Settings of one of several sampled texts per problem. A text does not depend on the process that samples it, and is
+    the same after a killed call resumes.
+    """
 
     number: int
     temperature: float
@@ -33,7 +36,7 @@ class Drawing:
 
     Args:
         num_rationales: number of texts that each stage before the last one samples per problem; 1 disables sampling.
-        temperature, seed: of the sampling.
+        temperature, seed: settings of the sampling.
     """
 
     num_rationales: int = 1

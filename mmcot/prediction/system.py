@@ -1,4 +1,4 @@
-"""Load a system, its processor and the model of each stage, and the problems that it predicts."""
+"""Load a system (its processor and the model of each stage), and the problems to predict."""
 
 import argparse
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ def load_inputs(
     if store is None:
         if processor.image_processor is None and processor.stages.see_pictures and any(problems["images"]):
             raise ValueError(f"{arguments.model} has no picture tower, but problems have pictures: specify --features.")
-        for model in models.values():  # fills the disk cache: reports broken pictures first
+        for model in models.values():  # fills the disk cache, and raises errors for broken pictures early
             vision_source(model, processor.image_processor, problems)
         return problems, None
     store.check_problems(problems)
