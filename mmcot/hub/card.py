@@ -1,4 +1,4 @@
-"""Writes the model card of a run from its recipe, its scores and its files; it contains measured values only.
+"""Writes the model card of a run from its recipe, its scores and its files. A card contains measured values only.
 
 `card_template.md` contains the text. This file collects its values as huggingface_hub's `ModelCard` and `EvalResult`,
 and writes the picture of the stages, the scores file and the Hub's result files beside the card.
@@ -90,7 +90,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
     if dataset and dataset.shares_alike and publication.license not in (None, dataset.license):
         raise ValueError(
             f"--license is {publication.license}; expected {dataset.license}, the licence of {dataset_name}, on which "
-            f"this run was trained: it requires derived work to be shared alike."
+            f"this run was trained: it requires derived work to have the same licence."
         )
     scores = scores_of_run(run_folder, processor)
     recipe = published_recipe(run_folder)
@@ -111,7 +111,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         tags=["multimodal-cot", "custom_code"],
         model_name=publication.repo_id.split("/")[-1],
         eval_results=results,
-        # From this list, a later push determines which files it may replace or delete.
+        # A later push may replace or delete only the files in this list.
         mmcot={"version": __version__, "code": code, "files": sorted({*list_files(folder), "README.md"})},
     )
     card = ModelCard.from_template(
@@ -153,8 +153,8 @@ def scores_of_run(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str,
     Return the scores of a run without paths of this machine; None if there are no scores.
 
     Raises:
-        ValueError: the scores belong to other weights than the run's, to other predictions than those in the
-            predictions file, or to another split than their name specifies; or they do not record this.
+        ValueError: the scores do not belong to the run's weights, to the predictions file, or to the split in the name
+            of the scores file; or they do not record their origin.
     """
     split = run_folder.judged_split()
     if split is None:
@@ -164,7 +164,9 @@ def scores_of_run(run_folder: RunFolder, processor: MMCoTProcessor) -> dict[str,
     check_weights(scores, file, run_folder, processor)
     check_predictions(scores, file)
     if scores["split"] != split:
-        raise ValueError(f"{file} has scores of the split {scores['split']!r}; expected {split!r}, by its name.")
+        raise ValueError(
+            f"{file} has scores of the split {scores['split']!r}; expected {split!r}, the split in the file's name."
+        )
     return without_paths(scores)
 
 
@@ -177,7 +179,7 @@ def check_weights(measured: dict[str, Any], file: Path, run_folder: RunFolder, p
     found = "does not record its weights" if recorded is None else "was measured with other weights than the run's"
     raise ValueError(
         f"{file} {found} ({', '.join(differing)}). Predict and measure again: python -m mmcot.predict {run_folder} …, "
-        f"then python -m mmcot.evaluate FILE … --output {file}; mmcot.probes for {run_folder.probes.name}."
+        f"then python -m mmcot.evaluate FILE … --output {file} (for {run_folder.probes.name}: python -m mmcot.probes)."
     )
 
 

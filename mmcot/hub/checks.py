@@ -134,7 +134,7 @@ def find_leaks(folder: Path) -> Iterator[str]:
 
 
 def own_folders() -> list[bytes]:
-    """Return patterns of paths in the home and the working folder, whatever their names; a bare root is left out."""
+    """Return patterns of the paths in the home and the working folder; a folder that is the disk's root is left out."""
     folders = {Path.home(), Path.home().resolve(), Path.cwd()}
     return [
         rb"(?<![\w.-])" + re.escape(os.fsencode(folder)) + rb"(?!\w)" + PATH + b"*"

@@ -61,7 +61,7 @@ def write_hub_folder(
     base: Path | None = None,
 ) -> Path:
     """
-    Write a folder in the Hub's layout atomically; an existing folder is replaced. Return it.
+    Write a folder in the Hub's layout atomically, and return it. An existing folder is replaced.
 
     Args:
         stages: the folder of each stage's saved model by name, in the order of the stages. The last becomes the root.

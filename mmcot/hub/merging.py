@@ -1,4 +1,4 @@
-"""Checks whether an adapter can be merged into its base: not if it adapts a module that shares its weight."""
+"""Checks that an adapter can be merged: no adapted module may share its weight, because merging changes that weight."""
 
 from collections.abc import Sequence
 

@@ -147,7 +147,7 @@ def convert_model(folder: Path, vision: str, tower, report: list[str]) -> MMCoTF
     if tower is not None:
         model.config.freeze_vision = model.encoder.config.freeze_vision = True
         name = AUTHORS_TOWERS[vision]
-        # Another implementation of the same tower, e.g. timm's ViT, is registered under its own kind.
+        # Another implementation of the same tower, e.g. timm's ViT, gets no name: `find_tower` uses its model type.
         model.attach_tower(tower, name if TOWERS[name].model_type == tower.config.model_type else None)
     return model.eval()
 
@@ -235,7 +235,7 @@ def map_tensors(
         descriptions = "\n".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise ValueError(f"{folder} is not the model that its config.json describes. Tensors that are\n{descriptions}")
     unchanged = [name for name in tensors if renamed(name) == name]
-    report.append(f"{len(unchanged)} tensors of T5 under their own names")
+    report.append(f"{len(unchanged)} tensors of T5 keep their names")
     for old, new in RENAMED.items():
         count = sum(name.startswith(old) for name in tensors)
         report.append(f"{old}* -> {new}* ({count} tensors)")

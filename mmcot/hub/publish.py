@@ -42,7 +42,9 @@ def publish_run(
     verify_upload(plan, commit)
     found = answer_in_fresh_process(repository.repo_id, commit)
     if found != expected:
-        raise ValueError(f"{repository.repo_id} at {commit} answers {found}; expected {expected}, as {folder} answers.")
+        raise ValueError(
+            f"{repository.repo_id} at {commit} answers {found}; expected {expected}, the answer of {folder}."
+        )
     return commit
 
 

@@ -1,4 +1,4 @@
-"""A folder -> a repository on the Hub, in one commit: compares the contents before, and verifies the upload after.
+"""A folder -> a repository on the Hub, in one commit, with a comparison before and a verification after the upload.
 
 huggingface_hub handles the upload, retries and tokens. A failed push leaves the repository at its commit.
 """
@@ -140,7 +140,7 @@ def plan_push(folder: Path, repository: Repository, overwrite: bool, dry_run: bo
 
 def check_owner(repository: Repository, state: State, changes: dict[str, str]) -> None:
     """
-    Check that this tool pushed all files that would be deleted or replaced, by the file list in the repository's card.
+    Check, by the file list in the repository's card, that this tool pushed all files to delete or replace.
 
     Raises:
         ValueError: the repository, or a file in it, comes from somebody else.
@@ -190,7 +190,7 @@ def upload(plan: Plan) -> str:
 
 def explain_failure(api: HfApi, repository: Repository, head: str, error: Exception) -> Exception:
     """Return the exception to raise after a failed commit. The commit may exist, if only its response was lost."""
-    # huggingface_hub raises a RuntimeError if a large file cannot be sent; its Xet client also for other failures.
+    # huggingface_hub raises a RuntimeError if a large file cannot be sent, and its Xet client for other failures too.
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     failure = cause if isinstance(cause, HUB_ERRORS) else ConnectionError(str(error))
     try:
@@ -198,12 +198,13 @@ def explain_failure(api: HfApi, repository: Repository, head: str, error: Except
     except HUB_ERRORS:
         return ValueError(
             f"The Hub did not confirm whether {repository.repo_id} has the commit ({type(failure).__name__}): the same "
-            f"command compares, and continues."
+            f"command compares the contents again, and continues."
         )
     if info.sha == head:
         return failure
     return ValueError(
-        f"{repository.repo_id} is at {info.sha} now, but the Hub's response was lost: the same command compares."
+        f"{repository.repo_id} is at {info.sha} now, but the Hub's response was lost: the same command compares the "
+        f"contents again."
     )
 
 
@@ -357,7 +358,10 @@ def advice(error: Exception, repository: Repository) -> str:
     name = repository.repo_id
     untouched = f"{name} is unchanged."
     if isinstance(error, OfflineModeIsEnabled):
-        return f"offline (HF_HUB_OFFLINE is set): {name} was not reached. Unset it to publish; --dry_run works offline."
+        return (
+            f"offline (HF_HUB_OFFLINE is set): {name} was not reached. Unset the variable to publish; --dry_run works "
+            f"offline."
+        )
     if isinstance(error, LocalTokenNotFoundError):
         return f"no token: log in with `hf auth login`, or set HF_TOKEN. {untouched}"
     status = getattr(getattr(error, "response", None), "status_code", None)

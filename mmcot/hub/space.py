@@ -48,14 +48,15 @@ def commit_of_model(model_id: str, revision: str, dry_run: bool) -> str:
     except (RepositoryNotFoundError, RevisionNotFoundError, OfflineModeIsEnabled) as error:
         if dry_run:
             print(
-                f"{model_id} is not on the Hub, or the Hub is offline: the Space would name the commit of its upload."
+                f"{model_id} is not on the Hub, or the Hub is offline. Without --dry_run, the Space names the commit "
+                f"of the model's upload."
             )
             return revision
         if isinstance(error, OfflineModeIsEnabled):
             raise
         raise ValueError(
             f"a Space requires a model: {model_id} has no {revision} on the Hub. Publish the model first, or name its "
-            f"run."
+            f"run folder."
         ) from None
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from huggingface_hub import RepoCard, constants
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-try:  # since huggingface-hub 2.0 its client, whose errors it does not wrap, is httpx2; before, httpx
+try:  # huggingface-hub does not wrap the errors of its HTTP client: httpx2 since version 2.0, httpx before
     from httpx2 import TransportError
 except ImportError:
     from httpx import TransportError
@@ -24,7 +24,7 @@ def validate_card(card: RepoCard, repo_type: str) -> None:
     Raises:
         ValueError: the Hub rejects the metadata.
     """
-    # Since huggingface-hub 2.2, `validate` uses the Hub of HF_ENDPOINT; before, always huggingface.co.
+    # Since huggingface-hub 2.2, `validate` calls the Hub at HF_ENDPOINT; before, it always called huggingface.co.
     if tuple(map(int, version("huggingface-hub").split(".")[:2])) >= (2, 2):
         return card.validate(repo_type)
     response = get_session().post(

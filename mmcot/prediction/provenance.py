@@ -105,8 +105,8 @@ def check_export(run_folder: RunFolder, processor: MMCoTProcessor) -> None:
 
 def stage_weights(folder: Path, stage: str) -> str:
     """
-    Return the weights digest of a stage in a run folder or a folder in the Hub's layout. The digest of an adapter covers
-    its base too.
+    Return the weights digest of a stage in a run folder or a folder in the Hub's layout. The digest of an adapter
+    covers its base too.
     """
     own = folder / stage if (folder / stage).is_dir() else folder
     run_folder = RunFolder(folder)
