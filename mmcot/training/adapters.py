@@ -85,9 +85,9 @@ def prompt_config(
     config: MMCoTConfig, peft_type: str, num_virtual_tokens: int
 ) -> PromptTuningConfig | PrefixTuningConfig:
     """
-    Configure virtual tokens before the encoder's input (Lester et al. 2021, arXiv 2104.08691, initialized from the
-    vocabulary), or keys and values in the decoder's attention (Li and Liang 2021, arXiv 2101.00190, without their
-    projection).
+    Configure prompt tuning, with virtual tokens before the encoder's input (Lester et al. 2021, arXiv 2104.08691,
+    initialized from the vocabulary), or prefix tuning, with keys and values in the decoder's attention (Li and Liang
+    2021, arXiv 2101.00190, without the projection in that paper).
     """
     common = {"task_type": TaskType.SEQ_2_SEQ_LM, "num_virtual_tokens": num_virtual_tokens}
     if peft_type == "PROMPT_TUNING":
@@ -110,7 +110,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
 
 
 def target_modules(model_config: ModelConfig) -> list[str] | str:
-    """Return the names, the pattern or "all-linear" that PEFT expects; by default PEFT's own choice for T5."""
+    """Return PEFT's `target_modules`: names, a pattern or "all-linear"; by default PEFT's own choice for T5."""
     names = model_config.lora_target_modules
     if names is None:
         return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["t5"]
@@ -129,15 +129,15 @@ def check_adapters(
         shared: `shared_modules` of the text model.
 
     Raises:
-        ValueError: `lora_target_modules` matches no layer, or a module that shares its weight with another module,
-            which merging would change too; quantization is set without bitsandbytes or a GPU.
+        ValueError: `lora_target_modules` matches no layer; an option selects a module that shares its weight with
+            another module, which merging would change too; or quantization is set without bitsandbytes or a GPU.
     """
     check_not_shared(model_config.lora_modules_to_save or [], "lora_modules_to_save", shared)
     quantization(model_config)
     if peft_type != "LORA":
         return
     targets = target_modules(model_config)
-    if targets != "all-linear":  # it excludes the output head
+    if targets != "all-linear":  # "all-linear" excludes the output head
         check_not_shared(targets, "lora_target_modules", shared)
     if isinstance(targets, list):
         unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in linear_layers)]

@@ -75,7 +75,7 @@ def check_source(stage: Stage) -> None:
 
 
 def default_score(target: str) -> str:
-    """Return "mean" for targets with choices' texts, as a text's total log-probability falls with its length."""
+    """Return "mean" if the target contains a choice's text, because the longer a text, the lower its total."""
     try:
         columns = meta.find_undeclared_variables(ENVIRONMENT.parse(target))
     except TemplateError as error:
@@ -210,7 +210,7 @@ def check_weight_files(folder: str) -> None:
 
 
 def check_wrapped_classes(model: nn.Module) -> None:
-    """Raise an error if the model lacks a layer that accelerate's FSDP settings wrap: accelerate checks only later."""
+    """Raise an error if the model lacks a layer that FSDP is to wrap, because accelerate checks this only later."""
     class_names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     known = {type(module).__name__ for module in model.modules()}
     for name in filter(None, class_names.split(",")):
@@ -230,7 +230,7 @@ def picture_fields(recipe: Recipe, store: FeatureStore | None, tower: PreTrained
             fields[name] = getattr(arguments, name)
     own = own_config(recipe.model_config)
     if own is not None and own.vision_hidden_size is not None:
-        return fields  # the model keeps its own width, which is compared with the tower's or the store's later
+        return fields  # the model keeps its own width; a later check compares it with the tower or the store
     if tower is not None:
         fields["vision_hidden_size"] = tower_width(tower)
     elif store is not None:

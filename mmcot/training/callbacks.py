@@ -27,7 +27,10 @@ class SamplerEpoch(TrainerCallback):
 
 
 class StepSizeCheck(TrainerCallback):
-    """Lets a run resume with other processes, batches and accumulation if a step has as many problems as before."""
+    """
+    Allows a run to resume with another number of processes, another batch size and other accumulation, if a step has as
+    many problems as before.
+    """
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         if state.global_step == 0 or not has_length(train_dataloader):
@@ -40,8 +43,8 @@ class StepSizeCheck(TrainerCallback):
         if not is_unchanged and not 0.8 < state.epoch / state.global_step * steps < 1.25:
             raise RunStopped(
                 f"The checkpoint was written with {state.global_step / state.epoch:.1f} steps per epoch, and an epoch "
-                f"now has {steps}: set per_device_train_batch_size and gradient_accumulation_steps so that, times "
-                f"{args.world_size} processes, a step contains as many problems as before."
+                f"now has {steps}: set per_device_train_batch_size and gradient_accumulation_steps so that a step over "
+                f"all {args.world_size} processes contains as many problems as before."
             )
 
 
@@ -66,7 +69,7 @@ class Termination(TrainerCallback):
     training. Handles the signals while used as a context manager. Launchers forward signals, so one can arrive twice.
 
     Attributes:
-        received: the signal that arrived, None without one.
+        received: the received signal; None if there was none.
     """
 
     def __init__(self):
@@ -96,7 +99,7 @@ class Termination(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.received_by_any():
-            args.save_total_limit = None  # with it, the Trainer can remove the newest checkpoint at its end
+            args.save_total_limit = None  # else the Trainer can remove the newest checkpoint at the end
             control.should_training_stop = True
             control.should_save = not state.epoch.is_integer()  # otherwise `on_epoch_end` saves
 

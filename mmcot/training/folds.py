@@ -1,4 +1,4 @@
-"""Cross-fitting: writes a stage's column for each training problem with a model that was trained without it."""
+"""Cross-fitting: writes a stage's column for each training problem, by a model trained without that problem."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Reports the progress of a training beside its loss: speed and memory, validation scores of generated texts, the
+"""Reports the progress of a training besides its loss: speed and memory, validation scores of generated texts, the
 fusion's gate, examples to read, and plots of the curves at the end.
 
 Metrics go through the Trainer's log, and so to TensorBoard or any other service in `report_to`. Nothing here changes
@@ -134,7 +134,7 @@ class ValidationReport:
 
     @staticmethod
     def load_pictures(problem: dict) -> list[Image.Image]:
-        """Load a problem's pictures; none if files are missing, as they can be when features are stored."""
+        """Load a problem's pictures; none if a file is missing, because a run with stored features may lack them."""
         paths = [picture["path"] for picture in problem["images"] if not picture["bytes"]]
         if not all(Path(path).is_file() for path in paths):
             return []
@@ -151,7 +151,8 @@ class ValidationReport:
             "",
         ]
         if gate is not None:
-            lines += ["Share of the picture by token position:", " ".join(f"{share:.3f}" for share in gate), ""]
+            weights = " ".join(f"{weight:.3f}" for weight in gate)
+            lines += ["Gate (weight of the picture, 0 to 1) by token position:", weights, ""]
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         for number, problem in enumerate(self.problems.select(range(min(NUM_EXAMPLES, len(self.problems))))):
             lines += [f"## {problem['id']}", ""]
@@ -170,7 +171,7 @@ class ValidationReport:
 def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:
     """Plot the losses by step, and scores and gate if they were logged."""
     panels = {"loss": ("loss", "eval_loss"), "accuracy, %": ("eval_accuracy_Avg", "eval_accuracy_IMG")}
-    panels |= {"BLEU-4, ROUGE-L, %": ("eval_bleu4", "eval_rougeL"), "share of the picture": ("eval_gate",)}
+    panels |= {"BLEU-4, ROUGE-L, %": ("eval_bleu4", "eval_rougeL"), "gate": ("eval_gate",)}
     logged = {
         title: [name for name in names if any(name in entry for entry in log_history)]
         for title, names in panels.items()

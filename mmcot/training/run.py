@@ -2,7 +2,7 @@
 
 For each stage in order: train it, then write its column for val and test, free-running. Then score and export. Calling
 the same command again resumes an interrupted run: finished stages are kept, an unfinished stage resumes from its last
-complete checkpoint. `preparation.py` checks recipe and data before.
+complete checkpoint. `preparation.py` checks recipe and data beforehand.
 """
 
 from accelerate import PartialState
@@ -39,7 +39,7 @@ def run(prepared: Run) -> None:
         train_and_write(prepared, stage, {"val", "test"}, prepared.stages)
         if stage in cross_fitted_stages(prepared):
             cross_fit(prepared, stage)
-    prepared.initial_model.discard()  # it is left over if every stage was trained before
+    prepared.initial_model.discard()  # no stage has taken it if all were trained before
     if PartialState().is_main_process:
         try:
             for split in ("val", "test"):
@@ -52,7 +52,10 @@ def run(prepared: Run) -> None:
 
 
 def write_scores(folder: RunFolder, recipe: Recipe, split: str) -> None:
-    """Write the scores of a split's predictions as `mmcot.evaluate` does, with pictures even if no stage reads them."""
+    """
+    Write the scores of a split's predictions as `mmcot.evaluate` does. The problems are loaded with pictures even if no
+    stage reads them, because the class of a problem depends on its pictures.
+    """
     file, predictions = folder.predictions(split), folder.predictions_so_far(split)
     dataset, options = recipe.arguments.dataset, non_default_options(recipe.arguments)
     problems = load_scored_problems(recipe.source, split, **reading_options(recipe.arguments))

@@ -116,7 +116,7 @@ def describe_changes(recorded: dict[str, Any], current: dict[str, Any], split: s
     if None in versions:
         if versions[0] == versions[1]:
             return None
-        return f"Of the {split} problems, only one of the recorded and the current data has digests"
+        return f"The {split} problems are streamed, without digests, in only one of the recorded and the current data"
     digests = [
         {name: [None if part == ABSENT else part for part in pair.split()] for name, pair in pairs.items()}
         for pairs in versions

@@ -17,7 +17,7 @@ from mmcot.problems.splits import overlaps
 from mmcot.recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-# Published figures refer to the splits of these datasets, whatever problems the splits share.
+# Published figures refer to the splits of these datasets, even if their splits share problems.
 PUBLISHED = ("ScienceQA", "A-OKVQA")
 
 
@@ -38,7 +38,7 @@ def record_splits(recipe: Recipe, problems: Mapping[str, Dataset | IterableDatas
     divided = None if arguments.streaming or not is_divided(recipe.source, arguments.columns) else arguments.split_seed
     record: dict[str, Any] = {"divided_by": divided, "n": sizes, "overlap": None}
     if arguments.streaming:
-        logger.warning("training problems are streamed: they are not checked for validation and test problems")
+        logger.warning("training problems are streamed: their overlap with validation and test problems is not checked")
         return record
     found = overlaps(problems)
     record["overlap"] = {first: {name: len(ids) for name, ids in second.items()} for first, second in found.items()}

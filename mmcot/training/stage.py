@@ -206,7 +206,7 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
 
 def exit_after_signal(trainer: StageTrainer, stage: Stage, termination: Termination) -> None:
     """
-    Exit after a signal, with its status, 128 plus its number.
+    Exit after a signal, with the status 128 plus the signal's number.
 
     Raises:
         RunStopped: the training ended early without a signal. With a signal's status, a scheduler would restart the
@@ -272,7 +272,7 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     if not recipe.model_config.use_peft:
         freeze(model, recipe.arguments.freeze_text, recipe.arguments.freeze_fusion)
         return model
-    set_seed(recipe.training_arguments.seed)  # the same adapter, however its base was built
+    set_seed(recipe.training_arguments.seed)  # so that the adapter does not depend on how its base was built
     model = adapt(
         model,
         recipe.model_config,
@@ -298,7 +298,7 @@ def load_starting_weights(prepared: Run, previous: Path | None) -> MMCoTForCondi
 
 
 def load_saved(prepared: Run, folder: Path, **load_options: Any) -> MMCoTForConditionalGeneration:
-    """Load a model of the run, after discarding the initial model: only one model is in memory."""
+    """Load a model of the run, after discarding the initial model, so that only one model is in memory."""
     prepared.initial_model.discard()
     return MMCoTForConditionalGeneration.from_pretrained(folder, **load_options)
 

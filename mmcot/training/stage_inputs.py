@@ -1,8 +1,9 @@
-"""Selects the texts that a stage is trained on in the columns that earlier stages write.
+"""Selects the texts for the columns that a stage reads in training and an earlier stage writes (`inputs_from`).
 
 `gold` renders them from the dataset's own columns, as the paper does. `generated` takes the texts that the earlier
 stages write for their own training problems. `cross_fit` takes, for each problem, texts of stages that were trained
-without it, so that a stage trains on the kind of texts that it reads later. Nothing is trained or predicted here.
+without it, so that a stage trains on the kind of texts that it reads in prediction. This file trains and predicts
+nothing.
 """
 
 import random
@@ -28,8 +29,8 @@ def with_written_columns(problems: Dataset, earlier: list[Stage], folder: RunFol
         return with_columns(problems, folder.predictions_so_far(split), earlier, required=True)
     except MissingColumns as error:
         raise RunStopped(
-            f"{folder.predictions(split)}: {error} The stage has to write it for all problems before a later stage is "
-            f"trained on it; a cross-fitted stage, in every fold."
+            f"{folder.predictions(split)}: {error} That stage has to write the column for all problems (a cross-fitted "
+            f"stage: in every fold) before a later stage is trained on it."
         ) from error
 
 

@@ -17,7 +17,7 @@ from mmcot.problems.sources import stream_rows
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.stage_mmcot import Stage
 
-# In examples. The next example is drawn at random from the buffer, which keeps the examples' pictures in memory.
+# Number of examples from which the next one is drawn at random. The buffer keeps their pictures in memory.
 SHUFFLE_BUFFER_SIZE = 1000
 TOKENIZE_BATCH_SIZE = 16
 
@@ -36,7 +36,7 @@ def stream_problems(source: str, columns: str | Mapping[str, str] | None = None)
 
 
 def check_answer(problem: dict[str, Any]) -> dict[str, Any]:
-    """Return the problem unchanged if it has an answer, as `map` requires; raise a ValueError otherwise."""
+    """Return the problem unchanged, because `map` needs a result; raise a ValueError if it has no answer."""
     require_answer(problem)
     return problem
 

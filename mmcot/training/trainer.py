@@ -1,5 +1,5 @@
-"""A Seq2SeqTrainer with batches by length, a loss without logits of padding, atomic checkpoints, and graceful shutdown
-on SIGTERM.
+"""A Seq2SeqTrainer with batches of similar lengths, a loss that computes no logits for padding, atomic checkpoints, and
+graceful shutdown on SIGTERM.
 
 `stage.py` selects the model, its training examples and the order of stages.
 """
@@ -39,10 +39,10 @@ class StageTrainer(Seq2SeqTrainer):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.label_smoother = None  # the model's loss applies label smoothing, without logits of padding
+        self.label_smoother = None  # the model's own loss smooths labels, without logits for padding
 
     def get_train_dataloader(self) -> DataLoader:
-        """Use the batches of `batching.py` with `train_sampling_strategy: group_by_length`, else the Trainer's own."""
+        """Return batches of `batching.py` for `train_sampling_strategy: group_by_length`, else the Trainer's own."""
         loader = super().get_train_dataloader() if not self.groups_by_length() else self.length_dataloader()
         base_loader = getattr(loader, "base_dataloader", loader)
         base_loader.worker_init_fn = functools.partial(start_worker, initialize=base_loader.worker_init_fn)
@@ -75,7 +75,7 @@ class StageTrainer(Seq2SeqTrainer):
         if model.training:
             self.speed.count(inputs)
         if not model.training:
-            num_items_in_batch = self.evaluation_weight(inputs)
+            num_items_in_batch = self.evaluation_divisor(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if model.training and not torch.isfinite(loss).all():  # one loss per GPU if a process uses several
@@ -111,14 +111,15 @@ class StageTrainer(Seq2SeqTrainer):
         self.speed.reset()  # the time of an evaluation does not count as training
         return metrics
 
-    def evaluation_weight(self, inputs: dict[str, torch.Tensor]) -> float:
+    def evaluation_divisor(self, inputs: dict[str, torch.Tensor]) -> float:
         """
-        Return the weight that turns the Trainer's average of batches, by number of problems, into the mean over all
-        target tokens. (With several processes it repeats problems to fill the last batches; these count twice.)
+        Return the divisor of a batch's summed loss. The Trainer averages the losses of batches, weighted by their
+        numbers of problems; with this divisor, the average is the mean over all target tokens. (With several processes,
+        the Trainer repeats problems to fill the last batches, and counts them twice.)
         """
-        weight = self.mean_target_length * len(inputs["labels"])
-        # The Trainer then multiplies the loss by the number of processes, to undo an average that evaluation skips.
-        return weight * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
+        divisor = self.mean_target_length * len(inputs["labels"])
+        # The Trainer multiplies the loss by the number of processes, to undo an average that is absent in evaluation.
+        return divisor * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
 
     @functools.cached_property
     def mean_target_length(self) -> float:
@@ -129,7 +130,7 @@ class StageTrainer(Seq2SeqTrainer):
         return os.path.join(folder, UNFINISHED) if self.is_saving else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Let the Trainer write to a temporary name; the complete checkpoint, with its list of files, is renamed."""
+        """Let the Trainer write under a temporary name, and rename the checkpoint when all its files are listed."""
         folder = Path(self.args.output_dir)
         unfinished = folder / UNFINISHED
         written = unfinished / f"checkpoint-{self.state.global_step}"
@@ -146,9 +147,8 @@ class StageTrainer(Seq2SeqTrainer):
                 self.state.best_model_checkpoint = str(checkpoint)
             if self.args.should_save:
                 best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
-                self.state.save_to_json(
-                    str(written / "trainer_state.json")
-                )  # without a path, so that a run can be moved
+                # Without the path of the best checkpoint, so that a run can be moved.
+                self.state.save_to_json(str(written / "trainer_state.json"))
                 self.state.best_model_checkpoint = best
                 finish_checkpoint(written, checkpoint)
                 unfinished.rmdir()
@@ -180,7 +180,10 @@ def load_weights(model: MMCoTForConditionalGeneration, checkpoint: str) -> None:
 
 
 def start_worker(number: int, initialize: Callable[[int], None] | None) -> None:
-    """Start a data loader's worker, which ignores stop signals to all processes of a job: the Trainer handles them."""
+    """
+    Start a data loader's worker, which ignores the stop signals that a scheduler sends to all processes of a job,
+    because the Trainer handles them.
+    """
     for signal_number in STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
     if initialize is not None:
