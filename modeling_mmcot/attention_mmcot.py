@@ -29,7 +29,7 @@ class TokenMaps:
             The tokens of the source.
         maps (`list[torch.FloatTensor]`):
             One map per picture, of shape `(num_tokens, rows, columns)`. The maps of one token sum to 1 over all
-            pictures of the problem, less its attention to patches without a position (class tokens).
+            pictures of the problem, minus its attention to patches without a position (class tokens).
     """
 
     tokens: list[str]
@@ -89,7 +89,7 @@ def is_detr(tower: PreTrainedModel) -> bool:
 
 
 def cross_attention(tower: PreTrainedModel, pixels: torch.FloatTensor) -> torch.FloatTensor:
-    """The cross-attention of DETR's last decoder layer, averaged over its heads, `(num_queries, rows * columns)`."""
+    """Return the cross-attention of DETR's last decoder layer, averaged over heads, `(num_queries, rows * columns)`."""
     # Only eager attention returns weights. It is set on a copy, because other threads may be using the tower.
     tower = copy.deepcopy(tower)
     tower.set_attn_implementation("eager")

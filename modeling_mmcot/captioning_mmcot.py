@@ -1,6 +1,6 @@
 """Picture -> caption, with any image-text-to-text checkpoint of transformers.
 
-Captions are needed where a recipe reads them: `MultimodalCoTPipeline` computes them for problems without a caption, and
+A stage can read captions: `MultimodalCoTPipeline` computes them for problems without a caption, and
 `python -m mmcot.features --captions` for a whole dataset. This file does not depend on problems or stages.
 """
 
@@ -71,7 +71,7 @@ class Captioner:
         )
         self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         self.image_processor = None
-        if not isinstance(self.processor, ProcessorMixin):  # VisionEncoderDecoder saves tokenizer and image processor
+        if not isinstance(self.processor, ProcessorMixin):  # VisionEncoderDecoder has no processor of its own
             self.processor = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
             self.image_processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         tokenizer = getattr(self.processor, "tokenizer", self.processor)

@@ -2,8 +2,8 @@
 
 A chat is one user message whose text contains the question, the context and the choices in free form. This file only
 parses it: `inference_mmcot.reply` runs the stages and returns rationale and answer as one reply. It imports no other
-shipped file, because the processor, which is loaded first, imports this one, and loaders of older transformers copy
-only the direct imports of an entry file.
+shipped file, because `processing_mmcot.py`, the file that a loader reads first, imports it, and older versions of
+transformers copy only those files that the first file imports directly.
 """
 
 import re

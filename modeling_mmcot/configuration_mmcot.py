@@ -11,7 +11,7 @@ from transformers import AutoConfig, MT5Config, PreTrainedConfig, T5Config
 
 __version__ = "0.1.0"
 
-# Version of the format of a model's files. Raise it when new code cannot read older files, or older code new files.
+# Version of the format of a model's files. Raise it when new code cannot read old files, or old code new files.
 FORMAT_VERSION = 1
 
 
@@ -58,7 +58,7 @@ class MMCoTConfig(T5Config):
     ```python
     >>> from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
 
-    >>> # FLAN-T5 small's text model, to be fed with DETR's features from outside
+    >>> # FLAN-T5 small's text model, for DETR features that are computed outside of the model
     >>> config = MMCoTConfig(d_model=512, d_ff=1024, num_layers=8, num_heads=6, vision_hidden_size=256)
     >>> model = MMCoTForConditionalGeneration(config)
     >>> model.config.fusion, model.config.vision_hidden_size
@@ -166,7 +166,7 @@ def from_text_model(config_dict: dict, name: str) -> dict:
             f"model of this package ({MMCoTConfig.model_type})."
         )
     if model_type == "mt5":
-        # mT5 never scales outputs, whereas T5's config decides it by `tie_word_embeddings` in the file.
+        # mT5 never scales outputs, but T5's config derives the scaling from `tie_word_embeddings` in the file.
         config_dict = {**MT5Config.from_dict(config_dict).to_dict(), "scale_decoder_outputs": False}
     return {**config_dict, "model_type": MMCoTConfig.model_type}
 

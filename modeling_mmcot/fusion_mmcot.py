@@ -68,8 +68,9 @@ class Fusion(nn.Module):
                 True for a real patch. A row without real patches keeps its `hidden_states`, bit for bit.
         """
         has_picture = vision_mask.any(dim=1)[:, None, None]
-        # A row without real patches attends to all patches and its result is dropped: no NaN, also not in the gradient.
-        # Masked patches are set to zero: 0 times NaN or infinity would be NaN in the sums below.
+        # A row without real patches attends to all patches, and its result is dropped: a softmax over no patches would
+        # be NaN, also in the gradient. Masked patches are set to zero, because 0 times NaN or infinity would be NaN in
+        # the sums below.
         vision_features = vision_features.masked_fill(~vision_mask[..., None], 0)
         attended, weights = self.attend(hidden_states, vision_features, vision_mask | ~has_picture[:, 0])
         gate = self.gate(hidden_states, attended)

@@ -60,7 +60,7 @@ def greedy_search(
     """
     with torch.inference_mode():
         sequences, tokens = input_ids, input_ids
-        # Not `pad_token_id`: for a model without one, `generate` pads with eos.
+        # Not `pad_token_id`, because for a model without one, `generate` pads with eos.
         pad = generation_config._pad_token_tensor
         pad = input_ids.new_tensor(0) if pad is None else pad  # without eos, all texts have the same length
         rows = torch.arange(len(input_ids), device=input_ids.device)  # the batch's rows, as indices into `sequences`

@@ -192,8 +192,8 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
     """
     Run the encoder once for a batch, and return the inputs of the decoder, which can be decoded several times.
 
-    Sources of similar length pass the encoder together, so that a long source does not pad all others. The decoder
-    takes them all as one batch.
+    The encoder runs over groups of sources of similar length, so that a long source does not pad all others. The
+    decoder takes all sources as one batch.
     """
     inputs = BatchFeature(inputs).to(model.device, model.dtype)
     input_ids = inputs["input_ids"]  # needed by logits processors such as `encoder_no_repeat_ngram_size`
@@ -238,7 +238,7 @@ def generate_texts(
     Generate each problem's text, and return whether it was cut at the limit of new tokens.
 
     `generation` overrides the model's own generation config. Only transformers' own decoding supports a streamer; with
-    beams, which are not final before the end, it receives the whole text at once.
+    beams, which are not final before the end, the streamer receives the whole text at once.
     """
     config = decoding_config(model.generation_config, generation)
     if config.stop_strings is not None:
@@ -296,7 +296,7 @@ def choose_answers(
     model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage, problems: list[dict], encoded: dict
 ) -> list[dict]:
     """
-    Choose each answer by scoring the choices: a softmax over the log-probabilities of the targets of its choices.
+    Choose each problem's answer by scoring its choices: a softmax over the log-probabilities of the choices' targets.
 
     A long target is less probable than a short one for any question. Therefore, with `stage.score` "mean" each
     log-probability is divided by its target's number of tokens, and with "calibrated" the log-probability of the same

@@ -1,7 +1,7 @@
 """The known answer of a system: the outputs of each stage for one small problem, recorded at export.
 
-The pipeline recomputes it on loading and raises an error that names any difference: other weights, another template, or
-a library version with other results. This file does not depend on a dataset.
+The pipeline recomputes it on loading and raises an error that names the difference, if there is one: other weights,
+another template, or a library version with other results. This file does not depend on a dataset.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def known_answer(models: Mapping[str, PreTrainedModel], processor: MMCoTProcesso
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of torch and transformers."""
+    """Return the installed versions of torch and transformers."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -83,7 +83,7 @@ def generation_settings(config: GenerationConfig) -> dict[str, Any]:
 
 
 def picture_inputs(model: PreTrainedModel, processor: MMCoTProcessor, stage: Stage) -> dict[str, torch.Tensor]:
-    """Return a drawn picture, features for a model without tower, or nothing for a stage that reads no pictures."""
+    """Return a test picture, features for a model without tower, or nothing for a stage that reads no pictures."""
     width = model.config.vision_hidden_size
     if "images" not in stage.reads or width is None:
         return {}
@@ -129,7 +129,7 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
     if path is None:
         return
     known = read_known_answer(path, processor.stages.names)
-    # Only files in the same folder are hashed; the names in the known answer are never opened.
+    # Only files in the same folder are hashed: a name in the known answer is never used as a path.
     found = find_weight_files(os.path.dirname(path))
     for name, digest in known["weights"].items():
         if name not in found:
@@ -145,7 +145,8 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
             )
     if getattr(root, "is_quantized", False):
         logger.warning(
-            "Only the files of %s are checked: quantization changes its outputs more than an error would.", repository
+            "Only the files of %s are checked, not its outputs: quantization changes them more than an error would.",
+            repository,
         )
         return
     for stage in processor.stages:
@@ -204,7 +205,7 @@ def find_difference(known: dict[str, Any], found: dict[str, Any]) -> str | None:
     tolerance = max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in dtypes)
     error = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not error <= tolerance:
-        return f"its logits differ by {error:.2g} of the largest, and rounding explains at most {tolerance:g}"
+        return f"its logits differ by {error:.2g} times the largest one, and rounding explains at most {tolerance:g}"
     if dtypes == [torch.float32, torch.float32] and found["greedy"] != known["greedy"]:
         return f"it generates {found['greedy']!r}, and generated {known['greedy']!r}"
     scores, others = found.get("scores", []), known.get("scores", [])

@@ -232,7 +232,7 @@ def weights_before_adapting(base: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def base_digest(base: PreTrainedModel) -> str | None:
     """
-    Compute a digest that distinguishes base models of the same shape: of the first values of each weight in bfloat16.
+    Compute a digest that distinguishes base models of the same shape, from the first values of each weight in bfloat16.
 
     The fusion is not included, because each adapter contains its own. An adapter records the digest in its
     configuration, as the `revision` of its base. The digest is None for a base whose weights are quantized, sharded,

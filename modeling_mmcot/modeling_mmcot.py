@@ -4,8 +4,8 @@ Notable:
 - each picture is encoded once per problem: the encoder returns fused states, so that `generate`, its cache, beam search
   and the scoring of choices need no changes;
 - T5's parameters keep T5's names; the new ones are in `encoder.fusion` and `encoder.vision_tower`;
-- a row without picture is computed as in T5, bit for bit (except with `zeros_for_missing_pictures`, for converted
-  checkpoints, and for the rounding of FLAN-T5's activation, which is computed in one operation);
+- a row without picture is computed as in T5, bit for bit, with two exceptions: `zeros_for_missing_pictures`, for
+  converted checkpoints, and the rounding of FLAN-T5's activation, which is computed in one operation;
 - an output head that is untied in its checkpoint (T5 v1.1, FLAN-T5) stays untied.
 """
 
@@ -35,8 +35,9 @@ from .versions_mmcot import CACHE, CUSTOM_CODE_METHOD, takes_cache_by_either_nam
 from .virtual_tokens_mmcot import VirtualTokens
 from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
 
-# Maximum number of tokens of all choices of a problem to score in one packed pass, whose attention cost grows with the
-# square of that number: up to this limit it is faster for few long and for many short choices (benchmarks/README.md).
+# Maximum length of a packed pass, in tokens of all choices of a problem. The cost of its attention grows with the
+# square of this length. Up to this limit, a packed pass is faster than one pass per choice, both for few long and for
+# many short choices (benchmarks/README.md).
 MAX_PACKED_LENGTH = 256
 
 
@@ -675,7 +676,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
     def score_one_by_one(
         self, choice_labels: torch.LongTensor, attention_mask: torch.Tensor, encoder_outputs: BaseModelOutput
     ) -> torch.FloatTensor:
-        """Compute `score_choices` with one pass per choice: the cost of a packed pass grows with the square of all."""
+        """Compute `score_choices` with one pass per choice, for choices that are too long for a packed pass."""
         scores = []
         for labels in choice_labels.unbind(1):
             labels = labels[:, : max(1, int((labels != -100).sum(dim=1).max()))]

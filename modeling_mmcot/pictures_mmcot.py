@@ -27,8 +27,9 @@ import transformers
 from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
 
-# A larger picture is reduced by an integer factor on reading, and a longer strip is resized to a shorter and wider one:
-# this makes no difference to the towers, and a resize by the shorter side would exhaust the memory for both.
+# A picture with more pixels is reduced by an integer factor when it is read. A strip with a larger aspect ratio is
+# resized to a shorter and wider one. Without these limits, an image processor that resizes the shorter side would
+# exhaust the memory. The limits make no difference to the towers.
 MAX_PIXELS = 16_000_000
 MAX_ASPECT = 32
 MAX_STRIP = 8192
@@ -296,7 +297,7 @@ def build_image_processor(settings: dict) -> BaseImageProcessor:
     if name == "TimmWrapperImageProcessor":
         if not isinstance(settings.get("data_config"), dict):
             raise ValueError(f"data_config of {name} is {settings.get('data_config')!r:.80}; expected a dict.")
-        # It saves the `data_config` that it derived from `pretrained_cfg`, and accepts that as `pretrained_cfg`.
+        # This class saves the `data_config` that it derived from `pretrained_cfg`, and accepts it as `pretrained_cfg`.
         return transformers.TimmWrapperImageProcessor(settings["data_config"], settings.get("architecture"))
     name = str(name).removesuffix("Fast")
     image_processor_class = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)

@@ -30,8 +30,8 @@ from .settings_mmcot import given_settings
 
 class Stream(torch.utils.data.IterableDataset):
     """
-    An iterable of problems as a dataset of torch, because all versions of transformers stream these. transformers takes
-    other iterables for one problem, and before 5.14 reads a whole generator first.
+    An iterable of problems as a dataset of torch, which all versions of transformers stream. transformers takes any
+    other iterable for one problem. Before 5.14 it reads a generator to its end before it answers the first problem.
     """
 
     def __init__(self, problems: Iterable[dict]):
@@ -316,7 +316,7 @@ class MultimodalCoTPipeline(Pipeline):
         forward_params,
         postprocess_params,
     ) -> Iterator[dict]:
-        """Yield results batch by batch. transformers' iterator collates tensors, but here each stage makes its own."""
+        """Yield results by batches. transformers' iterator collates inputs of one model, but each stage has its own."""
         rows = (self.preprocess(problem, **preprocess_params) for problem in inputs)
         while batch := list(itertools.islice(rows, batch_size)):
             for columns in self.forward(batch, **forward_params):

@@ -184,8 +184,8 @@ class MMCoTProcessor(ProcessorMixin):
         return ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     def save_pretrained(self, save_directory, **kwargs):
-        # A tokenizer would save the padding and truncation of its last call, and arguments of its loading: the same
-        # processor would be saved in different files.
+        # A tokenizer saves the padding and truncation of its last call, and the arguments of its loading. They are
+        # reset, because the same processor must be saved in the same files.
         for name in ("is_local", "local_files_only", "dtype", "torch_dtype"):
             self.tokenizer.init_kwargs.pop(name, None)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)  # None for tokenizers in Python (ByT5)
@@ -305,7 +305,7 @@ class MMCoTProcessor(ProcessorMixin):
     def choice_labels(self, problems: list[dict], stage: str) -> torch.LongTensor:
         """
         Return the targets of all choices as labels, `(batch_size, max_choices, target_length)`, padded with -100. They
-        are not truncated to `max_target_length`, because longer choices could become equal.
+        are not truncated to `max_target_length`, because long choices could become equal.
         """
         stage = self.stage(stage)
         num_choices = max(len(problem["choices"]) for problem in problems)

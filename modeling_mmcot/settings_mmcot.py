@@ -22,7 +22,8 @@ SETTINGS = {
     *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "remove_invalid_values"),
     *("watermarking_config", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
 }
-# Settings for other outputs of `generate` than tokens: rejected in a call; without effect on texts in a model's file.
+# Settings that request other outputs of `generate` than tokens. They are rejected in a call. In a model's file they are
+# ignored, because they have no effect on texts.
 OUTPUTS = {
     *("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
 }
@@ -82,7 +83,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         is_off = value is None or value is False or value == OFF.get(name)
         if name in known - SETTINGS and not is_off:
-            reason = REASONS.get(name, "one model decodes a batch of problems without it.")
+            reason = REASONS.get(name, "a stage decodes a batch of problems with one model, without this setting.")
             raise ValueError(f"{name} is {value!r:.80}, which a stage does not support: {reason}")
 
 

@@ -202,7 +202,7 @@ def render(template: str, columns: dict) -> str:
 def read_answer(text: str, num_choices: int) -> int:
     """
     Return the index of the choice in "The answer is (B).", the paper's method; -1 if there is no such statement, more
-    than one, or no such choice. As in the original, two statements cannot be read, even if they agree.
+    than one, or no such choice. As in the original, a text with two statements is unreadable, even if they agree.
     """
     letters = ANSWER_PATTERN.findall(text)
     index = LETTERS.index(letters[0]) if len(letters) == 1 else -1
