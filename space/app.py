@@ -3,8 +3,8 @@
 It streams the rationale, and shows the answer with and without the picture, and the patches that the model attended to;
 users can edit the rationale and get the answer to their version. `python app.py MODEL` runs it; without MODEL, as on
 the Hub, `model.json` beside this file names the model. The page answers one problem at a time: `mmcot.predict` and
-`mmcot.evaluate` score a dataset. Nothing is imported from this repository: the pipeline is loaded with the weights, as
-by any other user.
+`mmcot.evaluate` score a dataset. The app imports nothing from this repository: it loads the pipeline together with the
+weights, as any other user does.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MAX_LENGTH = 4_000  # characters of a text
 MAX_PIXELS = 50_000_000
 MAX_FILE_SIZE = "10mb"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # of an upload; Pillow would pass PostScript to Ghostscript
-FULL_ATTENTION = 4  # multiple of uniform attention that the overlay shows in full colour
+FULL_ATTENTION = 4  # the overlay has its full colour from this multiple of uniform attention
 OVERLAY = (245, 60, 0)
 OPACITY = 0.75
 SHOWN_SIDE = 480  # the longer side of a picture with its overlay, px
@@ -110,7 +110,7 @@ def read_problem(answer: Pipeline, file: dict | None, question: str, choices: st
 
 
 def uploaded(file: dict) -> str:
-    """Return the path of an uploaded picture. A client could send the path of any file on the server: it is refused."""
+    """Return the path of an uploaded picture. Other paths are refused: a client could send any path of the server."""
     path = file.get("path") if isinstance(file, dict) else None
     if not isinstance(path, str) or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise refusal(NO_PICTURE)
@@ -141,7 +141,7 @@ def is_cropped(image_processor: Any) -> bool:
 
 
 class ReaderLeft(Exception):
-    """Ends a generation after its reader has left."""
+    """Ends the generation of a text after the visitor has left the page."""
 
 
 class QueueStreamer(TextStreamer):
@@ -292,7 +292,7 @@ class Page:
 
     def lay_out_results(self) -> None:
         """Lay out the results, which are hidden until a question is asked."""
-        self.state = gr.State()  # the problem, and the texts from which the answer follows
+        self.state = gr.State()  # the problem, and the texts that the answer stage reads
         self.token_maps = gr.State()  # the token maps of the shown stage
         with gr.Column(visible=False) as self.results:
             self.heading = gr.HTML()
@@ -414,7 +414,7 @@ def published_model() -> dict[str, str]:
     if not MODEL_FILE.is_file():
         raise SystemExit(
             "No model is given. Name a folder or an id on the Hub: python app.py MODEL\n"
-            f"or write {MODEL_FILE}, as a Space has it: "
+            f"or write {MODEL_FILE}, in the format of a Space: "
             '{"repo_id": "user/name", "revision": "the commit, 40 hexadecimal digits"}'
         )
     published = json.loads(MODEL_FILE.read_text(encoding="utf-8"))

@@ -3,8 +3,8 @@
 `metrics.py` and `uncertainty.py` in this folder compute the scores. They are copies of mmcot's modules; mmcot's tests
 compare them. This file contains only the interface of `evaluate`.
 
-`evaluate.load` copies a module, and reports a missing package, only if this file imports it; it parses a comment after
-an import as an address. This explains the unused imports without comments below.
+Some imports below are unused: `evaluate.load` copies a module of this folder, and reports a missing package, only if
+this file imports it. They have no comments, because `evaluate.load` reads a comment after an import as an address.
 """
 # ruff: noqa: F401
 
