@@ -20,7 +20,7 @@ from rouge import Rouge
 
 from .uncertainty import calibration, mean_interval
 
-# A row of the problem schema (DESIGN section 4); `Problems` is a datasets.Dataset or a list of such rows.
+# A row of the schema (`problems/schema.py`); `Problems` is a `datasets.Dataset` or a list of such rows.
 Problem = Mapping[str, Any]
 Problems = Collection[Problem]
 
@@ -109,13 +109,14 @@ def rationale_pairs(problems: Problems, rationales: Mapping[str, str]) -> list[t
 
 
 def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the contents of a scores file (DESIGN section 4) for a predictions file.
+    """
+    Return the scores of predictions, the part of a scores file that depends only on problems and predictions.
 
-    Predictions with a `decoded_answer` add `decoded_accuracy`, the paper's metric, which counts an unreadable answer
-    (-1) as wrong. Without rationales each rationale score is None; without `scores`, `calibration` is None.
-
-    `intervals` contains the intervals of both accuracies, `class_n` the number of problems in each class, and
-    `problems` an identifier of the set of problems.
+    Returns:
+        `accuracy` by class; `decoded_accuracy`, the paper's metric, which counts an unreadable answer (-1) as wrong,
+        only if predictions have a `decoded_answer`; `rationale`, with None for each score if there are no rationales;
+        `n`, the number of problems; `class_n`, that of each class; `intervals` of both accuracies; `calibration`, None
+        without `scores`; and `problems`, an identifier of the set of problems.
     """
     check_same_ids([problem["id"] for problem in problems], predictions)
     answers = checked_answers(problems, predictions)
