@@ -95,7 +95,7 @@ def token_maps_of(
 
     stages_with_pictures = [stage for stage in processor.stages if stage.sees_pictures]
     if not stages_with_pictures or models[stages_with_pictures[-1].name].get_encoder().vision_tower is None:
-        raise ValueError("--attention: no stage of the model sees pictures, or the model has no picture tower")
+        raise ValueError("--attention: no stage of that model sees pictures, or the model has no picture tower")
     last = stages_with_pictures[-1]
     earlier = processor.stages.before(last)
     for stage in earlier:
