@@ -75,7 +75,7 @@ def check_source(stage: Stage) -> None:
 
 
 def default_score(target: str) -> str:
-    """Return "mean" if the target contains a choice's text, because the longer a text, the lower its total."""
+    """Return "mean" if the target contains a choice's text, because longer texts have lower total log-probabilities."""
     try:
         columns = meta.find_undeclared_variables(ENVIRONMENT.parse(target))
     except TemplateError as error:

@@ -1,4 +1,4 @@
-"""Selects the texts for the columns that a stage reads in training and an earlier stage writes (`inputs_from`).
+"""Selects the texts of the columns that an earlier stage writes and a stage reads in training (`inputs_from`).
 
 `gold` renders them from the dataset's own columns, as the paper does. `generated` takes the texts that the earlier
 stages write for their own training problems. `cross_fit` takes, for each problem, texts of stages that were trained

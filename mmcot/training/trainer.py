@@ -42,7 +42,7 @@ class StageTrainer(Seq2SeqTrainer):
         self.label_smoother = None  # the model's own loss smooths labels, without logits for padding
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return batches of `batching.py` for `train_sampling_strategy: group_by_length`, else the Trainer's own."""
+        """Return a loader of the batches of `batching.py` if `group_by_length` is set, else the Trainer's own loader."""
         loader = super().get_train_dataloader() if not self.groups_by_length() else self.length_dataloader()
         base_loader = getattr(loader, "base_dataloader", loader)
         base_loader.worker_init_fn = functools.partial(start_worker, initialize=base_loader.worker_init_fn)
@@ -130,7 +130,10 @@ class StageTrainer(Seq2SeqTrainer):
         return os.path.join(folder, UNFINISHED) if self.is_saving else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Let the Trainer write under a temporary name, and rename the checkpoint when all its files are listed."""
+        """
+        Let the Trainer write the checkpoint under a temporary name. When it is complete, write the list of its files and
+        rename it.
+        """
         folder = Path(self.args.output_dir)
         unfinished = folder / UNFINISHED
         written = unfinished / f"checkpoint-{self.state.global_step}"
