@@ -42,7 +42,7 @@ class StageTrainer(Seq2SeqTrainer):
         self.label_smoother = None  # the model's own loss smooths labels, without logits for padding
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return a loader of the batches of `batching.py` if `group_by_length` is set, else the Trainer's own loader."""
+        """Return a loader of the batches of `batching.py` for `group_by_length`, else the Trainer's own loader."""
         loader = super().get_train_dataloader() if not self.groups_by_length() else self.length_dataloader()
         base_loader = getattr(loader, "base_dataloader", loader)
         base_loader.worker_init_fn = functools.partial(start_worker, initialize=base_loader.worker_init_fn)
@@ -131,8 +131,8 @@ class StageTrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """
-        Let the Trainer write the checkpoint under a temporary name. When it is complete, write the list of its files and
-        rename it.
+        Let the Trainer write the checkpoint under a temporary name. When it is complete, write the list of its files
+        and rename it.
         """
         folder = Path(self.args.output_dir)
         unfinished = folder / UNFINISHED
