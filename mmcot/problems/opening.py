@@ -15,7 +15,7 @@ import pyarrow
 from huggingface_hub import hf_hub_download
 
 from mmcot.problems.columns import log_once, logger
-from mmcot.problems.row_files import READERS, Rows, read_rows
+from mmcot.problems.row_files import CELLS, READERS, Rows, read_rows
 from mmcot.problems.schema import SPLIT_ALIASES, SPLITS, PicturePaths, first_few, normalize_split
 from mmcot.problems.splits import parse_split_files
 from mmcot.storage.digests import cached_sha256_of_file, sha256_of_text
@@ -133,7 +133,7 @@ def open_file(file: Path) -> Table:
     """Open a file of rows; its picture paths are relative to its folder."""
     paths = PicturePaths(file.parent)
     if file.suffix in READERS:
-        return Table(str(file), read_rows(file), paths, are_cells=file.suffix != ".jsonl")
+        return Table(str(file), read_rows(file), paths, are_cells=file.suffix in CELLS)
     if not file.is_file():
         raise ValueError(f"{file}: no such file.")
     digest = content_digest([file], file.parent)
@@ -245,7 +245,8 @@ def open_hub_address(address: str, streaming: bool) -> Tables:
     if file is None:
         return open_hub_dataset(repo_id, revision, streaming)
     if Path(file).suffix not in (*READERS, *DATA_FILES):
-        raise ValueError(f"dataset is {address!r}; expected a .jsonl, .csv, .tsv, .parquet or .arrow file in it.")
+        endings = ", ".join((*READERS, *DATA_FILES))
+        raise ValueError(f"dataset is {address!r}; expected a file in it with one of the endings {endings}.")
     try:
         table = open_file(Path(hf_hub_download(repo_id, file, repo_type="dataset", revision=revision)))
     except OSError as error:  # the errors of huggingface_hub are subclasses of OSError

@@ -66,3 +66,4 @@ def csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 READERS = {".jsonl": jsonl_rows, ".csv": csv_rows, ".tsv": csv_rows}
+CELLS = (".csv", ".tsv")  # files in which each value is a text, and a list is JSON

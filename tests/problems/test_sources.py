@@ -25,6 +25,7 @@ from problem_files import ROW, error_of, has_all, png
 from mmcot import evaluate, features, predict, train
 from mmcot.pictures.reading import read_pictures
 from mmcot.problems.demo import generate
+from mmcot.problems.row_files import READERS
 from mmcot.problems.schema import FEATURES
 from mmcot.problems.sources import load_problems, splits_of
 from mmcot.recipes.recipe import parse_recipe
@@ -366,6 +367,12 @@ def test_folders_of_pictures_define_the_splits_of_one_table(tmp_path):
         (tmp_path / name / "a.png").write_bytes(png())
     (tmp_path / "metadata.csv").write_text(lines)
     assert [len(load_problems(str(tmp_path), split)) for split in SPLITS] == [1, 1, 1]
+
+
+def test_reads_typed_rows_of_a_new_file_format(tmp_path, monkeypatch):
+    monkeypatch.setitem(READERS, ".foo", lambda file: [(f"{file}, row 1", {**ROW, "choices": ["left", "right"]})])
+    (tmp_path / "problems.foo").touch()
+    assert load_problems(tmp_path / "problems.foo", "test")[0]["choices"] == ["left", "right"]
 
 
 def test_names_unknown_and_missing_splits(tmp_path):
