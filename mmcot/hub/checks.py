@@ -29,8 +29,9 @@ MODEL_PATTERNS = (
     re.escape(SCORES_FILE),
 )
 # The packages that a card lists, and those that transformers needs.
-ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "transformers", "safetensors", "PIL", "jinja2"}
-GUARDED_IMPORTS = {"peft"}  # needed for adapters only; allowed inside `try`
+ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "transformers", "safetensors", "PIL", "jinja2", "numpy"}
+# Needed for adapters, and for retrieval, only; allowed inside `try`.
+GUARDED_IMPORTS = {"peft", "bm25s", "Stemmer"}
 SECRETS = {
     "a token of the Hub": rb"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "a token of GitHub": rb"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{30,}",

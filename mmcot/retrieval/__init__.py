@@ -1,0 +1,1 @@
+"""Retrieval: corpora -> an index; queries -> passages."""
