@@ -129,8 +129,8 @@ def read_texts(folder: Path) -> Iterator[Passage]:
 
 def markdown_sections(text: str, title: str) -> list[tuple[str, str]]:
     """Return the headings of a Markdown text with the texts below; the text before the first one gets `title`."""
-    before, *rest = re.split(r"^#+\s+(.+)$", text, flags=re.MULTILINE)
-    return [(title, before), *((heading.strip(), below) for heading, below in zip(rest[::2], rest[1::2], strict=True))]
+    before, *rest = re.split(r"^#+[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", text, flags=re.MULTILINE)
+    return [(title, before), *((heading, below) for heading, below in zip(rest[::2], rest[1::2], strict=True))]
 
 
 def read_lectures(source: str | Path | Given, **reading: Any) -> list[Passage]:
