@@ -220,7 +220,7 @@ class MappedLines(Sequence):
     def __init__(self, file: Path, offsets: Path):
         with file.open("rb") as content:
             self._content = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
-        self._offsets = np.load(offsets, mmap_mode="r")
+        self._offsets = np.asarray(np.load(offsets, mmap_mode="r"))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -266,7 +266,8 @@ class BM25Searcher:
         self._analyzer = Analyzer(self.manifest["stemmer"], self.manifest["stop_words"])
         scores = bm25s.BM25()
         scores.load_scores(folder, mmap=True, num_docs=len(self.passages))
-        self._scores = scores.scores
+        # Views of the mapped files; each access to a `np.memmap` would make an object that costs more.
+        self._scores = {name: np.asarray(scores.scores[name]) for name in ("data", "indices", "indptr")}
         self._column_of = functools.lru_cache(maxsize=65_536)(self._find_column)
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
@@ -304,12 +305,12 @@ class BM25Searcher:
         """Return the scores of `BLOCK` passages from position `first` on, `(num_passages_in_block,)`."""
         size = min(BLOCK, len(self.passages) - first)
         scores = np.zeros(size, dtype=np.float32)
-        data, indices, indptr = (self._scores[name] for name in ("data", "indices", "indptr"))
+        data, indices, indptr = self._scores.values()
         for column in columns:
             start, end = int(indptr[column]), int(indptr[column + 1])
             if size < len(self.passages):
                 start, end = (start + np.searchsorted(indices[start:end], [first, first + size])).tolist()
-            scores[indices[start:end] - first] += data[start:end]  # a passage occurs once in a column
+            np.add.at(scores, indices[start:end] - first, data[start:end])
         return scores
 
 
