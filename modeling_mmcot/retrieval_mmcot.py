@@ -34,6 +34,7 @@ INDEX_FILES = (PASSAGES, PASSAGE_OFFSETS, TERMS, TERM_OFFSETS, *SCORES)
 TOKEN = re.compile(r"[^\W_]+")
 BLOCK = 65_536  # passages that are scored together, which bounds the memory of a search
 ON_ERROR = ("raise", "skip")
+INSTALL = "pip install bm25s PyStemmer"
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def load_stemmer(language: str) -> Any:
     try:
         import Stemmer
     except ImportError as error:
-        raise ImportError(f"The index has the stemmer {language!r}: pip install PyStemmer") from error
+        raise ImportError(f"The stemmer {language!r} needs PyStemmer: {INSTALL}") from error
     if language not in Stemmer.algorithms():
         raise ValueError(f"stemmer is {language!r}; expected one of {', '.join(Stemmer.algorithms())}.")
     return Stemmer.Stemmer(language)
@@ -332,7 +333,7 @@ def import_bm25s() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        raise ImportError("BM25 needs the package bm25s: pip install bm25s") from error
+        raise ImportError(f"BM25 needs the package bm25s: {INSTALL}") from error
     if is_first:
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets the level to DEBUG
     return bm25s
@@ -384,4 +385,4 @@ def installed_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(f"The index needs the package {package}: pip install {package}") from error
+        raise ImportError(f"The index needs the package {package}: {INSTALL}") from error

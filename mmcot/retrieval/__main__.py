@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--lectures", metavar="SOURCE", help=f"add the lectures of the training split of {SOURCES}")
     add_dataset_options(build)
     build.add_argument("--output", required=True, metavar="INDEX", help="the folder of the index")
-    build.add_argument("--stemmer", metavar="LANGUAGE", help="a Snowball stemmer of PyStemmer, such as english")
+    build.add_argument(
+        "--stemmer", default=IndexSettings.stemmer, metavar="LANGUAGE", help="a stemmer of PyStemmer, or none"
+    )
     build.add_argument("--stop_words", choices=STOP_WORDS, default=IndexSettings.stop_words)
     build.add_argument("--encoder", metavar="MODEL", help="a sentence-transformers model, for dense and hybrid search")
     search = commands.add_parser("search", help="print the passages of queries")
@@ -155,7 +157,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if isinstance(searcher, BM25Searcher):
         if arguments.gold != LECTURE:
             check_gold_ids(searcher, problems, arguments.gold)
-        in_corpus = count_in_corpus(searcher, problems, arguments.gold)
+        in_corpus = count_in_corpus(searcher, problems, arguments.gold, arguments.exclude_verbatim)
     options = (arguments.gold, arguments.query_template, arguments.exclude_verbatim, arguments.on_search_error)
     ranks = find_ranks(searcher, problems, max(arguments.k), *options)
     result = {"dataset": arguments.dataset, "split": arguments.split, "searcher": arguments.searcher}
@@ -177,8 +179,7 @@ def summarize(ranks: Ranks, ks: list[int]) -> dict[str, Any]:
 def format_result(result: dict[str, Any]) -> str:
     lines = [f"{result['n']} {result['split']} problems; {result['without_gold']} others have no gold {result['gold']}"]
     if result["gold_in_corpus"] is not None:
-        kept = ", before exclusion" if result["exclude_verbatim"] else ""
-        lines.append(f"in the corpus: the gold of {result['gold_in_corpus']} problems{kept}")
+        lines.append(f"in the corpus: the gold of {result['gold_in_corpus']} problems")
     for name, measure in result["measures"].items():
         interval = "" if measure["interval"] is None else "  [{:.2f}, {:.2f}]".format(*measure["interval"])
         lines.append(f"{name:<10}{measure['mean']:7.2f}{interval}")

@@ -4,7 +4,7 @@ The gold passage is named by a column of the problems with its id, or it is any 
 the problem's gold lecture, up to white space. Gold columns are not visible to the query template.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,22 +106,26 @@ def find_ranks(
     return Ranks(ranks, len(rows) - len(measured), depth)
 
 
-def count_in_corpus(searcher: BM25Searcher, problems: Iterable[Mapping[str, Any]], gold: str = LECTURE) -> int:
+def count_in_corpus(
+    searcher: BM25Searcher, problems: Iterable[Mapping[str, Any]], gold: str = LECTURE, exclude_verbatim: bool = False
+) -> int:
     """Return the number of problems whose gold passage is in the corpus: no ranking can find more."""
-    wanted = [
-        problem[gold] if gold != LECTURE else fold(problem[gold]) for problem in problems if problem[gold].strip()
-    ]
     passages = [searcher.passage(position) for position in range(len(searcher.passages))]
-    present = {passage.id for passage in passages} if gold != LECTURE else texts_within(passages, set(wanted))
-    return sum(text in present for text in wanted)
+    rows = [problem for problem in problems if problem[gold].strip()]
+    if gold != LECTURE:
+        known = {passage.id for passage in passages}
+        return sum(row[gold] in known for row in rows)
+    lectures = [fold(row[LECTURE]) for row in rows]
+    present = texts_within(passages, set(lectures), exclude_verbatim)
+    return sum(lecture in present for lecture in lectures)
 
 
-def texts_within(passages: Sequence[Passage], texts: set[str]) -> set[str]:
-    """Return the texts that equal, or are contained in, the text of a passage."""
+def texts_within(passages: Iterable[Passage], texts: set[str], exclude_verbatim: bool) -> set[str]:
+    """Return the texts that a passage contains; with `exclude_verbatim`, only those within a longer passage."""
     found: set[str] = set()
     for passage in passages:
         folded = fold(passage.text)
-        found |= {text for text in texts - found if text in folded}
+        found |= {text for text in texts - found if text in folded and not (exclude_verbatim and text == folded)}
     return found
 
 

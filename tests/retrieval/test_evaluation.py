@@ -37,6 +37,7 @@ def test_the_gold_lecture_is_found_by_equality_or_containment(tmp_path):
     # Exclusion drops copies before ranking; a passage that only contains the lecture stays.
     ranks = find_ranks(searcher, problems, 3, template="poles", exclude_verbatim=True)
     assert ranks.ranks == [None, 3, None]
+    assert count_in_corpus(searcher, problems, exclude_verbatim=True) == 1
 
 
 def test_the_gold_passage_is_found_by_id(tmp_path):
