@@ -4,8 +4,8 @@
 
 The problems are the real ones of `../shared/scienceqa`; the corpora are the two school books of `../shared/corpora`,
 the lectures of the training split, and both. Stemmer and stop words are chosen on validation by the mean reciprocal
-rank, averaged over the corpora with lectures; test is read once, with that choice. Prints a JSON object without any
-text of ScienceQA.
+rank, averaged over the corpora with lectures; test is read with that choice. Prints a JSON object without any text of
+ScienceQA.
 """
 
 import argparse

@@ -30,6 +30,7 @@ PASSAGES, PASSAGE_OFFSETS = "passages.jsonl", "passages.offsets.npy"
 TERMS, TERM_OFFSETS = "terms.txt", "terms.offsets.npy"
 SCORES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy")  # bm25s's own names
 INDEX_FILES = (PASSAGES, PASSAGE_OFFSETS, TERMS, TERM_OFFSETS, *SCORES)
+ENTRIES = ("corpus", "token_pattern", "stemmer", "stop_words", "versions", "files")  # of the manifest
 # Letters and digits, also a single one: "3", "N" and "A" are what questions about magnets and options ask for.
 TOKEN = re.compile(r"[^\W_]+")
 BLOCK = 65_536  # passages that are scored together, which bounds the memory of a search
@@ -356,6 +357,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise ValueError(f"{file}: format is {found!r}; this version of mmcot reads format {FORMAT}. Build it again.")
+    absent = [name for name in ENTRIES if name not in manifest]
+    if absent:
+        raise ValueError(f"{file} has no {absent[0]!r}; expected {', '.join(ENTRIES)}. Build it again.")
     return manifest
 
 
@@ -376,8 +380,9 @@ def check_manifest(folder: Path, manifest: dict[str, Any], corpus: str | None = 
         if built.split(".")[:2] != found.split(".")[:2]:  # both libraries change their results in minor versions
             raise ValueError(f"{file}: built with {name} {built}; {found} is installed. Build it again.")
     for name in INDEX_FILES:
-        size, expected = (folder / name).stat().st_size if (folder / name).is_file() else None, manifest["files"][name]
-        if size != expected:
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        expected = manifest["files"].get(name)
+        if size is None or size != expected:
             raise ValueError(f"{folder / name}: {size} bytes; the manifest says {expected}. Build the index again.")
 
 

@@ -247,6 +247,28 @@ def test_an_index_of_another_corpus_is_refused(tmp_path):
         BM25Searcher(folder, corpus="sha256:other")
 
 
+@pytest.mark.parametrize("name", retrieval_mmcot.ENTRIES)
+def test_a_manifest_without_an_entry_is_refused(tmp_path, name):
+    file = build(tmp_path) / "index.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != name}))
+    with pytest.raises(ValueError, match=f"index.json has no '{name}'"):
+        BM25Searcher(file.parent)
+    for text in ("[]", "{", ""):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"format is None|not valid JSON"):
+            BM25Searcher(file.parent)
+
+
+@pytest.mark.parametrize("name", ["passages.offsets.npy", "data.csc.index.npy"])
+def test_a_pickle_in_an_index_is_not_loaded(tmp_path, name):
+    folder = build(tmp_path)
+    np.save(folder / name, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    files = json.loads((folder / "index.json").read_text())["files"]
+    change(folder, files={**files, name: (folder / name).stat().st_size})
+    with pytest.raises(ValueError, match=r"allow_pickle|Python objects"):
+        BM25Searcher(folder)
+
+
 @pytest.mark.parametrize("name", retrieval_mmcot.INDEX_FILES)
 def test_a_file_that_is_truncated_or_missing_is_named(tmp_path, name):
     file = build(tmp_path) / name
