@@ -308,10 +308,11 @@ class BM25Searcher:
         size = min(BLOCK, len(self.passages) - first)
         scores = np.zeros(size, dtype=np.float32)
         data, indices, indptr = self._scores.values()
+        bounds = np.array([first, first + size], dtype=indices.dtype)  # of another type, `indices` would be copied
         for column in columns:
             start, end = int(indptr[column]), int(indptr[column + 1])
             if size < len(self.passages):
-                start, end = (start + np.searchsorted(indices[start:end], [first, first + size])).tolist()
+                start, end = (start + np.searchsorted(indices[start:end], bounds)).tolist()
             np.add.at(scores, indices[start:end] - first, data[start:end])
         return scores
 

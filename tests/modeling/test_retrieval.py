@@ -140,6 +140,21 @@ def test_neither_passages_nor_terms_are_loaded(tmp_path):
         tracemalloc.stop()
 
 
+def test_the_memory_of_a_search_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval_mmcot, "BLOCK", 500)
+    peaks = []
+    for number in (1_000, 40_000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        searcher = searcher_of(folder, corpus(**{f"p{row}": "poles of magnets" for row in range(number)}))
+        search_passages(searcher, ["magnets poles"], 5)
+        tracemalloc.start()
+        search_passages(searcher, ["magnets poles"], 5)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 40_000
+
+
 class Given:
     """A searcher that returns what a test gives it, and records what it is asked."""
 
