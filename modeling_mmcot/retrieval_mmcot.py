@@ -379,7 +379,11 @@ def check_manifest(folder: Path, manifest: dict[str, Any], corpus: str | None = 
     for name, built in manifest["versions"].items():
         found = installed_version(name)
         if built.split(".")[:2] != found.split(".")[:2]:  # both libraries change their results in minor versions
-            raise ValueError(f"{file}: built with {name} {built}; {found} is installed. Build it again.")
+            fitting = ".".join(built.split(".")[:2])
+            raise ValueError(
+                f"{file}: built with {name} {built}; {found} is installed. pip install '{name}=={fitting}.*', or build "
+                f"the index again."
+            )
     for name in INDEX_FILES:
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         expected = manifest["files"].get(name)

@@ -243,7 +243,10 @@ def change(folder, **entries):
     ("entries", "message"),
     [
         ({"format": 0}, "index.json: format is 0; this version of mmcot reads format 1"),
-        ({"versions": {"bm25s": "0.2.9"}}, "built with bm25s 0.2.9; 0.3.*is installed. Build it again"),
+        (
+            {"versions": {"bm25s": "0.2.9"}},
+            r"built with bm25s 0.2.9; 0.3.* is installed. pip install 'bm25s==0.2.\*', or build",
+        ),
         ({"token_pattern": r"\w\w+"}, r"token_pattern is '\\\\w\\\\w\+'; expected"),
     ],
 )
