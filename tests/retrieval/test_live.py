@@ -154,6 +154,14 @@ def test_a_failure_names_service_and_reason_but_no_key(searcher, server, answer,
     assert str(error.value).startswith("http://127.0.0.1:") and "SECRET" not in str(error.value)
 
 
+def test_a_silent_service_ends_at_the_time_limit(server, tmp_path):
+    server.answer = (200, {}, b"{}", 3.0)
+    started = time.monotonic()
+    with pytest.raises(SearchError, match="no complete answer in 0.5 s"):
+        search_passages(HttpSearcher(server.url, cache=tmp_path, interval=0, timeout=0.5), ["poles"], 5)
+    assert time.monotonic() - started < 2
+
+
 def test_an_answer_that_drips_ends_at_the_time_limit(server, tmp_path):
     searcher = HttpSearcher(server.url, cache=tmp_path, interval=0, timeout=0.5)
     handler = server.server.RequestHandlerClass
