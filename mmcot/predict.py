@@ -96,7 +96,11 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
         )
         drawing = Drawing(arguments.num_rationales, arguments.temperature, arguments.seed)
         if arguments.leak_check:
-            report_leaks(problems, lambda rows: predict(processor, models, rows, options, store, drawing=drawing))
+            # The passages that are left out stay the same, because only the prompts must not depend on gold.
+            report_leaks(
+                problems,
+                lambda rows: predict(processor, models, rows, options, store, drawing=drawing, known=problems),
+            )
             return
         meta = {**provenance(arguments.model, processor, models, problems, store), **settings}
         output = Path(arguments.output)

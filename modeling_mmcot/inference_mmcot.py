@@ -6,6 +6,7 @@ from the problem without gold columns.
 
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from .chat_mmcot import Conversation
 from .generation_mmcot import greedy_search, packed_linears
 from .loading_mmcot import load_stages, stage_model
 from .processing_mmcot import TOKENIZING, MMCoTProcessor
+from .retrieval_mmcot import Searcher, search_passages, to_dict
 from .settings_mmcot import decoding_config, given_settings
-from .stage_mmcot import ANSWER, CHOOSE, GENERATE, GOLD_COLUMNS, Stage, read_answer
+from .stage_mmcot import ANSWER, CHOOSE, GENERATE, GOLD_COLUMNS, RETRIEVE, Stage, read_answer
 
 logger = logging.get_logger(__name__)
 
@@ -75,52 +77,69 @@ def write_column(
         if leaked:
             raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): remove them before predicting.")
     decoding_config(model.generation_config, generation)  # raises errors before anything is computed
-    encoded = encode(model, inputs)
-    is_finite = encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
+    batch = Batch(model, processor, stage, problems, encode(model, inputs), decode_answer, streamer, generation)
+    is_finite = batch.encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
     refuse_non_finite(problems, stage, is_finite)
-    return KINDS[stage.kind](model, processor, stage, problems, encoded, decode_answer, streamer, generation)
+    return WRITERS[stage.kind](batch)
 
 
-def write_text(
-    model: PreTrainedModel,
-    processor: MMCoTProcessor,
-    stage: Stage,
-    problems: list[dict],
-    encoded: dict,
-    decode_answer: bool,
-    streamer: BaseStreamer | None,
-    generation: dict[str, Any],
-) -> list[dict]:
+@dataclass
+class Batch:
+    """A batch of problems whose sources the stage's model has encoded. The fields are arguments of `write_column`."""
+
+    model: PreTrainedModel
+    processor: MMCoTProcessor
+    stage: Stage
+    problems: list[dict]
+    encoded: dict
+    decode_answer: bool
+    streamer: BaseStreamer | None
+    generation: dict[str, Any]
+
+    def generate(self) -> zip:
+        """Generate a text for each problem; yield it, and whether it was cut at the limit of new tokens."""
+        texts, are_cut = generate_finite(
+            self.model,
+            self.processor,
+            self.stage,
+            self.problems,
+            self.encoded,
+            streamer=self.streamer,
+            **self.generation,
+        )
+        return zip(texts, are_cut, strict=True)
+
+
+def write_text(batch: Batch) -> list[dict]:
     """`write_column` for a stage that generates a text."""
-    generated = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
-    return [{stage.writes: text, UNFINISHED: is_cut} for text, is_cut in zip(*generated, strict=True)]
+    return [{batch.stage.writes: text, UNFINISHED: is_cut} for text, is_cut in batch.generate()]
 
 
-def write_answer(
-    model: PreTrainedModel,
-    processor: MMCoTProcessor,
-    stage: Stage,
-    problems: list[dict],
-    encoded: dict,
-    decode_answer: bool,
-    streamer: BaseStreamer | None,
-    generation: dict[str, Any],
-) -> list[dict]:
+def write_answer(batch: Batch) -> list[dict]:
     """`write_column` for a stage that chooses an answer, and generates one for a problem without choices."""
-    columns = choose_answers(model, processor, stage, problems, encoded)
+    columns = choose_answers(batch.model, batch.processor, batch.stage, batch.problems, batch.encoded)
     open_ended = [index for index, column in enumerate(columns) if column["answer"] == -1]
-    if decode_answer or open_ended:
-        generated = generate_finite(model, processor, stage, problems, encoded, streamer=streamer, **generation)
-        for index, (text, is_cut) in enumerate(zip(*generated, strict=True)):
+    if batch.decode_answer or open_ended:
+        for index, (text, is_cut) in enumerate(batch.generate()):
             columns[index][UNFINISHED] = is_cut
             if index in open_ended:
                 columns[index][ANSWER] = text
-            if decode_answer:
-                columns[index]["decoded_answer"] = read_answer(text, len(problems[index]["choices"]))
+            if batch.decode_answer:
+                columns[index]["decoded_answer"] = read_answer(text, len(batch.problems[index]["choices"]))
     return columns
 
 
-KINDS = {GENERATE: write_text, CHOOSE: write_answer}
+# The function that writes the column of a stage with a model, by its kind.
+WRITERS = {GENERATE: write_text, CHOOSE: write_answer}
+
+
+def write_passages(searcher: Searcher, stage: Stage, problems: list[dict]) -> list[dict]:
+    """Write the column of a stage that retrieves. A problem that brings its own passages keeps them."""
+    without = [index for index, problem in enumerate(problems) if stage.writes not in problem]
+    queries = [stage.render_source(problems[index]) for index in without]
+    found = search_passages(searcher, queries, stage.num_passages) if queries else []
+    passages = {index: [to_dict(passage) for passage in results] for index, results in zip(without, found, strict=True)}
+    return [{stage.writes: passages.get(index, problem.get(stage.writes))} for index, problem in enumerate(problems)]
 
 
 def count_unfinished(columns: list[dict]) -> int:
@@ -380,6 +399,12 @@ def run_stages(
         if stage.writes in given:
             continue
         rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
+        if stage.kind == RETRIEVE:
+            for written, column in zip(
+                columns, write_passages(processor.searchers[stage.name], stage, rows), strict=True
+            ):
+                written.update(column)
+            continue
         inputs = processor(rows, stage=stage.name)
         with stage_model(models, stage.name) as model, packed_linears(model):
             if stage.sees_pictures and pixels:
@@ -431,7 +456,7 @@ def reply(
     with LOADING:
         if model.stages is None:
             is_training = model.training
-            model.stages = load_stages(model, model.name_or_path, processor.stages.names)
+            model.stages = load_stages(model, model.name_or_path, processor)
             model.train(is_training)
     columns = run_stages(model.stages, processor, conversation.problems, conversation.images, **generation)
     replies = processor.encode_texts([reply_text(processor, written) for written in columns])
@@ -439,8 +464,9 @@ def reply(
 
 
 def reply_text(processor: MMCoTProcessor, written: dict[str, Any]) -> str:
-    """Join the texts that all stages wrote for a problem, in the order of the stages."""
-    return " ".join(written[stage.writes] for stage in processor.stages if written[stage.writes])
+    """Join the texts that the stages wrote for a problem, in the order of the stages; passages are left out."""
+    texts = [written[stage.writes] for stage in processor.stages.with_models]
+    return " ".join(text for text in texts if text)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers.utils import cached_file, logging
 from .inference_mmcot import choose_answers, encode, generate_finite
 from .loading_mmcot import hub_options, stage_model
 from .processing_mmcot import MMCoTProcessor
-from .stage_mmcot import GOLD_COLUMNS, Stage
+from .stage_mmcot import GOLD_COLUMNS, PASSAGE_FIELDS, RETRIEVE, Stage
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +37,9 @@ def known_answer(models: Mapping[str, PreTrainedModel], processor: MMCoTProcesso
     """Compute the known answer of each stage: source, some logits, greedy text, and the scores of the choices."""
     return {
         "versions": versions(),
-        "stages": {stage.name: compute_stage_answer(models, processor, stage) for stage in processor.stages},
+        "stages": {
+            stage.name: compute_stage_answer(models, processor, stage) for stage in processor.stages.with_models
+        },
     }
 
 
@@ -51,7 +53,9 @@ def compute_stage_answer(
     models: Mapping[str, PreTrainedModel], processor: MMCoTProcessor, stage: Stage
 ) -> dict[str, Any]:
     """Compute the known answer of one stage."""
-    problem = {name: f"A {name}." for name in stage.reads if name not in (*GOLD_COLUMNS, "images")}
+    problem: dict[str, Any] = {name: f"A {name}." for name in stage.reads if name not in (*GOLD_COLUMNS, "images")}
+    retrieved = {other.writes for other in processor.stages if other.kind == RETRIEVE} & problem.keys()
+    problem |= {name: [dict.fromkeys(PASSAGE_FIELDS, problem[name])] for name in retrieved}
     problem = {**problem, "question": "Which color is it?", "choices": CHOICES}
     with stage_model(models, stage.name) as model:
         inputs = dict(processor(problem, stage=stage.name))
@@ -128,7 +132,7 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
     repository, path = root.name_or_path, known_answer_file(root)
     if path is None:
         return
-    known = read_known_answer(path, processor.stages.names)
+    known = read_known_answer(path, processor.stages.with_models.names)
     # Only files in the same folder are hashed: a name in the known answer is never used as a path.
     found = find_weight_files(os.path.dirname(path))
     for name, digest in known["weights"].items():
@@ -149,7 +153,7 @@ def check_known_answer(root: PreTrainedModel, models: Mapping[str, PreTrainedMod
             repository,
         )
         return
-    for stage in processor.stages:
+    for stage in processor.stages.with_models:
         difference = find_difference(known["stages"][stage.name], compute_stage_answer(models, processor, stage))
         if difference is not None:
             exported = ", ".join(f"{name} {version}" for name, version in known["versions"].items())

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +18,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
+from .processing_mmcot import MMCoTProcessor
+from .retrieval_mmcot import INDEX_FILES, MANIFEST, BM25Searcher, Passage
 from .settings_mmcot import check_own_settings
+from .stage_mmcot import BM25, RETRIEVE, Stage
 from .versions_mmcot import check_versions
 from .virtual_tokens_mmcot import VirtualTokens
 
@@ -37,18 +41,18 @@ class LoadingOptions(dict):
         return LoadingOptions(self)
 
 
-def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Mapping[str, PreTrainedModel]:
+def load_stages(root: PreTrainedModel, repository: str, processor: MMCoTProcessor) -> Mapping[str, PreTrainedModel]:
     """
     Load the model of each stage, in evaluation mode, with the root's arguments (token, cache, device map, quantization)
-    and from the root's commit.
+    and from the root's commit. The processor gets a searcher for each stage that retrieves and has none.
 
     Args:
         root (`PreTrainedModel`):
-            The model at the repository's root: the last stage's model, or the base model of all adapters.
+            The model at the repository's root: that of the stage that answers, or the base model of all adapters.
         repository (`str`):
             A folder or a Hub id.
-        names (`list[str]`):
-            The names of the stages, in order.
+        processor (`MMCoTProcessor`):
+            The repository's processor.
 
     Returns:
         `Mapping[str, PreTrainedModel]`: The models by the names of their stages.
@@ -56,15 +60,22 @@ def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Map
     Raises:
         ValueError: If a stage's generation config contains a setting that stages do not support.
     """
+    for stage in processor.stages:
+        if stage.kind == RETRIEVE:
+            processor.searchers.setdefault(stage.name, RepositorySearcher(repository, stage, hub_options(root)))
+    stages = processor.stages.with_models
     if root.config.stage_adapters:
-        adapters = StageAdapters(root, repository, names)
+        adapters = StageAdapters(root, repository, stages.names)
         for name, config in adapters.generation_configs.items():
             check_own_settings(config, os.path.join(repository, name))
         return adapters
     options = {"dtype": root.dtype, **hub_options(root), **select_options(root, PLACEMENT_OPTIONS + FILE_OPTIONS)}
     check_own_settings(root.generation_config, repository)
     models = {}
-    for name in names[:-1]:
+    for name in stages.names:
+        if name == stages.answering.name:
+            models[name] = root.eval()
+            continue
         model = type(root).from_pretrained(repository, subfolder=name, **options).eval()
         check_own_settings(model.generation_config, os.path.join(repository, name))
         if not select_options(root, PLACEMENT_OPTIONS):
@@ -74,7 +85,60 @@ def load_stages(root: PreTrainedModel, repository: str, names: list[str]) -> Map
             model.set_attn_implementation(attention)
         share_tower(model, root)
         models[name] = model
-    return {**models, names[-1]: root.eval()}
+    return models
+
+
+class RepositorySearcher:
+    """
+    Searches the index in a stage's subfolder of a repository, which is opened, and downloaded, by the first search.
+
+    Args:
+        repository (`str`):
+            A folder or a Hub id.
+        stage (`Stage`):
+            The stage that retrieves.
+        options (`dict[str, Any]`):
+            The options to download the repository's files.
+    """
+
+    def __init__(self, repository: str, stage: Stage, options: dict[str, Any]):
+        self.repository, self.stage, self.options = repository, stage, options
+        self.lock = threading.Lock()
+        self.index: BM25Searcher | None = None
+
+    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """Return up to `k` passages for each query."""
+        with self.lock:
+            if self.index is None:
+                self.index = self.open()
+        return self.index.search(queries, k)
+
+    def open(self) -> BM25Searcher:
+        """
+        Open the index.
+
+        Raises:
+            ValueError: If the repository has no index that this code can search.
+        """
+        name = self.stage.name
+        how = "pass searcher= to the pipeline, or passages with each problem"
+        if self.stage.searcher != BM25:
+            raise ValueError(
+                f"The {name} stage of {self.repository} searches with {self.stage.searcher!r}, and its repository has "
+                f"no index for it: {how}."
+            )
+        return BM25Searcher(os.path.dirname(self.download()[0]))
+
+    def download(self) -> list[str]:
+        """Return the paths of the index's files, which are downloaded if necessary."""
+        names = (MANIFEST, *INDEX_FILES)
+        return [cached_file(self.repository, f"{self.stage.name}/{name}", **self.options) for name in names]
+
+    def save(self, folder: str) -> None:
+        """Copy the index into a folder."""
+        os.makedirs(folder, exist_ok=True)
+        for path in self.download():
+            shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
 
 
 def hub_options(root: PreTrainedModel) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from .attention_mmcot import TokenMaps, token_maps
 from .captioning_mmcot import Captioner
 from .chat_mmcot import is_chat, read_chat
 from .inference_mmcot import reply_text, run_stages
-from .loading_mmcot import StageAdapters, load_stages, stage_model
+from .loading_mmcot import RepositorySearcher, StageAdapters, load_stages, stage_model
 from .pictures_mmcot import as_pictures
 from .processing_mmcot import own_images
+from .retrieval_mmcot import Searcher
 from .self_consistency_mmcot import TEMPERATURE, majority_answer
 from .settings_mmcot import given_settings
+from .stage_mmcot import GENERATE, RETRIEVE
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -47,9 +49,12 @@ class MultimodalCoTPipeline(Pipeline):
     `pipeline("multimodal-cot", model=REPO, trust_remote_code=True)`.
 
     A problem is a dict with `question`, and optionally `choices` (list of str), `context`, `caption` and `image` (a PIL
-    image, a path, a URL, a list of these, or None; or `images`, as in `datasets`). The result is a dict with the text
-    of each stage (`rationale`), `answer` (the text of the choice; without choices the generated text), `answer_index`
-    (-1 without choices) and `scores` (a probability per choice).
+    image, a path, a URL, a list of these, or None; or `images`, as in `datasets`). If a stage retrieves passages, a
+    problem can have its own `passages` (texts, or dicts with `text`, `title` and `source`), which are used instead.
+
+    The result is a dict with the text of each stage (`rationale`), the retrieved passages, `answer` (the text of the
+    choice; without choices the generated text), `answer_index` (-1 without choices) and `scores` (a probability per
+    choice).
 
     For a chat (`pipe(text=messages)`, with one user message in a form that `chat_mmcot.read_chat` accepts), the result
     contains `input_text` and `generated_text`: the messages with rationale and answer as the assistant's reply.
@@ -74,6 +79,9 @@ class MultimodalCoTPipeline(Pipeline):
         caption_model (`str`, *optional*):
             A checkpoint, or a name in `captioning_mmcot.CAPTIONERS`. If a stage reads captions, this model captions the
             first picture of each problem without a caption.
+        searcher (`Searcher`, *optional*):
+            Retrieves the passages in place of the repository's index: an object with `search(queries, k)`, which
+            returns a list of `retrieval_mmcot.Passage` for each query.
         check (`bool`, *optional*, defaults to `True`):
             Whether to recompute the known answer in the repository, if there is one, and raise an error if the result
             or a file of weights differs. Hashing large files takes seconds.
@@ -110,16 +118,36 @@ class MultimodalCoTPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, *args, caption_model: str | None = None, check: bool = True, **kwargs):
+    def __init__(
+        self,
+        *args,
+        caption_model: str | None = None,
+        searcher: Searcher | None = None,
+        check: bool = True,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        names = self.processor.stages.names
-        self.models = load_stages(self.model, self.model.name_or_path, names)
+        if searcher is not None:
+            self.use_searcher(searcher)
+        self.models = load_stages(self.model, self.model.name_or_path, self.processor)
         if check:
             from .known_answer_mmcot import check_known_answer
 
             check_known_answer(self.model, self.models, self.processor)
         reads_captions = self.processor.stages.read("caption")
         self.captioner = Captioner(caption_model, device=self.device) if caption_model and reads_captions else None
+
+    def use_searcher(self, searcher: Searcher) -> None:
+        """
+        Retrieve passages by this searcher.
+
+        Raises:
+            ValueError: If no stage retrieves.
+        """
+        retrieving = [stage.name for stage in self.processor.stages if stage.kind == RETRIEVE]
+        if not retrieving:
+            raise ValueError(f"searcher was given, but no stage retrieves: {', '.join(self.processor.stages.names)}.")
+        self.processor.searchers.update(dict.fromkeys(retrieving, searcher))
 
     def _sanitize_parameters(
         self,
@@ -155,7 +183,7 @@ class MultimodalCoTPipeline(Pipeline):
         Raises:
             ValueError: If it is not a dict of texts for columns that stages generate.
         """
-        columns = [stage.writes for stage in self.processor.stages if not stage.answers]
+        columns = [stage.writes for stage in self.processor.stages if stage.kind == GENERATE]
         is_dict_of_texts = isinstance(given, Mapping) and all(isinstance(text, str) for text in given.values())
         if not is_dict_of_texts or set(given) - set(columns):
             names = ", ".join(columns) or "none here"
@@ -228,7 +256,7 @@ class MultimodalCoTPipeline(Pipeline):
         if not row["images"] or "images" not in reader.reads:
             raise ValueError(f"The {stage} stage saw no picture of this problem: there is no map.")
         written = {earlier.writes for earlier in self.processor.stages.before(reader)}
-        if missing := written & set(reader.reads) - given.keys():
+        if missing := written & set(reader.reads) - given.keys() - row["problem"].keys():
             raise ValueError(f"The {stage} stage reads {', '.join(sorted(missing))}: pass the written text as given.")
         self.add_captions([row])
         with stage_model(self.models, stage) as model:
@@ -239,7 +267,8 @@ class MultimodalCoTPipeline(Pipeline):
         if isinstance(problem, Mapping) and problem.keys() == {"messages"}:
             return {**self.preprocess(read_chat(problem["messages"])), "messages": problem["messages"]}
         completed = self.processor.complete_problem(problem)
-        texts = {name: completed[name] for name in self.processor.text_columns}
+        retrieved = {stage.writes for stage in self.processor.stages if stage.kind == RETRIEVE}
+        texts = {name: completed[name] for name in (*self.processor.text_columns, *(retrieved & completed.keys()))}
         images = as_pictures(own_images(problem))
         if len(images) > self.model.config.max_images:
             raise ValueError(
@@ -274,8 +303,10 @@ class MultimodalCoTPipeline(Pipeline):
         ]
         columns = samples[0]
         if num_rationales > 1:
-            last = self.processor.stages[-1]
-            columns = [majority_answer(list(drawn), row, last) for row, *drawn in zip(problems, *samples, strict=True)]
+            answering = self.processor.stages.answering
+            columns = [
+                majority_answer(list(drawn), row, answering) for row, *drawn in zip(problems, *samples, strict=True)
+            ]
         return [
             {"choices": row["problem"]["choices"], "messages": row.get("messages"), **written}
             for row, written in zip(rows, columns, strict=True)
@@ -332,12 +363,17 @@ class MultimodalCoTPipeline(Pipeline):
             self.models.save_pretrained(save_directory, **kwargs)
         else:
             self.model.save_pretrained(save_directory, **kwargs)
-            for stage in self.processor.stages[:-1]:
+            for stage in self.processor.stages.with_models:
+                if stage.answers:
+                    continue  # its model is the root's
                 folder = os.path.join(save_directory, stage.name)
                 self.models[stage.name].save_pretrained(folder, **kwargs)
                 for name in os.listdir(folder):
                     if name.endswith(".py"):  # the root already contains the code
                         os.remove(os.path.join(folder, name))
+        for name, searcher in self.processor.searchers.items():
+            if isinstance(searcher, RepositorySearcher):
+                searcher.save(os.path.join(save_directory, name))
         custom_object_save(self, save_directory)
         from .known_answer_mmcot import write_known_answer
 

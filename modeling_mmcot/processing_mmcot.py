@@ -19,7 +19,8 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .chat_mmcot import Conversation, is_chat, read_chat
 from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
-from .stage_mmcot import GOLD_COLUMNS, LETTERS, Stage, Stages
+from .retrieval_mmcot import Searcher
+from .stage_mmcot import GOLD_COLUMNS, LETTERS, PASSAGE_FIELDS, RETRIEVE, Stage, Stages
 
 # A fast tokenizer stores the padding and truncation of its last call, which another thread would overwrite.
 TOKENIZING = threading.RLock()
@@ -30,9 +31,9 @@ KNOWN_COLUMNS = {
     *GOLD_COLUMNS,
 }
 
-# The columns to shorten in a source that is too long, in this order: (column, whether to remove its last words). A
-# rationale begins with the lecture and ends with the conclusion, so its first words are removed.
-SHORTENED_COLUMNS = (("lecture", True), ("context", True), ("caption", True), ("rationale", False))
+# The columns to shorten first in a source that is too long, in this order, by their last words. Then the columns that
+# stages wrote follow, by their first words, because a text ends with its conclusion.
+SHORTENED_COLUMNS = ("lecture", "context", "caption")
 
 
 def is_absent(value: Any) -> bool:
@@ -119,6 +120,51 @@ def collect_images(problems: list[dict], images: list | None) -> list | None:
     return own
 
 
+def keep_words(value: str | list[dict], count: int, from_end: bool) -> str | list[dict]:
+    """
+    Return the first words of a text, or with `from_end=False` its last ones; of passages the first words of all of
+    them together, without those that have none left.
+    """
+    if isinstance(value, str):
+        words = value.split()
+        return " ".join(words[:count] if from_end else words[len(words) - count :])
+    kept = []
+    for passage in value:
+        words = passage["text"].split()[:count]
+        if words:
+            kept.append({**passage, "text": " ".join(words)})
+        count -= len(words)
+    return kept
+
+
+def as_passages(value: Any, column: str) -> list[dict]:
+    """
+    Return the passages that a problem brings, each with all of `PASSAGE_FIELDS`.
+
+    Raises:
+        ValueError: If they are not a list of texts, or of dicts with a `text`.
+    """
+    given = [{"text": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else [None]
+    for passage in given:
+        if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str) or not passage["text"].strip():
+            raise ValueError(
+                f"`{column}` of a problem must be a list of passages, each a text or a dict with a `text`; found "
+                f"{value!r:.200}."
+            )
+    empty = {**dict.fromkeys(PASSAGE_FIELDS, ""), "score": 0.0}
+    return [{**empty, "id": str(number), **passage} for number, passage in enumerate(given)]
+
+
+class Searchers(dict[str, Searcher]):
+    """The searchers by the names of their stages. They stay in memory: a processor is saved without them."""
+
+    def __reduce__(self):
+        return Searchers, ()
+
+    def __deepcopy__(self, memo):
+        return Searchers(self)
+
+
 class MMCoTProcessor(ProcessorMixin):
     """
     Processor of a system: a tokenizer, an image processor and the stages, whose templates render problems.
@@ -161,6 +207,7 @@ class MMCoTProcessor(ProcessorMixin):
     def __init__(self, tokenizer, image_processor=None, stages=None, chat_template=None):
         super().__init__(tokenizer, chat_template=chat_template)
         self.image_processor = None if image_processor is None else in_pillow_backend(image_processor)
+        self.searchers = Searchers()  # `loading_mmcot.load_stages` adds those of a repository
         self.stages = Stages(stage if isinstance(stage, Stage) else Stage(**stage) for stage in stages or [])
 
     # ProcessorMixin requires all attributes in this list, but a model without tower has no image processor.
@@ -197,6 +244,7 @@ class MMCoTProcessor(ProcessorMixin):
     def to_dict(self) -> dict:
         output = super().to_dict()
         output["stages"] = [asdict(stage) for stage in self.stages]
+        output.pop("searchers", None)
         return output
 
     @property
@@ -285,9 +333,11 @@ class MMCoTProcessor(ProcessorMixin):
             raise ValueError(f"A problem must be a dict with a `question` (str); found {problem!r:.200}.")
         check_columns(problem, {column for stage in self.stages for column in (*stage.reads, stage.writes)})
         texts = {name: as_text(problem, name) for name in self.text_columns}
+        retrieved = [stage.writes for stage in self.stages if stage.kind == RETRIEVE]
+        passages = {name: as_passages(problem[name], name) for name in retrieved if not is_absent(problem.get(name))}
         if not texts["context"]:
             texts["context"] = as_text(problem, "hint")  # ScienceQA's name for it
-        return {**problem, **texts, "choices": as_choices(problem.get("choices"))}
+        return {**problem, **texts, **passages, "choices": as_choices(problem.get("choices"))}
 
     def check_written(self, problem: Mapping, stage: Stage) -> None:
         """
@@ -375,26 +425,30 @@ class MMCoTProcessor(ProcessorMixin):
         source = stage.render_source(problem)
         if not self.is_too_long(source, stage):
             return source
-        for column, from_end in SHORTENED_COLUMNS:
-            if column not in stage.reads or not problem.get(column):
+        passages = [column for column in stage.reads if isinstance(problem.get(column), list) and column != "choices"]
+        given = [column for column in SHORTENED_COLUMNS if column in stage.reads]
+        fixed = {"question", "choices", "images", *SHORTENED_COLUMNS, *passages}
+        written = [column for column in stage.reads if column not in fixed]
+        for column in (*passages, *given, *written):
+            if not problem.get(column):
                 continue
-            problem = self.shorten_column(problem, column, from_end, stage)
+            problem = self.shorten_column(problem, column, column not in written, stage)
             if not self.is_too_long(stage.render_source(problem), stage):
                 break
         return stage.render_source(problem)
 
     def shorten_column(self, problem: dict, column: str, from_end: bool, stage: Stage) -> dict:
         """Return the problem with as many words of the column as fit into the source."""
-        words = problem[column].split()
+        value = problem[column]
+        count = len(value.split()) if isinstance(value, str) else sum(len(one["text"].split()) for one in value)
 
-        def remove_words(count: int) -> dict:
-            remaining = words[: len(words) - count] if from_end else words[count:]
-            return {**problem, column: " ".join(remaining)}
+        def remove_words(num_removed: int) -> dict:
+            return {**problem, column: keep_words(value, count - num_removed, from_end)}
 
         num_removed = bisect.bisect_left(
-            range(len(words)),
+            range(count),
             True,
-            key=lambda count: not self.is_too_long(stage.render_source(remove_words(count)), stage),
+            key=lambda removed: not self.is_too_long(stage.render_source(remove_words(removed)), stage),
         )
         return remove_words(num_removed)
 

@@ -324,6 +324,12 @@ def highest(scores: np.ndarray, k: int) -> np.ndarray:
     return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
 
 
+def to_dict(passage: Passage) -> dict[str, Any]:
+    """Return a passage as a dict for templates and predictions files, without empty fields of a live search."""
+    columns = {name: getattr(passage, name) for name in ("id", "title", "text", "source", "score", "query", "date")}
+    return {name: value for name, value in columns.items() if value is not None}
+
+
 def passage_of(columns: dict[str, Any], score: float = 0.0) -> Passage:
     """Return the passage of a line of `passages.jsonl`."""
     names = ("id", "title", "text", "source")

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-GENERATE, CHOOSE = "generate", "choose"
-# Kinds of stages: generate a text, or score the choices. `inference_mmcot.KINDS` maps each kind to a function.
-KINDS = (GENERATE, CHOOSE)
 ANSWER = "answer_text"  # the column that a stage of kind "choose" writes
 GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
 # Scores to compare choices by: the sum or the mean of the log-probabilities of the target's tokens, or the sum minus
@@ -46,6 +43,12 @@ PAPER_TEMPLATES: dict[str, dict[str, str]] = {
     },
 }
 
+BM25 = "bm25"  # the default searcher of a stage that retrieves, the only one whose index is published
+# The default source of a stage that retrieves.
+QUERY = "{{ question }} {{ choices | join(' ') }}"
+# The keys of a passage, which is a dict in the column of a stage that retrieves.
+PASSAGE_FIELDS = ("id", "title", "text", "source", "score")
+
 
 def one_line(text: str) -> str:
     r"""
@@ -65,6 +68,37 @@ compile_template = functools.lru_cache(ENVIRONMENT.from_string)
 STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """
+    What stages of one kind have in common. `inference_mmcot.WRITERS` has the function that writes their column.
+
+    Args:
+        writes (`str`, *optional*):
+            The column that only stages of this kind write. By default any column that no other kind writes.
+        has_model (`bool`, *optional*, defaults to `True`):
+            Whether a stage has a model, which is trained. A stage without a model has no target.
+        settings (`tuple[str, ...]`, *optional*):
+            The fields of a `Stage` that have a meaning only for this kind.
+    """
+
+    writes: str | None = None
+    has_model: bool = True
+    settings: tuple[str, ...] = ()
+
+
+GENERATE, CHOOSE, RETRIEVE = "generate", "choose", "retrieve"
+KINDS = {
+    GENERATE: Kind(),
+    CHOOSE: Kind(writes=ANSWER, settings=("score",)),
+    RETRIEVE: Kind(has_model=False, settings=("searcher", "num_passages", "exclude_verbatim")),
+}
+
+
+# The fields of a stage that are numbers, and what they count.
+COUNTS = {"max_source_length": "tokens", "max_target_length": "tokens", "num_passages": "passages"}
+
+
 @dataclass
 class Stage:
     """
@@ -78,9 +112,10 @@ class Stage:
         writes (`str`):
             The column that the stage writes.
         source (`str`):
-            Jinja template of the source.
-        target (`str`):
-            Jinja template of the target, which can use all columns, including the gold ones.
+            Jinja template of the source. For a stage that retrieves, it is the query.
+        target (`str`, *optional*):
+            Jinja template of the target, which can use all columns, including the gold ones. A stage without a model
+            has none.
         max_source_length (`int`, *optional*, defaults to 512):
             Maximum length of the source, in tokens.
         max_target_length (`int`, *optional*, defaults to 512):
@@ -90,17 +125,26 @@ class Stage:
         kind (`str`, *optional*):
             A name in `KINDS`. Defaults to `"choose"` for the stage that writes `answer_text`, and to `"generate"` for
             all others.
+        searcher (`str`, *optional*, defaults to `"bm25"`):
+            The name of the searcher by which a stage retrieves passages.
+        num_passages (`int`, *optional*, defaults to 5):
+            The number of passages that a stage retrieves for a problem, at most.
+        exclude_verbatim (`bool`, *optional*, defaults to `False`):
+            Whether a stage leaves out a passage whose text is the problem's own lecture, where it is known.
     """
 
     name: str
     reads: list[str]
     writes: str
     source: str
-    target: str
+    target: str = ""
     max_source_length: int = 512
     max_target_length: int = 512
     score: str = "total"
     kind: str = ""
+    searcher: str = BM25
+    num_passages: int = 5
+    exclude_verbatim: bool = False
 
     def __post_init__(self):
         """
@@ -119,14 +163,18 @@ class Stage:
             "writes": (texts["writes"] and self.writes != "", "a column"),
             "source": (texts["source"], "a template"),
             "target": (texts["target"], "a template"),
-            "score": (self.score in SCORES, f"one of {', '.join(SCORES)}"),
             "kind": (
-                self.kind in KINDS and (self.kind == CHOOSE) == (self.writes == ANSWER),
+                isinstance(self.kind, str)
+                and self.kind in KINDS
+                and KINDS[self.kind].writes == kind_column(self.writes),
                 f'one of {", ".join(KINDS)}; "{CHOOSE}" for the stage that writes `{ANSWER}`, and for no other one',
             ),
+            "score": (self.score in SCORES, f"one of {', '.join(SCORES)}"),
+            "searcher": (isinstance(self.searcher, str) and self.searcher != "", "the name of a searcher"),
+            "exclude_verbatim": (isinstance(self.exclude_verbatim, bool), "true or false"),
         }
-        for name in ("max_source_length", "max_target_length"):
-            checks[name] = (type(getattr(self, name)) is int and getattr(self, name) > 0, "a number of tokens")
+        for name, unit in COUNTS.items():
+            checks[name] = (type(getattr(self, name)) is int and getattr(self, name) > 0, f"a number of {unit}")
         for name, (is_valid, expected) in checks.items():
             if not is_valid:
                 raise ValueError(f"{name} of a stage is {getattr(self, name)!r:.80}; expected {expected}.")
@@ -140,6 +188,11 @@ class Stage:
         if self.writes in problem:
             return fold(problem[self.writes])
         return render(self.target, problem)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether this stage has a model, which is trained."""
+        return KINDS[self.kind].has_model
 
     @property
     def answers(self) -> bool:
@@ -164,6 +217,16 @@ class Stages(list[Stage]):
         """Whether any stage reads the pictures."""
         return self.read("images")
 
+    @property
+    def with_models(self) -> "Stages":
+        """The stages that have a model."""
+        return Stages(stage for stage in self if stage.has_model)
+
+    @property
+    def answering(self) -> Stage:
+        """The stage that answers. Its model is at the root of a repository, unless the stages are adapters."""
+        return next(stage for stage in self if stage.answers)
+
     def read(self, column: str) -> bool:
         """Return whether any stage reads the column."""
         return any(column in stage.reads for stage in self)
@@ -187,6 +250,11 @@ class Stages(list[Stage]):
     def after(self, stage: Stage) -> "Stages":
         """Return the stages after the given one."""
         return Stages(self[self.index(stage) + 1 :])
+
+
+def kind_column(writes: str) -> str | None:
+    """Return the column if only stages of one kind write it, else None."""
+    return writes if any(kind.writes == writes for kind in KINDS.values()) else None
 
 
 def default_kind(writes: str) -> str:

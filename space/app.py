@@ -101,7 +101,7 @@ def read_problem(answer: Pipeline, file: dict | None, question: str, choices: st
     if path is not None:
         read_picture(answer, path)
     problem = {"question": question, "choices": lines, "context": context, "caption": caption}
-    first = answer.processor.stages[0]
+    first = answer.processor.stages.with_models[0]
     if answer.processor.is_too_long(answer.processor.fit_source(problem, first), first):
         raise refusal(
             f"Question and choices are longer than the {first.max_source_length} tokens that the model reads."
@@ -168,7 +168,7 @@ def stream(answer: Pipeline, problem: dict, given: dict[str, str]) -> Iterator[d
     Args:
         given: texts that replace the output of stages, by column.
     """
-    stages = [stage for stage in answer.processor.stages if not (stage.answers and problem["choices"])]
+    stages = [stage for stage in answer.processor.stages.with_models if not (stage.answers and problem["choices"])]
     unwritten = ["answer" if stage.answers else stage.writes for stage in stages if stage.writes not in given]
     pieces: queue.SimpleQueue = queue.SimpleQueue()
     streamer = QueueStreamer(answer.processor.tokenizer, pieces)
@@ -207,6 +207,17 @@ def answer_html(result: dict, choices: list[str]) -> str:
 
 def text_html(name: str, text: str) -> str:
     return f'<p><strong>{escape(name)}</strong></p><p class="written">{escape(text)}</p>'
+
+
+def passages_html(passages: list[dict]) -> str:
+    """Format the retrieved passages with their sources, the best one first."""
+    items = [
+        "<li><strong>{title}</strong> {text} <em>{source}</em></li>".format(
+            **{name: escape(passage[name]) for name in ("title", "text", "source")}
+        )
+        for passage in passages
+    ]
+    return f'<p><strong>Passages</strong></p><ol class="written">{"".join(items)}</ol>' if items else ""
 
 
 def shown_token(token: str) -> str:
@@ -253,7 +264,8 @@ class Page:
     def __init__(self, answer: Pipeline, name: str):
         self.answer = answer
         stages = answer.processor.stages
-        self.written = [stage.writes for stage in stages if not stage.answers]
+        self.written = [stage.writes for stage in stages.with_models if not stage.answers]
+        self.retrieved = [stage.writes for stage in stages if not stage.has_model]
         self.picture_stages = [stage.name for stage in stages if stage.sees_pictures]
         self.columns_read = {column for stage in stages for column in stage.reads}
         with gr.Blocks(
@@ -306,6 +318,7 @@ class Page:
                     texts = f"this {title(self.written[0]).lower()}" if len(self.written) == 1 else "these texts"
                     self.again_button = gr.Button(f"Answer from {texts}", visible=bool(self.written), elem_id="again")
                     self.answered = gr.HTML(elem_id="answered")
+                    self.passages = gr.HTML(visible=bool(self.retrieved), elem_id="passages")
                 with gr.Column() as self.unseen_part:
                     gr.Markdown("### Answer without the picture")
                     self.unseen = gr.HTML(elem_id="unseen-answered")
@@ -336,13 +349,16 @@ class Page:
             **private,
             "concurrency_id": "model",
         }
-        results = [self.results, self.heading, self.state, *self.boxes, self.answered, self.unseen_part, self.unseen]
+        results = [self.results, self.heading, self.state, *self.boxes, self.answered, self.passages]
+        results += [self.unseen_part, self.unseen]
         # Without preprocessing: gr.Image would show Pillow's exception to the user if a file is not a picture.
         asking = self.ask_button.click(self.ask, self.form, [*results, self.maps_part], preprocess=False, **ask)
         asking = asking.success(self.answer_without_picture, self.state, self.unseen, **private, concurrency_id="model")
         asking.success(**show_maps)
         texts = [self.state, *self.boxes]
-        self.again_button.click(self.ask_again, texts, [*texts, self.answered], **ask).success(**show_maps)
+        self.again_button.click(self.ask_again, texts, [*texts, self.answered, self.passages], **ask).success(
+            **show_maps
+        )
         self.stage.input(**show_maps)
         self.tokens.select(
             self.show_token, [self.state, self.token_maps], self.overlay, **private, show_progress="hidden"
@@ -353,7 +369,7 @@ class Page:
         yield {
             self.results: gr.Column(visible=True),
             self.heading: f'<h2 class="written">{escape(problem["question"])}</h2>',
-            **dict.fromkeys([*self.boxes, self.answered, self.unseen], ""),
+            **dict.fromkeys([*self.boxes, self.answered, self.passages, self.unseen], ""),
             self.unseen_part: gr.Column(visible=problem["image"] is not None),
             self.maps_part: gr.Column(visible=False),
         }
@@ -371,9 +387,15 @@ class Page:
     def respond(self, problem: dict, given: dict[str, str]) -> Iterator[dict]:
         for result in stream(self.answer, problem, given):
             texts = [result.get(column, "") for column in self.written]
+            passages = {column: result[column] for column in self.retrieved if column in result}
             yield {
-                self.state: {"problem": problem, "given": dict(zip(self.written, texts, strict=True))},
+                self.state: {
+                    "problem": problem,
+                    "given": dict(zip(self.written, texts, strict=True)),
+                    "passages": passages,
+                },
                 self.answered: answer_html(result, problem["choices"]),
+                self.passages: passages_html([passage for found in passages.values() for passage in found]),
                 **dict(zip(self.boxes, texts, strict=True)),
             }
 
@@ -389,7 +411,7 @@ class Page:
         if state["problem"]["image"] is None:
             return {self.maps_part: gr.Column(visible=False)}
         try:
-            token_maps = self.answer.token_maps(state["problem"], stage, given=state["given"])
+            token_maps = self.answer.token_maps({**state["problem"], **state["passages"]}, stage, given=state["given"])
             tokens = tokens_html(token_maps.tokens)
         except ValueError as error:  # the tower's patches have no positions
             token_maps, tokens = None, f"<p>This model has no maps: {escape(str(error))}</p>"

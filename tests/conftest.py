@@ -18,7 +18,18 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 from preloaded import run_python
-from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from mmcot.pictures.featurizer import FeatureOptions, TowerOptions, compute_features
 from mmcot.problems.demo import generate
@@ -65,6 +76,14 @@ def tiny_model(seed: int = 0, **config) -> MMCoTForConditionalGeneration:
     model = MMCoTForConditionalGeneration(MMCoTConfig(**{**TINY_TEXT, "vision_config": TINY_VISION, **config}))
     model.generation_config.update(max_new_tokens=12)
     return model.eval()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 61 words w0 to w60, for models with the vocabulary of `TINY_TEXT`."""
+    tokens = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
+    words = Tokenizer(WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture(params=FUSIONS)

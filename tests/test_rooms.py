@@ -16,7 +16,7 @@ ARROWS = {
     "evaluation": ("problems",),
     "retrieval": ("problems",),
     "pictures": ("problems",),
-    "prediction": ("pictures",),
+    "prediction": ("pictures", "retrieval"),
     "analysis": ("prediction", "evaluation"),
     "hub": ("prediction", "evaluation"),
     "training": ("hub", "recipes", "retrieval", "prediction", "evaluation"),

@@ -1,7 +1,8 @@
-"""Probes: measure how much an answer depends on the rationale, the picture and the content of the choices.
+"""Probes: measure how much an answer depends on the written texts, the picture and the content of the choices.
 
-The last stage answers again with another rationale (none, the first half, one from another problem, shuffled words),
-and with permuted choices. The whole system answers again without the picture, and with the picture of another problem.
+The answer stage answers again with another text (none, the first half, one from another problem, shuffled words) in
+each written column that it reads, such as the rationale, and with permuted choices. The whole system answers again
+without the picture, and with the picture of another problem.
 """
 
 import random
@@ -41,11 +42,12 @@ def shuffle_words(texts: list[str], generator: random.Random) -> list[str]:
     return [" ".join(generator.sample(words, len(words))) for words in map(str.split, texts)]
 
 
-RATIONALES: dict[str, Callable[[list[str], random.Random], list[str]]] = {
-    "rationale dropped": drop_texts,
-    "rationale's first half": keep_first_half,
-    "another problem's rationale": take_from_another,
-    "rationale's words mixed": shuffle_words,
+# Changes of the texts in a column, by the names of their probes.
+CHANGES: dict[str, Callable[[list[str], random.Random], list[str]]] = {
+    "{column} dropped": drop_texts,
+    "{column}'s first half": keep_first_half,
+    "another problem's {column}": take_from_another,
+    "{column}'s words mixed": shuffle_words,
 }
 
 
@@ -97,21 +99,23 @@ def probe(
         in percent, the 95 % `interval` of the difference, McNemar's `p`, and the percentage of answers that `changed`.
         For permuted choices also the percentages of answers that `follow_content` and `follow_letter`.
     """
-    last = processor.stages[-1]
+    answering = processor.stages.answering
     options = PredictOptions(batch_size=batch_size)
     predictions = predict(processor, models, problems, options, store)
     results = {}
-    if len(processor.stages) > 1:
-        column = processor.stages[-2].writes
+    for stage in processor.stages.before(answering).with_models:
+        column = stage.writes
+        if column not in answering.reads:
+            continue
         texts = [predictions[problem_id][column] for problem_id in problems["id"]]
-        for name, change in RATIONALES.items():
+        for name, change in CHANGES.items():
             changed_texts = change(texts, random.Random(SEED))
             written = {
                 problem_id: {**predictions[problem_id], column: text}
                 for problem_id, text in zip(problems["id"], changed_texts, strict=True)
             }
-            predict_stage(models[last.name], processor, last, problems, written, options, store)
-            results[name] = difference(problems, predictions, written)
+            predict_stage(models[answering.name], processor, answering, problems, written, options, store)
+            results[name.format(column=column)] = difference(problems, predictions, written)
     with_picture = problems.select([row for row, images in enumerate(problems["images"]) if images])
     if processor.stages.see_pictures and len(with_picture) > 1:
         images = with_picture["images"]
@@ -123,7 +127,7 @@ def probe(
             results[name] = difference(with_picture, predictions, probed)
     permuted, orders = with_permuted_choices(problems, random.Random(SEED))
     written = {problem_id: dict(columns) for problem_id, columns in predictions.items()}
-    predict_stage(models[last.name], processor, last, permuted, written, options, store)
+    predict_stage(models[answering.name], processor, answering, permuted, written, options, store)
     results["choices permuted"] = compare_permuted(problems, orders, predictions, written)
     return results
 

@@ -37,6 +37,8 @@ PICTURE_SIDE = 480  # maximum length of the longer side, px
 NUM_SKILLS = 30
 FULL = 4  # the overlay has its full colour from this multiple of uniform attention
 
+UNSHOWN = ("answer_text",)  # a text of predictions that the page shows in another form
+
 Predictions = Mapping[str, Mapping[str, Any]]
 
 
@@ -141,10 +143,16 @@ def problem_rows(
             "given": prediction["answer"],
             "given_text": prediction.get("answer_text", ""),
             "scores": prediction.get("scores"),
-            "rationale": prediction.get("rationale", ""),
+            "texts": {name: text for name, text in prediction.items() if name not in UNSHOWN and isinstance(text, str)},
+            "passages": [passage for value in prediction.values() if is_passages(value) for passage in value],
             "prompts": prompts(problem, prediction, stages),
             "verdict": None if verdict is None else vars(verdict),
         }
+
+
+def is_passages(value: Any) -> bool:
+    """Whether a column of a prediction contains retrieved passages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "text" in one for one in value)
 
 
 def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, str]:
@@ -153,7 +161,7 @@ def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: S
     shown = {}
     for stage in stages:
         shown[stage.name] = stage.render_source(row)
-        row[stage.writes] = prediction.get(stage.writes, "")
+        row[stage.writes] = prediction.get(stage.writes, "" if stage.has_model else [])
     return shown
 
 

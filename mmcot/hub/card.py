@@ -27,7 +27,8 @@ from mmcot.storage.files import list_files, read_json, write_json
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.configuration_mmcot import __version__
-from modeling_mmcot.stage_mmcot import Stage
+from modeling_mmcot.retrieval_mmcot import read_manifest
+from modeling_mmcot.stage_mmcot import RETRIEVE, Stage
 from modeling_mmcot.versions_mmcot import REQUIRED, requirement
 from modeling_mmcot.vision_mmcot import TOWERS
 
@@ -84,8 +85,9 @@ class Publication:
 
 def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication) -> None:
     """Write README.md, its picture and the scores, if any, into a folder that contains all other files."""
-    trainings = {stage.name: read_training_results(run_folder, stage.name) for stage in processor.stages}
-    dataset_name = trainings[processor.stages[-1].name]["dataset_known_as"]
+    stages = processor.stages
+    trainings = {stage.name: read_training_results(run_folder, stage.name) for stage in stages.with_models}
+    dataset_name = trainings[stages.answering.name]["dataset_known_as"]
     dataset = DATASETS.get(dataset_name)
     if dataset and dataset.shares_alike and publication.license not in (None, dataset.license):
         raise ValueError(
@@ -121,7 +123,12 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         version=__version__,
         needs=[requirement(name) for name in REQUIRED],
         needs_peft=requirement("peft"),
-        stages=processor.stages,
+        stages=stages,
+        indexes={
+            stage.name: {**read_manifest(run_folder.stage(stage.name)), "num_passages": stage.num_passages}
+            for stage in stages
+            if stage.kind == RETRIEVE
+        },
         picture=PICTURE,
         sees_pictures=processor.stages.see_pictures,
         has_tower=processor.image_processor is not None,
@@ -328,9 +335,10 @@ def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
         texts = ", ".join(f"its {name}" if name in written else name for name in reads)
         seen = "picture → tower" if has_tower else "a picture's features"
         sees = f"{seen} → fusion" if stage.sees_pictures else "no picture"
+        does = f"{sees}\nT5" if stage.has_model else f"search: {stage.searcher}\n{stage.num_passages} passages"
         writes = "a probability per choice" if stage.answers else stage.writes
         axes.text(1.6, height, textwrap.fill(texts, 24), **centred, bbox={**box, "facecolor": "#eef3f8"})
-        axes.text(5.2, height, f"{sees}\nT5, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})
+        axes.text(5.2, height, f"{does}, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})
         axes.text(8.7, height, textwrap.fill(writes, 24), **centred, bbox={**box, "facecolor": "#fdf3e7"})
         for start, end in ((3.1, 3.6), (6.8, 7.4)):
             axes.annotate("", (end, height), (start, height), arrowprops=arrow)

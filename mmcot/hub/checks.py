@@ -14,6 +14,7 @@ from mmcot.hub.card import PICTURE
 from mmcot.hub.export import shipped_code
 from mmcot.hub.results import SCORES_FILE
 from mmcot.storage.files import list_files
+from modeling_mmcot.retrieval_mmcot import INDEX_FILES, MANIFEST
 
 # Files that a model's repository may contain; anything else (pickles, optimizer states, data) is not uploaded.
 MODEL_PATTERNS = (
@@ -21,6 +22,7 @@ MODEL_PATTERNS = (
     r"([\w.-]+/)?(model|adapter_model)(-\d+-of-\d+)?\.safetensors",
     r"([\w.-]+/)?model\.safetensors\.index\.json",
     r"([\w.-]+/)?known_answer\.json",
+    rf"[\w.-]+/({'|'.join(map(re.escape, (MANIFEST, *INDEX_FILES)))})",
     r"(processor_config|tokenizer_config|tokenizer|special_tokens_map|added_tokens|chat_template)\.json",
     r"spiece\.model|chat_template\.jinja",
     r"\.eval_results/[\w.-]+\.yaml",
@@ -61,7 +63,7 @@ PATHS = (
     rb"(?<![\w./-])/?(?:[\w-][\w.-]*/)*\.\./(?:\.\./)*\w" + PATH + rb"*",  # leaves its folder
     rb"(?<![\w./~-])~(?:[A-Za-z_][\w-]*)?/\w" + PATH + rb"*",  # in a home folder
 )
-TEXT_FILES = {".json", ".md", ".py", ".yaml", ".jinja", ".txt"}
+TEXT_FILES = {".json", ".jsonl", ".md", ".py", ".yaml", ".jinja", ".txt"}
 
 
 def check_model_folder(folder: Path) -> None:

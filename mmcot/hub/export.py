@@ -1,8 +1,8 @@
 """Run folder -> Hub folder: one repository with the whole system, loadable with `trust_remote_code`.
 
-The root contains the last stage with the processor, the code and the card; each earlier stage has a subfolder. If the
-stages are adapters, the root contains their base, and each stage's adapter has a subfolder. `card.py` writes the card,
-`checks.py` checks the folder, `repository.py` uploads it.
+The root contains the stage that answers, with the processor, the code and the card; each other stage has a subfolder.
+If the stages are adapters, the root contains their base, and each stage's adapter has a subfolder. `card.py` writes the
+card, `checks.py` checks the folder, `repository.py` uploads it.
 """
 
 import shutil
@@ -20,6 +20,7 @@ from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.known_answer_mmcot import write_known_answer
 from modeling_mmcot.loading_mmcot import StageAdapters, load_stages
+from modeling_mmcot.retrieval_mmcot import INDEX_FILES, MANIFEST
 
 MODEL_FILES = (
     "config.json",
@@ -27,6 +28,8 @@ MODEL_FILES = (
     "adapter_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
+    MANIFEST,
+    *INDEX_FILES,
 )
 
 
@@ -64,19 +67,22 @@ def write_hub_folder(
     Write a folder in the Hub's layout atomically, and return it. An existing folder is replaced.
 
     Args:
-        stages: the folder of each stage's saved model by name, in the order of the stages. The last becomes the root.
+        stages: the folder of each stage's saved model, or index, by name. The model of the stage that answers becomes
+            the root.
         write_readme: writes the card and its files into the folder; called when all other files are written.
         base: the folder of the base, if the stages are adapters. It becomes the root.
     """
     with replaced_folder(hub_folder) as folder:
         processor.save_pretrained(folder)
-        copy_model(base or stages[list(stages)[-1]], folder)
-        for name in stages if base else list(stages)[:-1]:
-            copy_model(stages[name], folder / name)
+        root = processor.stages.answering.name
+        copy_model(base or stages[root], folder)
+        for stage in processor.stages:
+            if base is not None or stage.name != root:
+                copy_model(stages[stage.name], folder / stage.name)
         for file in shipped_code():
             shutil.copyfile(file, folder / file.name)
-        root = MMCoTForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        models = load_stages(root, str(folder), processor.stages.names)
+        model = MMCoTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        models = load_stages(model, str(folder), processor)
         write_known_answer(folder, models, processor)
         write_readme(folder)
     return hub_folder
@@ -92,8 +98,8 @@ def copy_model(stage_folder: Path, target: Path) -> None:
 
 def merge(base: Path, processor: MMCoTProcessor, folder: Path) -> dict[str, Path]:
     """Merge each stage's adapter into the base, and save it into the folder. Return the stages' folders by name."""
-    merged_folders = {}
-    for stage in processor.stages:
+    merged_folders = {stage.name: base.parent / stage.name for stage in processor.stages}
+    for stage in processor.stages.with_models:
         peft_config = PeftConfig.from_pretrained(base.parent / stage.name)
         if peft_config.is_prompt_learning:
             raise ValueError(

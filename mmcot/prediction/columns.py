@@ -41,7 +41,7 @@ def with_columns(
 
 
 def with_gold_columns(problems: Dataset, earlier: Sequence[Stage]) -> Dataset:
-    """Return the problems with the columns that earlier stages learn to write, rendered from gold."""
+    """Return the problems with the columns that earlier stages with a model learn to write, rendered from gold."""
     rows = [with_gold(row, earlier) for row in problems.remove_columns("images")] if earlier else []
     for stage in earlier:
         problems = with_column(problems, stage.writes, [row[stage.writes] for row in rows])

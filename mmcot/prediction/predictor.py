@@ -23,6 +23,7 @@ from mmcot.pictures.pixel_store import PixelStore
 from mmcot.prediction.batching import Lengths, by_both_lengths, fill_batches, length_batches, split_by_cost
 from mmcot.prediction.columns import with_columns
 from mmcot.prediction.examples import StageCollator, lengths_of, tokenized
+from mmcot.prediction.passages import add_passages
 from mmcot.prediction.self_consistency import NOT_DRAWN, Drawing, Sample
 from mmcot.problems.schema import (
     without_gold,
@@ -32,7 +33,7 @@ from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
 from modeling_mmcot.inference_mmcot import count_unfinished, write_column
 from modeling_mmcot.self_consistency_mmcot import majority_answer
-from modeling_mmcot.stage_mmcot import Stage
+from modeling_mmcot.stage_mmcot import RETRIEVE, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -166,19 +167,29 @@ def predict(
     pictures: FeatureStore | None = None,
     journal: Journal | None = None,
     drawing: Drawing = NOT_DRAWN,
+    known: Dataset | None = None,
 ) -> dict[str, dict]:
     """
     Return the predictions of all stages by problem id, in the order of the dataset. With several sampled rationales,
     the answer is the choice with the highest mean probability over them (`self_consistency_mmcot.py`).
+
+    Args:
+        known: the same problems with their gold lectures, from which `exclude_verbatim` leaves out passages; by default
+            `problems`.
     """
     samples: list[dict[str, dict]] = []
     for sample in drawing.samples():
         predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
         for stage in processor.stages:
+            if stage.kind == RETRIEVE:
+                add_passages(predictions, processor, stage, problems, known)
+                continue
             model = models[stage.name]
             predict_stage(model, processor, stage, problems, predictions, options, pictures, sample, journal)
         samples.append(predictions)
     if len(samples) == 1:
         return samples[0]
-    rows, last = without_gold(problems).remove_columns("images"), processor.stages[-1]
-    return {row["id"]: majority_answer([predictions[row["id"]] for predictions in samples], row, last) for row in rows}
+    rows, answering = without_gold(problems).remove_columns("images"), processor.stages.answering
+    return {
+        row["id"]: majority_answer([predictions[row["id"]] for predictions in samples], row, answering) for row in rows
+    }

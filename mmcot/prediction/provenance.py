@@ -24,8 +24,9 @@ from mmcot.storage.digests import digest_of_file, digest_of_folders
 from mmcot.storage.predictions import read_meta
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.retrieval_mmcot import MANIFEST
 
-WEIGHTS = ("*.safetensors",)
+WEIGHTS = ("*.safetensors", MANIFEST)  # the manifest identifies the index of a stage that retrieves
 # The files of a model folder that determine its predictions.
 MODEL_FILES = (*WEIGHTS, "*.safetensors.index.json", "*config.json", "tokenizer.json")
 # Options of `mmcot.predict` that change the predictions.
@@ -57,10 +58,12 @@ def provenance(
         "dataset_fingerprint": problems_digest(problems),
         "problems": digest_of_problems(problems),
         "n": len(problems),
-        "max_images": min(models[stage.name].config.max_images for stage in processor.stages),
+        "max_images": min(models[stage.name].config.max_images for stage in processor.stages.with_models),
         "features_made_from": None if store is None else store.manifest,
         "stages": [asdict(stage) for stage in processor.stages],
-        "decoding": {stage.name: models[stage.name].generation_config.to_diff_dict() for stage in processor.stages},
+        "decoding": {
+            stage.name: models[stage.name].generation_config.to_diff_dict() for stage in processor.stages.with_models
+        },
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
 

@@ -45,7 +45,7 @@ def load_system(model: str, dtype: torch.dtype | str = "auto") -> tuple[MMCoTPro
         check_export(run_folder, processor)
     root = MMCoTForConditionalGeneration.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     root = root.to(PartialState().device)
-    return processor, load_stages(root, model, processor.stages.names)
+    return processor, load_stages(root, model, processor)
 
 
 def load_inputs(

@@ -36,6 +36,10 @@ FEATURES = datasets.Features(
         "split": _TEXT,
     }
 )
+# The passages that a stage retrieved for a problem, best first; `query` and `date` are those of a live search.
+PASSAGES = datasets.List(
+    {**dict.fromkeys(("id", "title", "text", "source", "query", "date"), _TEXT), "score": datasets.Value("float64")}
+)
 GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
 SPLITS = ("train", "val", "test")
 SPLIT_ALIASES = {"validation": "val", "valid": "val", "dev": "val"}
@@ -318,9 +322,10 @@ def join_column(problems: datasets.Dataset, column: str, path: str) -> datasets.
     return with_column(problems, column, [texts[problem_id] for problem_id in problems["id"]])
 
 
-def with_column(problems: datasets.Dataset, column: str, texts: list[str]) -> datasets.Dataset:
-    """Return the problems with these texts in a new or replaced column."""
+def with_column(problems: datasets.Dataset, column: str, values: list[str] | list[list[dict]]) -> datasets.Dataset:
+    """Return the problems with these texts, or passages, in a new or replaced column."""
     if column in problems.column_names:
         problems = problems.remove_columns(column)
+    feature = PASSAGES if values and isinstance(values[0], list) else _TEXT
     with without_dataset_bars():
-        return problems.add_column(column, texts, feature=_TEXT)
+        return problems.add_column(column, values, feature=feature)

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmcot.problems.opening import SOURCES
 from mmcot.problems.splits import SPLIT_SEED
+from modeling_mmcot.stage_mmcot import default_kind
 
 STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit"), "init_from": ("base", "previous_stage")}
 PEFT_TYPES = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING")
@@ -19,9 +20,12 @@ class StageArguments:
     Args:
         name: the name of the stage and of its folder.
         reads: the columns of the problem that appear in its source; include `images` to read the pictures.
-        writes: the column that the stage writes; a stage that writes `answer_text` chooses the answer.
+        writes: the column that the stage writes.
+        kind: what the stage does (`stage_mmcot.KINDS`). By default the stage that writes `answer_text` chooses the
+            answer, and every other one generates a text.
         template: a name in the template set `paper` (`QCM-E`, `QCMG-A`, …), which defines source and target.
-        source, target: Jinja templates, in place of the named ones.
+        source, target: Jinja templates, in place of the named ones. A stage that retrieves has no target, and its
+            source is the query; by default question and choices.
         max_source_length, max_target_length: in tokens.
         score: how the answering stage compares choices (`stage_mmcot.SCORES`): `total`, `mean` or `calibrated`. By
             default `mean` if its target contains the text of the choice, else `total` (docs/choice_lengths.md).
@@ -30,11 +34,16 @@ class StageArguments:
         inputs_from: the origin of the earlier stages' columns in training: `gold`, `generated` or `cross_fit`
             (`training/stage_inputs.py`).
         init_from: the initial weights of its training: `base`, or `previous_stage`.
+        corpora: of a stage that retrieves: the passages that it searches (`retrieval/corpora.py`).
+        searcher: of a stage that retrieves: the searcher (`retrieval/searchers.py`), by default `bm25`.
+        num_passages: of a stage that retrieves: the number of passages for a problem, by default 5.
+        exclude_verbatim: of a stage that retrieves: leave out a passage that is the problem's own lecture.
     """
 
     name: str
     reads: list[str]
     writes: str
+    kind: str | None = None
     template: str | None = None
     source: str | None = None
     target: str | None = None
@@ -46,8 +55,13 @@ class StageArguments:
     learning_rate: float | None = None
     inputs_from: str = "gold"
     init_from: str = "base"
+    corpora: list[str] | None = None
+    searcher: str | None = None
+    num_passages: int | None = None
+    exclude_verbatim: bool | None = None
 
     def __post_init__(self):
+        self.kind = self.kind or default_kind(self.writes)
         # YAML reads 1e-4 as a string, and nested values pass no argument parser.
         for name in ("num_train_epochs", "learning_rate"):
             if getattr(self, name) is not None:
@@ -64,7 +78,8 @@ class RecipeArguments:
         columns: `OURS=THEIRS,…` (in the recipe also a mapping), if the dataset has other column names.
         split_seed: the seed that divides rows without `split`.
         allow_overlap: train even if validation or test problems also occur in training (same text and pictures).
-        stages: the stages in order (in the recipe only, see [`StageArguments`]).
+        stages: the stages (in the recipe only, see [`StageArguments`]). A stage runs after all stages whose columns it
+            reads; apart from that, they run in the given order.
         streaming: read the training problems of a Hub dataset during training, without keeping them on disk
             (`training/streaming.py`).
         fusion: a name in `fusion_mmcot.FUSIONS`. By default that of the model, or `gated` for a new model.

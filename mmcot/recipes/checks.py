@@ -4,16 +4,20 @@ Each error names the recipe, the key, the value found and the value expected. Th
 """
 
 import difflib
+from dataclasses import fields
 
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig
 
 from mmcot.problems.schema import FEATURES, GOLD_COLUMNS
 from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
-from modeling_mmcot.stage_mmcot import CHOOSE, SCORES, STAGE_NAME, default_kind
+from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, RETRIEVE, SCORES, STAGE_NAME, kind_column
 
 # Folders of a run that are not stages.
 RESERVED_NAMES = ("base", "hub", "hub_merged", "folds", "predictions", "scores")
+# Settings of a stage that only a model has.
+MODEL_SETTINGS = ("template", "target", "max_source_length", "max_target_length", "num_beams", "num_train_epochs")
+MODEL_SETTINGS += ("learning_rate", "inputs_from", "init_from")
 # Settings of all adapters, and settings of LoRA only.
 PEFT_SETTINGS = ("load_in_4bit", "load_in_8bit", "peft_type", "num_virtual_tokens")
 LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")
@@ -21,22 +25,13 @@ LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")
 
 def check_stages(stages: list[StageArguments], config: str) -> None:
     """
-    Check the names, columns and scores of the stages.
+    Check the names, kinds, columns and settings of the stages.
 
     Raises:
         ValueError: with the first fault.
     """
     if not stages:
         raise ValueError(f"{config}: `stages` is empty; expected at least the answer stage.")
-    for stage in stages:
-        if stage.score is not None and stage.score not in SCORES:
-            raise ValueError(
-                f"{config}: stage {stage.name!r} has score {stage.score!r}; expected one of {', '.join(SCORES)}."
-            )
-        if stage.score is not None and default_kind(stage.writes) != CHOOSE:
-            raise ValueError(
-                f"{config}: stage {stage.name!r} has a score but compares no choices: it writes {stage.writes!r}."
-            )
     names = [stage.name for stage in stages]
     for name in names:
         if not isinstance(name, str) or STAGE_NAME.fullmatch(name) is None:
@@ -48,28 +43,94 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
             raise ValueError(f"{config}: name of a stage is {name!r}, a folder that a run uses for other files.")
         if names.count(name) > 1:
             raise ValueError(f"{config}: two stages are named {name!r}; expected different names.")
+    for stage in stages:
+        check_kind(stage, config)
+    check_columns(stages, config)
+    answering = [stage.name for stage in stages if stage.kind == CHOOSE]
+    if len(answering) != 1:
+        raise ValueError(
+            f"{config}: exactly one stage writes `answer_text`; found "
+            f"{', '.join(f'{stage.name} writes {stage.writes}' for stage in stages)}."
+        )
+
+
+def check_kind(stage: StageArguments, config: str) -> None:
+    """
+    Check the kind of a stage, and that all its settings have an effect.
+
+    Raises:
+        ValueError: with the first fault.
+    """
+    where = f"{config}: stage {stage.name!r}"
+    if stage.kind not in KINDS:
+        raise ValueError(f"{where} has kind {stage.kind!r}; expected one of {', '.join(KINDS)}.")
+    kind = KINDS[stage.kind]
+    if kind.writes != kind_column(stage.writes):
+        writes = "another column" if kind.writes is None else f"{kind.writes!r}"
+        raise ValueError(f"{where} has kind {stage.kind!r} and writes {stage.writes!r}; expected {writes}.")
+    settings = {name for known in KINDS.values() for name in known.settings} | {"corpora"}
+    settings -= {*kind.settings, *(["corpora"] if not kind.has_model else [])}
+    settings |= set() if kind.has_model else set(MODEL_SETTINGS)
+    defaults = {entry.name: entry.default for entry in fields(StageArguments)}
+    for name in sorted(settings):
+        if getattr(stage, name) != defaults[name]:
+            raise ValueError(
+                f"{where} has {name} {getattr(stage, name)!r}, which has no effect on a stage of kind {stage.kind!r}."
+            )
+    if "images" in stage.reads and not kind.has_model:
+        raise ValueError(f"{where} reads images, which have no effect on a stage of kind {stage.kind!r}.")
+    if stage.score is not None and stage.score not in SCORES:
+        raise ValueError(f"{where} has score {stage.score!r}; expected one of {', '.join(SCORES)}.")
+    if stage.num_passages is not None and (type(stage.num_passages) is not int or stage.num_passages < 1):
+        raise ValueError(f"{where} has num_passages {stage.num_passages!r}; expected 1 or more.")
+    if stage.kind == RETRIEVE and not (isinstance(stage.corpora, list) and stage.corpora):
+        raise ValueError(f"{where} retrieves, and has corpora {stage.corpora!r}; expected a list of passages' sources.")
+
+
+def check_columns(stages: list[StageArguments], config: str) -> None:
+    """
+    Check the columns that the stages read and write.
+
+    Raises:
+        ValueError: with the first fault.
+    """
     columns = set(FEATURES) - set(GOLD_COLUMNS)
+    written = [stage.writes for stage in stages]
     for stage in stages:
         if stage.writes in FEATURES:
             raise ValueError(f"{config}: stage {stage.name!r} writes {stage.writes!r}, a column that problems have.")
+        if written.count(stage.writes) > 1:
+            raise ValueError(f"{config}: two stages write {stage.writes!r}; expected different columns.")
         for column in stage.reads:
             if column in GOLD_COLUMNS:
                 raise ValueError(
                     f"{config}: stage {stage.name!r} reads {column!r}, a gold column, which is removed before "
                     f"prediction."
                 )
-            if column not in columns:
+            if column not in columns and column not in written:
                 raise ValueError(
-                    f"{config}: stage {stage.name!r} reads {column!r}, which no earlier stage writes and no problem "
-                    f"has{nearest(column, columns)}."
+                    f"{config}: stage {stage.name!r} reads {column!r}, which no stage writes and no problem "
+                    f"has{nearest(column, {*columns, *written})}."
                 )
-        columns.add(stage.writes)
-    kinds = [default_kind(stage.writes) for stage in stages]
-    if kinds[-1] != CHOOSE or CHOOSE in kinds[:-1]:
-        raise ValueError(
-            f"{config}: the last stage, and only it, writes `answer_text`; found "
-            f"{', '.join(f'{stage.name} writes {stage.writes}' for stage in stages)}."
-        )
+
+
+def in_order(stages: list[StageArguments], config: str) -> list[StageArguments]:
+    """
+    Return the stages in the order in which they run: each after the stages whose columns it reads, otherwise as given.
+
+    Raises:
+        ValueError: some stages read each other's columns.
+    """
+    ordered: list[StageArguments] = []
+    while len(ordered) < len(stages):
+        waiting = [stage for stage in stages if stage not in ordered]
+        missing = {stage.writes for stage in waiting}
+        ready = next((stage for stage in waiting if not missing & set(stage.reads)), None)
+        if ready is None:
+            cycle = "; ".join(f"{stage.name} reads {', '.join(missing & set(stage.reads))}" for stage in waiting)
+            raise ValueError(f"{config}: no stage can run first, because each reads a column of another one: {cycle}.")
+        ordered.append(ready)
+    return ordered
 
 
 def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], config: str) -> None:
@@ -131,6 +192,12 @@ def check_streaming(
             f"{config}: train_sampling_strategy is group_by_length, which needs all lengths and cannot be used with "
             f"streaming."
         )
+    retrieving = [stage.name for stage in stages if stage.kind == RETRIEVE]
+    if retrieving:
+        raise ValueError(
+            f"{config}: stage {retrieving[0]!r} retrieves passages for all training problems first, and cannot be used "
+            f"with streaming."
+        )
     not_gold = [stage.name for stage in stages if stage.inputs_from != "gold"]
     if not_gold:
         raise ValueError(
@@ -171,7 +238,7 @@ def check_parts(
         )
     if arguments.freeze_text and model_config.use_peft:
         raise ValueError(f"{config}: freeze_text is set, but with use_peft the text model is never trained.")
-    text_only = [stage.name for stage in stages if "images" not in stage.reads]
+    text_only = [stage.name for stage in stages if "images" not in stage.reads and KINDS[stage.kind].has_model]
     if arguments.freeze_text and text_only:
         raise ValueError(
             f"{config}: freeze_text is set, but the stage {text_only[0]!r} reads no pictures and has nothing else to "

@@ -23,6 +23,7 @@ from mmcot.recipes.checks import (
     check_parts,
     check_stages,
     check_streaming,
+    in_order,
     nearest,
     trains_tower,
 )
@@ -30,6 +31,7 @@ from mmcot.recipes.trainer_options import check_trainer_options
 from mmcot.storage.files import resolve_path, write_text
 from mmcot.storage.paths import check_output_folder
 from mmcot.storage.run_folder import RunFolder
+from modeling_mmcot.stage_mmcot import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
 
     Raises:
         ValueError: a key is unknown (the message names the nearest known one), two stages have the same name, a stage
-            reads a column that no stage writes, the answer stage is not the last one, or settings conflict.
+            reads a column that no stage writes, none or several stages answer, or settings conflict.
     """
     config = config_path(command_line)
     command_line = [*command_line]
@@ -126,6 +128,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     check_sizes(training_arguments, config)
     check_trainer_options(training_arguments, model_config, given_keys, arguments.report_problems > 0, config)
     check_stages(stages, config)
+    stages = in_order(stages, config)
     check_inputs(arguments, stages, config)
     check_streaming(arguments, training_arguments, stages, config)
     check_parts(arguments, model_config, stages, config)
@@ -222,7 +225,8 @@ def read_stage(entry: Any, config: str) -> StageArguments:
         if key not in entry:
             raise ValueError(f"{config}: stage {entry.get('name')!r} lacks the key {key!r}.")
     stage = StageArguments(**entry)
-    if stage.template is None and (stage.source is None or stage.target is None):
+    needs_templates = stage.kind not in KINDS or KINDS[stage.kind].has_model
+    if needs_templates and stage.template is None and (stage.source is None or stage.target is None):
         raise ValueError(
             f"{config}: stage {stage.name!r} needs a `template`, or both `source` and `target`; found "
             f"source {stage.source!r}, target {stage.target!r}."

@@ -5,7 +5,7 @@ error. `index.py` writes a corpus to disk as an index.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,14 @@ def read_lectures(source: str | Path | Given, **reading: Any) -> list[Passage]:
     Raises:
         ValueError: the source cannot be read, or its training split has no lecture.
     """
+    problems = load_problems(source, "train", pictures=False, **reading)
+    return lecture_passages(problems.select_columns(["id", "skill", "lecture"]), source)
+
+
+def lecture_passages(problems: Iterable[dict[str, str]], source: str | Path | Given) -> list[Passage]:
+    """Return one passage for each distinct lecture of training problems, as `read_lectures` does."""
     lectures: dict[str, list[dict[str, str]]] = {}
-    for problem in load_problems(source, "train", pictures=False, **reading).select_columns(["id", "skill", "lecture"]):
+    for problem in problems:
         if problem["lecture"].strip():
             lectures.setdefault(fold(problem["lecture"]), []).append(problem)
     if not lectures:

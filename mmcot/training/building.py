@@ -33,8 +33,21 @@ from mmcot.storage.paths import refuse_absent_path
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.settings_mmcot import check_own_settings
-from modeling_mmcot.stage_mmcot import ENVIRONMENT, PAPER_TEMPLATES, Stage
+from modeling_mmcot.stage_mmcot import ENVIRONMENT, PAPER_TEMPLATES, PASSAGE_FIELDS, QUERY, RETRIEVE, Stage, Stages
 from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
+
+
+def build_stages(stages: list[StageArguments]) -> Stages:
+    """
+    Build the stages of a recipe.
+
+    Raises:
+        ValueError: a stage has an unknown template, or its source cannot be rendered from the columns that it reads.
+    """
+    built = Stages(build_stage(arguments) for arguments in stages)
+    for stage in built:
+        check_source(stage, [other.writes for other in built if other.kind == RETRIEVE])
+    return built
 
 
 def build_stage(arguments: StageArguments) -> Stage:
@@ -42,29 +55,36 @@ def build_stage(arguments: StageArguments) -> Stage:
         raise ValueError(
             f"stage {arguments.name!r}: template is {arguments.template!r}; known: {', '.join(PAPER_TEMPLATES)}."
         )
-    templates = PAPER_TEMPLATES.get(arguments.template, {})
-    stage = Stage(
+    templates = PAPER_TEMPLATES.get(arguments.template, {"source": QUERY, "target": ""})
+    source, target = arguments.source or templates["source"], arguments.target or templates["target"]
+    optional = {name: getattr(arguments, name) for name in ("searcher", "num_passages", "exclude_verbatim")}
+    return Stage(
         name=arguments.name,
         reads=arguments.reads,
         writes=arguments.writes,
-        source=arguments.source or templates["source"],
-        target=arguments.target or templates["target"],
+        source=source,
+        target=target,
         max_source_length=arguments.max_source_length,
         max_target_length=arguments.max_target_length,
-        score=arguments.score or default_score(arguments.target or templates["target"]),
+        score=arguments.score or default_score(target),
+        kind=arguments.kind,
+        **{name: value for name, value in optional.items() if value is not None},
     )
-    check_source(stage)
-    return stage
 
 
-def check_source(stage: Stage) -> None:
+def check_source(stage: Stage, passage_columns: list[str]) -> None:
     """
     Check a stage's source template.
+
+    Args:
+        passage_columns: the columns that contain passages.
 
     Raises:
         ValueError: the source template cannot be rendered from the columns that the stage reads.
     """
-    row = {name: ["a", "b"] if name == "choices" else "a" for name in stage.reads if name != "images"}
+    passages = [dict.fromkeys(PASSAGE_FIELDS, "a")]
+    examples = {"choices": ["a", "b"], **dict.fromkeys(passage_columns, passages)}
+    row = {name: examples.get(name, "a") for name in stage.reads if name != "images"}
     try:
         stage.render_source(row)
     except TemplateError as error:

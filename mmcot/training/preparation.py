@@ -26,7 +26,7 @@ from mmcot.training.adapters import check_adapters
 from mmcot.training.building import (
     InitialModel,
     build_processor,
-    build_stage,
+    build_stages,
     check_tower_name,
     check_wrapped_classes,
     is_frozen,
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe) -> Run:
         ValueError: the recipe or its data are invalid.
         RunStopped: another command is writing into the run folder.
     """
-    stages = Stages(build_stage(arguments) for arguments in recipe.stages)
+    stages = build_stages(recipe.stages)
     check_model_options(recipe)
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {
@@ -153,7 +153,7 @@ def lock_folder(folder: RunFolder) -> AcquireReturnProxy | None:
 
 def warn_of_choice_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:
     """Warn if choices differ in length: a total log-probability rarely selects long ones (docs/choice_lengths.md)."""
-    stage = processor.stages[-1]
+    stage = processor.stages.answering
     if stage.score != "total" or not PartialState().is_main_process:
         return
     rows = problems.remove_columns("images").to_list()

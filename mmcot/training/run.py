@@ -21,6 +21,7 @@ from mmcot.storage.files import write_json
 from mmcot.storage.run_folder import RunFolder
 from mmcot.training.adapters import save_base
 from mmcot.training.folds import cross_fit, cross_fitted_stages, write_fold
+from mmcot.training.passages import open_searchers
 from mmcot.training.preparation import Run
 from mmcot.training.stage import saves_adapters, train_and_write
 
@@ -31,6 +32,7 @@ def run(prepared: Run) -> None:
     if saves_adapters(recipe):
         with PartialState().main_process_first():
             prepare_base(prepared)
+    open_searchers(prepared)
     if recipe.arguments.fold is not None:
         for stage in cross_fitted_stages(prepared):
             write_fold(prepared, stage, recipe.arguments.fold)

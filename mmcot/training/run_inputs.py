@@ -17,7 +17,8 @@ from mmcot.pictures.featurizer import commit_of
 from mmcot.prediction.examples import tokenizer_state
 from mmcot.problems.digests import describe_difference, digest, problem_digests
 from mmcot.recipes.recipe import Recipe
-from mmcot.storage.digests import digest_of_folders
+from mmcot.retrieval.corpora import TEXT_FILES
+from mmcot.storage.digests import digest_of_file, digest_of_folders
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
@@ -40,7 +41,7 @@ def input_digests(
     Returns:
         `problems`: by split and id, the digests of a problem's texts (joined columns included) and of its pictures;
         None for a stream. For each part that is loaded from files its digest, or its commit on the Hub: `tokenizer`,
-        `image_processor`, `features`, `model_name_or_path`, `vision_model_name_or_path`.
+        `image_processor`, `features`, `model_name_or_path`, `vision_model_name_or_path`, `corpora`.
     """
     digests_by_split = {
         split: None if isinstance(rows, IterableDataset) else problem_digests(rows) for split, rows in problems.items()
@@ -58,7 +59,20 @@ def input_digests(
             recipe.model_config.model_name_or_path, recipe.model_config.model_revision
         ),
         "vision_model_name_or_path": checkpoint_digest(recipe.arguments.vision_model_name_or_path, None),
+        "corpora": corpora_digests(recipe),
     }
+
+
+def corpora_digests(recipe: Recipe) -> dict[str, str] | None:
+    """Return the digest of each file or folder of passages; None without any. Lectures belong to the problems."""
+    paths = sorted({corpus for stage in recipe.stages for corpus in stage.corpora or [] if Path(corpus).exists()})
+    return {path: digest_of_path(Path(path)) for path in paths} or None
+
+
+def digest_of_path(path: Path) -> str:
+    if path.is_file():
+        return digest_of_file(path)
+    return digest_of_folders([path], [f"**/*{ending}" for ending in TEXT_FILES])
 
 
 def checkpoint_digest(name: str | None, revision: str | None) -> str | None:

@@ -17,6 +17,7 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 from mmcot.prediction.batching import by_both_lengths
 from mmcot.prediction.columns import with_gold_columns
 from mmcot.prediction.examples import lengths_of, tokenized
+from mmcot.prediction.passages import with_passages
 from mmcot.prediction.predictor import log_shortened
 from mmcot.problems.known_datasets import known_dataset_name
 from mmcot.recipes.arguments import StageArguments
@@ -30,12 +31,12 @@ from mmcot.training.callbacks import BestCheckpoint, StepSizeCheck, Termination
 from mmcot.training.preparation import Run
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
-from mmcot.training.stage_outputs import has_written, predict_split
+from mmcot.training.stage_outputs import has_written, predict_split, retrieve_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.loading_mmcot import StageAdapters
-from modeling_mmcot.stage_mmcot import Stage, Stages
+from modeling_mmcot.stage_mmcot import RETRIEVE, Stage, Stages
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +55,18 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stage
     if prepared.folder.is_trained(stage.name) and len(written) == len(splits):
         logger.info("stage %s is trained and its columns are written already: %s", stage.name, prepared.folder)
         return
+    if stage.kind == RETRIEVE:
+        for split in sorted(splits):
+            retrieve_split(prepared, stage, split)
+        return
     model = train_stage(prepared, stage)
     for split in sorted(splits):
         predict_split(prepared, model, stage, split)
 
 
-def splits_read_later(prepared: Run, later: list[Stage]) -> set[str]:
+def splits_read_later(prepared: Run, later: Stages) -> set[str]:
     """Return the splits for which later stages read written columns during training."""
-    inputs = {prepared.arguments_of(stage).inputs_from for stage in later}
+    inputs = {prepared.arguments_of(stage).inputs_from for stage in later.with_models}
     return ({"val"} if inputs - {"gold"} else set()) | ({"train"} if "generated" in inputs else set())
 
 
@@ -196,7 +201,13 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     problems, earlier = prepared.problems[split], prepared.stages.before(stage)
     inputs_from = prepared.arguments_of(stage).inputs_from
     if inputs_from == "gold":
-        return with_gold_columns(one_row_per_rationale(problems, [*earlier, stage]), earlier)
+        rows = one_row_per_rationale(problems, [*earlier.with_models, stage])
+        for other in earlier:
+            if other.has_model:
+                rows = with_gold_columns(rows, [other])
+            elif other.writes in stage.reads:
+                rows = with_passages(rows, prepared.processor, other)
+        return rows
     if inputs_from == "cross_fit" and split == "train":
         problems = with_written_columns(problems, earlier, prepared.folder.run, CROSS_FITTED)
     else:
@@ -266,7 +277,7 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     recipe, arguments = prepared.recipe, prepared.arguments_of(stage)
     previous = None
     if arguments.init_from == "previous_stage":
-        previous = prepared.folder.stage(prepared.stages.before(stage)[-1].name)
+        previous = prepared.folder.stage(prepared.stages.before(stage).with_models[-1].name)
     model = load_starting_weights(prepared, previous)
     model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
     if not recipe.model_config.use_peft:

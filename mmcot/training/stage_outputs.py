@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from mmcot.prediction.passages import add_passages
 from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.prediction.provenance import problems_digest, stage_weights
 from mmcot.problems.digests import digest_of_problems
@@ -61,11 +62,25 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
         decode_answer=recipe.arguments.decode_answer,
     )
     predict_stage(model, prepared.processor, stage, problems, predictions, options, prepared.pictures, journal=journal)
+    write_column_of(prepared, stage, split, predictions)
+    journal.remove()
+    PartialState().wait_for_everyone()
+
+
+def retrieve_split(prepared: Run, stage: Stage, split: str) -> None:
+    """Write the passages that a stage retrieves for a split into its predictions file, unless it is complete."""
+    if has_written(prepared, stage, split):
+        return
+    predictions = prepared.folder.predictions_so_far(split)
+    add_passages(predictions, prepared.processor, stage, prepared.problems[split])
+    write_column_of(prepared, stage, split, predictions)
+    PartialState().wait_for_everyone()
+
+
+def write_column_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> None:
     if PartialState().is_main_process:
         metadata = predictions_metadata(prepared, stage, split)
         write_predictions(prepared.folder.predictions(split), predictions, metadata)
-    journal.remove()
-    PartialState().wait_for_everyone()
 
 
 def predictions_metadata(prepared: Run, stage: Stage, split: str) -> dict[str, Any]:

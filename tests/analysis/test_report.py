@@ -57,7 +57,7 @@ def test_page_contains_every_problem_with_its_prediction(report, tiny_run, tiny_
     for row, problem in zip(rows, problems, strict=True):
         columns = predictions[row["id"]]
         assert (row["given"], row["answer"]) == (columns["answer"], problem["answer"])
-        assert row["scores"] == columns["scores"] and row["rationale"] == columns["rationale"]
+        assert row["scores"] == columns["scores"] and row["texts"] == {"rationale": columns["rationale"]}
         assert len(row["pictures"]) == len(problem["images"])
         assert all((report / name).is_file() for name in row["pictures"])
         assert row["attended"] == bool(problem["images"])
@@ -77,7 +77,7 @@ def test_overlay_shows_fusion_attention(report, tiny_run, tiny_dataset):
     processor, models = load_system(str(tiny_run))
     problem = next(other for other in load_problems(str(tiny_dataset), "test") if other["id"] == row["id"])
     problem = {**{name: problem[name] for name in ("question", "choices", "context", "caption", "images")}}
-    problem["rationale"] = row["rationale"]
+    problem["rationale"] = row["texts"].get("rationale", "")
     inputs = processor(
         [{**problem, "images": []}], stage="answer", images=[[picture["path"] for picture in problem["images"]]]
     )
@@ -274,12 +274,13 @@ def drive(report, downloads):
         page.select_option("#kind", "")
         page.select_option("#answer", "")
         page.fill("#search", pictured["id"])
-        shown = ("id", "question", "context", "rationale", "skill")
-        texts = ["\n".join([*(row[name] for name in shown), *row["choices"]]).lower() for row in rows]
+        shown = ("id", "question", "context", "skill")
+        columns = [[*(row[name] for name in shown), *row["choices"], *row["texts"].values()] for row in rows]
+        texts = ["\n".join(values).lower() for values in columns]
         found = sum(pictured["id"].lower() in text for text in texts)
         expect(page.locator("#count")).to_have_text(f"{found} of {len(rows)}")
         page.click(f'[data-id="{pictured["id"]}"]')
-        expect(page.locator("#rationale")).to_have_text(pictured["rationale"] or "none")
+        expect(page.locator("#rationale")).to_have_text(pictured["texts"]["rationale"] or "none")
         tokens = page.locator(".tokens span")
         drawn = []
         for number in (0, tokens.count() - 2):

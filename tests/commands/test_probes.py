@@ -11,6 +11,8 @@ from mmcot.probes import main
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json
 
+CHANGED_RATIONALES = [name.format(column="rationale") for name in probing.CHANGES]
+
 
 @pytest.fixture
 def problems(tiny_dataset):
@@ -87,7 +89,7 @@ def test_probes_show_dependence_on_the_picture(probed, problems):
     seeing = sum(bool(images) for images in problems["images"])
     for name in ("picture dropped", "another problem's picture"):
         assert (results[name]["n"], results[name]["accuracy"], results[name]["probed"]) == (seeing, 100, 0)
-    assert all(results[name]["changed"] == 0 for name in probing.RATIONALES)
+    assert all(results[name]["changed"] == 0 for name in CHANGED_RATIONALES)
 
 
 def test_probes_show_preference_for_a_letter(probed):
@@ -107,7 +109,7 @@ def test_command_prints_table_and_writes_file(tiny_run, tiny_dataset, tmp_path, 
     output = tmp_path / "probes.json"
     main([str(tiny_run), "--dataset", str(tiny_dataset), "--limit", "6", "--output", str(output)])
     printed = capsys.readouterr().out
-    for name in (*probing.RATIONALES, "picture dropped", "another problem's picture", "choices permuted"):
+    for name in (*CHANGED_RATIONALES, "picture dropped", "another problem's picture", "choices permuted"):
         assert name in printed
     scores = read_json(tiny_run / "scores" / "test.json")
     assert read_json(output)["weights"] == scores["weights"], "a model card compares them with its own weights"

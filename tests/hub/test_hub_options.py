@@ -67,7 +67,7 @@ def copy_with_other_weights(model, folder):
         save_file(changed, file, metadata={"format": "pt"})
     processor = MMCoTProcessor.from_pretrained(folder)
     root = MMCoTForConditionalGeneration.from_pretrained(folder)
-    models = load_stages(root, str(folder), [stage.name for stage in processor.stages])
+    models = load_stages(root, str(folder), processor)
     write_known_answer(folder, models, processor)
     return folder
 

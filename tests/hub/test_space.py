@@ -242,7 +242,7 @@ def test_page_shows_error_of_missing_maps(app, answer, monkeypatch):
         raise ValueError("7 patches have no <places>")
 
     monkeypatch.setattr(answer, "token_maps", token_maps)
-    shown = page.show_maps({"problem": {"image": str(PICTURE)}, "given": {}}, "answer")
+    shown = page.show_maps({"problem": {"image": str(PICTURE)}, "given": {}, "passages": {}}, "answer")
     assert "7 patches have no &lt;places&gt;" in shown[page.tokens] and shown[page.token_maps] is None
 
 

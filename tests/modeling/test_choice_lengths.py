@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmcot.recipes.arguments import StageArguments
 from mmcot.recipes.recipe import parse_recipe
-from mmcot.training.building import build_stage
+from mmcot.training.building import build_stage, build_stages
 from mmcot.training.preparation import prepare
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.inference_mmcot import choose_answers, encode
@@ -104,7 +104,7 @@ def test_refuses_an_unknown_score_and_a_score_without_choices(tmp_path, tiny_dat
     values["stages"][0]["score"] = "mean"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(
-        ValueError, match="stage 'rationale' has a score but compares no choices: it writes 'rationale'"
+        ValueError, match="stage 'rationale' has score 'mean', which has no effect on a stage of kind 'generate'"
     ):
         parse_recipe(words)
 
@@ -129,6 +129,6 @@ def test_refuses_a_source_template_with_a_column_that_the_stage_does_not_read():
     with pytest.raises(
         ValueError, match="stage 'answer': its source cannot be rendered from the columns that it reads .*'context'"
     ):
-        build_stage(StageArguments(**common, source="{{ question }} {{ context }}"))
+        build_stages([StageArguments(**common, source="{{ question }} {{ context }}")])
     with pytest.raises(ValueError, match="its source cannot be rendered"):
-        build_stage(StageArguments(**common, source="{{ question }"))
+        build_stages([StageArguments(**common, source="{{ question }")])

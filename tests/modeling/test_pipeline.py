@@ -7,16 +7,14 @@ import pickle
 import datasets
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, word_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TextStreamer, ViTImageProcessor
+from transformers import TextStreamer, ViTImageProcessor
 
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.inference_mmcot import choose_answers, encode, generate_texts, group_by_length, run_stages
 from modeling_mmcot.loading_mmcot import load_stages, share_tower
 
-WORDS = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
 COLUMNS = ["question", "choices", "images"]
 STAGES = [
     {"name": "rationale", "reads": COLUMNS, "writes": "rationale", "source": "{{ question }}", "target": ""},
@@ -29,10 +27,7 @@ STAGES = [
 
 @pytest.fixture
 def processor():
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    return MMCoTProcessor(tokenizer, ViTImageProcessor(size={"height": 32, "width": 32}), STAGES)
+    return MMCoTProcessor(word_tokenizer(), ViTImageProcessor(size={"height": 32, "width": 32}), STAGES)
 
 
 @pytest.fixture
@@ -415,7 +410,7 @@ def test_passes_hub_options_to_every_stage(answer, tmp_path, monkeypatch):
     assert copy.deepcopy(loaded).loading_options == options
     loaded.config._commit_hash = "a" * 40
     monkeypatch.setattr(type(root), "from_pretrained", lambda *args, **kwargs: given.append((args, kwargs)) or root)
-    load_stages(loaded, "user/model", ["rationale", "answer"])
+    load_stages(loaded, "user/model", answer.processor)
     (((repository,), kwargs),) = given
     assert repository == "user/model" and kwargs["subfolder"] == "rationale"
     assert {name: kwargs[name] for name in options} == options

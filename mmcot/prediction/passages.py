@@ -1,0 +1,49 @@
+"""Retrieve passages for many problems, for a stage that retrieves.
+
+The query has no gold column. Gold is used only to leave out passages (`mmcot/retrieval/exclusion.py`).
+"""
+
+from datasets import Dataset
+
+from mmcot.prediction.columns import with_columns
+from mmcot.problems.schema import with_column, without_gold
+from mmcot.retrieval.exclusion import exclusion_of, search_with_exclusions
+from modeling_mmcot import MMCoTProcessor
+from modeling_mmcot.retrieval_mmcot import to_dict
+from modeling_mmcot.stage_mmcot import Stage
+
+
+def add_passages(
+    predictions: dict[str, dict],
+    processor: MMCoTProcessor,
+    stage: Stage,
+    problems: Dataset,
+    known: Dataset | None = None,
+) -> None:
+    """
+    Add the passages that a stage retrieves to `predictions`, for every problem.
+
+    Args:
+        problems: rows of the schema; the columns of earlier stages are in `predictions`.
+        known: the same problems with their gold lectures, from which `exclude_verbatim` leaves out passages; by default
+            `problems`.
+    """
+    rows = with_columns(problems, predictions, processor.stages.before(stage))
+    found = retrieve(rows, processor, stage, problems if known is None else known)
+    for problem_id, passages in zip(problems["id"], found, strict=True):
+        predictions.setdefault(problem_id, {})[stage.writes] = passages
+
+
+def with_passages(problems: Dataset, processor: MMCoTProcessor, stage: Stage) -> Dataset:
+    """Return the problems, which have the columns that the stage reads, with the passages that it retrieves."""
+    return with_column(problems, stage.writes, retrieve(problems, processor, stage, problems))
+
+
+def retrieve(rows: Dataset, processor: MMCoTProcessor, stage: Stage, known: Dataset) -> list[list[dict]]:
+    """Return the passages for each row, best first; see `add_passages`."""
+    queries = [stage.render_source(row) for row in without_gold(rows).remove_columns("images")]
+    exclusions = [
+        exclusion_of(problem, stage.exclude_verbatim) for problem in known.select_columns(["id", "split", "lecture"])
+    ]
+    found = search_with_exclusions(processor.searchers[stage.name], queries, stage.num_passages, exclusions)
+    return [[to_dict(passage) for passage in passages] for passages in found]
