@@ -9,36 +9,17 @@ A skill is one row of `SKILLS`: its metadata, its space of combinations, a funct
 a picture, a function that draws it. To add a skill, add a row.
 """
 
-import hashlib
-import io
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, permutations, product, repeat
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from mmcot.problems.drawing import COLORS, INK, LINE, SIZE, Canvas, split_of_combination
 
 SPLIT_SIZES: dict[str, int] = {"train": 12_000, "val": 400, "test": 1_800}
-
-SIZE = 96  # side of a picture, px
-SCALE = 2  # pictures are drawn this much larger and averaged down, for smooth edges
-
-# Far apart in RGB, so that the color of a patch is recognizable even if half of the patch is background.
-COLORS = {
-    "red": (228, 26, 38),
-    "yellow": (255, 208, 0),
-    "green": (20, 160, 60),
-    "blue": (24, 84, 232),
-    "purple": (164, 44, 204),
-    "black": (28, 28, 32),
-}
-PAPER = (250, 249, 245)
-LINE = (214, 214, 208)
-INK = (96, 98, 104)
-SEA = (206, 231, 247)
-LAND = (196, 224, 168)
-SHORE = (150, 190, 124)
 
 
 @dataclass(frozen=True)
@@ -70,7 +51,7 @@ class Skill:
     lecture: str
     combinations: Callable[[], Iterable[tuple]]
     word: Callable[..., Wording]
-    draw: Callable[..., "Canvas"] | None = None
+    draw: Callable[..., Canvas] | None = None
 
 
 def generate(split: str, difficulty: int = 1, skill: str | None = None) -> Iterator[dict]:
@@ -102,7 +83,7 @@ def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
     """Yield distinct rows of one skill. When the combinations of the split are used up, they are used again."""
     skill = SKILLS[name]
     rng, ink = random.Random(f"{split} {name}"), random.Random(f"{split} {name} blots")
-    pool = [values for values in skill.combinations() if _split_of(name, values) == split]
+    pool = [values for values in skill.combinations() if split_of_combination(name, values) == split]
     rng.shuffle(pool)
     known = set()
     for values in chain.from_iterable(repeat(pool, 100)):
@@ -139,59 +120,6 @@ def _rows(name: str, split: str, num_blots: int) -> Iterator[dict]:
         }
         known.add(key)
     raise ValueError(f"skill {name!r} has only {len(known)} different problems for split {split!r}: ask for fewer")
-
-
-def _split_of(name: str, values: tuple) -> str:
-    """Return the split of a combination: 10 % val, 20 % test, 70 % train, by a digest of its values."""
-    digest = hashlib.sha256(f"{name} {values!r}".encode()).digest()
-    return ("val", "test", "test", *["train"] * 7)[int.from_bytes(digest[:4], "big") % 10]
-
-
-class Canvas:
-    """A picture to draw on. Coordinates are px of the finished picture, boxes are (left, top, right, bottom)."""
-
-    def __init__(self, background: Image.Image | tuple[int, int, int] = PAPER):
-        side = SIZE * SCALE
-        self.image = Image.new("RGB", (side, side), background) if isinstance(background, tuple) else background.copy()
-        self._draw = ImageDraw.Draw(self.image)
-
-    def rectangle(self, box: tuple, fill=None, outline=None, radius: float = 0) -> None:
-        self._draw.rounded_rectangle(_scaled_box(box), radius * SCALE, fill, outline, SCALE)
-
-    def ellipse(self, box: tuple, fill=None, outline=None) -> None:
-        self._draw.ellipse(_scaled_box(box), fill, outline, SCALE)
-
-    def polygon(self, points: Iterable[tuple], fill=None, outline=None) -> None:
-        self._draw.polygon([(x * SCALE, y * SCALE) for x, y in points], fill, outline, SCALE)
-
-    def line(self, start: tuple, end: tuple, fill) -> None:
-        """Draw a horizontal or vertical line, one px wide."""
-        (x0, y0), (x1, y1) = start, end
-        self._draw.rectangle(_scaled_box((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))), fill)
-
-    def text(self, center: tuple, text: str, size: int, fill, anchor: str = "mm") -> None:
-        x, y = center
-        self._draw.text((x * SCALE, y * SCALE), text, fill, _font(size * SCALE), anchor)
-
-    def blot(self, rng: random.Random) -> None:
-        """Draw ink at a random place, about as large as a shape of `SHAPES`."""
-        x, y = rng.randint(0, SIZE), rng.randint(0, SIZE)
-        self.ellipse((x - 13, y - 13, x + 13, y + 13), fill=INK)
-
-    def png(self) -> bytes:
-        file = io.BytesIO()
-        self.image.reduce(SCALE).save(file, "PNG", compress_level=1)
-        return file.getvalue()
-
-
-def _scaled_box(box: tuple) -> tuple:
-    left, top, right, bottom = (SCALE * value for value in box)
-    return left, top, right - 1, bottom - 1  # Pillow's right and bottom are inside the box
-
-
-@cache
-def _font(size: int):
-    return ImageFont.load_default(size)
 
 
 def _some(rng: random.Random, values: Iterable[str], number: int, without: Iterable[str]) -> list[str]:
@@ -320,6 +248,9 @@ def _chart_paper() -> Image.Image:
 
 # Map: which of the eight outer cells contains the star.
 
+SEA = (206, 231, 247)
+LAND = (196, 224, 168)
+SHORE = (150, 190, 124)
 PLACES = {  # the place in the picture, the legend, and the column and row of the 32 px cell
     "northwest": ("top left", "Top is north and left is west.", 0, 0),
     "north": ("top", "Top is north.", 1, 0),

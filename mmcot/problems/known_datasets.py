@@ -90,7 +90,7 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
     Raises:
         ValueError: the source names neither a difficulty nor a skill.
     """
-    from mmcot.problems import demo
+    from mmcot.problems import demo, drawing
 
     variant = source.partition(":")[2] or "1"
     if variant in map(str, range(1, 10)):
@@ -103,7 +103,7 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
             f"{', '.join(demo.SKILLS)}."
         )
     # `datasets` identifies a generator only by its name, and would load the problems of an older demo.py.
-    key = datasets.fingerprint.Hasher.hash((code_digest(demo), versions_of("pillow", "numpy"), options))
+    key = datasets.fingerprint.Hasher.hash((code_digest(demo, drawing), versions_of("pillow", "numpy"), options))
     folder = cache_folder() / "demo" / key
     make = functools.partial(
         datasets.Dataset.from_generator,
