@@ -13,7 +13,7 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ANSWER = "answer_text"  # the column that a stage of kind "choose" writes
-GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
+GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers", "observation", "gold_passages")
 # Scores to compare choices by: the sum or the mean of the log-probabilities of the target's tokens, or the sum minus
 # that of the same target without a question (`inference_mmcot.choose_answers`).
 SCORES = ("total", "mean", "calibrated")

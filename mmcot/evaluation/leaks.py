@@ -53,6 +53,8 @@ def with_garbage(problem: dict[str, Any]) -> dict[str, Any]:
         "solution": GARBAGE,
         "rationales": [GARBAGE],
         "direct_answers": [GARBAGE],
+        "observation": GARBAGE,
+        "gold_passages": [GARBAGE],
     }
 
 

@@ -58,6 +58,7 @@ class KnownDataset:
 # By the names of `mmcot.problems.known_datasets`. For any other dataset the user specifies the licence.
 DATASETS = {
     "demonstration": KnownDataset("apache-2.0"),
+    "study problems": KnownDataset("apache-2.0"),
     "ScienceQA": KnownDataset("cc-by-nc-sa-4.0", "derek-thomas/ScienceQA", "https://scienceqa.github.io", True),
 }
 

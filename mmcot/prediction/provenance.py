@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import commit_of
-from mmcot.problems.digests import ContentKeys, digest_of_problems
+from mmcot.problems.digests import ContentKeys, digest_of_problems, recorded
 from mmcot.problems.known_datasets import known_dataset_name
 from mmcot.storage.digests import digest_of_file, digest_of_folders
 from mmcot.storage.predictions import read_meta
@@ -165,5 +165,5 @@ def problems_digest(problems: Dataset) -> str:
             key_of(picture) if picture["bytes"] or Path(picture["path"]).is_file() else picture["path"]
             for picture in row["images"]
         ]
-        digest.update(json.dumps({**row, "images": pictures}, sort_keys=True).encode())
+        digest.update(json.dumps({**recorded(row), "images": pictures}, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()}"

@@ -11,6 +11,8 @@ from mmcot.problems.schema import FEATURES, first_few
 from mmcot.storage.digests import sha256_of_bytes, sha256_of_file, sha256_of_json
 from mmcot.storage.predictions import read_meta
 
+# Columns of the schema that are newer than the digests in run folders and beside predictions.
+LATER_COLUMNS = ("observation", "gold_passages")
 HEX_DIGITS = 16  # 64 bits for each digest, so that the digests of a large dataset are small on disk
 
 Digests = dict[str, list[str | None]]  # by problem id: the digest of the texts and that of the pictures
@@ -29,9 +31,14 @@ def problem_digests(problems: Iterable[dict]) -> Digests:
         return digest([key_of(picture) for picture in row["images"]])
 
     return {
-        row["id"]: [digest({name: value for name, value in row.items() if name != "images"}), pictures(row)]
+        row["id"]: [digest({name: value for name, value in recorded(row).items() if name != "images"}), pictures(row)]
         for row in problems
     }
+
+
+def recorded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a problem without the empty columns that earlier records lack, so that its digests stay comparable."""
+    return {name: value for name, value in row.items() if value or name not in LATER_COLUMNS}
 
 
 def digest(value: object) -> str:

@@ -1,19 +1,28 @@
-"""Reads the known datasets in the form of their release: the demonstration, ScienceQA and A-OKVQA.
+"""Reads the known datasets in the form of their release: demonstration, study problems, ScienceQA and A-OKVQA.
 
 Their columns, their splits and the places of their pictures are fixed. `sources.py` reads all other sources.
 """
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
 import pyarrow.parquet
 
 from mmcot.problems.progress_bars import without_dataset_bars
-from mmcot.problems.schema import FEATURES, PicturePaths, check_rows, member, normalize_split, short_repr
+from mmcot.problems.schema import (
+    FEATURES,
+    PicturePaths,
+    check_rows,
+    member,
+    normalize_split,
+    short_repr,
+    with_all_columns,
+)
 from mmcot.storage.caches import code_digest, load_or_compute, versions_of
 from mmcot.storage.files import cache_folder, read_json
 
@@ -31,6 +40,11 @@ def is_demo(source: str) -> bool:
     return source == "demo" or source.startswith("demo:")
 
 
+def is_study(source: str) -> bool:
+    """Whether a source is the study problems, with or without families or a difficulty."""
+    return source == "study" or source.startswith(("study:", "study@"))
+
+
 def is_scienceqa(folder: Path) -> bool:
     """Whether a folder is the authors' ScienceQA. One of the two files is enough: an error names the other."""
     return any((folder / name).is_file() for name in ("problems.json", "pid_splits.json"))
@@ -43,7 +57,7 @@ def is_aokvqa(folder: Path) -> bool:
 
 def is_known(source: str) -> bool:
     """Whether `load_known` reads a source."""
-    return is_demo(source) or is_scienceqa(Path(source)) or is_aokvqa(Path(source))
+    return is_demo(source) or is_study(source) or is_scienceqa(Path(source)) or is_aokvqa(Path(source))
 
 
 def load_known(source: str, split: str, max_images: int | None, pictures: bool) -> datasets.Dataset:
@@ -57,6 +71,8 @@ def load_known(source: str, split: str, max_images: int | None, pictures: bool) 
     """
     if is_demo(source):
         return demo_problems(source, split)
+    if is_study(source):
+        return study_problems(source, split)
     folder = Path(source)
     rows = aokvqa_rows(folder, split) if is_aokvqa(folder) else scienceqa_rows(folder, split, max_images)
     complete = check_rows(rows, source, PicturePaths(folder, must_exist=pictures), max_images)
@@ -65,9 +81,14 @@ def load_known(source: str, split: str, max_images: int | None, pictures: bool) 
 
 
 def known_dataset_name(source: str) -> str | None:
-    """Return the name of the dataset that a source contains: `demonstration`, `ScienceQA`, `A-OKVQA`, or None."""
+    """
+    Return the name of the dataset that a source contains: `demonstration`, `study problems`, `ScienceQA`, `A-OKVQA`, or
+    None.
+    """
     if is_demo(source):
         return "demonstration"
+    if is_study(source):
+        return "study problems"
     folder = Path(source)
     if source.removeprefix("hf://datasets/") == SCIENCEQA_ID or is_scienceqa(folder) or has_scienceqa_columns(folder):
         return "ScienceQA"
@@ -102,19 +123,46 @@ def demo_problems(source: str, split: str) -> datasets.Dataset:
             f"dataset is {source!r}; expected demo: with a difficulty from 1 to 9, or a skill: "
             f"{', '.join(demo.SKILLS)}."
         )
-    # `datasets` identifies a generator only by its name, and would load the problems of an older demo.py.
-    key = datasets.fingerprint.Hasher.hash((code_digest(demo, drawing), versions_of("pillow", "numpy"), options))
-    folder = cache_folder() / "demo" / key
+    return drawn_problems("demo", demo.generate, options, (demo, drawing))
+
+
+def study_problems(source: str, split: str) -> datasets.Dataset:
+    """Return the study problems of a split, generated once and cached."""
+    from mmcot.problems import study
+
+    families, difficulty = study.parse_source(source)
+    drawn = {"split": split, "difficulty": difficulty, "families": families}
+    return drawn_problems("study", study.generate, drawn, study.MODULES)
+
+
+def drawn_problems(
+    name: str, generate: Callable[..., Iterator[dict]], drawn: dict[str, Any], modules: Iterable[ModuleType]
+) -> datasets.Dataset:
+    """
+    Return the problems that `generate(**drawn)` yields, from the cache if it has them.
+
+    Args:
+        name: the folder in the cache.
+        modules: the code that draws and writes the problems.
+    """
+    # `datasets` identifies a generator only by its name, and would load the problems of older code.
+    key = datasets.fingerprint.Hasher.hash((code_digest(*modules), versions_of("pillow", "numpy"), drawn))
+    folder = cache_folder() / name / key
     make = functools.partial(
         datasets.Dataset.from_generator,
-        demo.generate,
-        gen_kwargs=options,
+        complete_rows,
+        gen_kwargs={"generate": generate, "drawn": drawn},
         features=FEATURES,
         fingerprint=key,
         cache_dir=str(folder),
     )
     with without_dataset_bars():
         return load_or_compute(make, folder)
+
+
+def complete_rows(generate: Callable[..., Iterator[dict]], drawn: dict[str, Any]) -> Iterator[dict]:
+    """Yield generated rows with all columns of the schema: `datasets` would fill a missing list with None."""
+    return map(with_all_columns, generate(**drawn))
 
 
 def scienceqa_rows(folder: Path, split: str, max_images: int | None) -> Rows:

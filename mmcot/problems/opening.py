@@ -22,9 +22,9 @@ from mmcot.storage.digests import cached_sha256_of_file, sha256_of_text
 from mmcot.storage.files import cache_folder
 
 SOURCES = (
-    "demo, a ScienceQA or A-OKVQA folder, a dataset of the Hub (by its id or hf://datasets/…), a .jsonl, .csv, .tsv, "
-    ".parquet or .arrow file of problems (or train=FILE,val=FILE,test=FILE), or a folder: Parquet or Arrow files, "
-    "metadata.jsonl or metadata.csv with pictures, or the output of save_to_disk"
+    "demo, study, a ScienceQA or A-OKVQA folder, a dataset of the Hub (by its id or hf://datasets/…), a .jsonl, .csv, "
+    ".tsv, .parquet or .arrow file of problems (or train=FILE,val=FILE,test=FILE), or a folder: Parquet or Arrow "
+    "files, metadata.jsonl or metadata.csv with pictures, or the output of save_to_disk"
 )
 IN_PYTHON = "dataset-given-in-python"  # how records name a dataset from Python
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow"}

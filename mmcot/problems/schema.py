@@ -28,6 +28,8 @@ FEATURES = datasets.Features(
         "solution": _TEXT,
         "rationales": datasets.List(_TEXT),  # all solutions, if there are several
         "direct_answers": datasets.List(_TEXT),  # answers of people who did not see the choices
+        "observation": _TEXT,  # what the picture shows that matters for the question: the gold description
+        "gold_passages": datasets.List(_TEXT),  # ids of the passages of a corpus that the answer needs
         "subject": _TEXT,
         "grade": _TEXT,
         "topic": _TEXT,
@@ -40,7 +42,7 @@ FEATURES = datasets.Features(
 PASSAGES = datasets.List(
     {**dict.fromkeys(("id", "title", "text", "source", "query", "date"), _TEXT), "score": datasets.Value("float64")}
 )
-GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers")
+GOLD_COLUMNS = ("answer", "lecture", "solution", "rationales", "direct_answers", "observation", "gold_passages")
 SPLITS = ("train", "val", "test")
 SPLIT_ALIASES = {"validation": "val", "valid": "val", "dev": "val"}
 TEXT_COLUMNS = [name for name, feature in FEATURES.items() if feature == _TEXT]
@@ -181,7 +183,7 @@ def check_fields(row: dict[str, Any], where: str) -> None:
         check_characters(row[name], name, where)
     if not row["question"].strip():
         raise ValueError(f"{where}: question is {row['question']!r}; expected a text that is not empty.")
-    for name in ("choices", "rationales", "direct_answers"):
+    for name in ("choices", "rationales", "direct_answers", "gold_passages"):
         if not isinstance(row[name], list) or not all(isinstance(text, str) for text in row[name]):
             raise ValueError(f"{where}: {name} is {short_repr(row[name])}; expected a list of texts.")
         for text in row[name]:

@@ -53,6 +53,7 @@ def load_problems(
     Args:
         source: one of
             - `demo`, a harder one such as `demo:2`, or `demo:SKILL` for the problems of one skill (`demo.generate`);
+            - `study[:FAMILY,…][@DIFFICULTY]` (`study.generate`);
             - a ScienceQA folder: `problems.json`, `pid_splits.json`, `images/SPLIT/ID/image.png`, and optionally
               `captions.json`;
             - an A-OKVQA folder: `aokvqa_v1p0_SPLIT.json`, and COCO's `coco/SPLIT2017/IMAGE_ID.jpg` in it or beside it;

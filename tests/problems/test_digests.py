@@ -1,11 +1,14 @@
 """Digests of problems: the description of a difference gives the kinds of changes and their counts."""
 
 import shutil
+from pathlib import Path
 
+import pytest
 from datasets import Dataset
 from PIL import Image
 
-from mmcot.problems.digests import combined_digest, describe_difference, problem_digests
+from mmcot.prediction.provenance import problems_digest
+from mmcot.problems.digests import combined_digest, describe_difference, digest_of_problems, problem_digests
 from mmcot.problems.schema import FEATURES, PicturePaths, check_rows
 
 
@@ -45,3 +48,26 @@ def test_ignores_moved_and_missing_pictures(tmp_path):
     without = problem_digests(before_problems)
     assert describe_difference(before, without) is None
     assert combined_digest(without) == {"texts": combined_digest(before)["texts"], "pictures": None}
+
+
+# Digests that the code before the columns `observation` and `gold_passages` recorded for this row.
+EARLIER_ROW = {"id": "1", "question": "Which?", "choices": ["red", "blue"], "answer": 1}
+EARLIER_ROW |= {"lecture": "Colors.", "solution": "It is blue.", "split": "train"}
+EARLIER_DIGESTS = {"1": ["be0eabe9be2b6614", "4f53cda18c2baa0c"]}
+EARLIER_DIGEST_OF_ALL = {"texts": "3b98b3e1610bd798", "pictures": "b20418f515751a20"}
+EARLIER_FINGERPRINT = "sha256:3fa8172796e60ea511ea2051a8c03d697382b3559e4cc3a4b0d05368eb8284f2"
+
+
+def test_a_problem_without_the_later_columns_has_the_digests_of_earlier_records():
+    rows = check_rows([("rows", EARLIER_ROW)], "rows", PicturePaths(Path()))
+    assert problem_digests(rows) == EARLIER_DIGESTS
+    assert digest_of_problems(rows) == EARLIER_DIGEST_OF_ALL
+    assert problems_digest(rows) == EARLIER_FINGERPRINT
+
+
+@pytest.mark.parametrize("change", [{"observation": "A red square."}, {"gold_passages": ["p1"]}])
+def test_a_later_column_with_a_value_is_part_of_the_digests(change):
+    rows = check_rows([("rows", EARLIER_ROW | change)], "rows", PicturePaths(Path()))
+    assert problem_digests(rows) != EARLIER_DIGESTS
+    assert digest_of_problems(rows) != EARLIER_DIGEST_OF_ALL
+    assert problems_digest(rows) != EARLIER_FINGERPRINT

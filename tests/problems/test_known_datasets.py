@@ -19,7 +19,7 @@ from problem_files import ROW, check_pictures, error_of, has_all, png, scienceqa
 from mmcot.evaluate import main as evaluate
 from mmcot.evaluation.metrics import rationale_scores
 from mmcot.problems import demo
-from mmcot.problems.schema import FEATURES, require_answers, without_gold
+from mmcot.problems.schema import FEATURES, require_answers, with_all_columns, without_gold
 from mmcot.problems.sources import load_problems
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
@@ -64,6 +64,8 @@ def test_converts_a_scienceqa_problem_to_the_schema(tmp_path):
         "solution": "It is red.",
         "rationales": [],
         "direct_answers": [],
+        "observation": "",
+        "gold_passages": [],
         "subject": "natural science",
         "grade": "grade3",
         "topic": "",
@@ -150,7 +152,7 @@ def test_loads_a_scienceqa_problem_without_choices_unless_answers_are_required(t
 def test_loads_the_rows_that_demo_generates():
     problems = load_problems("demo", "val")
     assert problems.features == FEATURES
-    assert problems.to_list() == list(demo.generate("val"))
+    assert problems.to_list() == list(map(with_all_columns, demo.generate("val")))
     assert problems.cache_files, "the drawn problems are cached on disk"
     check_pictures(problems)
     require_answers(problems)

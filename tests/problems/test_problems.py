@@ -26,7 +26,7 @@ def test_accepts_a_question_alone(tmp_path, write):
     problems = load_problems(f"test={write(tmp_path, {'question': 'Why?'}, {'question': 'How?'})}", "test")
     assert problems.features == FEATURES
     texts = {name: "" for name, feature in FEATURES.items() if feature == datasets.Value("string")}
-    lists = {name: [] for name in ("choices", "images", "rationales", "direct_answers")}
+    lists = {name: [] for name in ("choices", "images", "rationales", "direct_answers", "gold_passages")}
     defaults = {**texts, **lists, "answer": -1, "split": "test"}
     assert problems[0] == {**defaults, "id": "test-0", "question": "Why?"}
     assert problems[1] == {**defaults, "id": "test-1", "question": "How?"}
