@@ -60,6 +60,17 @@ class Canvas:
         x, y = center
         self._draw.text((x * SCALE, y * SCALE), text, fill, _font(size * SCALE), anchor)
 
+    def shape(self, name: str, center: tuple, radius: float, fill) -> None:
+        """Draw a circle, a square or a triangle in a box of twice the radius around the center."""
+        x, y = center
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if name == "circle":
+            self.ellipse(box, fill)
+        elif name == "square":
+            self.rectangle(box, fill)
+        else:
+            self.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill)
+
     def blot(self, rng: random.Random) -> None:
         """Draw ink at a random place, about as large as a shape of `SHAPES`."""
         x, y = rng.randint(0, SIZE), rng.randint(0, SIZE)
