@@ -94,10 +94,28 @@ def corpus(difficulty: int = DEFAULT_DIFFICULTY) -> list[Passage]:
 
 
 def drawn_names(problem_id: str) -> set[str]:
-    """Return the names of everything that the pictures of a problem show; empty for a problem without a picture."""
-    split, name, difficulty, number, _ = problem_id.split("-")
-    name = name.replace(".", "/")
-    return SKILLS[name].named(scene_of(name, split, int(difficulty), int(number)))
+    """
+    Return the names of everything that the pictures of a problem show; empty for a problem without a picture.
+
+    Raises:
+        ValueError: the id is not that of a study problem.
+    """
+    name, split, difficulty, number = parse_id(problem_id)
+    return SKILLS[name].named(scene_of(name, split, difficulty, number))
+
+
+def vocabulary(problem_id: str) -> frozenset[str]:
+    """Return the names of everything that any picture of the same skill may show, as `drawn_names`."""
+    return SKILLS[parse_id(problem_id)[0]].vocabulary
+
+
+def parse_id(problem_id: str) -> tuple[str, str, int, int]:
+    """Return the skill, the split, the difficulty and the number of the scene of a problem."""
+    match = re.fullmatch(r"(train|val|test)-([\w.]+)-(\d)-(\d+)-\d", problem_id)
+    name = match[2].replace(".", "/") if match else ""
+    if match is None or name not in SKILLS:
+        raise ValueError(f"problem {problem_id}: not a study problem; expected an id such as val-fact.animals-2-0-0.")
+    return name, match[1], int(match[3]), int(match[4])
 
 
 def level_of(difficulty: int) -> Level:

@@ -46,8 +46,7 @@ def right(row: dict) -> str:
 
 
 def scene_of(row: dict):
-    split, _, difficulty, number, _ = row["id"].split("-")
-    return study.scene_of(row["skill"], split, int(difficulty), int(number))
+    return study.scene_of(*study.parse_id(row["id"]))
 
 
 def pixels(picture: dict) -> np.ndarray:
@@ -383,12 +382,17 @@ def test_a_picture_of_sort_of_clevr_has_ten_questions_of_each_group():
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_drawn_names_cover_the_observation_and_are_in_the_vocabulary(skill):
-    vocabulary = study.SKILLS[skill].vocabulary
-    assert bool(vocabulary) == (skill in PICTURE_SKILLS)
     for row in rows_of(skill, "val"):
-        drawn = study.drawn_names(row["id"])
+        drawn, vocabulary = study.drawn_names(row["id"]), study.vocabulary(row["id"])
+        assert bool(drawn) == bool(vocabulary) == (skill in PICTURE_SKILLS)
         assert drawn <= vocabulary
         assert {word for word in re.findall(r"\w+", row["observation"]) if word in vocabulary} <= drawn
+
+
+@pytest.mark.parametrize("problem_id", ["val-objects-0", "val-fact.plants-2-0-0", "dev-fact.animals-2-0-0", "12"])
+def test_names_of_another_problem_are_an_error(problem_id):
+    with pytest.raises(ValueError, match=f"{problem_id}: not a study problem"):
+        study.drawn_names(problem_id)
 
 
 def test_expected_mistakes_are_kinds_of_the_analysis():

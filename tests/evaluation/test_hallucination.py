@@ -1,0 +1,84 @@
+"""Hallucination in descriptions of study problems."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from mmcot.evaluation.hallucination import hallucinated_names, hallucination, named_in
+from mmcot.problems import study
+from mmcot.problems.study_skill import THING_NAMES
+
+ROWS = list(study.generate("val"))
+ROW = next(row for row in ROWS if row["skill"] == "look/relation")
+DRAWN = study.drawn_names(ROW["id"])
+NOT_DRAWN = sorted(THING_NAMES - DRAWN)
+
+
+def test_gold_observations_contain_no_hallucination():
+    found = hallucination(ROWS, {row["id"]: row["observation"] for row in ROWS})
+    with_picture = [row for row in ROWS if row["images"]]
+    assert found["names"] == found["descriptions"] == 0 and found["n"] == len(with_picture) < len(ROWS)
+    assert found["num_names"] > len(with_picture)
+
+
+def test_observations_of_other_problems_do():
+    of_skill = [row for row in ROWS if row["skill"] == "look/change"]
+    texts = [row["observation"] for row in of_skill]
+    found = hallucination(
+        of_skill, {row["id"]: text for row, text in zip(of_skill, texts[1:] + texts[:1], strict=True)}
+    )
+    assert found["names"] > 50 and found["descriptions"] > 90
+
+
+def test_shares_count_names_and_descriptions():
+    drawn = next(name for name in sorted(DRAWN) if " " in name)
+    absent = next(name for name in NOT_DRAWN if " " in name)
+    second = {**ROW, "id": next(row["id"] for row in ROWS if row["skill"] == "look/relation" and row is not ROW)}
+    descriptions = {ROW["id"]: f"A {drawn}, a {drawn} and a {absent}.", second["id"]: "Nothing is named."}
+    assert hallucination([ROW, second], descriptions) == {
+        "names": 100 / 3,
+        "descriptions": 50.0,
+        "n": 2,
+        "num_names": 3,
+    }
+    assert hallucinated_names(ROW["id"], descriptions[ROW["id"]]) == [absent]
+
+
+def test_a_wrong_combination_of_drawn_words_is_hallucinated():
+    pairs = [(color, shape) for color in DRAWN for shape in DRAWN if f"{color} {shape}" in NOT_DRAWN]
+    assert pairs, "the picture lacks a combination of its colors and shapes"
+    color, shape = pairs[0]
+    assert hallucinated_names(ROW["id"], f"It is {color}. It is a {shape}.") == []
+    assert hallucinated_names(ROW["id"], f"The {color} {shape}s.") == [f"{color} {shape}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("Two red circles and a redder square.", ["red circle", "square"]),
+        ("Red circles", ["circle"]),
+        ("", []),
+        ("A red, blue square", ["red", "blue square"]),
+    ],
+)
+def test_the_longest_names_are_found(text, names):
+    assert named_in(text, THING_NAMES) == names
+
+
+def test_without_a_picture_or_a_description_nothing_is_measured():
+    texts = [row for row in ROWS if not row["images"]]
+    assert hallucination(texts, {row["id"]: "A red circle." for row in texts}) is None
+    assert hallucination(ROWS, {}) is None
+    assert hallucination([ROW], {ROW["id"]: "Nothing."})["names"] is None
+
+
+def test_other_problems_are_refused():
+    with pytest.raises(ValueError, match="problem val-objects-0: not a study problem"):
+        hallucination([{**ROW, "id": "val-objects-0"}], {"val-objects-0": "A red circle."})
+
+
+def test_the_measure_needs_no_torch():
+    code = "import sys, mmcot.evaluation.hallucination; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
