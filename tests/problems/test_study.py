@@ -94,6 +94,14 @@ def test_a_difficulty_changes_training_size_blots_objects_and_corpus():
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("difficulty", study.LEVELS)
+def test_every_difficulty_has_problems_of_every_skill(difficulty):
+    for skill in SKILLS:
+        for row in itertools.islice(study.skill_rows(skill, "train", difficulty), 5):
+            check_fields(row, "row")
+            assert set(row["gold_passages"]) <= {passage.id for passage in study.corpus(difficulty)}
+
+
 def test_rows_are_the_same_in_another_process():
     code = "import hashlib; from mmcot.problems import study; "
     code += "print(hashlib.sha256(repr(list(study.generate('val'))).encode()).hexdigest())"
