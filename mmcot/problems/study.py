@@ -11,7 +11,7 @@ row of the file's table `SKILLS` (`study_skill.py` describes a row).
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from random import Random
 from typing import Any
@@ -51,13 +51,8 @@ def parse_source(source: str) -> tuple[tuple[str, ...], int]:
     """
     match = re.fullmatch(r"study(?::([^@]*))?(?:@(.*))?", source)
     named, difficulty = match.groups() if match else ("", "")
-    families = FAMILIES if named is None else named.split(",")
-    unknown = [family for family in families if family not in FAMILIES]
-    if unknown:
-        raise ValueError(
-            f"dataset is {source!r}, with the family {unknown[0]!r}; expected study:FAMILY,… with families of "
-            f"{', '.join(FAMILIES)}."
-        )
+    families = FAMILIES if named is None else tuple(named.split(","))
+    check_families(families, f"dataset is {source!r}")
     if difficulty is not None and difficulty not in map(str, LEVELS):
         raise ValueError(
             f"dataset is {source!r}, with the difficulty {difficulty!r}; expected study@DIFFICULTY from "
@@ -66,8 +61,19 @@ def parse_source(source: str) -> tuple[tuple[str, ...], int]:
     return tuple(name for name in FAMILIES if name in families), int(difficulty or DEFAULT_DIFFICULTY)
 
 
+def check_families(families: Sequence[str], where: str) -> None:
+    """
+    Raises:
+        ValueError: there is no family, or an unknown one.
+    """
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown or not families:
+        found = f"the family {unknown[0]!r}" if unknown else "no family"
+        raise ValueError(f"{where}, with {found}; expected families of {', '.join(FAMILIES)}.")
+
+
 def generate(
-    split: str, difficulty: int = DEFAULT_DIFFICULTY, families: Iterable[str] = FAMILIES
+    split: str, difficulty: int = DEFAULT_DIFFICULTY, families: Sequence[str] = FAMILIES
 ) -> Iterator[dict[str, Any]]:
     """
     Yield the problems of a split, with the skills interleaved. The rows are the same in every process.
@@ -80,6 +86,7 @@ def generate(
     sizes = {"train": level_of(difficulty).num_training_problems, **SPLIT_SIZES}
     if split not in sizes:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(sizes)}")
+    check_families(families, f"families is {families!r}")
     skills = {name: skill for name, skill in SKILLS.items() if name.partition("/")[0] in families}
     total = sum(skill.share for skill in skills.values())
     rows = {name: skill_rows(name, split, difficulty) for name in skills}

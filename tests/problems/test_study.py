@@ -155,9 +155,15 @@ def test_an_unknown_family_or_difficulty_is_an_error(source, message):
         load_problems(source, "val")
 
 
-def test_an_unknown_split_or_difficulty_of_generate_is_an_error():
+def test_an_unknown_argument_of_generate_is_an_error():
     with pytest.raises(ValueError, match="'dev'.*train, val, test"):
         study.generate("dev")
+    with pytest.raises(ValueError, match="families is .'facts',., with the family 'facts'; expected"):
+        study.generate("val", families=("facts",))
+    with pytest.raises(ValueError, match="with the family 'f'; expected"):
+        study.generate("val", families="fact")
+    with pytest.raises(ValueError, match="with no family; expected"):
+        study.generate("val", families=())
     with pytest.raises(ValueError, match="6; expected 1 to 5"):
         study.corpus(6)
 
