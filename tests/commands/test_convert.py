@@ -191,6 +191,7 @@ def test_only_rows_without_picture_get_zeros_in_a_batch():
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_command_prints_mapped_tensors_and_output_loads_with_auto_classes(tmp_path):
     folder = write_original("detr_t5v1_0", "pytorch_model.bin", tmp_path / "original")
     output = run_script("-m", "mmcot.convert", folder, tmp_path / "ours", "--vision", "detr", is_fresh=True).stdout

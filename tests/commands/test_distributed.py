@@ -58,7 +58,8 @@ os._exit(0)  # because torch 2.14 sometimes aborts in its threads at interpreter
 """
 
 
-@pytest.mark.parametrize("fusion", [pytest.param("gated", marks=pytest.mark.slow), "gated_mha"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", ["gated", "gated_mha"])
 def test_sharded_step_equals_unsharded_step(fusion, tmp_path):
     script = tmp_path / "step.py"
     script.write_text(STEP.format(tests=str(REPOSITORY / "tests"), fusion=fusion))
@@ -126,6 +127,7 @@ def test_accelerate_loads_launch_settings_and_layers_to_wrap_exist(file):
     assert set(wrapped) <= {type(module).__name__ for module in tiny_model().modules()}
 
 
+@pytest.mark.slow
 def test_refuses_unknown_layer_to_wrap_before_reading_data(tmp_path):
     """The recipe has no tower, because the layers of a tower are allowed names too."""
     options = ["--config", TINY_RECIPE, "--dataset", tmp_path / "nothing.jsonl", "--output_dir", tmp_path / "run"]

@@ -202,6 +202,7 @@ def runs(detr, tiny_dataset, tmp_path_factory):
     return finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 3e-3)])
 def test_training_from_store_matches_training_from_pixels(runs, precision, tolerance):
     for stage in ("rationale", "answer"):

@@ -127,6 +127,7 @@ def test_lost_output_folder_ends_the_run_and_is_not_recreated(tiny_dataset, tmp_
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_and_names_the_problems_of_its_batch(tiny_dataset, tmp_path):
     result = run_training(tiny_dataset, tmp_path / "run", "--learning_rate", "1e30", check=False)
     assert result.returncode == 1

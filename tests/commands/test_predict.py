@@ -299,6 +299,7 @@ def test_max_tokens_limits_batches(max_tokens, largest):
     assert all(len(batch) * max(lengths[index][0] for index in batch) <= 60 for batch in middle) and len(middle) < 20
 
 
+@pytest.mark.slow
 def test_two_processes_predict_the_same_as_one(tiny_run, tiny_dataset, tmp_path):
     """The file contains all problems in the dataset's order, whichever process predicted them."""
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")

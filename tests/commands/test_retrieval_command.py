@@ -17,6 +17,7 @@ def files(tmp_path):
     return corpus, scienceqa(tmp_path / "problems", **lectures, v1=("val", "Validation."), e2=("test", ""))
 
 
+@pytest.mark.slow
 def test_build_search_evaluate(files, tmp_path):
     corpus, problems = files
     build = ("build", "--corpus", corpus, "--lectures", problems, "--output", tmp_path / "index")

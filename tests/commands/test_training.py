@@ -303,6 +303,7 @@ def test_run_without_pictures_does_not_read_them(tmp_path):
     assert len(prepared.problems["train"][0]["images"]) == 2
 
 
+@pytest.mark.slow
 def test_error_for_missing_rationales_names_the_alternatives(tiny_dataset, tmp_path):
     shutil.copytree(tiny_dataset.parent, tmp_path / "data")
     file = tmp_path / "data" / "problems.jsonl"

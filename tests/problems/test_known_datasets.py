@@ -263,6 +263,7 @@ def test_trains_on_every_rationale(aokvqa_run):
         assert row["rationale"].removeprefix("Solution: ") in row["rationales"]
 
 
+@pytest.mark.slow
 def test_run_on_aokvqa_scores_val_and_predicts_test(aokvqa, aokvqa_run, tmp_path):
     run, _, printed = aokvqa_run
     assert "One val problem, answered" in printed

@@ -146,6 +146,7 @@ def test_refuses_read_only_output_before_work(tmp_path, monkeypatch):
             check(tmp_path / "new" / "place", "--output")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["journal", "file"])
 def test_full_disk_ends_prediction_with_a_message_and_it_resumes(
     place, tiny_run, tiny_dataset, tmp_path, monkeypatch, capsys

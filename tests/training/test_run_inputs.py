@@ -146,6 +146,7 @@ def test_refuses_changed_features(store, tiny_dataset, tmp_path):
         prepare(parse_recipe(words))
 
 
+@pytest.mark.slow
 def test_command_reports_changed_data_in_one_line(finished):
     run, dataset = finished
     rewrite(dataset, with_other_questions)
