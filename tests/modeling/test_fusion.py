@@ -70,7 +70,7 @@ def test_row_without_patches_keeps_its_states_and_finite_gradients(fusion, state
 
 
 def test_lists_known_fusions_for_an_unknown_name():
-    with pytest.raises(ValueError, match="'gatd'.*gated, gated_mha"):
+    with pytest.raises(ValueError, match="'gatd'.*gated.*gated_mha"):
         build_fusion("gatd", 16, 12)
 
 
