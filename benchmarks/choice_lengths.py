@@ -124,7 +124,7 @@ def compare(run: Path, dataset: str) -> dict:
         lengths = target_lengths(processor, problems)
         result[split] = {}
         for score in SCORES:
-            processor.stages[-1].score = score
+            processor.stages.answering.score = score
             predictions = predict(processor, models, problems, PredictOptions(batch_size=100))
             answers = [predictions[name]["answer"] for name in problems["id"]]
             result[split][score] = by_length(problems["answer"], answers, lengths)
@@ -132,7 +132,9 @@ def compare(run: Path, dataset: str) -> dict:
 
 
 def target_lengths(processor: MMCoTProcessor, problems: Dataset) -> list[list[int]]:
-    labels = [processor.choice_labels([row], processor.stages[-1].name)[0] for row in problems.remove_columns("images")]
+    labels = [
+        processor.choice_labels([row], processor.stages.answering.name)[0] for row in problems.remove_columns("images")
+    ]
     return [(targets != -100).sum(dim=1).tolist() for targets in labels]
 
 

@@ -124,7 +124,8 @@ def short_recipe(name: str, folder: Path, max_steps: int, text_length: int) -> P
     """Write a recipe of `configs/` shortened to a few problems and steps, with random checkpoints."""
     recipe = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
     for stage in recipe["stages"]:
-        stage["max_target_length"] = min(stage["max_target_length"], text_length)
+        if "max_target_length" in stage:  # a stage that retrieves has no target
+            stage["max_target_length"] = min(stage["max_target_length"], text_length)
     dtype = getattr(torch, recipe.get("dtype", "float32"))
     (folder / "data").mkdir()
     recipe.update(
@@ -181,8 +182,11 @@ def train(recipe: Path, run: Path, *options: str, kill_after: Path | None = None
 def stage_results(run: Path) -> dict:
     """Return the losses of each stage's steps, and the size of its saved weights."""
     results = {}
-    for stage in ("rationale", "answer"):
-        finished = read_json(run / stage / "train_results.json")
+    for file in sorted(run.glob("*/train_results.json")):
+        stage, finished = file.parent.name, read_json(file)
+        if "log_history" not in finished:  # an index, which is built and not trained
+            results[stage] = {"passages": finished["num_passages"]}
+            continue
         losses = [entry["loss"] for entry in finished["log_history"] if "loss" in entry]
         weights = sum(file.stat().st_size for file in (run / stage).glob("*.safetensors"))
         results[stage] = {"losses": losses, "saved_mb": round(weights / 1e6, 1)}

@@ -42,7 +42,7 @@ if __name__ == "__main__":
     picture = Image.open(PICTURE).convert("RGB")
     problem = {"image": picture, "question": "Which bar is the tallest?", "choices": ["red", "green", "black"]}
 
-    first = answer.processor.stages[0].name
+    first = answer.processor.stages.with_models[0].name
     attention = answer.token_maps(problem, first)
     draw_maps(picture, attention.tokens, attention.maps[0].numpy(), output)
     print(f"attention of each token of the {first} stage: {output}")

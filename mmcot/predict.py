@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
             # The passages that are left out stay the same, because only the prompts must not depend on gold.
             report_leaks(
                 problems,
-                lambda rows: predict(processor, models, rows, options, store, drawing=drawing, known=problems),
+                lambda rows: predict(processor, models, rows, options, store, drawing=drawing, gold_problems=problems),
             )
             return
         meta = {**provenance(arguments.model, processor, models, problems, store), **settings}

@@ -25,6 +25,11 @@ from modeling_mmcot.stage_mmcot import LETTERS
 def describe_result(prepared: Run) -> str:
     """Return the final output of a run: the score table, one answered problem, and the run folder."""
     folder = prepared.folder
+    arguments = prepared.recipe.arguments
+    if arguments.fold is not None:
+        return f"Fold {arguments.fold} is written: {folder.fold(arguments.fold)}"
+    if arguments.stage is not None:
+        return f"The {arguments.stage} stage is trained: {folder.stage(arguments.stage)}"
     split = folder.judged_split()
     problems, predictions, scores = prepared.problems[split], folder.predictions_so_far(split), folder.scores(split)
     problem = next((row for row in problems if row["images"]), problems[0])
@@ -33,11 +38,11 @@ def describe_result(prepared: Run) -> str:
         f"  ({letter}) {choice}  {100 * probability:.1f} %"
         for letter, choice, probability in zip(LETTERS, problem["choices"], columns["scores"], strict=False)
     )
-    rationale = f"  {columns['rationale']}\n" if "rationale" in columns else ""
+    texts = "".join(f"  {columns[stage.writes]}\n" for stage in prepared.stages.with_models if not stage.answers)
     return (
         f"{format_table(read_json(scores))}\n\n"
         f"One {split} problem, answered ({problem['id']}, gold: {problem['choices'][problem['answer']]}):\n"
-        f"  {problem['question']}\n{rationale}{choices}\n\nRun folder: {folder}"
+        f"  {problem['question']}\n{texts}{choices}\n\nRun folder: {folder}"
     )
 
 
@@ -70,10 +75,8 @@ def main(argv: list[str] | None = None, dataset: Given | None = None) -> None:
     except KeyboardInterrupt:
         print("SIGINT: finished work is kept. The same command resumes the run.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    fold = prepared.recipe.arguments.fold
     if PartialState().is_main_process:
-        written = f"Fold {fold} is written: {prepared.folder.fold(fold)}"
-        print(describe_result(prepared) if fold is None else written)
+        print(describe_result(prepared))
 
 
 if __name__ == "__main__":

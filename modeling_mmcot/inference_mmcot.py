@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from .chat_mmcot import Conversation
 from .generation_mmcot import greedy_search, packed_linears
-from .loading_mmcot import load_stages, stage_model
+from .loading_mmcot import add_searchers, load_stages, stage_model
 from .processing_mmcot import TOKENIZING, MMCoTProcessor
 from .retrieval_mmcot import Searcher, search_passages, to_dict
 from .settings_mmcot import decoding_config, given_settings
@@ -134,12 +134,13 @@ WRITERS = {GENERATE: write_text, CHOOSE: write_answer}
 
 
 def write_passages(searcher: Searcher, stage: Stage, problems: list[dict]) -> list[dict]:
-    """Write the column of a stage that retrieves. A problem that brings its own passages keeps them."""
-    without = [index for index, problem in enumerate(problems) if stage.writes not in problem]
-    queries = [stage.render_source(problems[index]) for index in without]
-    found = search_passages(searcher, queries, stage.num_passages) if queries else []
-    passages = {index: [to_dict(passage) for passage in results] for index, results in zip(without, found, strict=True)}
-    return [{stage.writes: passages.get(index, problem.get(stage.writes))} for index, problem in enumerate(problems)]
+    """Write the column of a stage that retrieves. Passages that a problem already has are not replaced."""
+    queries = [stage.render_source(problem) for problem in problems if stage.writes not in problem]
+    found = iter(search_passages(searcher, queries, stage.num_passages) if queries else [])
+    return [
+        {stage.writes: problem[stage.writes] if stage.writes in problem else [to_dict(one) for one in next(found)]}
+        for problem in problems
+    ]
 
 
 def count_unfinished(columns: list[dict]) -> int:
@@ -395,14 +396,17 @@ def run_stages(
     if processor.stages.see_pictures:
         pixels = processor.prepare_pictures(images, len(problems))
     patches: dict[int, dict[str, torch.Tensor]] = {}
+    texts = {stage.writes for stage in processor.stages}  # without an answer's scores
     for stage in processor.stages:
         if stage.writes in given:
             continue
-        rows = [{**problem, **written} for problem, written in zip(problems, columns, strict=True)]
+        rows = [
+            {**problem, **{name: value for name, value in written.items() if name in texts}}
+            for problem, written in zip(problems, columns, strict=True)
+        ]
         if stage.kind == RETRIEVE:
-            for written, column in zip(
-                columns, write_passages(processor.searchers[stage.name], stage, rows), strict=True
-            ):
+            retrieved = write_passages(processor.searchers[stage.name], stage, rows)
+            for written, column in zip(columns, retrieved, strict=True):
                 written.update(column)
             continue
         inputs = processor(rows, stage=stage.name)
@@ -458,6 +462,7 @@ def reply(
             is_training = model.training
             model.stages = load_stages(model, model.name_or_path, processor)
             model.train(is_training)
+    add_searchers(processor, model, model.name_or_path)  # the stages may have been loaded with another processor
     columns = run_stages(model.stages, processor, conversation.problems, conversation.images, **generation)
     replies = processor.encode_texts([reply_text(processor, written) for written in columns])
     return torch.cat([input_ids, replies["input_ids"].to(input_ids.device)], dim=1)

@@ -18,8 +18,8 @@ from transformers.utils import cached_file, logging
 
 from .inference_mmcot import choose_answers, encode, generate_finite
 from .loading_mmcot import hub_options, stage_model
-from .processing_mmcot import MMCoTProcessor
-from .stage_mmcot import GOLD_COLUMNS, PASSAGE_FIELDS, RETRIEVE, Stage
+from .processing_mmcot import MMCoTProcessor, as_passages
+from .stage_mmcot import GOLD_COLUMNS, Stage
 
 logger = logging.get_logger(__name__)
 
@@ -54,8 +54,8 @@ def compute_stage_answer(
 ) -> dict[str, Any]:
     """Compute the known answer of one stage."""
     problem: dict[str, Any] = {name: f"A {name}." for name in stage.reads if name not in (*GOLD_COLUMNS, "images")}
-    retrieved = {other.writes for other in processor.stages if other.kind == RETRIEVE} & problem.keys()
-    problem |= {name: [dict.fromkeys(PASSAGE_FIELDS, problem[name])] for name in retrieved}
+    retrieved = {other.writes for other in processor.stages.retrieving} & problem.keys()
+    problem |= {name: as_passages([problem[name]], name) for name in retrieved}
     problem = {**problem, "question": "Which color is it?", "choices": CHOICES}
     with stage_model(models, stage.name) as model:
         inputs = dict(processor(problem, stage=stage.name))

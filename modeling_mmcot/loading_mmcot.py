@@ -16,14 +16,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .processing_mmcot import MMCoTProcessor
-from .retrieval_mmcot import INDEX_FILES, MANIFEST, BM25Searcher, Passage
+from .retrieval_mmcot import INDEX_FILES, MANIFEST, BM25Searcher, Passage, SearchError
 from .settings_mmcot import check_own_settings
-from .stage_mmcot import BM25, RETRIEVE, Stage
 from .versions_mmcot import check_versions
 from .virtual_tokens_mmcot import VirtualTokens
+
+logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that are passed on from the root's model to the other stages.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "proxies", "revision")
@@ -60,9 +61,7 @@ def load_stages(root: PreTrainedModel, repository: str, processor: MMCoTProcesso
     Raises:
         ValueError: If a stage's generation config contains a setting that stages do not support.
     """
-    for stage in processor.stages:
-        if stage.kind == RETRIEVE:
-            processor.searchers.setdefault(stage.name, RepositorySearcher(repository, stage, hub_options(root)))
+    add_searchers(processor, root, repository)
     stages = processor.stages.with_models
     if root.config.stage_adapters:
         adapters = StageAdapters(root, repository, stages.names)
@@ -88,6 +87,12 @@ def load_stages(root: PreTrainedModel, repository: str, processor: MMCoTProcesso
     return models
 
 
+def add_searchers(processor: MMCoTProcessor, root: PreTrainedModel, repository: str) -> None:
+    """Give the processor a searcher of the repository's index for each stage that retrieves and has none."""
+    for stage in processor.stages.retrieving:
+        processor.searchers.setdefault(stage.name, RepositorySearcher(repository, stage.name, hub_options(root)))
+
+
 class RepositorySearcher:
     """
     Searches the index in a stage's subfolder of a repository, which is opened, and downloaded, by the first search.
@@ -95,13 +100,13 @@ class RepositorySearcher:
     Args:
         repository (`str`):
             A folder or a Hub id.
-        stage (`Stage`):
-            The stage that retrieves.
+        stage (`str`):
+            The name of the stage that retrieves, which is also the subfolder of its index.
         options (`dict[str, Any]`):
             The options to download the repository's files.
     """
 
-    def __init__(self, repository: str, stage: Stage, options: dict[str, Any]):
+    def __init__(self, repository: str, stage: str, options: dict[str, Any]):
         self.repository, self.stage, self.options = repository, stage, options
         self.lock = threading.Lock()
         self.index: BM25Searcher | None = None
@@ -118,27 +123,34 @@ class RepositorySearcher:
         Open the index.
 
         Raises:
-            ValueError: If the repository has no index that this code can search.
+            SearchError: If the repository has no index.
         """
-        name = self.stage.name
-        how = "pass searcher= to the pipeline, or passages with each problem"
-        if self.stage.searcher != BM25:
-            raise ValueError(
-                f"The {name} stage of {self.repository} searches with {self.stage.searcher!r}, and its repository has "
-                f"no index for it: {how}."
-            )
         return BM25Searcher(os.path.dirname(self.download()[0]))
 
     def download(self) -> list[str]:
         """Return the paths of the index's files, which are downloaded if necessary."""
         names = (MANIFEST, *INDEX_FILES)
-        return [cached_file(self.repository, f"{self.stage.name}/{name}", **self.options) for name in names]
+        try:
+            return [cached_file(self.repository, f"{self.stage}/{name}", **self.options) for name in names]
+        except (OSError, ValueError) as error:
+            where = f"in {self.repository}" if self.repository else "because the model was not loaded from a repository"
+            raise SearchError(
+                f"The {self.stage} stage has no index to search {where}. Pass searcher= to the pipeline, or passages "
+                f"with each problem."
+            ) from error
 
     def save(self, folder: str) -> None:
-        """Copy the index into a folder."""
+        """Copy the index into a folder; warn if there is none."""
+        try:
+            paths = self.download()
+        except SearchError as error:
+            logger.warning("The system is saved without an index. %s", error)
+            return
         os.makedirs(folder, exist_ok=True)
-        for path in self.download():
-            shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
+        for path in paths:
+            target = os.path.join(folder, os.path.basename(path))
+            if not (os.path.exists(target) and os.path.samefile(path, target)):
+                shutil.copyfile(path, target)
 
 
 def hub_options(root: PreTrainedModel) -> dict[str, Any]:

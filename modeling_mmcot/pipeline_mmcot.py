@@ -3,6 +3,7 @@
 `inference_mmcot.py` runs the stages.
 """
 
+import copy
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,13 +22,13 @@ from .attention_mmcot import TokenMaps, token_maps
 from .captioning_mmcot import Captioner
 from .chat_mmcot import is_chat, read_chat
 from .inference_mmcot import reply_text, run_stages
-from .loading_mmcot import RepositorySearcher, StageAdapters, load_stages, stage_model
+from .loading_mmcot import RepositorySearcher, StageAdapters, hub_options, load_stages, stage_model
 from .pictures_mmcot import as_pictures
-from .processing_mmcot import own_images
+from .processing_mmcot import Searchers, own_images
 from .retrieval_mmcot import Searcher
 from .self_consistency_mmcot import TEMPERATURE, majority_answer
 from .settings_mmcot import given_settings
-from .stage_mmcot import GENERATE, RETRIEVE
+from .stage_mmcot import GENERATE
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -127,6 +128,9 @@ class MultimodalCoTPipeline(Pipeline):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        # A copy, because another pipeline with the same processor can search another index.
+        self.processor = copy.copy(self.processor)
+        self.processor.searchers = Searchers(self.processor.searchers)
         if searcher is not None:
             self.use_searcher(searcher)
         self.models = load_stages(self.model, self.model.name_or_path, self.processor)
@@ -144,10 +148,10 @@ class MultimodalCoTPipeline(Pipeline):
         Raises:
             ValueError: If no stage retrieves.
         """
-        retrieving = [stage.name for stage in self.processor.stages if stage.kind == RETRIEVE]
-        if not retrieving:
-            raise ValueError(f"searcher was given, but no stage retrieves: {', '.join(self.processor.stages.names)}.")
-        self.processor.searchers.update(dict.fromkeys(retrieving, searcher))
+        stages = self.processor.stages
+        if not stages.retrieving:
+            raise ValueError(f"searcher was given, but no stage retrieves: {', '.join(stages.names)}.")
+        self.processor.searchers.update(dict.fromkeys(stages.retrieving.names, searcher))
 
     def _sanitize_parameters(
         self,
@@ -267,7 +271,7 @@ class MultimodalCoTPipeline(Pipeline):
         if isinstance(problem, Mapping) and problem.keys() == {"messages"}:
             return {**self.preprocess(read_chat(problem["messages"])), "messages": problem["messages"]}
         completed = self.processor.complete_problem(problem)
-        retrieved = {stage.writes for stage in self.processor.stages if stage.kind == RETRIEVE}
+        retrieved = {stage.writes for stage in self.processor.stages.retrieving}
         texts = {name: completed[name] for name in (*self.processor.text_columns, *(retrieved & completed.keys()))}
         images = as_pictures(own_images(problem))
         if len(images) > self.model.config.max_images:
@@ -371,9 +375,9 @@ class MultimodalCoTPipeline(Pipeline):
                 for name in os.listdir(folder):
                     if name.endswith(".py"):  # the root already contains the code
                         os.remove(os.path.join(folder, name))
-        for name, searcher in self.processor.searchers.items():
-            if isinstance(searcher, RepositorySearcher):
-                searcher.save(os.path.join(save_directory, name))
+        for stage in self.processor.stages.retrieving:
+            index = RepositorySearcher(self.model.name_or_path, stage.name, hub_options(self.model))
+            index.save(os.path.join(save_directory, stage.name))
         custom_object_save(self, save_directory)
         from .known_answer_mmcot import write_known_answer
 

@@ -20,7 +20,7 @@ from transformers import BatchFeature, ProcessorMixin
 from .chat_mmcot import Conversation, is_chat, read_chat
 from .pictures_mmcot import as_pictures, build_image_processor, in_pillow_backend, picture_pixels, stack_pixels
 from .retrieval_mmcot import Searcher
-from .stage_mmcot import GOLD_COLUMNS, LETTERS, PASSAGE_FIELDS, RETRIEVE, Stage, Stages
+from .stage_mmcot import GOLD_COLUMNS, LETTERS, PASSAGE_FIELDS, Stage, Stages
 
 # A fast tokenizer stores the padding and truncation of its last call, which another thread would overwrite.
 TOKENIZING = threading.RLock()
@@ -146,17 +146,30 @@ def as_passages(value: Any, column: str) -> list[dict]:
     """
     given = [{"text": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else [None]
     for passage in given:
-        if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str) or not passage["text"].strip():
+        if not is_passage(passage):
             raise ValueError(
-                f"`{column}` of a problem must be a list of passages, each a text or a dict with a `text`; found "
-                f"{value!r:.200}."
+                f"`{column}` of a problem must be a list of passages, each a text or a dict with a `text` (str), and "
+                f"optionally `id`, `title`, `source` (str) and `score` (float); found {value!r:.200}."
             )
     empty = {**dict.fromkeys(PASSAGE_FIELDS, ""), "score": 0.0}
     return [{**empty, "id": str(number), **passage} for number, passage in enumerate(given)]
 
 
+def is_passage(value: Any) -> bool:
+    """Return whether a value is a dict with a text, and with further fields of a passage or none."""
+    if not isinstance(value, Mapping) or not str(value.get("text", "")).strip():
+        return False
+    known = {**dict.fromkeys((*PASSAGE_FIELDS, "query", "date"), str), "score": (int, float)}
+    return all(isinstance(field, known.get(name, ())) for name, field in value.items())
+
+
 class Searchers(dict[str, Searcher]):
-    """The searchers by the names of their stages. They stay in memory: a processor is saved without them."""
+    """The searchers by the names of their stages. They are not serialized with a processor."""
+
+    def __missing__(self, name: str) -> Searcher:
+        raise ValueError(
+            f"The {name} stage has no searcher: load the system with `pipeline`, or set searchers[{name!r}]."
+        )
 
     def __reduce__(self):
         return Searchers, ()
@@ -333,8 +346,9 @@ class MMCoTProcessor(ProcessorMixin):
             raise ValueError(f"A problem must be a dict with a `question` (str); found {problem!r:.200}.")
         check_columns(problem, {column for stage in self.stages for column in (*stage.reads, stage.writes)})
         texts = {name: as_text(problem, name) for name in self.text_columns}
-        retrieved = [stage.writes for stage in self.stages if stage.kind == RETRIEVE]
-        passages = {name: as_passages(problem[name], name) for name in retrieved if not is_absent(problem.get(name))}
+        retrieved = {stage.writes for stage in self.stages.retrieving} & problem.keys()
+        passages = {name: as_passages(problem[name], name) for name in retrieved if not is_absent(problem[name])}
+        problem = {name: value for name, value in problem.items() if name not in retrieved}
         if not texts["context"]:
             texts["context"] = as_text(problem, "hint")  # ScienceQA's name for it
         return {**problem, **texts, **passages, "choices": as_choices(problem.get("choices"))}
@@ -427,8 +441,7 @@ class MMCoTProcessor(ProcessorMixin):
             return source
         passages = [column for column in stage.reads if isinstance(problem.get(column), list) and column != "choices"]
         given = [column for column in SHORTENED_COLUMNS if column in stage.reads]
-        fixed = {"question", "choices", "images", *SHORTENED_COLUMNS, *passages}
-        written = [column for column in stage.reads if column not in fixed]
+        written = [column for column in stage.reads if column not in KNOWN_COLUMNS and column not in passages]
         for column in (*passages, *given, *written):
             if not problem.get(column):
                 continue

@@ -43,7 +43,6 @@ PAPER_TEMPLATES: dict[str, dict[str, str]] = {
     },
 }
 
-BM25 = "bm25"  # the default searcher of a stage that retrieves, the only one whose index is published
 # The default source of a stage that retrieves.
 QUERY = "{{ question }} {{ choices | join(' ') }}"
 # The keys of a passage, which is a dict in the column of a stage that retrieves.
@@ -91,7 +90,7 @@ GENERATE, CHOOSE, RETRIEVE = "generate", "choose", "retrieve"
 KINDS = {
     GENERATE: Kind(),
     CHOOSE: Kind(writes=ANSWER, settings=("score",)),
-    RETRIEVE: Kind(has_model=False, settings=("searcher", "num_passages", "exclude_verbatim")),
+    RETRIEVE: Kind(has_model=False, settings=("num_passages", "exclude_verbatim")),
 }
 
 
@@ -125,8 +124,6 @@ class Stage:
         kind (`str`, *optional*):
             A name in `KINDS`. Defaults to `"choose"` for the stage that writes `answer_text`, and to `"generate"` for
             all others.
-        searcher (`str`, *optional*, defaults to `"bm25"`):
-            The name of the searcher by which a stage retrieves passages.
         num_passages (`int`, *optional*, defaults to 5):
             The number of passages that a stage retrieves for a problem, at most.
         exclude_verbatim (`bool`, *optional*, defaults to `False`):
@@ -142,7 +139,6 @@ class Stage:
     max_target_length: int = 512
     score: str = "total"
     kind: str = ""
-    searcher: str = BM25
     num_passages: int = 5
     exclude_verbatim: bool = False
 
@@ -166,11 +162,10 @@ class Stage:
             "kind": (
                 isinstance(self.kind, str)
                 and self.kind in KINDS
-                and KINDS[self.kind].writes == kind_column(self.writes),
+                and KINDS[self.kind].writes == exclusive_column(self.writes),
                 f'one of {", ".join(KINDS)}; "{CHOOSE}" for the stage that writes `{ANSWER}`, and for no other one',
             ),
             "score": (self.score in SCORES, f"one of {', '.join(SCORES)}"),
-            "searcher": (isinstance(self.searcher, str) and self.searcher != "", "the name of a searcher"),
             "exclude_verbatim": (isinstance(self.exclude_verbatim, bool), "true or false"),
         }
         for name, unit in COUNTS.items():
@@ -223,9 +218,17 @@ class Stages(list[Stage]):
         return Stages(stage for stage in self if stage.has_model)
 
     @property
+    def retrieving(self) -> "Stages":
+        """The stages that retrieve passages."""
+        return Stages(stage for stage in self if stage.kind == RETRIEVE)
+
+    @property
     def answering(self) -> Stage:
         """The stage that answers. Its model is at the root of a repository, unless the stages are adapters."""
-        return next(stage for stage in self if stage.answers)
+        for stage in self:
+            if stage.answers:
+                return stage
+        raise ValueError(f"No stage answers; this processor's stages: {', '.join(self.names) or 'none'}.")
 
     def read(self, column: str) -> bool:
         """Return whether any stage reads the column."""
@@ -252,7 +255,7 @@ class Stages(list[Stage]):
         return Stages(self[self.index(stage) + 1 :])
 
 
-def kind_column(writes: str) -> str | None:
+def exclusive_column(writes: str) -> str | None:
     """Return the column if only stages of one kind write it, else None."""
     return writes if any(kind.writes == writes for kind in KINDS.values()) else None
 

@@ -102,7 +102,8 @@ def read_problem(answer: Pipeline, file: dict | None, question: str, choices: st
         read_picture(answer, path)
     problem = {"question": question, "choices": lines, "context": context, "caption": caption}
     first = answer.processor.stages.with_models[0]
-    if answer.processor.is_too_long(answer.processor.fit_source(problem, first), first):
+    unwritten = {stage.writes: "" if stage.has_model else [] for stage in answer.processor.stages}
+    if answer.processor.is_too_long(answer.processor.fit_source({**unwritten, **problem}, first), first):
         raise refusal(
             f"Question and choices are longer than the {first.max_source_length} tokens that the model reads."
         )

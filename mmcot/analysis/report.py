@@ -37,8 +37,6 @@ PICTURE_SIDE = 480  # maximum length of the longer side, px
 NUM_SKILLS = 30
 FULL = 4  # the overlay has its full colour from this multiple of uniform attention
 
-UNSHOWN = ("answer_text",)  # a text of predictions that the page shows in another form
-
 Predictions = Mapping[str, Mapping[str, Any]]
 
 
@@ -143,11 +141,16 @@ def problem_rows(
             "given": prediction["answer"],
             "given_text": prediction.get("answer_text", ""),
             "scores": prediction.get("scores"),
-            "texts": {name: text for name, text in prediction.items() if name not in UNSHOWN and isinstance(text, str)},
+            "texts": written_texts(prediction),
             "passages": [passage for value in prediction.values() if is_passages(value) for passage in value],
             "prompts": prompts(problem, prediction, stages),
             "verdict": None if verdict is None else vars(verdict),
         }
+
+
+def written_texts(prediction: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts that stages wrote, except the answer, which the page shows among the choices."""
+    return {name: text for name, text in prediction.items() if name != "answer_text" and isinstance(text, str)}
 
 
 def is_passages(value: Any) -> bool:

@@ -336,7 +336,7 @@ def draw_stages(stages: Sequence[Stage], has_tower: bool, file: Path) -> None:
         texts = ", ".join(f"its {name}" if name in written else name for name in reads)
         seen = "picture → tower" if has_tower else "a picture's features"
         sees = f"{seen} → fusion" if stage.sees_pictures else "no picture"
-        does = f"{sees}\nT5" if stage.has_model else f"search: {stage.searcher}\n{stage.num_passages} passages"
+        does = f"{sees}\nT5" if stage.has_model else f"BM25 search\n{stage.num_passages} passages"
         writes = "a probability per choice" if stage.answers else stage.writes
         axes.text(1.6, height, textwrap.fill(texts, 24), **centred, bbox={**box, "facecolor": "#eef3f8"})
         axes.text(5.2, height, f"{does}, {stage.name} stage", **centred, bbox=box | {"facecolor": "w"})

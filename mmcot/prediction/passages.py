@@ -18,18 +18,18 @@ def add_passages(
     processor: MMCoTProcessor,
     stage: Stage,
     problems: Dataset,
-    known: Dataset | None = None,
+    gold_problems: Dataset | None = None,
 ) -> None:
     """
     Add the passages that a stage retrieves to `predictions`, for every problem.
 
     Args:
         problems: rows of the schema; the columns of earlier stages are in `predictions`.
-        known: the same problems with their gold lectures, from which `exclude_verbatim` leaves out passages; by default
-            `problems`.
+        gold_problems: the same problems with their gold lectures, whose copies `exclude_verbatim` leaves out; by
+            default `problems`.
     """
     rows = with_columns(problems, predictions, processor.stages.before(stage))
-    found = retrieve(rows, processor, stage, problems if known is None else known)
+    found = retrieve(rows, processor, stage, problems if gold_problems is None else gold_problems)
     for problem_id, passages in zip(problems["id"], found, strict=True):
         predictions.setdefault(problem_id, {})[stage.writes] = passages
 
@@ -39,11 +39,10 @@ def with_passages(problems: Dataset, processor: MMCoTProcessor, stage: Stage) ->
     return with_column(problems, stage.writes, retrieve(problems, processor, stage, problems))
 
 
-def retrieve(rows: Dataset, processor: MMCoTProcessor, stage: Stage, known: Dataset) -> list[list[dict]]:
+def retrieve(rows: Dataset, processor: MMCoTProcessor, stage: Stage, gold_problems: Dataset) -> list[list[dict]]:
     """Return the passages for each row, best first; see `add_passages`."""
     queries = [stage.render_source(row) for row in without_gold(rows).remove_columns("images")]
-    exclusions = [
-        exclusion_of(problem, stage.exclude_verbatim) for problem in known.select_columns(["id", "split", "lecture"])
-    ]
+    gold = gold_problems.select_columns(["id", "split", "lecture"])
+    exclusions = [exclusion_of(problem, stage.exclude_verbatim) for problem in gold]
     found = search_with_exclusions(processor.searchers[stage.name], queries, stage.num_passages, exclusions)
     return [[to_dict(passage) for passage in passages] for passages in found]

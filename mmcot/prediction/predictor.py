@@ -167,22 +167,22 @@ def predict(
     pictures: FeatureStore | None = None,
     journal: Journal | None = None,
     drawing: Drawing = NOT_DRAWN,
-    known: Dataset | None = None,
+    gold_problems: Dataset | None = None,
 ) -> dict[str, dict]:
     """
     Return the predictions of all stages by problem id, in the order of the dataset. With several sampled rationales,
     the answer is the choice with the highest mean probability over them (`self_consistency_mmcot.py`).
 
     Args:
-        known: the same problems with their gold lectures, from which `exclude_verbatim` leaves out passages; by default
-            `problems`.
+        gold_problems: the same problems with their gold lectures, whose copies `exclude_verbatim` leaves out; by
+            default `problems`.
     """
     samples: list[dict[str, dict]] = []
     for sample in drawing.samples():
         predictions: dict[str, dict] = {problem_id: {} for problem_id in problems["id"]}
         for stage in processor.stages:
             if stage.kind == RETRIEVE:
-                add_passages(predictions, processor, stage, problems, known)
+                add_passages(predictions, processor, stage, problems, gold_problems)
                 continue
             model = models[stage.name]
             predict_stage(model, processor, stage, problems, predictions, options, pictures, sample, journal)

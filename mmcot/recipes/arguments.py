@@ -35,7 +35,6 @@ class StageArguments:
             (`training/stage_inputs.py`).
         init_from: the initial weights of its training: `base`, or `previous_stage`.
         corpora: of a stage that retrieves: the passages that it searches (`retrieval/corpora.py`).
-        searcher: of a stage that retrieves: the searcher (`retrieval/searchers.py`), by default `bm25`.
         num_passages: of a stage that retrieves: the number of passages for a problem, by default 5.
         exclude_verbatim: of a stage that retrieves: leave out a passage that is the problem's own lecture.
     """
@@ -56,7 +55,6 @@ class StageArguments:
     inputs_from: str = "gold"
     init_from: str = "base"
     corpora: list[str] | None = None
-    searcher: str | None = None
     num_passages: int | None = None
     exclude_verbatim: bool | None = None
 
@@ -101,6 +99,8 @@ class RecipeArguments:
         num_folds: the number of folds of the training problems, if a stage has `inputs_from: cross_fit`.
         fold: run only this fold, 0 to num_folds - 1: train the stages on the other folds, and predict the problems of
             this one. Folds can run in parallel; the command without `fold` uses their results.
+        stage: only train the stage of this name, which must not depend on the training of others (`inputs_from: gold`,
+            `init_from: base`). Several can be trained at the same time; the command without `stage` uses their weights.
         peft_type: with `use_peft`, PEFT's name for the adapter that is trained beside the fusion: `LORA`, or virtual
             tokens before the source (`PROMPT_TUNING`) or in the decoder's attention (`PREFIX_TUNING`).
         num_virtual_tokens: the number of virtual tokens.
@@ -143,6 +143,9 @@ class RecipeArguments:
     freeze_fusion: bool = field(default=False, metadata={"help": "Do not train the fusion."})
     num_folds: int = field(default=5, metadata={"help": "The number of folds of cross_fit."})
     fold: int | None = field(default=None, metadata={"help": "Run only this fold of cross_fit."})
+    stage: str | None = field(
+        default=None, metadata={"help": "Train only this stage; others can run at the same time."}
+    )
     peft_type: str = field(default="LORA", metadata={"help": ", ".join(PEFT_TYPES)})
     num_virtual_tokens: int = field(default=20, metadata={"help": "For prompt and prefix tuning."})
     merge_adapters: bool = field(default=False, metadata={"help": "Save whole models in place of adapters."})

@@ -11,7 +11,7 @@ from trl import ModelConfig
 
 from mmcot.problems.schema import FEATURES, GOLD_COLUMNS
 from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
-from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, RETRIEVE, SCORES, STAGE_NAME, kind_column
+from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, RETRIEVE, SCORES, STAGE_NAME, exclusive_column
 
 # Folders of a run that are not stages.
 RESERVED_NAMES = ("base", "hub", "hub_merged", "folds", "predictions", "scores")
@@ -65,7 +65,7 @@ def check_kind(stage: StageArguments, config: str) -> None:
     if stage.kind not in KINDS:
         raise ValueError(f"{where} has kind {stage.kind!r}; expected one of {', '.join(KINDS)}.")
     kind = KINDS[stage.kind]
-    if kind.writes != kind_column(stage.writes):
+    if kind.writes != exclusive_column(stage.writes):
         writes = "another column" if kind.writes is None else f"{kind.writes!r}"
         raise ValueError(f"{where} has kind {stage.kind!r} and writes {stage.writes!r}; expected {writes}.")
     settings = {name for known in KINDS.values() for name in known.settings} | {"corpora"}
@@ -127,7 +127,9 @@ def in_order(stages: list[StageArguments], config: str) -> list[StageArguments]:
         missing = {stage.writes for stage in waiting}
         ready = next((stage for stage in waiting if not missing & set(stage.reads)), None)
         if ready is None:
-            cycle = "; ".join(f"{stage.name} reads {', '.join(missing & set(stage.reads))}" for stage in waiting)
+            cycle = "; ".join(
+                f"{stage.name} reads {', '.join(sorted(missing & set(stage.reads)))}" for stage in waiting
+            )
             raise ValueError(f"{config}: no stage can run first, because each reads a column of another one: {cycle}.")
         ordered.append(ready)
     return ordered
@@ -140,8 +142,9 @@ def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], confi
     Raises:
         ValueError: with the first fault.
     """
+    trained = [stage for stage in stages if KINDS[stage.kind].has_model]
     for key, known in STAGE_CHOICES.items():
-        for number, stage in enumerate(stages):
+        for number, stage in enumerate(trained):
             value = getattr(stage, key)
             if value not in known:
                 raise ValueError(
@@ -160,6 +163,33 @@ def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], confi
         raise ValueError(
             f"{config}: fold is {arguments.fold}, but several stages have inputs_from: cross_fit, and a later stage "
             f"needs all folds of an earlier one: omit fold."
+        )
+
+
+def check_one_stage(arguments: RecipeArguments, stages: list[StageArguments], config: str) -> None:
+    """
+    Check that the stage of `stage` can be trained on its own.
+
+    Raises:
+        ValueError: with the first fault.
+    """
+    if arguments.stage is None:
+        return
+    trained = {stage.name: stage for stage in stages if KINDS[stage.kind].has_model}
+    if arguments.stage not in trained:
+        raise ValueError(f"{config}: stage is {arguments.stage!r}; expected one of {', '.join(trained)}.")
+    stage = trained[arguments.stage]
+    if (stage.inputs_from, stage.init_from) != ("gold", "base"):
+        raise ValueError(
+            f"{config}: stage is {stage.name!r}, which has inputs_from {stage.inputs_from!r} and init_from "
+            f"{stage.init_from!r}, and needs earlier stages to be trained first: omit stage."
+        )
+    if arguments.fold is not None:
+        raise ValueError(f"{config}: stage and fold are set; expected one of them.")
+    if arguments.report_problems:
+        raise ValueError(
+            f"{config}: stage and report_problems are set, and a report needs the texts of earlier stages: omit one "
+            f"of them."
         )
 
 

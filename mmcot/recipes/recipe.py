@@ -20,6 +20,7 @@ from mmcot.recipes.checks import (
     check_adapters,
     check_attention,
     check_inputs,
+    check_one_stage,
     check_parts,
     check_stages,
     check_streaming,
@@ -47,6 +48,7 @@ MACHINE_SETTINGS = {
     "dataloader_num_workers",
     "pass_over_damaged_checkpoints",
     "fold",
+    "stage",
     "report_problems",
 }
 # These settings divide the problems of a step. A resumed run checks their number instead (`callbacks.StepSizeCheck`).
@@ -130,6 +132,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     check_stages(stages, config)
     stages = in_order(stages, config)
     check_inputs(arguments, stages, config)
+    check_one_stage(arguments, stages, config)
     check_streaming(arguments, training_arguments, stages, config)
     check_parts(arguments, model_config, stages, config)
     check_adapters(arguments, training_arguments, model_config, given_keys, config)

@@ -1,4 +1,4 @@
-"""Reads corpora: JSON lines of passages, folders of texts, and the lectures of training problems.
+"""Reads corpora: JSON lines of passages, folders of texts, the lectures of training problems, the study corpus.
 
 Nothing of validation or test is read: lectures come from the training split, and a line that names another split is an
 error. `index.py` writes a corpus to disk as an index.
@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmcot.problems import study
 from mmcot.problems.columns import log_once, logger
-from mmcot.problems.known_datasets import known_dataset_name
+from mmcot.problems.known_datasets import is_study, known_dataset_name
 from mmcot.problems.opening import Given
 from mmcot.problems.row_files import jsonl_rows
 from mmcot.problems.schema import check_characters, short_repr
@@ -19,6 +20,7 @@ from mmcot.storage.digests import sha256_of_text
 from modeling_mmcot.retrieval_mmcot import Passage
 from modeling_mmcot.stage_mmcot import fold
 
+LECTURES = "lectures"  # among the corpora of a stage: the lectures of its training problems
 TEXT_FILES = (".txt", ".md")
 COLUMNS = ("id", "title", "text", "source", "problem_ids", "split")
 
@@ -39,20 +41,24 @@ def read_corpora(
     """
     if not corpora and lectures is None:
         raise ValueError("no corpus is given; expected a .jsonl file, a folder of texts, or a source of lectures.")
-    passages = [passage for corpus in corpora for passage in read_corpus(Path(corpus))]
+    passages = [passage for corpus in corpora for passage in read_corpus(corpus)]
     if lectures is not None:
         passages += read_lectures(lectures, **reading)
     check_ids(passages)
     return passages
 
 
-def read_corpus(path: Path) -> list[Passage]:
+def read_corpus(corpus: str | Path) -> list[Passage]:
     """
-    Return the passages of a `.jsonl` file or a folder of texts.
+    Return the passages of a `.jsonl` file or a folder of texts, or the corpus of the study problems (`study[@LEVEL]`).
 
     Raises:
         ValueError: there is no such file or folder, or it has no passage.
     """
+    if is_study(str(corpus)):
+        _, difficulty = study.parse_source(str(corpus))
+        return [Passage(*passage) for passage in study.corpus(difficulty)]
+    path = Path(corpus)
     if path.is_dir():
         passages = list(read_texts(path))
         expected = f"paragraphs in {' and '.join(TEXT_FILES)} files"
@@ -61,7 +67,7 @@ def read_corpus(path: Path) -> list[Passage]:
         expected = "a passage in each line"
     else:
         found = "is another kind of file" if path.exists() else "does not exist"
-        raise ValueError(f"corpus {path} {found}; expected a .jsonl file or a folder of texts.")
+        raise ValueError(f"corpus {path} {found}; expected a .jsonl file, a folder of texts, or study.")
     if not passages:
         raise ValueError(f"corpus {path} is empty; expected {expected}.")
     return passages

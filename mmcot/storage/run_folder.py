@@ -14,7 +14,7 @@ class RunFolder:
     """
     The folder of a run:
 
-        recipe.yaml  inputs.json  splits.json  .lock
+        recipe.yaml  inputs.json  splits.json  .lock  .lock-stage-STAGE  .lock-fold-N
         STAGE/       checkpoints, weights, curves.png, reports/, and train_results.json, which is written last
         base/        the base model, if the stages are adapters
         predictions/ SPLIT.json, SPLIT.meta.json, and SPLIT.STAGE.partial-PROCESS.jsonl while a stage writes
@@ -49,6 +49,10 @@ class RunFolder:
     def lock(self) -> Path:
         """The lock file of a run. The lock file of a fold is in the folder of its run."""
         return self.path / ".lock" if self.fold_of is None else self.fold_of.path / f".lock-fold-{self.path.name}"
+
+    def stage_lock(self, stage: str) -> Path:
+        """The lock file of a stage's training: stages can be trained by separate commands."""
+        return self.path / f".lock-stage-{stage}"
 
     @property
     def run(self) -> "RunFolder":

@@ -27,6 +27,7 @@ from trl import ModelConfig
 
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.featurizer import load_image_processor
+from mmcot.problems.schema import GOLD_COLUMNS, TEXT_COLUMNS
 from mmcot.recipes.arguments import StageArguments
 from mmcot.recipes.recipe import Recipe
 from mmcot.storage.paths import refuse_absent_path
@@ -46,7 +47,7 @@ def build_stages(stages: list[StageArguments]) -> Stages:
     """
     built = Stages(build_stage(arguments) for arguments in stages)
     for stage in built:
-        check_source(stage, [other.writes for other in built if other.kind == RETRIEVE])
+        check_templates(stage, [other.writes for other in built if other.kind == RETRIEVE])
     return built
 
 
@@ -57,7 +58,7 @@ def build_stage(arguments: StageArguments) -> Stage:
         )
     templates = PAPER_TEMPLATES.get(arguments.template, {"source": QUERY, "target": ""})
     source, target = arguments.source or templates["source"], arguments.target or templates["target"]
-    optional = {name: getattr(arguments, name) for name in ("searcher", "num_passages", "exclude_verbatim")}
+    optional = {name: getattr(arguments, name) for name in ("num_passages", "exclude_verbatim")}
     return Stage(
         name=arguments.name,
         reads=arguments.reads,
@@ -72,15 +73,16 @@ def build_stage(arguments: StageArguments) -> Stage:
     )
 
 
-def check_source(stage: Stage, passage_columns: list[str]) -> None:
+def check_templates(stage: Stage, passage_columns: list[str]) -> None:
     """
-    Check a stage's source template.
+    Check a stage's source template, and that the target of each choice can be rendered in prediction.
 
     Args:
         passage_columns: the columns that contain passages.
 
     Raises:
-        ValueError: the source template cannot be rendered from the columns that the stage reads.
+        ValueError: the source template cannot be rendered from the columns that the stage reads, or the target of a
+            choice needs a gold column.
     """
     passages = [dict.fromkeys(PASSAGE_FIELDS, "a")]
     examples = {"choices": ["a", "b"], **dict.fromkeys(passage_columns, passages)}
@@ -91,6 +93,14 @@ def check_source(stage: Stage, passage_columns: list[str]) -> None:
         raise ValueError(
             f"stage {stage.name!r}: its source cannot be rendered from the columns that it reads "
             f"({', '.join(stage.reads)}): {error}."
+        ) from error
+    if not stage.answers:
+        return
+    try:
+        stage.render_target({**dict.fromkeys(set(TEXT_COLUMNS) - set(GOLD_COLUMNS), "a"), **row, "answer": 0})
+    except TemplateError as error:
+        raise ValueError(
+            f"stage {stage.name!r}: its target cannot be rendered for a choice, without gold columns: {error}."
         ) from error
 
 

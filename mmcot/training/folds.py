@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from mmcot.storage.files import write_json
 from mmcot.storage.run_folder import CROSS_FITTED
-from mmcot.training.preparation import Run, lock_folder
+from mmcot.training.preparation import Run, lock_file
 from mmcot.training.stage import train_and_write
 from mmcot.training.stage_inputs import assign_folds
 from modeling_mmcot.stage_mmcot import Stage, Stages
@@ -44,7 +44,7 @@ def write_fold(prepared: Run, stage: Stage, fold: int) -> dict[str, dict]:
     folder = prepared.folder.fold(fold)
     splits = {"train": rest, "val": prepared.problems["val"], "held_out": held_out}
     logger.info("fold %d of %d: the %s stage", fold, arguments.num_folds, stage.name)
-    with lock_folder(folder) or contextlib.nullcontext():
+    with lock_file(folder.lock) or contextlib.nullcontext():
         fold_run = replace(prepared, folder=folder, problems=splits)
         train_and_write(fold_run, stage, {"held_out"}, cross_fitted_stages(prepared))
     return folder.predictions_so_far("held_out")

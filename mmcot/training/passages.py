@@ -4,22 +4,19 @@ The lectures of the run's own training problems are a corpus too. Nothing of val
 """
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 from accelerate import PartialState
 from filelock import FileLock
 
 from mmcot.recipes.arguments import StageArguments
-from mmcot.retrieval.corpora import check_ids, lecture_passages, read_corpus
+from mmcot.retrieval.corpora import LECTURES, check_ids, lecture_passages, read_corpus
 from mmcot.retrieval.index import build_index
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
 from mmcot.training.preparation import Run
 from mmcot.training.progress import hardware
 from modeling_mmcot.retrieval_mmcot import BM25Searcher, Passage
-from modeling_mmcot.stage_mmcot import RETRIEVE, Stage
-
-LECTURES = "lectures"  # in `corpora`: the lectures of the training problems
+from modeling_mmcot.stage_mmcot import Stage
 
 
 def open_searchers(prepared: Run) -> None:
@@ -30,22 +27,20 @@ def open_searchers(prepared: Run) -> None:
     Raises:
         RunStopped: a corpus cannot be read, or the stage's folder contains the index of another corpus.
     """
-    for stage in prepared.stages:
-        if stage.kind != RETRIEVE:
-            continue
+    for stage in prepared.stages.retrieving:
         folder = prepared.folder.run.stage(stage.name)
-        with PartialState().main_process_first(), FileLock(folder.with_suffix(".lock")):
-            if not prepared.folder.run.is_trained(stage.name):
-                build_stage_index(prepared, stage)
-        prepared.processor.searchers[stage.name] = BM25Searcher(folder)
+        with PartialState().main_process_first(), FileLock(prepared.folder.run.stage_lock(stage.name)):
+            try:
+                if not prepared.folder.run.is_trained(stage.name):
+                    build_stage_index(prepared, stage)
+                prepared.processor.searchers[stage.name] = BM25Searcher(folder)
+            except (ImportError, ValueError) as error:
+                raise RunStopped(f"{stage.name} stage: {error}") from error
 
 
 def build_stage_index(prepared: Run, stage: Stage) -> None:
     folder = prepared.folder.run
-    try:
-        manifest = build_index(stage_passages(prepared, prepared.arguments_of(stage)), folder.stage(stage.name))
-    except ValueError as error:
-        raise RunStopped(f"{stage.name} stage: {error}") from error
+    manifest = build_index(stage_passages(prepared, prepared.arguments_of(stage)), folder.stage(stage.name))
     results = {
         "num_passages": manifest["num_passages"],
         "sources": manifest["sources"],
@@ -62,6 +57,6 @@ def stage_passages(prepared: Run, arguments: StageArguments) -> list[Passage]:
         if corpus == LECTURES:
             passages += lecture_passages(prepared.problems["train"], prepared.recipe.arguments.dataset)
         else:
-            passages += read_corpus(Path(corpus))
+            passages += read_corpus(corpus)
     check_ids(passages)
     return passages

@@ -5,6 +5,7 @@ All errors in recipe and data are raised here, before anything is trained or wri
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -19,6 +20,7 @@ from mmcot.problems.schema import SPLITS, is_answered, join_captions, join_colum
 from mmcot.problems.sources import load_problems, reading_options
 from mmcot.recipes.arguments import StageArguments
 from mmcot.recipes.recipe import Recipe, claim_run_folder
+from mmcot.retrieval.corpora import LECTURES, read_corpus
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
 from mmcot.storage.run_folder import RunFolder
@@ -70,6 +72,10 @@ def prepare(recipe: Recipe) -> Run:
     """
     stages = build_stages(recipe.stages)
     check_model_options(recipe)
+    for arguments in recipe.stages:
+        for corpus in arguments.corpora or []:
+            if corpus != LECTURES:
+                read_corpus(corpus)  # raises errors before the run folder is claimed
     store = FeatureStore(recipe.arguments.features) if recipe.arguments.features is not None else None
     problems = {
         split: stream_problems(recipe.source, recipe.arguments.columns)
@@ -98,7 +104,8 @@ def prepare(recipe: Recipe) -> Run:
         check_folds(recipe, len(problems["train"]))
     with PartialState().main_process_first():
         folder = claim_run_folder(recipe)
-    lock = lock_folder(folder) if recipe.arguments.fold is None else None  # a fold has a lock of its own
+    is_whole_run = recipe.arguments.fold is None and recipe.arguments.stage is None  # these have locks of their own
+    lock = lock_file(folder.lock) if is_whole_run else None
     with PartialState().main_process_first():
         check_unchanged(folder, input_digests(recipe, problems, processor, store))
     if PartialState().is_main_process:
@@ -135,20 +142,25 @@ def check_features(store: FeatureStore, recipe: Recipe, processor: MMCoTProcesso
     store.check_model(model, processor.image_processor)
 
 
-def lock_folder(folder: RunFolder) -> AcquireReturnProxy | None:
+def lock_file(path: Path) -> AcquireReturnProxy | None:
     """
-    Lock a run, or one of its folds: different folds can be trained at the same time. Only the main process acquires
-    the lock. The result is a context manager that releases it; a killed process releases its lock.
+    Acquire the lock of a run, of one of its folds or of a stage: different folds and stages can be trained at the same
+    time. Only the main process acquires it. The result is a context manager that releases it; a killed process releases
+    its lock.
 
     Raises:
         RunStopped: another command holds the lock.
     """
     if not PartialState().is_main_process:
         return None
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder.lock).acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout as error:
-        raise RunStopped(f"{folder} is being written by another command: wait until it ends, or stop it.") from error
+        raise RunStopped(
+            f"{path.parent} is being written by another command, which holds {path.name}: wait until it ends, or stop "
+            f"it."
+        ) from error
 
 
 def warn_of_choice_lengths(problems: Dataset, processor: MMCoTProcessor) -> None:

@@ -23,11 +23,14 @@ from mmcot.training.adapters import save_base
 from mmcot.training.folds import cross_fit, cross_fitted_stages, write_fold
 from mmcot.training.passages import open_searchers
 from mmcot.training.preparation import Run
-from mmcot.training.stage import saves_adapters, train_and_write
+from mmcot.training.stage import saves_adapters, train_and_write, train_stage
 
 
 def run(prepared: Run) -> None:
-    """Train, predict, score and export into the run folder; with `fold`, train and predict that fold only."""
+    """
+    Train, predict, score and export into the run folder; with `fold`, train and predict that fold only; with `stage`,
+    train that stage only.
+    """
     recipe, folder = prepared.recipe, prepared.folder
     if saves_adapters(recipe):
         with PartialState().main_process_first():
@@ -36,6 +39,9 @@ def run(prepared: Run) -> None:
     if recipe.arguments.fold is not None:
         for stage in cross_fitted_stages(prepared):
             write_fold(prepared, stage, recipe.arguments.fold)
+        return
+    if recipe.arguments.stage is not None:
+        train_stage(prepared, prepared.stages.named(recipe.arguments.stage))
         return
     for stage in prepared.stages:
         train_and_write(prepared, stage, {"val", "test"}, prepared.stages)
@@ -72,4 +78,4 @@ def prepare_base(prepared: Run) -> None:
     base = prepared.folder.base
     with FileLock(base.with_suffix(".lock")):  # folds are separate commands, which can run at the same time
         if not base.exists():
-            save_base(prepared.initial_model.take(), base, [stage.name for stage in prepared.stages])
+            save_base(prepared.initial_model.take(), base, prepared.stages.with_models.names)

@@ -1,5 +1,6 @@
 """Trains one stage, resuming from its last complete checkpoint, and writes its column for the splits."""
 
+import contextlib
 import copy
 import gc
 import logging
@@ -28,7 +29,7 @@ from mmcot.storage.journal import remove_partial_files
 from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantization
 from mmcot.training.callbacks import BestCheckpoint, StepSizeCheck, Termination
-from mmcot.training.preparation import Run
+from mmcot.training.preparation import Run, lock_file
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
 from mmcot.training.stage_outputs import has_written, predict_split, retrieve_split
@@ -75,7 +76,8 @@ def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     if prepared.folder.is_trained(stage.name):
         logger.info("stage %s is trained already: %s", stage.name, prepared.folder.stage(stage.name))
         return load_trained(prepared, stage)
-    model = train(prepared, stage)
+    with lock_file(prepared.folder.stage_lock(stage.name)) or contextlib.nullcontext():
+        model = train(prepared, stage)
     if model is None:
         gc.collect()  # so that the base is in memory only once
         model = load_trained(prepared, stage)
@@ -177,7 +179,22 @@ def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | Iterabl
         return stream_examples(
             problems, stage, processor, prepared.stages.before(stage), prepared.recipe.training_arguments.seed
         )
-    return tokenized(training_problems(prepared, stage, split), stage, processor, with_targets=True)
+    rows = with_target(training_problems(prepared, stage, split), stage, split)
+    return tokenized(rows, stage, processor, with_targets=True)
+
+
+def with_target(problems: Dataset, stage: Stage, split: str) -> Dataset:
+    """Return the problems for which the stage has a target; an empty one would teach it to write nothing."""
+    rows = problems.remove_columns("images")
+    kept = [index for index, row in enumerate(rows) if stage.render_target(row)]
+    if not kept:
+        raise RunStopped(f"The {stage.name} stage has no target: it is empty for all {len(rows)} {split} problems.")
+    if len(kept) < len(rows) and PartialState().is_main_process:
+        logger.warning(
+            f"{stage.name} stage: {len(rows) - len(kept)} of {len(rows)} {split} problems have an empty target and are "
+            f"left out of its training"
+        )
+    return problems if len(kept) == len(rows) else problems.select(kept)
 
 
 def build_validation_report(prepared: Run, stage: Stage) -> ValidationReport:
@@ -202,10 +219,13 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     inputs_from = prepared.arguments_of(stage).inputs_from
     if inputs_from == "gold":
         rows = one_row_per_rationale(problems, [*earlier.with_models, stage])
+        needed = set(stage.reads)
+        for other in reversed(earlier.retrieving):
+            needed |= set(other.reads) if other.writes in needed else set()
         for other in earlier:
             if other.has_model:
                 rows = with_gold_columns(rows, [other])
-            elif other.writes in stage.reads:
+            elif other.writes in needed:
                 rows = with_passages(rows, prepared.processor, other)
         return rows
     if inputs_from == "cross_fit" and split == "train":

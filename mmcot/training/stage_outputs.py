@@ -30,9 +30,13 @@ def has_written(prepared: Run, stage: Stage, split: str) -> bool:
     """Whether the predictions file has the stage's column for every current problem, written by its current weights."""
     predictions = prepared.folder.predictions_so_far(split)
     is_complete = all(stage.writes in predictions.get(problem_id, {}) for problem_id in prepared.problems[split]["id"])
-    return is_complete and recorded_weights(prepared, split).get(stage.name) == stage_weights(
-        prepared.folder.path, stage.name
-    )
+    return is_complete and recorded_weights(prepared, split).get(stage.name) == weights_of_stage(prepared, stage)
+
+
+def weights_of_stage(prepared: Run, stage: Stage) -> str:
+    """Return the digest of a stage's weights, or of its index, which folds share with their run."""
+    folder = prepared.folder if stage.has_model else prepared.folder.run
+    return stage_weights(folder.path, stage.name)
 
 
 def recorded_weights(prepared: Run, split: str) -> dict[str, str]:
@@ -62,7 +66,7 @@ def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: St
         decode_answer=recipe.arguments.decode_answer,
     )
     predict_stage(model, prepared.processor, stage, problems, predictions, options, prepared.pictures, journal=journal)
-    write_column_of(prepared, stage, split, predictions)
+    save_predictions(prepared, stage, split, predictions)
     journal.remove()
     PartialState().wait_for_everyone()
 
@@ -73,11 +77,12 @@ def retrieve_split(prepared: Run, stage: Stage, split: str) -> None:
         return
     predictions = prepared.folder.predictions_so_far(split)
     add_passages(predictions, prepared.processor, stage, prepared.problems[split])
-    write_column_of(prepared, stage, split, predictions)
+    PartialState().wait_for_everyone()  # every process has read the predictions file
+    save_predictions(prepared, stage, split, predictions)
     PartialState().wait_for_everyone()
 
 
-def write_column_of(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> None:
+def save_predictions(prepared: Run, stage: Stage, split: str, predictions: dict[str, dict]) -> None:
     if PartialState().is_main_process:
         metadata = predictions_metadata(prepared, stage, split)
         write_predictions(prepared.folder.predictions(split), predictions, metadata)
@@ -89,7 +94,7 @@ def predictions_metadata(prepared: Run, stage: Stage, split: str) -> dict[str, A
     # The weights of later stages are dropped: they read texts that this stage has just replaced.
     earlier = prepared.stages.before(stage).names
     weights = {name: weights[name] for name in earlier if name in weights}
-    weights[stage.name] = stage_weights(prepared.folder.path, stage.name)
+    weights[stage.name] = weights_of_stage(prepared, stage)
     max_images = arguments.max_images if prepared.stages.see_pictures else None
     return {
         "dataset": arguments.dataset,
@@ -111,7 +116,7 @@ def open_journal(prepared: Run, stage: Stage, split: str, predictions: dict[str,
     names = prepared.problems[split]["id"]
     given = {name: [predictions.get(name, {}).get(column) for column in columns] for name in names}
     settings = {
-        "weights": stage_weights(prepared.folder.path, stage.name),
+        "weights": weights_of_stage(prepared, stage),
         "problems": problems_digest(prepared.problems[split]),
         "given": sha256_of_json(given),
     }

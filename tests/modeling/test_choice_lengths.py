@@ -132,3 +132,6 @@ def test_refuses_a_source_template_with_a_column_that_the_stage_does_not_read():
         build_stages([StageArguments(**common, source="{{ question }} {{ context }}")])
     with pytest.raises(ValueError, match="its source cannot be rendered"):
         build_stages([StageArguments(**common, source="{{ question }")])
+    common["target"] = "{{ choices[answer] }} because {{ lecture }}"
+    with pytest.raises(ValueError, match="its target cannot be rendered for a choice, without gold columns: 'lecture'"):
+        build_stages([StageArguments(**common, source="{{ question }}")])

@@ -65,7 +65,10 @@ def test_uses_a_problems_own_passages_and_does_not_search(processor):
     assert len(answer(PROBLEM)["passages"]) == 2 and len(processor.searchers["retrieval"].queries) == 1
 
 
-@pytest.mark.parametrize("passages", ["w3", [3], [{"title": "w3"}], [""], {"text": "w3"}])
+@pytest.mark.parametrize(
+    "passages",
+    ["w3", [3], [{"title": "w3"}], [""], {"text": "w3"}, [{"text": "w3", "title": None}], [{"text": "w3", "url": "x"}]],
+)
 def test_refuses_passages_in_another_form(processor, passages):
     answer = MultimodalCoTPipeline(model=tiny_model(), processor=processor)
     with pytest.raises(ValueError, match="`passages` of a problem must be a list of passages"):
@@ -87,10 +90,10 @@ def test_refuses_a_searcher_if_no_stage_retrieves():
         )
 
 
-def test_names_the_ways_out_if_the_repository_has_no_index_for_the_searcher(tmp_path):
-    processor = MMCoTProcessor(word_tokenizer(), None, [{**RETRIEVAL, "searcher": "dense"}, ANSWER])
+def test_names_the_ways_out_if_the_repository_has_no_index(tmp_path):
+    processor = MMCoTProcessor(word_tokenizer(), None, [RETRIEVAL, ANSWER])
     models = load_stages(tiny_model(), str(tmp_path), processor)
-    with pytest.raises(OSError, match="searches with 'dense', and its repository has no index .* pass searcher="):
+    with pytest.raises(OSError, match="^The retrieval stage has no index to search in .*Pass searcher="):
         run_stages(models, processor, [PROBLEM], [None])
 
 
@@ -114,6 +117,33 @@ def test_columns_of_earlier_stages_are_shortened_after_the_context():
     processor = MMCoTProcessor(word_tokenizer(), None, [stage])
     assert processor.fit_source({**PROBLEM, "context": "w1 w2", "description": "w3"}, stage) == "w3 w5 w6"
     assert processor.fit_source({**PROBLEM, "context": "w1", "description": "w3 w4"}, stage) == "w4 w5 w6"
+
+
+def test_searches_for_a_problem_whose_passages_are_none(processor):
+    answer = MultimodalCoTPipeline(model=tiny_model(), processor=processor)
+    assert len(answer({**PROBLEM, "passages": None})["passages"]) == 2
+
+
+def test_a_searcher_stays_in_its_pipeline(processor):
+    other = FixedSearcher()
+    MultimodalCoTPipeline(model=tiny_model(), processor=processor, searcher=other)
+    MultimodalCoTPipeline(model=tiny_model(), processor=processor)(PROBLEM)
+    assert other.queries == [] and processor.searchers["retrieval"].queries == ["w5 w6"]
+
+
+def test_a_stage_after_the_answer_reads_it():
+    explanation = {**RETRIEVAL, "name": "explanation", "kind": "generate", "writes": "explanation", "target": "w3"}
+    explanation |= {"reads": ["question", "answer_text"], "source": "{{ question }} {{ answer_text }}"}
+    answer = {**ANSWER, "reads": ["question", "choices"], "source": "{{ question }}"}
+    processor = MMCoTProcessor(word_tokenizer(), None, [answer, explanation])
+    (columns,) = run_stages({"answer": tiny_model(), "explanation": tiny_model()}, processor, [PROBLEM], [None])
+    assert columns["answer_text"] in PROBLEM["choices"] and isinstance(columns["explanation"], str)
+
+
+def test_names_the_stage_without_a_searcher(processor):
+    processor.searchers.clear()
+    with pytest.raises(ValueError, match="The retrieval stage has no searcher"):
+        run_stages({"answer": tiny_model()}, processor, [PROBLEM], [None])
 
 
 def test_processor_is_saved_and_copied_without_searchers(processor, tmp_path):

@@ -79,6 +79,10 @@ def changed(stage, **settings):
         (changed(RETRIEVAL, learning_rate=1e-3), "learning_rate .*, which has no effect on a stage of kind 'retrieve'"),
         (changed(RETRIEVAL, reads=["question", "images"]), "reads images, which have no effect"),
         (changed(RETRIEVAL, corpora=[]), "'changed' retrieves, and has corpora .*; expected a list"),
+        (
+            [{**RETRIEVAL, "reads": ["question"]}, {**RATIONALE, "init_from": "previous_stage"}, ANSWER],
+            "'rationale' has init_from 'previous_stage', but no stage before it",
+        ),
         (changed(RETRIEVAL, num_passages=0), "'changed' has num_passages 0; expected 1 or more"),
     ],
 )

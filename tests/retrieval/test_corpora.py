@@ -7,6 +7,7 @@ import pytest
 from conftest import shared
 from passage_files import scienceqa, write_jsonl
 
+from mmcot.problems import study
 from mmcot.retrieval.corpora import read_corpora, read_corpus, read_lectures
 from modeling_mmcot.retrieval_mmcot import Passage
 
@@ -81,8 +82,8 @@ def test_an_empty_or_missing_corpus_is_named(tmp_path):
     for name, message in [
         ("empty.jsonl", "is empty; expected a passage in each line"),
         ("folder", "is empty; expected paragraphs in .txt and .md files"),
-        ("picture.png", "is another kind of file; expected a .jsonl file or a folder"),
-        ("absent", "does not exist; expected a .jsonl file or a folder"),
+        ("picture.png", "is another kind of file; expected a .jsonl file, a folder of texts, or study"),
+        ("absent", "does not exist; expected a .jsonl file, a folder of texts, or study"),
     ]:
         with pytest.raises(ValueError, match=f"{name} {message}"):
             read_corpus(tmp_path / name)
@@ -142,3 +143,10 @@ def test_a_source_without_lectures_is_named(tmp_path):
     folder = scienceqa(tmp_path / "problems", t1=("train", ""), v1=("val", "A lecture."))
     with pytest.raises(ValueError, match="problems: no training problem has a lecture"):
         read_lectures(str(folder))
+
+
+def test_reads_the_corpus_of_the_study_problems():
+    passages = {passage.id: passage.text for passage in read_corpus("study@1")}
+    assert len(passages) == len(study.corpus(1)) and passages["velor-alvun-home"].startswith("The Velor alvun lives ")
+    with pytest.raises(ValueError, match="with the difficulty '9'"):
+        read_corpus("study@9")

@@ -13,6 +13,7 @@ LAYOUT = {
     "inputs.json": RUN.inputs,
     "splits.json": RUN.splits,
     ".lock": RUN.lock,
+    ".lock-stage-answer": RUN.stage_lock("answer"),
     "base": RUN.base,
     "answer": RUN.stage("answer"),
     "answer/train_results.json": RUN.train_results("answer"),

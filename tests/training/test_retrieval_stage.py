@@ -1,14 +1,17 @@
 """A stage that retrieves, in a run: its index, the passages of each split, the exported system, and resuming."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 from conftest import TINY_RECIPE, run_isolated, run_script
+from transformers import pipeline
 
 from mmcot.hub.checks import code_faults, find_leaks, surplus_files
 from mmcot.storage.files import read_json
 from mmcot.storage.run_folder import RunFolder
+from modeling_mmcot.retrieval_mmcot import INDEX_FILES, MANIFEST, BM25Searcher
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +94,17 @@ def test_exported_system_answers_with_passages_in_isolation(run):
     assert found[1] == 2 * [["id", "score", "source", "text", "title"]]
 
 
+def test_a_pipeline_is_saved_with_the_index_also_into_its_own_folder(run, tmp_path):
+    shutil.copytree(run.hub, tmp_path / "hub")
+    searcher = BM25Searcher(run.stage("retrieval"))
+    for settings in ({}, {"searcher": searcher}):
+        answer = pipeline("multimodal-cot", model=str(tmp_path / "hub"), trust_remote_code=True, **settings)
+        for folder in (tmp_path / "hub", tmp_path / "copy"):
+            answer.save_pretrained(folder)
+            for name in (MANIFEST, *INDEX_FILES):
+                assert (folder / "retrieval" / name).read_bytes() == (run.stage("retrieval") / name).read_bytes()
+
+
 def test_prediction_from_the_exported_system_is_that_of_the_run(run, tiny_dataset, tmp_path):
     common = ("-m", "mmcot.predict", run.path, "--dataset", tiny_dataset, "--split", "test")
     run_script(*common, "--decode_answer", "--output", tmp_path / "test.json")
@@ -100,7 +114,7 @@ def test_prediction_from_the_exported_system_is_that_of_the_run(run, tiny_datase
 
 def test_card_names_the_corpora_and_publishing_accepts_the_index(run):
     card = (run.hub / "README.md").read_text()
-    assert "`bm25s` to search passages" in card and "passages.jsonl (3)" in card
+    assert "`bm25s` and `PyStemmer` to search passages" in card and "passages.jsonl (3)" in card
     assert [*surplus_files(run.hub), *code_faults(run.hub), *find_leaks(run.hub)] == []
 
 

@@ -7,12 +7,16 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_RECIPE
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from mmcot.predict import main as predict
 from mmcot.recipes.recipe import parse_recipe
+from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import read_json
+from mmcot.storage.run_folder import RunFolder
 from mmcot.train import main
+from mmcot.training import stage as training_stage
 from mmcot.training.preparation import prepare
 from mmcot.training.stage import training_problems
 from mmcot.training.stage_inputs import assign_folds
@@ -176,3 +180,63 @@ def test_cross_fits_three_stages_in_sequence(tiny_dataset, tmp_path):
     main(command(tmp_path / "recipe.yaml", tiny_dataset, tmp_path / "run", "--num_folds", "2", "--max_steps", "2"))
     written = read_json(tmp_path / "run/predictions/train_cross_fit.json")
     assert len(written) == 40 and all(columns.keys() >= {"rationale", "second"} for columns in written.values())
+
+
+def test_stages_trained_by_separate_commands_are_those_of_one_run(tiny_run, tiny_dataset, tmp_path):
+    common = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
+    for stage in ("answer", "rationale"):
+        main([*common, "--stage", stage])
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
+        *("answer", "inputs.json", "rationale", "recipe.yaml", "splits.json")
+    ]
+    for stage in ("answer", "rationale"):
+        own, other = (load_file(run / stage / "model.safetensors") for run in (folder, tiny_run))
+        assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_stage, "train", None)  # neither stage is trained again
+        main(common)
+    assert (folder / "hub" / "known_answer.json").is_file()
+
+
+def test_refuses_a_stage_that_another_command_trains(tiny_dataset, tmp_path):
+    options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
+    with prepare(parse_recipe(options)).lock:
+        pass  # creates the run folder
+    with (
+        FileLock(RunFolder(tmp_path / "run").stage_lock("answer")),
+        pytest.raises(SystemExit, match="holds .lock-stage-answer"),
+    ):
+        main([*options, "--stage", "answer"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "message"),
+    [
+        ({}, "think", "stage is 'think'; expected one of rationale, answer"),
+        ({"inputs_from": "generated"}, "answer", "stage is 'answer', which has inputs_from 'generated'"),
+        (
+            {"init_from": "previous_stage"},
+            "answer",
+            "'answer', which has inputs_from 'gold' and init_from 'previous_stage'",
+        ),
+    ],
+)
+def test_refuses_one_stage_that_depends_on_others(tiny_dataset, tmp_path, settings, stage, message):
+    config = recipe(tmp_path / "recipe.yaml", **settings)
+    with pytest.raises(ValueError, match=message):
+        parse_recipe([*command(config, tiny_dataset, tmp_path / "run"), "--stage", stage])
+
+
+def test_leaves_problems_without_a_target_out_of_training(tiny_dataset, tmp_path, caplog):
+    ids = [row["id"] for row in map(json.loads, tiny_dataset.read_text().splitlines()) if row["split"] == "train"]
+    (tmp_path / "texts.json").write_text(json.dumps({name: "" if name == ids[0] else "a text" for name in ids}))
+    target = ("--target_column", f"rationale={tmp_path / 'texts.json'}")
+    prepared = prepare(parse_recipe(command(TINY_RECIPE, tiny_dataset, tmp_path / "run", *target)))
+    examples = training_stage.stage_examples(prepared, prepared.stages[0], "train")
+    assert examples["id"] == ids[1:]
+    assert f"rationale stage: 1 of {len(ids)} train problems have an empty target" in caplog.text
+    (tmp_path / "texts.json").write_text(json.dumps(dict.fromkeys(ids, "")))
+    prepared = prepare(parse_recipe(command(TINY_RECIPE, tiny_dataset, tmp_path / "other", *target)))
+    with pytest.raises(RunStopped, match="The rationale stage has no target: it is empty for all"):
+        training_stage.stage_examples(prepared, prepared.stages[0], "train")
