@@ -1,4 +1,4 @@
-"""BM25 over an index, and the checks of any searcher."""
+"""BM25 search in an index, and the checks of every searcher's results."""
 
 import json
 import logging
@@ -41,14 +41,14 @@ def searcher(tmp_path):
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_the_ranking_equals_the_published_formula(searcher, query):
+def test_scores_match_published_formula(searcher, query):
     expected = {name: score for name, score in scores_by_formula(query, TEXTS).items() if score > 0}
     [found] = search_passages(searcher, [query], len(TEXTS))
     assert [passage.id for passage in found] == sorted(expected, key=lambda name: -expected[name])
     assert {passage.id: passage.score for passage in found} == pytest.approx(expected, rel=1e-5)
 
 
-def test_tokens_of_one_character_are_found(searcher):
+def test_finds_tokens_of_one_character(searcher):
     found = ids(search_passages(searcher, ["N", "3", "S"], 6))
     assert [set(names) for names in found] == [{"poles", "same", "maps"}, {"three"}, {"poles"}]
 
@@ -62,22 +62,22 @@ def test_tokens_of_one_character_are_found(searcher):
         ("磁石 N", ["磁石", "n"]),
     ],
 )
-def test_words(text, words):
+def test_splits_text_into_normalized_words(text, words):
     assert words_of(text) == words
 
 
-def test_a_query_without_a_known_term_has_no_passages(searcher):
+def test_query_without_known_term_finds_no_passages(searcher):
     assert search_passages(searcher, ["zebra", "poles", "…?"], 3)[::2] == [[], []]
 
 
-def test_a_passage_has_what_the_corpus_has(tmp_path):
+def test_found_passage_keeps_fields_of_corpus(tmp_path):
     given = Passage("p", "Title: “Näher”", "first line\nsecond line", "book (CC BY 4.0)", problem_ids=("1", "2"))
     [[found]] = search_passages(searcher_of(tmp_path, [given]), ["näher"], 1)
     assert (found.id, found.title, found.text, found.source) == (given.id, given.title, given.text, given.source)
     assert found.problem_ids == ("1", "2") and found.score > 0 and found.query is found.date is None
 
 
-def test_equal_scores_are_in_the_order_of_the_corpus(tmp_path):
+def test_ranks_equal_scores_in_corpus_order(tmp_path):
     names = [f"p{number}" for number in (5, 3, 9, 1, 7, 0, 8)]
     searcher = searcher_of(tmp_path, corpus(**dict.fromkeys(names, "the same words"), other="same other words"))
     for k in range(1, len(names) + 1):
@@ -85,41 +85,41 @@ def test_equal_scores_are_in_the_order_of_the_corpus(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 2, 4])
-def test_blocks_do_not_change_the_result(searcher, monkeypatch, block):
+def test_block_size_does_not_change_results(searcher, monkeypatch, block):
     expected = [search_passages(searcher, QUERIES, k) for k in (1, 2, 6)]
     monkeypatch.setattr(retrieval_mmcot, "BLOCK", block)
     assert [search_passages(searcher, QUERIES, k) for k in (1, 2, 6)] == expected
 
 
-def test_blocks_keep_the_order_of_equal_scores(tmp_path, monkeypatch):
+def test_blocks_keep_corpus_order_of_equal_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval_mmcot, "BLOCK", 2)
     names = [f"p{number}" for number in (5, 3, 9, 1, 7, 0, 8)]
     searcher = searcher_of(tmp_path, corpus(**dict.fromkeys(names, "the same words")))
     assert ids(search_passages(searcher, ["words"], 4)) == [names[:4]]
 
 
-def test_highest():
+def test_highest_ranks_positive_scores_and_keeps_order_of_equal_ones():
     scores = np.array([0, 2, 1, 2, 0, 3, 1], dtype=np.float32)
     assert highest(scores, 4).tolist() == [5, 1, 3, 2]
     assert highest(scores, 7).tolist() == highest(scores, 99).tolist() == [5, 1, 3, 2, 6]
     assert highest(np.zeros(3, dtype=np.float32), 2).tolist() == []
 
 
-def test_k_above_the_corpus_gives_all_that_match(searcher):
+def test_returns_all_matches_if_k_exceeds_corpus(searcher):
     assert len(search_passages(searcher, ["poles"], 1000)[0]) == 3
 
 
 @pytest.mark.parametrize("stemmer", ["none", "english"])
-def test_stemmer_and_stop_words_are_those_of_the_index(tmp_path, stemmer):
+def test_search_uses_stemmer_and_stop_words_of_index(tmp_path, stemmer):
     searcher = searcher_of(tmp_path, stemmer=stemmer, stop_words="english")
     found = ids(search_passages(searcher, ["magnetic pole", "the and of", "attracting", "A"], 6))
     assert set(found[0]) == ({"poles"} if stemmer == "none" else {"poles", "same", "long"})
     assert found[1] == []  # only stop words
     assert found[2] == ([] if stemmer == "none" else ["poles"])
-    assert set(found[3]) == {"cells", "three", "maps"}  # the name of an option is no stop word
+    assert set(found[3]) == {"cells", "three", "maps"}  # the letter of a choice is no stop word
 
 
-def test_threads_get_the_same_passages(tmp_path):
+def test_threads_find_same_passages(tmp_path):
     searcher = searcher_of(tmp_path, stemmer="english")
     expected = search_passages(BM25Searcher(tmp_path / "index"), QUERIES, 3)
     with ThreadPoolExecutor(8) as pool:
@@ -127,7 +127,7 @@ def test_threads_get_the_same_passages(tmp_path):
     assert all(passages == expected for passages in found)
 
 
-def test_neither_passages_nor_terms_are_loaded(tmp_path):
+def test_search_does_not_load_all_passages_and_terms(tmp_path):
     fillers = {number: " ".join(f"word{number}x{place}" for place in range(100)) for number in range(2000)}
     texts = {f"p{number}": f"poles term{number} {filler}" for number, filler in fillers.items()}
     folder = build(tmp_path, corpus(**texts))
@@ -140,7 +140,7 @@ def test_neither_passages_nor_terms_are_loaded(tmp_path):
         tracemalloc.stop()
 
 
-def test_the_memory_of_a_search_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+def test_search_memory_does_not_grow_with_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval_mmcot, "BLOCK", 500)
     peaks = []
     for number in (1_000, 40_000):
@@ -156,7 +156,7 @@ def test_the_memory_of_a_search_does_not_grow_with_the_corpus(tmp_path, monkeypa
 
 
 class Given:
-    """A searcher that returns what a test gives it, and records what it is asked."""
+    """A searcher that returns the result of a function `answer(queries, k)` and records its calls."""
 
     def __init__(self, answer):
         self.answer, self.asked = answer, []
@@ -170,14 +170,14 @@ def passage(name: str, score: float = 1.0) -> Passage:
     return Passage(name, "", "text", "source", score)
 
 
-def test_empty_queries_are_not_asked():
+def test_does_not_search_for_empty_queries():
     searcher = Given(lambda queries, k: [[passage(query)] for query in queries])
     assert ids(search_passages(searcher, ["", "a", " ?! ", "b"], 2)) == [[], ["a"], [], ["b"]]
     assert searcher.asked == [(["a", "b"], 2)]
     assert search_passages(searcher, ["", "…"], 2) == [[], []] and len(searcher.asked) == 1
 
 
-def test_passages_are_ordered_by_score_and_equal_ones_as_given():
+def test_sorts_passages_by_score_and_keeps_order_of_equal_ones():
     given = [passage("low", 0.5), passage("first", 2.0), passage("second", 2.0)]
     assert ids(search_passages(Given(lambda queries, k: [given]), ["q"], 3)) == [["first", "second", "low"]]
 
@@ -192,23 +192,23 @@ def test_passages_are_ordered_by_score_and_equal_ones_as_given():
         (lambda queries, k: [[passage("p", math.nan)], []], "Given gave passage 'p' the score nan"),
     ],
 )
-def test_what_a_searcher_returns_is_checked(answer, message):
+def test_refuses_invalid_results_of_searcher(answer, message):
     with pytest.raises(ValueError, match=message):
         search_passages(Given(answer), ["one", "two"], 2)
 
 
-def test_what_a_searcher_returns_is_not_skipped():
+def test_on_error_skip_does_not_skip_invalid_results():
     with pytest.raises(ValueError, match="Given returned None for 1 queries"):
         search_passages(Given(lambda queries, k: None), ["one"], 2, on_error="skip")
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.0, None, True])
-def test_k_is_a_positive_integer(searcher, k):
+def test_refuses_k_that_is_no_positive_integer(searcher, k):
     with pytest.raises(ValueError, match=f"k is {k!r}; expected a number of passages"):
         search_passages(searcher, ["poles"], k)
 
 
-def test_queries_are_a_list_of_texts(searcher):
+def test_refuses_invalid_queries_and_on_error(searcher):
     for queries in ("poles", [None]):
         with pytest.raises(ValueError, match="expected a list of texts"):
             search_passages(searcher, queries, 1)
@@ -222,12 +222,12 @@ def fails_for_b(queries, k):
     return [[passage(query)] for query in queries]
 
 
-def test_a_failing_searcher_is_named():
+def test_error_names_failing_searcher():
     with pytest.raises(SearchError, match="Given failed for 3 queries: KeyError: 'down'"):
         search_passages(Given(fails_for_b), ["a", "b", "c"], 1)
 
 
-def test_a_skipped_failure_has_no_passages_and_is_counted(caplog):
+def test_skipped_failure_has_no_passages_and_is_counted(caplog):
     with caplog.at_level(logging.WARNING):
         found = search_passages(Given(fails_for_b), ["a", "b", "c"], 1, on_error="skip")
     assert ids(found) == [["a"], [], ["c"]]
@@ -250,14 +250,14 @@ def change(folder, **entries):
         ({"token_pattern": r"\w\w+"}, r"token_pattern is '\\\\w\\\\w\+'; expected"),
     ],
 )
-def test_an_index_of_another_version_is_refused(tmp_path, entries, message):
+def test_refuses_index_of_another_version(tmp_path, entries, message):
     folder = build(tmp_path)
     change(folder, **entries)
     with pytest.raises(ValueError, match=message):
         BM25Searcher(folder)
 
 
-def test_an_index_of_another_corpus_is_refused(tmp_path):
+def test_refuses_index_of_another_corpus(tmp_path):
     folder = build(tmp_path)
     digest = json.loads((folder / "index.json").read_text())["corpus"]
     assert BM25Searcher(folder, corpus=digest)
@@ -266,7 +266,7 @@ def test_an_index_of_another_corpus_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", retrieval_mmcot.ENTRIES)
-def test_a_manifest_without_an_entry_is_refused(tmp_path, name):
+def test_refuses_manifest_without_entry(tmp_path, name):
     file = build(tmp_path) / "index.json"
     file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != name}))
     with pytest.raises(ValueError, match=f"index.json has no '{name}'"):
@@ -278,7 +278,7 @@ def test_a_manifest_without_an_entry_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["passages.offsets.npy", "data.csc.index.npy"])
-def test_a_pickle_in_an_index_is_not_loaded(tmp_path, name):
+def test_refuses_index_with_pickle(tmp_path, name):
     folder = build(tmp_path)
     np.save(folder / name, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     files = json.loads((folder / "index.json").read_text())["files"]
@@ -288,7 +288,7 @@ def test_a_pickle_in_an_index_is_not_loaded(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", retrieval_mmcot.INDEX_FILES)
-def test_a_file_that_is_truncated_or_missing_is_named(tmp_path, name):
+def test_names_truncated_or_missing_file(tmp_path, name):
     file = build(tmp_path) / name
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1])
@@ -299,20 +299,20 @@ def test_a_file_that_is_truncated_or_missing_is_named(tmp_path, name):
         BM25Searcher(file.parent)
 
 
-def test_a_folder_without_an_index_is_named(tmp_path):
+def test_refuses_folder_without_index(tmp_path):
     with pytest.raises(ValueError, match=r"is not an index: it has no index.json"):
         BM25Searcher(tmp_path)
 
 
 @pytest.mark.parametrize(("module", "package"), [("bm25s", "bm25s"), ("Stemmer", "PyStemmer")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, module, package):
+def test_names_missing_package(tmp_path, monkeypatch, module, package):
     folder = build(tmp_path, stemmer="english")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"needs .*{package}: pip install bm25s PyStemmer"):
         BM25Searcher(folder)
 
 
-def test_the_file_alone_searches_without_this_repository(tmp_path):
+def test_module_file_searches_without_repository(tmp_path):
     folder = build(tmp_path)
     shutil.copy(REPOSITORY / "modeling_mmcot" / "retrieval_mmcot.py", tmp_path)
     code = """

@@ -1,4 +1,4 @@
-"""What corpora contain, and what a user reads about a bad one."""
+"""The passages of a corpus, and the errors for an invalid one."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from modeling_mmcot.retrieval_mmcot import Passage
 ROW = {"id": "p0", "title": "Magnets", "text": "Poles attract.", "source": "a book (CC BY 4.0)"}
 
 
-def test_json_lines(tmp_path):
+def test_reads_passages_of_json_lines_file(tmp_path):
     file = write_jsonl(tmp_path / "passages.jsonl", ROW, {"id": "p1", "text": "Poles repel."})
     assert read_corpus(file) == [Passage(**ROW), Passage("p1", "", "Poles repel.", "passages.jsonl")]
 
@@ -33,26 +33,26 @@ def test_json_lines(tmp_path):
         ({"split": "validation"}, "line 2: split is 'validation'; nothing of validation"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, row, message):
+def test_names_invalid_line_and_its_fault(tmp_path, row, message):
     file = write_jsonl(tmp_path / "passages.jsonl", ROW, {**ROW, "id": "p1", **row})
     with pytest.raises(ValueError, match=f"passages.jsonl, {message}"):
         read_corpus(file)
 
 
-def test_a_line_without_text_is_named(tmp_path):
+def test_names_line_without_text(tmp_path):
     file = write_jsonl(tmp_path / "problems.jsonl", {"id": "1", "question": "Which poles attract?"})
     with pytest.raises(ValueError, match="problems.jsonl, line 1: text is None"):
         read_corpus(file)
 
 
-def test_columns_that_are_not_read_are_named(tmp_path, caplog):
+def test_warns_about_unread_columns(tmp_path, caplog):
     file = write_jsonl(tmp_path / "passages.jsonl", {**ROW, "topic": "physics"})
     with caplog.at_level(logging.WARNING):
         read_corpus(file)
     assert "columns that are not read: topic" in caplog.text
 
 
-def test_a_folder_of_texts_is_divided_at_empty_lines(tmp_path):
+def test_splits_texts_of_folder_at_empty_lines(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "magnets.txt").write_text("# no heading\nin a text\n\n\nSecond\nparagraph.\n")
     (tmp_path / "cells.md").write_text(
@@ -69,13 +69,13 @@ def test_a_folder_of_texts_is_divided_at_empty_lines(tmp_path):
     ]
 
 
-def test_a_text_that_is_not_utf8_is_named(tmp_path):
+def test_names_file_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a.txt: not UTF-8 text \(.* at byte 3\)"):
         read_corpus(tmp_path)
 
 
-def test_an_empty_or_missing_corpus_is_named(tmp_path):
+def test_refuses_empty_or_missing_corpus(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "picture.png").write_bytes(b"")
@@ -91,7 +91,7 @@ def test_an_empty_or_missing_corpus_is_named(tmp_path):
         read_corpora()
 
 
-def test_corpora_are_joined_and_ids_are_unique(tmp_path):
+def test_joins_corpora_and_refuses_repeated_ids(tmp_path):
     first = write_jsonl(tmp_path / "first.jsonl", ROW)
     second = write_jsonl(tmp_path / "second.jsonl", {**ROW, "id": "p1", "source": "another book"})
     lectures = scienceqa(tmp_path / "problems", a=("train", "A lecture."))
@@ -101,7 +101,7 @@ def test_corpora_are_joined_and_ids_are_unique(tmp_path):
         read_corpora([first, first])
 
 
-def test_one_passage_for_each_distinct_training_lecture(tmp_path):
+def test_reads_one_passage_for_each_distinct_training_lecture(tmp_path):
     folder = scienceqa(
         tmp_path / "private",
         t1=("train", "Poles attract.\nOr repel."),
@@ -116,7 +116,7 @@ def test_one_passage_for_each_distinct_training_lecture(tmp_path):
     assert first.source == "ScienceQA, lectures of the training split"  # without the path, which would be published
 
 
-def test_nothing_of_validation_or_test_is_read(tmp_path):
+def test_reads_no_lecture_of_validation_or_test(tmp_path):
     lectures = {"train": "A magnet.", "val": "Validation only.", "test": "Test only."}
     folder = scienceqa(tmp_path / "problems", **{f"x{split}": (split, text) for split, text in lectures.items()})
     passages = read_lectures(str(folder))
@@ -124,7 +124,7 @@ def test_nothing_of_validation_or_test_is_read(tmp_path):
     assert "xval" not in str(passages) and "xtest" not in str(passages) and "gold" not in str(passages)
 
 
-def test_nothing_of_validation_or_test_of_the_real_problems_is_read():
+def test_reads_exactly_training_lectures_of_scienceqa():
     folder = shared("scienceqa")
     rows = json.loads((folder / "problems.json").read_text())
     by_split = {
@@ -139,13 +139,13 @@ def test_nothing_of_validation_or_test_of_the_real_problems_is_read():
     }
 
 
-def test_a_source_without_lectures_is_named(tmp_path):
+def test_refuses_source_without_training_lectures(tmp_path):
     folder = scienceqa(tmp_path / "problems", t1=("train", ""), v1=("val", "A lecture."))
     with pytest.raises(ValueError, match="problems: no training problem has a lecture"):
         read_lectures(str(folder))
 
 
-def test_reads_the_corpus_of_the_study_problems():
+def test_reads_corpus_of_study_problems():
     passages = {passage.id: passage.text for passage in read_corpus("study@1")}
     assert len(passages) == len(study.corpus(1)) and passages["velor-alvun-home"].startswith("The Velor alvun lives ")
     with pytest.raises(ValueError, match="with the difficulty '9'"):

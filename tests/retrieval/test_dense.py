@@ -13,7 +13,7 @@ from modeling_mmcot.retrieval_mmcot import BM25Searcher, Passage, search_passage
 
 
 def write_encoder(folder, seed=0):
-    """A sentence-transformers model with a vocabulary of the test's words, without a download."""
+    """A sentence-transformers model with the words of `TEXTS` as its vocabulary, created without a download."""
     pytest.importorskip("faiss", reason="needs mmcot[dense]")
     pytest.importorskip("sentence_transformers", reason="needs mmcot[dense]")
     import torch
@@ -40,12 +40,12 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def index(encoder, tmp_path_factory):
-    # The last passage has the text, and so the vector, of the first one.
+    # The last passage repeats the first one's text, and therefore has the same vector.
     passages = [*corpus(), Passage("again", "", TEXTS["poles"], "a test")]
     return build(tmp_path_factory.mktemp("dense"), passages, encoder=str(encoder))
 
 
-def test_the_ranking_is_that_of_the_cosines(index, encoder):
+def test_dense_search_ranks_by_cosine(index, encoder):
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(encoder))
@@ -61,7 +61,7 @@ def test_the_ranking_is_that_of_the_cosines(index, encoder):
     assert order.index("again") == order.index("poles") + 1
 
 
-def test_hybrid_is_reciprocal_rank_fusion(index):
+def test_hybrid_search_ranks_by_reciprocal_rank_fusion(index):
     query, k = "poles of magnets", 4
     bm25, dense = (search_passages(kind(index), [query], 100)[0] for kind in (BM25Searcher, DenseSearcher))
     expected = {}
@@ -74,7 +74,7 @@ def test_hybrid_is_reciprocal_rank_fusion(index):
     )
 
 
-def test_fusion_by_hand():
+def test_fuse_matches_hand_computed_scores():
     first, second = ([Passage(name, "", name, "") for name in names] for names in ("ab", "cb"))
     assert [(passage.id, round(passage.score, 6)) for passage in fuse((first, second))] == [
         ("b", round(2 / 62, 6)),
@@ -83,12 +83,12 @@ def test_fusion_by_hand():
     ]
 
 
-def test_an_index_without_vectors_is_refused(tmp_path):
+def test_refuses_index_without_vectors(tmp_path):
     with pytest.raises(ValueError, match="has no vectors; build it with --encoder MODEL"):
         DenseSearcher(build(tmp_path))
 
 
-def test_an_encoder_with_other_weights_is_refused(tmp_path):
+def test_refuses_encoder_with_other_weights(tmp_path):
     encoder = write_encoder(tmp_path / "e")
     folder = build(tmp_path, encoder=str(encoder))
     assert ids(search_passages(DenseSearcher(folder), ["poles"], 1))
@@ -98,7 +98,7 @@ def test_an_encoder_with_other_weights_is_refused(tmp_path):
         DenseSearcher(folder)
 
 
-def test_vectors_of_another_corpus_are_refused(index, encoder, tmp_path):
+def test_refuses_vectors_of_another_corpus(index, encoder, tmp_path):
     other = build(tmp_path, encoder=str(encoder))
     shutil.copy(index / "vectors.faiss", other)
     with pytest.raises(ValueError, match=r"vectors.faiss: 7 vectors for 6 passages"):
@@ -106,7 +106,7 @@ def test_vectors_of_another_corpus_are_refused(index, encoder, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["faiss", "sentence_transformers"])
-def test_the_extra_is_named(tmp_path, monkeypatch, module):
+def test_missing_package_error_names_extra(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"needs {module}: pip install 'mmcot\[dense\]'"):
         build(tmp_path, encoder="any/model")

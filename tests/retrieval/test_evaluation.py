@@ -12,7 +12,7 @@ def problem(name, question, lecture="", split="test", **columns):
     return {**row, "answer": 1, "solution": "SOLUTION", "rationales": [], "direct_answers": [], **columns}
 
 
-def test_measures_by_hand():
+def test_measures_match_hand_computed_values():
     ranks = Ranks([1, 2, None, 6], 0, 10)
     assert ranks.measures([1, 5]) == {
         "recall@1": [1.0, 0.0, 0.0, 0.0],
@@ -21,7 +21,7 @@ def test_measures_by_hand():
     }
 
 
-def test_the_gold_lecture_is_found_by_equality_or_containment(tmp_path):
+def test_finds_gold_lecture_by_equality_or_containment(tmp_path):
     searcher = searcher_of(
         tmp_path, corpus(other="poles poles", gold="Poles attract.\nSo they do.", copy="Like poles.")
     )
@@ -40,7 +40,7 @@ def test_the_gold_lecture_is_found_by_equality_or_containment(tmp_path):
     assert count_in_corpus(searcher, problems, exclude_verbatim=True) == 1
 
 
-def test_the_gold_passage_is_found_by_id(tmp_path):
+def test_finds_gold_passage_by_id(tmp_path):
     searcher = searcher_of(tmp_path)
     problems = [problem("a", "cell walls", passage="cells"), problem("b", "north map", passage="poles")]
     assert find_ranks(searcher, problems, 6, gold="passage", template="{{ question }}").ranks == [1, 2]
@@ -50,14 +50,14 @@ def test_the_gold_passage_is_found_by_id(tmp_path):
         check_gold_ids(searcher, [*problems, problem("c", "q", passage="gone")], "passage")
 
 
-def test_a_training_problem_does_not_find_its_own_row(tmp_path):
+def test_ranks_exclude_own_row_of_training_problem(tmp_path):
     own = Passage("own", "", "iron poles", "", problem_ids=("t",))
     searcher = searcher_of(tmp_path, [own, *corpus()])
     rows = [problem("t", "iron poles", "iron poles", split=split) for split in ("train", "test")]
     assert find_ranks(searcher, rows, 7).ranks == [None, 1]
 
 
-def test_the_query_is_rendered_without_gold():
+def test_query_template_accesses_no_gold_column():
     row = problem("p", "Which pole?", "LECTURE")
     assert render_query("{{ question }} {{ choices | join(' ') }}", row) == "Which pole? N S"
     for column in ("lecture", "solution", "answer", "rationales", "direct_answers"):
@@ -67,7 +67,7 @@ def test_the_query_is_rendered_without_gold():
         render_query("{{ question", row)
 
 
-def test_gold_columns_are_checked(tmp_path):
+def test_refuses_invalid_gold_column(tmp_path):
     searcher = searcher_of(tmp_path)
     with pytest.raises(ValueError, match="gold is 'answer'; expected lecture, or a column with the id"):
         find_ranks(searcher, [problem("p", "q")], 1, gold="answer")

@@ -1,4 +1,4 @@
-"""A problem does not see its own gold text, and still gets k passages."""
+"""Search excludes a problem's own gold text, and still returns k passages."""
 
 import pytest
 from passage_files import ids, scienceqa, searcher_of
@@ -32,7 +32,7 @@ def searcher(tmp_path, source):
 
 
 def texts(searcher, source, split, exclude_verbatim, k=3):
-    """The texts that each problem of a split sees, by id."""
+    """Return the texts of the passages that each problem of a split gets, by id."""
     problems = list(load_problems(str(source), split))
     exclusions = [exclusion_of(problem, exclude_verbatim) for problem in problems]
     found = search_with_exclusions(searcher, ["magnets"] * len(problems), k, exclusions)
@@ -41,7 +41,7 @@ def texts(searcher, source, split, exclude_verbatim, k=3):
     }
 
 
-def test_a_training_problem_does_not_see_its_own_row(searcher, source):
+def test_excludes_own_row_of_training_problem(searcher, source):
     every = {OWN, SHARED, OTHER}
     assert texts(searcher, source, "train", False) == {
         "t1": every - {OWN},
@@ -51,7 +51,7 @@ def test_a_training_problem_does_not_see_its_own_row(searcher, source):
     }
 
 
-def test_exclude_verbatim_holds_in_all_splits(searcher, source):
+def test_exclude_verbatim_drops_gold_lecture_in_all_splits(searcher, source):
     every = {OWN, SHARED, OTHER}
     assert texts(searcher, source, "train", True) == {
         "t1": every - {OWN},
@@ -65,20 +65,20 @@ def test_exclude_verbatim_holds_in_all_splits(searcher, source):
     assert texts(searcher, source, "test", True) == {"e1": every - {OWN}, "e2": every}  # white space does not count
 
 
-def test_an_id_of_another_split_is_no_own_row(searcher):
+def test_keeps_passage_with_same_id_of_another_split(searcher):
     passage = Passage("p", "", OWN, "", problem_ids=("t1",))
     row = {"id": "t1", "lecture": ""}
     assert exclusion_of({**row, "split": "train"}).drops(passage)
     assert not exclusion_of({**row, "split": "test"}).drops(passage)
 
 
-def test_without_gold_nothing_is_dropped_by_text(source):
+def test_drops_no_text_without_gold_columns(source):
     [problem] = list(without_gold(load_problems(str(source), "val")))
     assert exclusion_of(problem) == Exclusion()
 
 
-def test_k_passages_remain(tmp_path):
-    """More copies are dropped than the margin, and the best others take their place in their order."""
+def test_returns_k_passages_after_exclusion(tmp_path):
+    """Drops more copies than the search margin; the best other passages replace them in rank order."""
     copies = [Passage(f"copy{number}", "", "magnets magnets", "") for number in range(9)]
     others = [Passage(f"other{number}", "", "magnets and poles " + "x " * number, "") for number in range(5)]
     searcher = searcher_of(tmp_path, [*copies, *others])
@@ -89,8 +89,8 @@ def test_k_passages_remain(tmp_path):
     assert found == [[f"other{number}" for number in range(5)]]
 
 
-def test_gold_does_not_change_the_other_passages(searcher, source):
-    """Garbage in the gold columns drops nothing, and the order of the rest is the same."""
+def test_gold_columns_do_not_change_other_passages(searcher, source):
+    """Wrong values in the gold columns drop no passage, and the other passages keep their order."""
     [problem, _] = list(load_problems(str(source), "test"))
     with_gold, with_garbage = (
         ids(search_with_exclusions(searcher, ["magnets iron"], 3, [exclusion_of(row, True)]))[0]
@@ -99,7 +99,7 @@ def test_gold_does_not_change_the_other_passages(searcher, source):
     assert [name for name in with_garbage if name in with_gold] == with_gold and len(with_garbage) == 3
 
 
-def test_one_exclusion_for_each_query(searcher):
+def test_refuses_wrong_number_of_exclusions_or_passages(searcher):
     with pytest.raises(ValueError, match="1 exclusions for 2 queries"):
         search_with_exclusions(searcher, ["a", "b"], 1, [Exclusion()])
     with pytest.raises(ValueError, match="k is 0"):

@@ -1,4 +1,4 @@
-"""An index is complete or absent, built once, and refused if it is of something else."""
+"""Building an index: it is complete or absent, built once, and never replaces another index or other files."""
 
 import json
 
@@ -16,7 +16,7 @@ def content(folder):
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
 
 
-def test_the_manifest_records_what_the_index_is_of(tmp_path):
+def test_manifest_records_corpus_settings_and_versions(tmp_path):
     passages = [*corpus(), Passage("b", "", "A text.", "a book (CC BY 4.0)")]
     folder = build(tmp_path, passages, stemmer="english", stop_words="english")
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -30,12 +30,12 @@ def test_the_manifest_records_what_the_index_is_of(tmp_path):
     assert str(tmp_path) not in (folder / MANIFEST).read_text()
 
 
-def test_the_same_index_is_not_built_twice(tmp_path):
+def test_second_build_leaves_same_index_unchanged(tmp_path):
     before = content(build(tmp_path))
     assert content(build(tmp_path)) == before
 
 
-def test_two_builds_are_equal(tmp_path):
+def test_builds_of_same_corpus_are_byte_equal(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     first, second = ({name: data for name, (data, _) in content(build(tmp_path / name)).items()} for name in ("a", "b"))
     assert first == second
@@ -49,7 +49,7 @@ def test_two_builds_are_equal(tmp_path):
         (corpus(), {"stop_words": "none"}, r"is an index with stop_words \['an', 'and'.*; expected \[\]"),
     ],
 )
-def test_another_index_is_not_replaced(tmp_path, passages, settings, message):
+def test_refuses_to_replace_another_index(tmp_path, passages, settings, message):
     folder = build(tmp_path)
     before = content(folder)
     with pytest.raises(ValueError, match=message):
@@ -57,7 +57,7 @@ def test_another_index_is_not_replaced(tmp_path, passages, settings, message):
     assert content(folder) == before
 
 
-def test_a_folder_with_something_else_is_not_replaced(tmp_path):
+def test_refuses_to_replace_folder_of_other_files(tmp_path):
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not an index"):
@@ -65,25 +65,25 @@ def test_a_folder_with_something_else_is_not_replaced(tmp_path):
     assert (tmp_path / "index" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_build_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(bm25s.BM25, "save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_corpus_without_a_term_is_refused(tmp_path):
+def test_refuses_corpus_without_terms(tmp_path):
     with pytest.raises(ValueError, match="none of the 2 passages has a letter or digit outside of the stop words"):
         build(tmp_path, corpus(a="…?!", b="The of"), stop_words="english")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_passage_without_a_term_is_kept(tmp_path):
+def test_keeps_passage_without_terms(tmp_path):
     folder = build(tmp_path, corpus(a="…?!", b="a text"))
     assert len(np.load(folder / "passages.offsets.npy")) == 3
 
 
-def test_settings_are_checked(tmp_path):
+def test_refuses_unknown_stop_words_and_stemmer(tmp_path):
     with pytest.raises(ValueError, match="stop_words is 'klingon'; expected one of none, english"):
         IndexSettings(stop_words="klingon")
     with pytest.raises(ValueError, match="stemmer is 'klingon'; expected one of .*english"):

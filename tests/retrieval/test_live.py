@@ -63,7 +63,7 @@ def searcher(server, tmp_path):
     return HttpSearcher(server.url, cache=tmp_path / "cache", interval=0, timeout=2)
 
 
-def test_results_become_passages_with_query_and_day(searcher, server):
+def test_converts_results_to_passages_with_query_and_date(searcher, server):
     [found] = search_passages(searcher, ["which poles & maps?"], 5)
     assert [(passage.title, passage.text, passage.source) for passage in found] == [
         ("Magnets", "Poles attract.", "https://a.example/magnets"),
@@ -75,16 +75,16 @@ def test_results_become_passages_with_query_and_day(searcher, server):
     assert server.queries == [{"key": ["SECRET"], "q": ["which poles & maps?"]}]
 
 
-def test_at_most_k(searcher):
+def test_returns_at_most_k_passages(searcher):
     assert len(search_passages(searcher, ["poles"], 1)[0]) == 1
 
 
-def test_k_goes_into_the_address(server, tmp_path):
+def test_inserts_k_into_url(server, tmp_path):
     search_passages(HttpSearcher(server.url + "&n={k}", cache=tmp_path, interval=0), ["poles"], 7)
     assert server.queries[0]["n"] == ["7"]
 
 
-def test_elasticsearch(server, tmp_path):
+def test_reads_elasticsearch_response(server, tmp_path):
     hit = {"_id": "d1", "_index": "books", "_score": 7.5, "_source": {"title": "Magnets", "text": "Poles."}}
     server.answer = (200, {}, json.dumps({"hits": {"hits": [hit]}}).encode(), 0.0)
     fields = {"results": "hits.hits", "id": "_id", "title": "_source.title", "text": "_source.text"}
@@ -93,7 +93,7 @@ def test_elasticsearch(server, tmp_path):
     assert (found.id, found.title, found.text, found.source, found.score) == ("d1", "Magnets", "Poles.", "books", 7.5)
 
 
-def test_an_answer_is_cached(searcher, server, tmp_path):
+def test_caches_answer_by_query_k_and_fields(searcher, server, tmp_path):
     first = search_passages(searcher, ["poles"], 5)
     server.answer = (500, {}, b"", 0.0)
     again = HttpSearcher(server.url, cache=tmp_path / "cache", interval=0)
@@ -106,7 +106,7 @@ def test_an_answer_is_cached(searcher, server, tmp_path):
         search_passages(other, ["poles"], 5)
 
 
-def test_the_cache_keeps_the_day_of_the_search(searcher, tmp_path):
+def test_cached_passages_keep_search_date(searcher, tmp_path):
     search_passages(searcher, ["poles"], 5)
     [file] = (tmp_path / "cache").iterdir()
     file.write_text(file.read_text().replace(TODAY, "2020-02-02"))
@@ -116,13 +116,13 @@ def test_the_cache_keeps_the_day_of_the_search(searcher, tmp_path):
         search_passages(searcher, ["poles"], 5)
 
 
-def test_an_empty_answer_is_not_cached(searcher, server, tmp_path):
+def test_does_not_cache_empty_answer(searcher, server, tmp_path):
     server.answer = (200, {}, b'{"results": []}', 0.0)
     assert search_passages(searcher, ["poles"], 5) == [[]]
     assert search_passages(searcher, ["poles"], 5) == [[]] and len(server.queries) == 2
 
 
-def test_requests_are_an_interval_apart(server, tmp_path):
+def test_waits_interval_between_requests(server, tmp_path):
     searcher = HttpSearcher(server.url, cache=tmp_path, interval=0.3)
     search_passages(searcher, ["a", "b", "a", "c"], 5)
     assert len(server.times) == 3
@@ -147,14 +147,14 @@ HTML = b"<!DOCTYPE html><html><body>Are you a robot?</body></html>"
         ((200, {"Content-Length": "99"}, b"{", 0.0), "the connection failed|not JSON"),
     ],
 )
-def test_a_failure_names_service_and_reason_but_no_key(searcher, server, answer, message):
+def test_error_names_service_and_reason_without_key(searcher, server, answer, message):
     server.answer = answer
     with pytest.raises(SearchError, match=message) as error:
         search_passages(searcher, ["poles"], 5)
     assert str(error.value).startswith("http://127.0.0.1:") and "SECRET" not in str(error.value)
 
 
-def test_a_silent_service_ends_at_the_time_limit(server, tmp_path):
+def test_stops_at_time_limit_if_service_is_silent(server, tmp_path):
     server.answer = (200, {}, b"{}", 3.0)
     started = time.monotonic()
     with pytest.raises(SearchError, match="no complete answer in 0.5 s"):
@@ -162,7 +162,7 @@ def test_a_silent_service_ends_at_the_time_limit(server, tmp_path):
     assert time.monotonic() - started < 2
 
 
-def test_an_answer_that_drips_ends_at_the_time_limit(server, tmp_path):
+def test_stops_at_time_limit_if_answer_arrives_slowly(server, tmp_path):
     searcher = HttpSearcher(server.url, cache=tmp_path, interval=0, timeout=0.5)
     handler = server.server.RequestHandlerClass
 
@@ -180,19 +180,19 @@ def test_an_answer_that_drips_ends_at_the_time_limit(server, tmp_path):
     assert time.monotonic() - started < 2
 
 
-def test_an_answer_without_end_is_refused(searcher, server, monkeypatch):
+def test_refuses_answer_over_size_limit(searcher, server, monkeypatch):
     monkeypatch.setattr(live, "MAX_BYTES", 10)
     with pytest.raises(SearchError, match="more than 10 bytes"):
         search_passages(searcher, ["poles"], 5)
 
 
-def test_offline(tmp_path):
+def test_error_names_unreachable_service(tmp_path):
     searcher = HttpSearcher("http://127.0.0.1:9/?q={query}", cache=tmp_path, interval=0)
     with pytest.raises(SearchError, match=r"http://127.0.0.1:9/: cannot be reached \(.*refused"):
         search_passages(searcher, ["poles"], 5)
 
 
-def test_a_failure_can_be_skipped(searcher, server, caplog):
+def test_skips_failed_query_on_request(searcher, server, caplog):
     search_passages(searcher, ["poles"], 5)
     server.answer = (429, {}, b"", 0.0)
     found = search_passages(searcher, ["maps", "poles"], 5, on_error="skip")
@@ -200,7 +200,7 @@ def test_a_failure_can_be_skipped(searcher, server, caplog):
     assert "failed for 1 of 2 queries" in caplog.text and "HTTP 429" in caplog.text
 
 
-def test_a_result_without_text_is_left_out_with_a_warning(searcher, server, caplog):
+def test_omits_result_without_text_and_warns(searcher, server, caplog):
     server.answer = (200, {}, json.dumps({"results": [{**RESULTS[0], "content": None}, RESULTS[1]]}).encode(), 0.0)
     assert [passage.title for passage in search_passages(searcher, ["poles"], 5)[0]] == ["Maps"]
     assert "1 of 2 results of 'poles' have no text" in caplog.text
@@ -216,7 +216,7 @@ def test_a_result_without_text_is_left_out_with_a_warning(searcher, server, capl
         ({"url": "http://a/{query}", "timeout": 0}, "timeout 0 s"),
     ],
 )
-def test_options_are_checked(options, message):
+def test_refuses_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         HttpSearcher(**options)
 
@@ -227,7 +227,7 @@ class DDGSException(Exception):
 
 @pytest.fixture
 def ddgs(monkeypatch):
-    """A module in place of ddgs: `answer` is what a search returns, or raises."""
+    """A module in place of ddgs: a search returns `answer`, or raises it if it is an exception."""
     module = types.ModuleType("ddgs")
     module.exceptions = types.ModuleType("ddgs.exceptions")
     module.exceptions.DDGSException = DDGSException
@@ -249,7 +249,7 @@ def ddgs(monkeypatch):
     return module
 
 
-def test_the_web(ddgs, tmp_path):
+def test_web_search_returns_and_caches_passages(ddgs, tmp_path):
     searcher = WebSearcher(tmp_path, interval=0, timeout=3)
     [[found]] = search_passages(searcher, ["poles"], 4)
     assert (found.title, found.text, found.source) == ("Magnets", "Poles attract.", "https://a.example")
@@ -258,7 +258,7 @@ def test_the_web(ddgs, tmp_path):
     assert ddgs.asked == [("poles", 4, 3)]
 
 
-def test_failures_of_the_web(ddgs, tmp_path, caplog):
+def test_web_search_reports_failures_and_does_not_cache_them(ddgs, tmp_path, caplog):
     searcher = WebSearcher(tmp_path, interval=0)
     ddgs.answer = DDGSException("202 Ratelimit")
     with pytest.raises(SearchError, match="the web search failed: 202 Ratelimit"):
@@ -271,8 +271,8 @@ def test_failures_of_the_web(ddgs, tmp_path, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ddgs_is_as_we_call_it():
-    """The names and messages of the installed package."""
+def test_installed_ddgs_has_used_interface():
+    """The signatures and messages that `WebSearcher` relies on."""
     ddgs = pytest.importorskip("ddgs", reason="needs mmcot[web]")
     import inspect
 
@@ -283,7 +283,7 @@ def test_ddgs_is_as_we_call_it():
     assert '"No results found."' in inspect.getsource(sys.modules[ddgs.DDGS.__module__])
 
 
-def test_the_extra_is_named(monkeypatch, tmp_path):
+def test_missing_package_error_names_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ddgs", None)
     with pytest.raises(ImportError, match=r"pip install 'mmcot\[web\]'"):
         WebSearcher(tmp_path)

@@ -7,7 +7,7 @@ from mmcot.retrieval.searchers import SEARCHERS, open_searcher
 from modeling_mmcot.retrieval_mmcot import BM25Searcher
 
 
-def test_a_searcher_is_opened_by_name(tmp_path):
+def test_opens_searcher_by_name(tmp_path):
     assert list(SEARCHERS) == ["bm25", "dense", "hybrid", "http", "web"]
     assert isinstance(open_searcher("bm25", index=build(tmp_path), url=None), BM25Searcher)
     searcher = open_searcher("http", url="http://a.example/{query}", cache=tmp_path)
@@ -32,6 +32,6 @@ def test_a_searcher_is_opened_by_name(tmp_path):
         ("http", {"url": None}, "the searcher http needs the option url"),
     ],
 )
-def test_options_without_effect_and_missing_ones_are_named(name, options, message):
+def test_refuses_options_without_effect_and_names_missing_ones(name, options, message):
     with pytest.raises(ValueError, match=message):
         open_searcher(name, **options)
