@@ -18,7 +18,7 @@ def files(tmp_path):
 
 
 @pytest.mark.slow
-def test_build_search_evaluate(files, tmp_path):
+def test_builds_searches_and_evaluates_index(files, tmp_path):
     corpus, problems = files
     build = ("build", "--corpus", corpus, "--lectures", problems, "--output", tmp_path / "index")
     result = run_script("-m", "mmcot.retrieval", *build, "--stemmer", "english", "--stop_words", "english")
@@ -38,7 +38,7 @@ def test_build_search_evaluate(files, tmp_path):
     assert result["measures"]["recall@3"] == {"mean": 0.0, "interval": None}
 
 
-def test_gold_passages_by_id(files, tmp_path):
+def test_evaluates_gold_passages_by_id(files, tmp_path):
     corpus, _ = files
     main(["build", "--corpus", str(corpus), "--output", str(tmp_path / "index")])
     rows = [
@@ -70,20 +70,20 @@ def test_gold_passages_by_id(files, tmp_path):
         ("evaluate INDEX --dataset absent.jsonl", "is not an index"),
     ],
 )
-def test_errors(files, tmp_path, argv, message):
+def test_exits_with_error_message_for_invalid_arguments(files, tmp_path, argv, message):
     words = argv.replace("INDEX", str(tmp_path / "index")).replace("CORPUS", str(files[0])).split()
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         main(words)
 
 
-def test_numbers_and_fields_are_parsed(capsys):
+def test_refuses_malformed_k_and_fields(capsys):
     for argv in (["evaluate", "i", "--dataset", "d", "--k", "0,1"], ["search", "--query", "a", "--fields", "text"]):
         with pytest.raises(SystemExit, match="2"):
             main(argv)
     assert "invalid parse_" in capsys.readouterr().err
 
 
-def test_a_skipped_search_is_reported(tmp_path):
+def test_reports_skipped_search(tmp_path):
     command = (
         "search",
         "--searcher",

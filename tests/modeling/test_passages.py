@@ -47,7 +47,7 @@ def processor():
     return processor
 
 
-def test_passages_reach_the_source_of_the_next_stage(processor):
+def test_renders_passages_in_source_of_next_stage(processor):
     (columns,) = run_stages({"answer": tiny_model()}, processor, [PROBLEM], [None])
     assert processor.searchers["retrieval"].queries == ["w5 w6"]
     assert columns["passages"] == [
@@ -57,7 +57,7 @@ def test_passages_reach_the_source_of_the_next_stage(processor):
     assert processor.stage("answer").render_source({**PROBLEM, **columns}) == "w0 w20 w1 w21 w5 w6"
 
 
-def test_uses_a_problems_own_passages_and_does_not_search(processor):
+def test_uses_passages_of_problem_instead_of_search(processor):
     answer = MultimodalCoTPipeline(model=tiny_model(), processor=processor)
     result = answer({**PROBLEM, "passages": ["w30", {"text": "w31", "source": "notes"}]})
     assert processor.searchers["retrieval"].queries == []
@@ -69,20 +69,20 @@ def test_uses_a_problems_own_passages_and_does_not_search(processor):
     "passages",
     ["w3", [3], [{"title": "w3"}], [""], {"text": "w3"}, [{"text": "w3", "title": None}], [{"text": "w3", "url": "x"}]],
 )
-def test_refuses_passages_in_another_form(processor, passages):
+def test_refuses_malformed_passages(processor, passages):
     answer = MultimodalCoTPipeline(model=tiny_model(), processor=processor)
     with pytest.raises(ValueError, match="`passages` of a problem must be a list of passages"):
         answer({**PROBLEM, "passages": passages})
 
 
-def test_pipeline_searches_with_a_given_searcher(processor):
+def test_pipeline_uses_given_searcher(processor):
     processor.searchers.clear()
     searcher = FixedSearcher()
     answer = MultimodalCoTPipeline(model=tiny_model(), processor=processor, searcher=searcher)
     assert len(answer(PROBLEM)["passages"]) == 2 and searcher.queries == ["w5 w6"]
 
 
-def test_refuses_a_searcher_if_no_stage_retrieves():
+def test_refuses_searcher_if_no_stage_retrieves():
     stages = [{**ANSWER, "reads": ["question", "choices"], "source": "{{ question }}"}]
     with pytest.raises(ValueError, match="searcher was given, but no stage retrieves: answer"):
         MultimodalCoTPipeline(
@@ -90,14 +90,14 @@ def test_refuses_a_searcher_if_no_stage_retrieves():
         )
 
 
-def test_names_the_ways_out_if_the_repository_has_no_index(tmp_path):
+def test_error_names_remedy_if_repository_has_no_index(tmp_path):
     processor = MMCoTProcessor(word_tokenizer(), None, [RETRIEVAL, ANSWER])
     models = load_stages(tiny_model(), str(tmp_path), processor)
     with pytest.raises(OSError, match="^The retrieval stage has no index to search in .*Pass searcher="):
         run_stages(models, processor, [PROBLEM], [None])
 
 
-def test_a_source_that_is_too_long_loses_the_last_words_of_the_last_passages():
+def test_shortens_last_passages_of_too_long_source():
     stage = Stage(**{**ANSWER, "max_source_length": 5})
     processor = MMCoTProcessor(word_tokenizer(), None, [RETRIEVAL, stage])
     passages = [{"text": "w1 w2"}, {"text": "w3 w4"}, {"text": "w7"}]
@@ -105,7 +105,7 @@ def test_a_source_that_is_too_long_loses_the_last_words_of_the_last_passages():
     assert processor.fit_source({**PROBLEM, "passages": passages[:1]}, stage) == "w1 w2 w5 w6"
 
 
-def test_columns_of_earlier_stages_are_shortened_after_the_context():
+def test_shortens_context_before_columns_of_earlier_stages():
     stage = Stage(
         name="answer",
         reads=["question", "context", "description", "choices"],
@@ -119,19 +119,19 @@ def test_columns_of_earlier_stages_are_shortened_after_the_context():
     assert processor.fit_source({**PROBLEM, "context": "w1", "description": "w3 w4"}, stage) == "w4 w5 w6"
 
 
-def test_searches_for_a_problem_whose_passages_are_none(processor):
+def test_searches_if_passages_of_problem_are_none(processor):
     answer = MultimodalCoTPipeline(model=tiny_model(), processor=processor)
     assert len(answer({**PROBLEM, "passages": None})["passages"]) == 2
 
 
-def test_a_searcher_stays_in_its_pipeline(processor):
+def test_given_searcher_does_not_reach_other_pipelines(processor):
     other = FixedSearcher()
     MultimodalCoTPipeline(model=tiny_model(), processor=processor, searcher=other)
     MultimodalCoTPipeline(model=tiny_model(), processor=processor)(PROBLEM)
     assert other.queries == [] and processor.searchers["retrieval"].queries == ["w5 w6"]
 
 
-def test_a_stage_after_the_answer_reads_it():
+def test_later_stage_reads_answer():
     explanation = {**RETRIEVAL, "name": "explanation", "kind": "generate", "writes": "explanation", "target": "w3"}
     explanation |= {"reads": ["question", "answer_text"], "source": "{{ question }} {{ answer_text }}"}
     answer = {**ANSWER, "reads": ["question", "choices"], "source": "{{ question }}"}
@@ -140,7 +140,7 @@ def test_a_stage_after_the_answer_reads_it():
     assert columns["answer_text"] in PROBLEM["choices"] and isinstance(columns["explanation"], str)
 
 
-def test_names_the_stage_without_a_searcher(processor):
+def test_error_names_stage_without_searcher(processor):
     processor.searchers.clear()
     with pytest.raises(ValueError, match="The retrieval stage has no searcher"):
         run_stages({"answer": tiny_model()}, processor, [PROBLEM], [None])

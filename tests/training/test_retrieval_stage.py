@@ -64,7 +64,7 @@ def rows_of(dataset, split):
     return {row["id"]: row for row in rows if row["split"] == split}
 
 
-def test_writes_passages_for_every_problem_without_its_own_lecture(run, tiny_dataset):
+def test_writes_passages_of_every_problem_without_its_own_lecture(run, tiny_dataset):
     for split in ("val", "test"):
         predictions, rows = run.predictions_so_far(split), rows_of(tiny_dataset, split)
         assert predictions.keys() == rows.keys()
@@ -74,14 +74,14 @@ def test_writes_passages_for_every_problem_without_its_own_lecture(run, tiny_dat
         assert any(columns["passages"] for columns in predictions.values())
 
 
-def test_index_has_the_corpora_and_no_lecture_of_validation_or_test_alone(run, tiny_dataset):
+def test_index_contains_corpora_and_only_training_lectures(run, tiny_dataset):
     passages = [json.loads(line) for line in (run.stage("retrieval") / "passages.jsonl").read_text().splitlines()]
     trained = {row["lecture"] for row in rows_of(tiny_dataset, "train").values()}
     lectures = {passage["text"] for passage in passages if passage["id"].startswith("lecture-")}
     assert lectures == {text for text in trained if text} and len(passages) == len(lectures) + 3
 
 
-def test_exported_system_answers_with_passages_in_isolation(run):
+def test_exported_system_retrieves_and_answers_without_repository(run):
     found = run_isolated(
         """
         answer = pipeline("multimodal-cot", model="hub", trust_remote_code=True)
@@ -94,7 +94,7 @@ def test_exported_system_answers_with_passages_in_isolation(run):
     assert found[1] == 2 * [["id", "score", "source", "text", "title"]]
 
 
-def test_a_pipeline_is_saved_with_the_index_also_into_its_own_folder(run, tmp_path):
+def test_pipeline_saves_index_into_own_and_new_folder(run, tmp_path):
     shutil.copytree(run.hub, tmp_path / "hub")
     searcher = BM25Searcher(run.stage("retrieval"))
     for settings in ({}, {"searcher": searcher}):
@@ -105,20 +105,20 @@ def test_a_pipeline_is_saved_with_the_index_also_into_its_own_folder(run, tmp_pa
                 assert (folder / "retrieval" / name).read_bytes() == (run.stage("retrieval") / name).read_bytes()
 
 
-def test_prediction_from_the_exported_system_is_that_of_the_run(run, tiny_dataset, tmp_path):
+def test_exported_system_reproduces_predictions_of_run(run, tiny_dataset, tmp_path):
     common = ("-m", "mmcot.predict", run.path, "--dataset", tiny_dataset, "--split", "test")
     run_script(*common, "--decode_answer", "--output", tmp_path / "test.json")
     assert read_json(tmp_path / "test.json") == run.predictions_so_far("test")
     assert "No prediction of 20 differs" in run_script(*common, "--leak_check").stdout
 
 
-def test_card_names_the_corpora_and_publishing_accepts_the_index(run):
+def test_card_names_corpora_and_checks_accept_index(run):
     card = (run.hub / "README.md").read_text()
     assert "`bm25s` and `PyStemmer` to search passages" in card and "passages.jsonl (3)" in card
     assert [*surplus_files(run.hub), *code_faults(run.hub), *find_leaks(run.hub)] == []
 
 
-def test_same_command_changes_nothing_and_a_changed_corpus_is_refused(run, command):
+def test_repeated_command_changes_nothing_and_refuses_changed_corpus(run, command):
     before = files_of(run.path)
     run_script(*command)
     assert files_of(run.path) == before
