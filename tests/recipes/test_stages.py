@@ -37,27 +37,27 @@ def parse(folder, *stages):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1)])
-def test_stages_run_after_those_whose_columns_they_read(tmp_path, order):
+def test_orders_stages_by_columns_they_read(tmp_path, order):
     given = [DESCRIPTION, RETRIEVAL, RATIONALE, ANSWER]
     recipe = parse(tmp_path, *(given[number] for number in order))
     assert [stage.name for stage in recipe.stages] == ["description", "retrieval", "rationale", "answer"]
 
 
-def test_independent_stages_keep_the_given_order(tmp_path):
+def test_keeps_given_order_of_independent_stages(tmp_path):
     other = {**DESCRIPTION, "name": "other", "writes": "other"}
     for pair in ((DESCRIPTION, other), (other, DESCRIPTION)):
         recipe = parse(tmp_path, *pair, ONLY_ANSWER)
         assert [stage.name for stage in recipe.stages] == [pair[0]["name"], pair[1]["name"], "answer"]
 
 
-def test_a_stage_can_read_the_answer(tmp_path):
+def test_accepts_stage_that_reads_answer(tmp_path):
     explanation = {**DESCRIPTION, "name": "explanation", "writes": "explanation", "reads": ["question", "answer_text"]}
     recipe = parse(tmp_path, explanation, ONLY_ANSWER)
     assert [stage.name for stage in recipe.stages] == ["answer", "explanation"]
 
 
 def changed(stage, **settings):
-    """Stages with one changed stage, which the others do not read."""
+    """Return valid stages and a stage with changed settings, which no other stage reads."""
     return [DESCRIPTION, {**stage, **settings, "name": "changed"}, ONLY_ANSWER]
 
 

@@ -182,7 +182,7 @@ def test_cross_fits_three_stages_in_sequence(tiny_dataset, tmp_path):
     assert len(written) == 40 and all(columns.keys() >= {"rationale", "second"} for columns in written.values())
 
 
-def test_stages_trained_by_separate_commands_are_those_of_one_run(tiny_run, tiny_dataset, tmp_path):
+def test_separate_commands_train_same_stages_as_one_run(tiny_run, tiny_dataset, tmp_path):
     common = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
     for stage in ("answer", "rationale"):
         main([*common, "--stage", stage])
@@ -199,7 +199,7 @@ def test_stages_trained_by_separate_commands_are_those_of_one_run(tiny_run, tiny
     assert (folder / "hub" / "known_answer.json").is_file()
 
 
-def test_refuses_a_stage_that_another_command_trains(tiny_dataset, tmp_path):
+def test_refuses_stage_that_another_command_trains(tiny_dataset, tmp_path):
     options = ["--config", str(TINY_RECIPE), "--dataset", str(tiny_dataset), "--output_dir", str(tmp_path / "run")]
     with prepare(parse_recipe(options)).lock:
         pass  # creates the run folder
@@ -222,13 +222,13 @@ def test_refuses_a_stage_that_another_command_trains(tiny_dataset, tmp_path):
         ),
     ],
 )
-def test_refuses_one_stage_that_depends_on_others(tiny_dataset, tmp_path, settings, stage, message):
+def test_refuses_to_train_one_stage_that_depends_on_others(tiny_dataset, tmp_path, settings, stage, message):
     config = recipe(tmp_path / "recipe.yaml", **settings)
     with pytest.raises(ValueError, match=message):
         parse_recipe([*command(config, tiny_dataset, tmp_path / "run"), "--stage", stage])
 
 
-def test_leaves_problems_without_a_target_out_of_training(tiny_dataset, tmp_path, caplog):
+def test_omits_problems_without_target_from_training(tiny_dataset, tmp_path, caplog):
     ids = [row["id"] for row in map(json.loads, tiny_dataset.read_text().splitlines()) if row["split"] == "train"]
     (tmp_path / "texts.json").write_text(json.dumps({name: "" if name == ids[0] else "a text" for name in ids}))
     target = ("--target_column", f"rationale={tmp_path / 'texts.json'}")
