@@ -1,6 +1,6 @@
-"""Tests of the study problems: held out, repeatable, with one right answer, and not solvable from the text alone.
+"""Study problems: held-out splits, repeatable generation, one right answer, not solvable from question and choices.
 
-Answers are derived again here, from the observation or from the pixels, so that the code is not checked against itself.
+The tests derive each answer independently, from the observation or the pixels, so that no code checks itself.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ def test_rows_are_complete_distinct_and_valid(split):
     assert all(len(row["images"]) == 2 for row in rows if row["skill"] == "look/change")
 
 
-def test_splits_and_families_have_their_sizes():
+def test_splits_and_families_have_expected_sizes():
     assert len(ROWS["val"]) == study.SPLIT_SIZES["val"] and len(ROWS["test"]) == study.SPLIT_SIZES["test"]
     assert sum(skill.share for skill in study.SKILLS.values()) == 100
     shares = Counter(row["topic"] for row in ROWS["test"])
@@ -78,12 +78,12 @@ def test_splits_and_families_have_their_sizes():
     assert Counter(name.partition("/")[0] for name in alone) == {"fact": 243, "logic": 3 * 85}
 
 
-def test_a_problem_is_the_same_whichever_families_are_selected():
+def test_problem_does_not_depend_on_selected_families():
     alone = {row["id"]: row for row in study.generate("val", families=("fact",))}
     assert all(alone[row["id"]] == row for row in rows_of("fact/animals", "val"))
 
 
-def test_a_difficulty_changes_training_size_blots_objects_and_corpus():
+def test_difficulty_changes_training_size_blots_objects_and_corpus():
     easy, hard = (list(study.generate("val", difficulty, ("look",))) for difficulty in (1, 5))
     inked = [np.mean([(pixels(row["images"][0]) == INK).all(-1).sum() for row in rows]) for rows in (easy, hard)]
     assert inked[0] < 100 < inked[1]
@@ -95,14 +95,14 @@ def test_a_difficulty_changes_training_size_blots_objects_and_corpus():
 
 
 @pytest.mark.parametrize("difficulty", study.LEVELS)
-def test_every_difficulty_has_problems_of_every_skill(difficulty):
+def test_generates_every_skill_at_every_difficulty(difficulty):
     for skill in SKILLS:
         for row in itertools.islice(study.skill_rows(skill, "train", difficulty), 5):
             check_fields(row, "row")
             assert set(row["gold_passages"]) <= {passage.id for passage in study.corpus(difficulty)}
 
 
-def test_rows_are_the_same_in_another_process():
+def test_generates_same_rows_in_another_process():
     code = "import hashlib; from mmcot.problems import study; "
     code += "print(hashlib.sha256(repr(list(study.generate('val'))).encode()).hexdigest())"
     done = subprocess.run(
@@ -116,7 +116,7 @@ def test_rows_are_the_same_in_another_process():
     assert done.stdout.strip() == hashlib.sha256(repr(ROWS["val"]).encode()).hexdigest()
 
 
-def test_the_source_loads_what_is_generated_once():
+def test_source_loads_generated_problems_and_caches_them():
     problems = load_problems("study:text,logic@1", "val")
     assert problems.features == FEATURES
     assert problems.to_list() == list(study.generate("val", 1, ("logic", "text")))
@@ -135,7 +135,7 @@ def test_the_source_loads_what_is_generated_once():
         ("study:text@5", ("text",), 5),
     ],
 )
-def test_a_source_names_families_and_a_difficulty(source, families, difficulty):
+def test_parses_families_and_difficulty_of_source(source, families, difficulty):
     assert study.parse_source(source) == (families, difficulty)
 
 
@@ -150,12 +150,12 @@ def test_a_source_names_families_and_a_difficulty(source, families, difficulty):
         ("study@", "difficulty ''"),
     ],
 )
-def test_an_unknown_family_or_difficulty_is_an_error(source, message):
+def test_refuses_unknown_family_or_difficulty(source, message):
     with pytest.raises(ValueError, match=message):
         load_problems(source, "val")
 
 
-def test_an_unknown_argument_of_generate_is_an_error():
+def test_refuses_unknown_arguments_of_generate_and_corpus():
     with pytest.raises(ValueError, match="'dev'.*train, val, test"):
         study.generate("dev")
     with pytest.raises(ValueError, match="families is .'facts',., with the family 'facts'; expected"):
@@ -172,20 +172,20 @@ def test_an_unknown_argument_of_generate_is_an_error():
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_no_combination_belongs_to_two_splits(skill):
+def test_splits_share_no_combination(skill):
     found = {split: {study.SKILLS[skill].combination(scene_of(row)) for row in rows_of(skill, split)} for split in ROWS}
     assert all(len(values) > 1 for values in found.values())
     assert not any(found[a] & found[b] for a, b in itertools.combinations(ROWS, 2))
 
 
-def test_animals_of_val_and_test_are_not_in_training_but_their_words_are():
+def test_training_contains_words_but_not_animals_of_val_and_test():
     names = {split: {row["observation"] for row in rows_of("fact/animals", split)} for split in ROWS}
     assert not any(names[a] & names[b] for a, b in itertools.combinations(ROWS, 2))
     words = {split: set(" ".join(texts).split()) for split, texts in names.items()}
     assert words["val"] | words["test"] <= words["train"]
 
 
-def test_every_word_is_seen_in_training():
+def test_training_contains_every_word_of_val_and_test():
     def words(split: str) -> set[str]:
         texts = (" ".join([row["question"], row["context"], row["solution"]]) for row in ROWS[split])
         return set(re.findall(r"\w+", " ".join(texts)))
@@ -200,8 +200,8 @@ def wordings(skill: str, split: str, number: int) -> list[Wording]:
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_question_and_choices_alone_do_not_predict_the_answer(skill):
-    """Guessing by the frequencies of training, given question and sorted choices or the question alone."""
+def test_question_and_choices_do_not_predict_answer(skill):
+    """Guess by training frequencies, given the question and the sorted choices, or the question alone."""
     train, test = wordings(skill, "train", 800), wordings(skill, "test", 800)
 
     def guessed(key: Callable[[Wording], object]) -> float:
@@ -220,7 +220,7 @@ def test_question_and_choices_alone_do_not_predict_the_answer(skill):
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_answers_are_at_every_position_about_equally_often(skill):
+def test_distributes_answers_evenly_over_positions(skill):
     by_number: dict[int, Counter] = {}
     for row in rows_of(skill):
         by_number.setdefault(len(row["choices"]), Counter())[row["answer"]] += 1
@@ -232,7 +232,7 @@ def test_answers_are_at_every_position_about_equally_often(skill):
 
 
 def extreme(facts: list[tuple[str, str]], first: bool) -> str:
-    """The name that is never on the other side of "more than"."""
+    """Return the name that occurs only as the first of the pairs (more, less), or only as the second."""
     sides = ({a for a, _ in facts}, {b for _, b in facts})
     (name,) = sides[0] - sides[1] if first else sides[1] - sides[0]
     return name
@@ -306,13 +306,13 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("skill", SOLVERS)
-def test_the_answer_follows_from_the_observation(skill):
+def test_answer_follows_from_observation(skill):
     for row in rows_of(skill):
         assert SOLVERS[skill](row) == right(row), row["id"]
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_a_solution_is_the_observation_and_concludes_with_the_answer_and_no_other_choice(skill):
+def test_solution_starts_with_observation_and_concludes_only_with_answer(skill):
     for row in rows_of(skill):
         assert row["solution"].startswith(row["observation"])
         conclusion = row["solution"].split(" So, ")[1]
@@ -323,7 +323,7 @@ def test_a_solution_is_the_observation_and_concludes_with_the_answer_and_no_othe
 # Passages.
 
 
-def test_a_fact_is_in_one_passage_among_distractors():
+def test_corpus_contains_fact_once_among_distractors():
     assert len(CORPUS) == len(study.corpus()) == 1944
     assert all(passage.title and passage.text and passage.source for passage in CORPUS.values())
     row = rows_of("fact/animals", "test")[0]
@@ -336,7 +336,7 @@ def test_a_fact_is_in_one_passage_among_distractors():
     assert row["lecture"] == text
 
 
-def test_passages_contain_no_question_and_no_solution():
+def test_passages_contain_no_question_or_solution():
     texts = "\n".join(passage.text for passage in CORPUS.values())
     for row in rows_of("fact/animals"):
         assert row["question"] not in texts and row["solution"] not in texts
@@ -348,13 +348,13 @@ def test_passages_contain_no_question_and_no_solution():
 
 
 def color_masks(image: np.ndarray, palette: dict) -> dict[str, np.ndarray]:
-    """Return where the picture has a color, for the colors that it has more than the blended edges of others."""
+    """Return the mask of each color that fills more pixels than the blended edges of other colors."""
     masks = {color: np.abs(image - np.array(value)).max(-1) < 12 for color, value in palette.items()}
     return {color: mask for color, mask in masks.items() if mask.sum() > 20}
 
 
 @pytest.mark.parametrize("skill", [name for name in PICTURE_SKILLS if name != "fact/animals"])
-def test_pictures_show_the_drawn_colors_and_no_others(skill):
+def test_pictures_show_exactly_drawn_colors(skill):
     palette = CLEVR_COLORS if skill.startswith("sort_of_clevr") else COLORS
     for row in rows_of(skill, "val"):
         shown = set(color_masks(pixels(row["images"][0]), palette))
@@ -362,12 +362,12 @@ def test_pictures_show_the_drawn_colors_and_no_others(skill):
 
 
 @pytest.mark.parametrize("skill", ["sort_of_clevr/non_relational", "sort_of_clevr/relational"])
-def test_sort_of_clevr_is_answered_from_the_pixels(skill):
+def test_answer_of_sort_of_clevr_follows_from_pixels(skill):
     for row in rows_of(skill, "val", "test"):
         masks = color_masks(pixels(row["images"][0]), CLEVR_COLORS)
         assert len(masks) == 6
         centers = {color: np.argwhere(mask).mean(0)[::-1] for color, mask in masks.items()}
-        # The whole square has 14 x 14 px, so no object lies over another.
+        # The whole square has 14 x 14 px, so no object covers another.
         shapes = {color: "square" if mask.sum() > 180 else "circle" for color, mask in masks.items()}
         assert all(mask.sum() > (180 if shapes[color] == "square" else 120) for color, mask in masks.items())
         color = re.search(r"(\w+) object(?: \w+ the (?:left|top)|\?| on| at)", row["question"])[1]
@@ -383,7 +383,7 @@ def test_sort_of_clevr_is_answered_from_the_pixels(skill):
         assert right(row) == next(answer for words, answer in answers.items() if words in row["question"]), row["id"]
 
 
-def test_a_picture_of_sort_of_clevr_has_ten_questions_of_each_group():
+def test_sort_of_clevr_asks_ten_questions_of_each_group_per_picture():
     for split in ("val", "test"):
         groups = [
             Counter(row["images"][0]["bytes"] for row in rows_of(f"sort_of_clevr/{group}", split))
@@ -395,7 +395,7 @@ def test_a_picture_of_sort_of_clevr_has_ten_questions_of_each_group():
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_drawn_names_cover_the_observation_and_are_in_the_vocabulary(skill):
+def test_drawn_names_cover_observation_and_belong_to_vocabulary(skill):
     for row in rows_of(skill, "val"):
         drawn, vocabulary = study.drawn_names(row["id"]), study.vocabulary(row["id"])
         assert bool(drawn) == bool(vocabulary) == (skill in PICTURE_SKILLS)
@@ -404,12 +404,12 @@ def test_drawn_names_cover_the_observation_and_are_in_the_vocabulary(skill):
 
 
 @pytest.mark.parametrize("problem_id", ["val-objects-0", "val-fact.plants-2-0-0", "dev-fact.animals-2-0-0", "12"])
-def test_names_of_another_problem_are_an_error(problem_id):
+def test_refuses_drawn_names_of_other_problem(problem_id):
     with pytest.raises(ValueError, match=f"{problem_id}: not a study problem"):
         study.drawn_names(problem_id)
 
 
-def test_expected_mistakes_are_kinds_of_the_analysis():
+def test_expected_mistakes_are_kinds_of_mistake_analysis():
     assert study.EXPECTED_MISTAKES.keys() == study.SKILLS.keys()
     assert set(study.EXPECTED_MISTAKES.values()) <= KINDS.keys()
     assert study.EXPECTED_MISTAKES["fact/animals"] == "factual"
