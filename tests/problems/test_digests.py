@@ -58,7 +58,7 @@ EARLIER_DIGEST_OF_ALL = {"texts": "3b98b3e1610bd798", "pictures": "b20418f515751
 EARLIER_FINGERPRINT = "sha256:3fa8172796e60ea511ea2051a8c03d697382b3559e4cc3a4b0d05368eb8284f2"
 
 
-def test_a_problem_without_the_later_columns_has_the_digests_of_earlier_records():
+def test_later_columns_do_not_change_digests_while_empty():
     rows = check_rows([("rows", EARLIER_ROW)], "rows", PicturePaths(Path()))
     assert problem_digests(rows) == EARLIER_DIGESTS
     assert digest_of_problems(rows) == EARLIER_DIGEST_OF_ALL
@@ -66,7 +66,7 @@ def test_a_problem_without_the_later_columns_has_the_digests_of_earlier_records(
 
 
 @pytest.mark.parametrize("change", [{"observation": "A red square."}, {"gold_passages": ["p1"]}])
-def test_a_later_column_with_a_value_is_part_of_the_digests(change):
+def test_digests_cover_later_columns_with_a_value(change):
     rows = check_rows([("rows", EARLIER_ROW | change)], "rows", PicturePaths(Path()))
     assert problem_digests(rows) != EARLIER_DIGESTS
     assert digest_of_problems(rows) != EARLIER_DIGEST_OF_ALL
