@@ -1,11 +1,11 @@
-"""How often BM25 finds the gold lecture of ScienceQA's problems: the study in docs/retrieval.md.
+"""Measure how often BM25 finds the gold lecture of ScienceQA's problems, for the study in docs/retrieval.md.
 
     python -m benchmarks.gold_lectures [--output FILE]
 
 The problems are the real ones of `../shared/scienceqa`; the corpora are the two school books of `../shared/corpora`,
 the lectures of the training split, and both. Stemmer and stop words are chosen on validation by the mean reciprocal
-rank, averaged over the corpora with lectures; test is read with that choice. Prints a JSON object without any text of
-ScienceQA.
+rank, averaged over the corpora with lectures; test is measured with that choice. Prints a JSON object without any text
+of ScienceQA.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def name_of(settings: IndexSettings) -> str:
 
 
 class Study:
-    """Measures with indexes that are built once in a folder."""
+    """Measures retrieval with indexes, each of which is built once in the folder `work`."""
 
     def __init__(self, work: Path):
         self.work = work
@@ -60,7 +60,7 @@ class Study:
     def measure(
         self, split: str, corpus: str, settings: IndexSettings, template: str = QUERY_TEMPLATE, verbatim: bool = False
     ) -> dict[str, Any]:
-        """Return the measures of a split; `verbatim` excludes the passages that equal the gold lecture."""
+        """Return the measures of a split; with `verbatim`, passages that equal the gold lecture are left out."""
         searcher, problems = self.searcher(corpus, settings), problems_of(split)
         ranks = find_ranks(searcher, problems, max(KS), template=template, exclude_verbatim=verbatim)
         in_corpus = count_in_corpus(searcher, problems, exclude_verbatim=verbatim)

@@ -1,11 +1,11 @@
-"""Measure BM25 over an index on disk: time of queries, memory of searching and of building.
+"""Measure BM25 over an index on disk: the time of queries, and the memory to build and to search the index.
 
     python -m benchmarks.retrieval [--passages 10000 100000 1000000] [--work DIR] [--output FILE]
 
-The time is that of 1,000 real questions with their choices over the two school books (`../shared`). Memory is measured
-on synthetic passages of 60 words by Zipf's law, and one word that no other passage has, so that the vocabulary grows
-with the corpus. Each build and each search runs in a process of its own; the searching one imports only the file that
-ships, `modeling_mmcot/retrieval_mmcot.py`, and neither torch nor transformers. Prints a JSON object.
+The time is that of 1,000 real questions with their choices over two school books (`../shared`). Memory is measured
+on synthetic passages: 60 words by Zipf's law, and one word that no other passage has, so that the vocabulary grows
+with the corpus. Each build and each search runs in its own process. The search process imports only the shipped file
+`modeling_mmcot/retrieval_mmcot.py`, and neither torch nor transformers. Prints a JSON object.
 """
 
 import argparse
@@ -59,7 +59,7 @@ mapped = memory("RssFile")
 print(json.dumps({"imported": before, "opened": opened, "largest": largest, "RssFile": mapped, "found": found}))
 """
 
-# Runs in a fresh process: the time without imports and the making of passages, and the largest resident memory so far.
+# Runs in a fresh process. The time excludes imports and the generation of passages; memory is the peak resident memory.
 BUILD = """
 import json, sys, time
 def peak_memory():
@@ -89,7 +89,7 @@ def synthetic_passages(number: int) -> list[Passage]:
 
 
 def synthetic_queries(number: int) -> list[str]:
-    """Return queries of 20 words by Zipf's law and one word that a single passage has."""
+    """Return queries of 20 words by Zipf's law and one word that only one passage has."""
     rng = np.random.default_rng(1)
     words = np.minimum(rng.zipf(1.2, (NUM_QUERIES, 20)), VOCABULARY)
     own = rng.integers(number, size=NUM_QUERIES)
@@ -103,7 +103,7 @@ def real_queries() -> list[str]:
 
 
 def time_queries(folder: Path) -> dict:
-    """Return the seconds of all queries in one call, in a searcher that has just been opened."""
+    """Return the seconds to build an index, to open it, and to search all queries in one call of a new searcher."""
     passages = read_corpora([BOOKS])
     start = time.perf_counter()
     build_index(passages, folder)
@@ -133,7 +133,7 @@ def run(code: str, *arguments: str, stdin: str = "") -> dict:
 
 
 def measure_memory(folder: Path, number: int) -> dict:
-    """Return time and memory of building an index, and the memory of searching it, in MB."""
+    """Return the time and the memory (MB) to build an index and to search it."""
     built = run(BUILD, str(folder), str(number))
     start = time.perf_counter()
     searched = run(SEARCH, str(folder), stdin=json.dumps(synthetic_queries(number)))
@@ -146,7 +146,7 @@ def measure_memory(folder: Path, number: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--work", metavar="DIR", help="for the indexes, which are removed")
+    parser.add_argument("--work", metavar="DIR", help="folder for the indexes, which are removed at the end")
     parser.add_argument("--output", metavar="FILE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:

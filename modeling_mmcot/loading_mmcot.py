@@ -95,7 +95,7 @@ def add_searchers(processor: MMCoTProcessor, root: PreTrainedModel, repository: 
 
 class RepositorySearcher:
     """
-    Searches the index in a stage's subfolder of a repository, which is opened, and downloaded, by the first search.
+    Searches the index in a stage's subfolder of a repository. The first search opens it, after a download if necessary.
 
     Args:
         repository (`str`):
@@ -103,7 +103,7 @@ class RepositorySearcher:
         stage (`str`):
             The name of the stage that retrieves, which is also the subfolder of its index.
         options (`dict[str, Any]`):
-            The options to download the repository's files.
+            The options for the download of the repository's files.
     """
 
     def __init__(self, repository: str, stage: str, options: dict[str, Any]):
@@ -128,7 +128,7 @@ class RepositorySearcher:
         return BM25Searcher(os.path.dirname(self.download()[0]))
 
     def download(self) -> list[str]:
-        """Return the paths of the index's files, which are downloaded if necessary."""
+        """Return the paths of the index's files, after their download if necessary."""
         names = (MANIFEST, *INDEX_FILES)
         try:
             return [cached_file(self.repository, f"{self.stage}/{name}", **self.options) for name in names]

@@ -2,9 +2,9 @@
 
 `search_passages` is the only caller of a searcher's `search`: it checks what the searcher returns. `BM25Searcher` opens
 a folder that `python -m mmcot.retrieval build` writes. The library bm25s computes and stores the scores. Four parts are
-ours, because bm25s 0.3.16 drops tokens of one character, returns passages with score 0, breaks ties arbitrarily and
-loads the vocabulary and the corpus's line numbers into memory: the tokens, the selection of the best passages, and the
-access to terms and passages by memory mapping. This file imports no other shipped file.
+our own: the tokens, the selection of the best passages, and the memory-mapped access to terms and to passages. The
+reason is that bm25s 0.3.16 drops tokens of one character, returns passages with score 0, breaks ties arbitrarily, and
+loads the vocabulary and the corpus's line numbers into memory. This file imports no other shipped file.
 """
 
 import functools
@@ -31,7 +31,7 @@ TERMS, TERM_OFFSETS = "terms.txt", "terms.offsets.npy"
 SCORES = ("data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy")  # bm25s's own names
 INDEX_FILES = (PASSAGES, PASSAGE_OFFSETS, TERMS, TERM_OFFSETS, *SCORES)
 ENTRIES = ("corpus", "token_pattern", "stemmer", "stop_words", "versions", "files")  # of the manifest
-# Letters and digits, also a single one: "3", "N" and "A" are what questions about magnets and options ask for.
+# Runs of letters and digits, also single ones, because questions about magnets and options ask for "3", "N" or "A".
 TOKEN = re.compile(r"[^\W_]+")
 BLOCK = 65_536  # passages that are scored together, which bounds the memory of a search
 ON_ERROR = ("raise", "skip")
@@ -75,7 +75,7 @@ class Passage:
 
 
 class Searcher(Protocol):
-    """What `search_passages` expects of a searcher."""
+    """The interface of a searcher, for `search_passages`."""
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """Return at most `k` passages for each query."""
@@ -83,7 +83,7 @@ class Searcher(Protocol):
 
 
 class SearchError(OSError):
-    """A search failed: the searcher raised an error, or its service is offline, refuses or answers in another form."""
+    """A search failed: the searcher raised an error, or its service is offline, refuses, or answers in another form."""
 
 
 def search_passages(searcher: Searcher, queries: Sequence[str], k: int, on_error: str = "raise") -> list[list[Passage]]:
@@ -92,7 +92,7 @@ def search_passages(searcher: Searcher, queries: Sequence[str], k: int, on_error
 
     Args:
         searcher (`Searcher`):
-            The searcher. It is not asked for a query without a letter or digit, which has no passages.
+            The searcher. It does not get a query without a letter or digit; such a query has no passages.
         queries (`Sequence[str]`):
             The queries.
         k (`int`):
@@ -101,7 +101,7 @@ def search_passages(searcher: Searcher, queries: Sequence[str], k: int, on_error
             With `"skip"`, a query whose search fails has no passages, and a warning counts these queries.
 
     Raises:
-        ValueError: If an argument is invalid, or the searcher returns something else than lists of passages.
+        ValueError: If an argument is invalid, or the searcher does not return lists of passages.
         SearchError: If the search fails.
     """
     if type(k) is not int or k < 1:
@@ -121,7 +121,7 @@ def search_checked(searcher: Searcher, queries: list[str], k: int) -> list[list[
     Ask the searcher, and check and order what it returns.
 
     Raises:
-        ValueError: If the searcher returns something else than one list of at most `k` passages for each query.
+        ValueError: If the searcher does not return one list of at most `k` passages for each query.
         SearchError: If the searcher raises any error.
     """
     name = type(searcher).__name__
@@ -146,7 +146,7 @@ def search_checked(searcher: Searcher, queries: list[str], k: int) -> list[list[
 
 
 def search_one_by_one(searcher: Searcher, queries: list[str], k: int) -> list[list[Passage]]:
-    """Ask the searcher query by query. A query whose search fails has no passages; a warning counts these queries."""
+    """Search each query separately. A query whose search fails has no passages; a warning counts these queries."""
     found: list[list[Passage]] = []
     errors = []
     for query in queries:
@@ -170,7 +170,7 @@ def words_of(text: str) -> list[str]:
 
 class Analyzer:
     """
-    The function from texts to the terms of an index.
+    Maps the words of a text to the terms of an index.
 
     Args:
         stemmer (`str`, *optional*):
@@ -186,7 +186,7 @@ class Analyzer:
     def __init__(self, stemmer: str | None = None, stop_words: Sequence[str] = ()):
         self.stop_words = frozenset(stop_words)
         self._stemmer = None if stemmer is None else load_stemmer(stemmer)
-        self._lock = threading.Lock()  # PyStemmer's stemmers are not safe for several threads
+        self._lock = threading.Lock()  # because PyStemmer's stemmers are not thread-safe
 
     def term_of(self, word: str) -> str | None:
         """Return the term of a word, or None for a stop word."""
@@ -210,7 +210,7 @@ def load_stemmer(language: str) -> Any:
 
 class MappedLines(Sequence):
     """
-    The lines of a file, each read from disk when it is accessed, also by several threads.
+    The lines of a file. Each line is read from disk when it is accessed. Several threads may read them.
 
     Args:
         file (`Path`):
@@ -233,7 +233,7 @@ class MappedLines(Sequence):
         return self._content[self._offsets[number] : self._offsets[number + 1]].rstrip(b"\n")
 
     def find(self, line: bytes) -> int | None:
-        """Return the number of a line, if the lines are sorted and contain it."""
+        """Return the number of a line, or None if there is no such line. The lines must be sorted."""
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
@@ -243,7 +243,7 @@ class MappedLines(Sequence):
 
 class BM25Searcher:
     """
-    Searches an index on disk with BM25. `mmcot/retrieval/index.py` builds the index and has the formula.
+    Searches an index on disk with BM25. `mmcot/retrieval/index.py` builds the index and defines the formula.
 
     Only the terms of recent queries are in memory. Several threads may call one searcher.
 
@@ -268,14 +268,14 @@ class BM25Searcher:
         self._analyzer = Analyzer(self.manifest["stemmer"], self.manifest["stop_words"])
         scores = bm25s.BM25()
         scores.load_scores(folder, mmap=True, num_docs=len(self.passages))
-        # Views of the mapped files; each access to a `np.memmap` would make an object that costs more.
+        # Array views of the mapped files, because each access to an `np.memmap` creates a more expensive object.
         self._scores = {name: np.asarray(scores.scores[name]) for name in ("data", "indices", "indptr")}
         self._column_of = functools.lru_cache(maxsize=65_536)(self._find_column)
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """
-        Return at most `k` passages for each query: those with a term of the query, by score and then by position in
-        the corpus.
+        Return at most `k` passages for each query, each with a term of the query, sorted by score and then by position
+        in the corpus.
         """
         return [self._search(query, k) for query in queries]
 
@@ -308,7 +308,7 @@ class BM25Searcher:
         size = min(BLOCK, len(self.passages) - first)
         scores = np.zeros(size, dtype=np.float32)
         data, indices, indptr = self._scores.values()
-        bounds = np.array([first, first + size], dtype=indices.dtype)  # of another type, `indices` would be copied
+        bounds = np.array([first, first + size], dtype=indices.dtype)  # another type would copy all `indices`
         for column in columns:
             start, end = int(indptr[column]), int(indptr[column + 1])
             if size < len(self.passages):
@@ -325,13 +325,13 @@ def highest(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def to_dict(passage: Passage) -> dict[str, Any]:
-    """Return a passage as a dict for templates and predictions files, without empty fields of a live search."""
+    """Return a passage as a dict for templates and predictions files; `query` and `date` only from a live search."""
     columns = {name: getattr(passage, name) for name in ("id", "title", "text", "source", "score", "query", "date")}
     return {name: value for name, value in columns.items() if value is not None}
 
 
 def passage_of(columns: dict[str, Any], score: float = 0.0) -> Passage:
-    """Return the passage of a line of `passages.jsonl`."""
+    """Return the passage with the columns of a line of `passages.jsonl`."""
     names = ("id", "title", "text", "source")
     return Passage(*(columns[name] for name in names), score, problem_ids=tuple(columns.get("problem_ids", ())))
 
@@ -352,7 +352,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Return the manifest of an index.
 
     Raises:
-        ValueError: If the folder has none, or one of another form.
+        ValueError: If the folder has no manifest, or the manifest is invalid.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -375,7 +375,7 @@ def check_manifest(folder: Path, manifest: dict[str, Any], corpus: str | None = 
     Check that an index is complete, and that this code and these libraries can search it.
 
     Raises:
-        ValueError: If the index has another corpus, other tokens, or another version of a library, or is incomplete.
+        ValueError: If the index is incomplete, or was built from another corpus, with other tokens or library versions.
     """
     file = folder / MANIFEST
     if corpus is not None and manifest["corpus"] != corpus:

@@ -1,6 +1,7 @@
 """Retrieve passages for many problems, for a stage that retrieves.
 
-The query has no gold column. Gold is used only to leave out passages (`mmcot/retrieval/exclusion.py`).
+The query cannot contain a gold column. Gold lectures are used only to leave out passages
+(`mmcot/retrieval/exclusion.py`).
 """
 
 from datasets import Dataset
@@ -35,7 +36,7 @@ def add_passages(
 
 
 def with_passages(problems: Dataset, processor: MMCoTProcessor, stage: Stage) -> Dataset:
-    """Return the problems, which have the columns that the stage reads, with the passages that it retrieves."""
+    """Return problems that have the columns a stage reads, with the passages that the stage retrieves."""
     return with_column(problems, stage.writes, retrieve(problems, processor, stage, problems))
 
 

@@ -43,17 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_dataset_options(build)
     build.add_argument("--output", required=True, metavar="INDEX", help="the folder of the index")
     build.add_argument(
-        "--stemmer", default=IndexSettings.stemmer, metavar="LANGUAGE", help="a stemmer of PyStemmer, or none"
+        "--stemmer", default=IndexSettings.stemmer, metavar="LANGUAGE", help="a language of PyStemmer, or none"
     )
     build.add_argument("--stop_words", choices=STOP_WORDS, default=IndexSettings.stop_words)
     build.add_argument("--encoder", metavar="MODEL", help="a sentence-transformers model, for dense and hybrid search")
-    search = commands.add_parser("search", help="print the passages of queries")
+    search = commands.add_parser("search", help="print the passages that are found for queries")
     search.set_defaults(run=run_search)
     add_searcher_options(search)
     search.add_argument("--query", action="append", required=True, metavar="TEXT", help="can be repeated")
-    search.add_argument("--k", type=int, default=5, help="passages of a query")
+    search.add_argument("--k", type=int, default=5, help="the maximum number of passages for each query")
     search.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    evaluate = commands.add_parser("evaluate", help="how often the gold passage of a problem is found")
+    evaluate = commands.add_parser("evaluate", help="measure how often searches find the gold passage of a problem")
     evaluate.set_defaults(run=run_evaluate)
     add_searcher_options(evaluate)
     evaluate.add_argument("--dataset", required=True, metavar="SOURCE", help=SOURCES)
@@ -73,11 +73,11 @@ def add_searcher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", nargs="?", metavar="INDEX", help="the folder that `build` wrote")
     parser.add_argument("--searcher", choices=SEARCHERS, default="bm25")
     parser.add_argument("--url", help="for http: the address, with {query} in it")
-    parser.add_argument("--fields", type=parse_fields, metavar="OURS=THEIRS,…", help="for http: columns of an answer")
+    parser.add_argument("--fields", type=parse_fields, metavar="OURS=THEIRS,…", help="for http: paths in an answer")
     parser.add_argument("--cache", metavar="DIR", help="for http and web: the folder of cached answers")
-    parser.add_argument("--interval", type=float, metavar="SECONDS", help="for http and web: between two requests")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for http and web: for one answer")
-    parser.add_argument("--on_search_error", choices=ON_ERROR, default="raise", help="skip: no passages, and a warning")
+    parser.add_argument("--interval", type=float, metavar="SECONDS", help="for http and web: minimum between requests")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for http and web: maximum for one answer")
+    parser.add_argument("--on_search_error", choices=ON_ERROR, default="raise", help="skip: warn, without passages")
 
 
 def parse_ks(text: str) -> list[int]:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     Build, search or evaluate.
 
     Args:
-        argv: the command line; by default that of this process.
+        argv: the arguments; by default those of the command line.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)

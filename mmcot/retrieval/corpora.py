@@ -1,6 +1,6 @@
 """Reads corpora: JSON lines of passages, folders of texts, the lectures of training problems, the study corpus.
 
-Nothing of validation or test is read: lectures come from the training split, and a line that names another split is an
+No row of validation or test is read: lectures come from the training split, and a line that names another split is an
 error. `index.py` writes a corpus to disk as an index.
 """
 
@@ -20,7 +20,7 @@ from mmcot.storage.digests import sha256_of_text
 from modeling_mmcot.retrieval_mmcot import Passage
 from modeling_mmcot.stage_mmcot import fold
 
-LECTURES = "lectures"  # among the corpora of a stage: the lectures of its training problems
+LECTURES = "lectures"  # as a corpus of a stage: the lectures of the run's training problems
 TEXT_FILES = (".txt", ".md")
 COLUMNS = ("id", "title", "text", "source", "problem_ids", "split")
 
@@ -29,11 +29,11 @@ def read_corpora(
     corpora: Sequence[str | Path] = (), lectures: str | Given | None = None, **reading: Any
 ) -> list[Passage]:
     """
-    Return the passages of several corpora as one.
+    Return the passages of several corpora in one list.
 
     Args:
         corpora: `.jsonl` files of passages, and folders of `.txt` and `.md` files.
-        lectures: a source of problems whose training lectures are passages.
+        lectures: a source of problems; the lectures of its training split become passages.
         reading: further keywords of `load_problems`.
 
     Raises:
@@ -78,7 +78,8 @@ def read_jsonl(file: Path) -> Iterator[Passage]:
     Yield the passages of a file with `id`, `text` and optionally `title` and `source` in each line.
 
     Raises:
-        ValueError: a line is not a passage, or of another split than train. The message names file, line and field.
+        ValueError: a line is not a passage, or belongs to another split than train. The message names file, line and
+            field.
     """
     for where, row in jsonl_rows(file):
         if row.get("split") not in (None, "", "train"):
@@ -97,10 +98,10 @@ def read_jsonl(file: Path) -> Iterator[Passage]:
 
 def problem_ids_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """
-    Return the training problems of a lecture.
+    Return the ids of the training problems that have a lecture.
 
     Raises:
-        ValueError: they are not a list of texts.
+        ValueError: `problem_ids` is not a list of texts.
     """
     ids = row.get("problem_ids", [])
     if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
@@ -110,8 +111,8 @@ def problem_ids_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 def read_texts(folder: Path) -> Iterator[Passage]:
     """
-    Yield the paragraphs of the `.txt` and `.md` files in a folder. Their title is the last Markdown heading before
-    them, or the name of the file.
+    Yield the paragraphs of the `.txt` and `.md` files in a folder. The title of a paragraph is the last Markdown
+    heading before it, or the name of its file.
 
     Raises:
         ValueError: a file is not UTF-8 text.
@@ -134,7 +135,7 @@ def read_texts(folder: Path) -> Iterator[Passage]:
 
 
 def markdown_sections(text: str, title: str) -> list[tuple[str, str]]:
-    """Return the headings of a Markdown text with the texts below; the text before the first one gets `title`."""
+    """Return each heading of a Markdown text with the text below it; the text before all headings gets `title`."""
     before, *rest = re.split(r"^#+[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", text, flags=re.MULTILINE)
     return [(title, before), *((heading, below) for heading, below in zip(rest[::2], rest[1::2], strict=True))]
 

@@ -1,7 +1,8 @@
 """Dense and hybrid search: vectors of sentence-transformers in a flat faiss index, alone or fused with BM25.
 
-The vectors are beside the BM25 files of an index (`build --encoder`), one for each passage, of length 1: their inner
-product is the cosine. A search compares the query with all vectors, without approximation. Needs `mmcot[dense]`.
+`build --encoder` writes one vector for each passage beside the BM25 files of an index. The vectors have length 1, so
+their inner product is the cosine. A search compares the query with all vectors, without approximation. Needs
+`mmcot[dense]`.
 """
 
 from dataclasses import replace
@@ -14,8 +15,9 @@ from modeling_mmcot.retrieval_mmcot import BM25Searcher, Passage, search_passage
 
 VECTORS = "vectors.faiss"
 RANK_CONSTANT = 60  # Cormack et al. 2009, section 2
-DEPTH = 100  # passages of each ranking that are fused, or k if that is more
-MIN_COSINE = 0.99  # of the first passage's vector and its stored vector; other weights or prompts give less
+DEPTH = 100  # passages of each ranking that are fused; k, if k is larger
+# Of the first passage's vector, computed again, and its stored vector. Other weights or prompts give a lower cosine.
+MIN_COSINE = 0.99
 
 
 def load_encoder(model: str) -> Any:
@@ -54,7 +56,7 @@ def write_vectors(passages: list[Passage], folder: Path, model: str) -> None:
 
 class DenseSearcher:
     """
-    Searches the vectors of an index. They are loaded: 4 bytes for each passage and dimension.
+    Searches the vectors of an index. All vectors are loaded into memory: 4 bytes for each passage and dimension.
 
     Args:
         index: the folder of an index that was built with an encoder.
@@ -118,7 +120,7 @@ class HybridSearcher:
 
 
 def fuse(rankings: tuple[list[Passage], ...]) -> list[Passage]:
-    """Return the passages of several rankings by the sum of their reciprocal ranks."""
+    """Return the passages of several rankings, sorted by the sum of their reciprocal ranks."""
     scores: dict[str, float] = {}
     passages: dict[str, Passage] = {}
     for ranking in rankings:

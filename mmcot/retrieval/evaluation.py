@@ -1,7 +1,7 @@
 """Measures retrieval: the rank of a problem's gold passage, recall@k and the mean reciprocal rank.
 
-The gold passage is named by a column of the problems with its id, or it is any passage whose text equals or contains
-the problem's gold lecture, up to white space. Gold columns are not visible to the query template.
+Either a column of the problems contains the id of the gold passage, or every passage is gold whose text equals or
+contains the problem's gold lecture, up to white space. The query template cannot read gold columns.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from modeling_mmcot.retrieval_mmcot import BM25Searcher, Passage, Searcher
 from modeling_mmcot.stage_mmcot import fold, render
 
 QUERY_TEMPLATE = "{{ question }} {{ choices | join(' ') }}"
-LECTURE = "lecture"  # the gold column that is compared by text
+LECTURE = "lecture"  # the gold column that is compared by text; all others contain ids
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Ranks:
     The ranks of gold passages.
 
     Args:
-        ranks: for each problem with gold, the rank of its first gold passage, from 1; None if it was not found.
+        ranks: for each problem with gold, the rank of its first gold passage, from 1; None if none was found.
         num_without_gold: the number of problems without gold, which are not measured.
         depth: the number of passages that were searched for each problem.
     """
@@ -77,11 +77,11 @@ def find_ranks(
     Search for each problem that has gold, and return the ranks of the gold passages.
 
     Args:
-        problems: rows with their gold columns. A training problem does not see its own row.
+        problems: rows with their gold columns. For a training problem, a lecture that it alone has is left out.
         depth: the number of passages of each problem.
         gold: `lecture`, or the column with the id of the gold passage.
         template: the query template.
-        exclude_verbatim: whether passages that equal the gold lecture are dropped before ranking.
+        exclude_verbatim: whether passages that equal the gold lecture are left out before ranking.
         on_error: as in `search_passages`.
 
     Raises:
@@ -121,7 +121,7 @@ def count_in_corpus(
 
 
 def texts_within(passages: Iterable[Passage], texts: set[str], exclude_verbatim: bool) -> set[str]:
-    """Return the texts that a passage contains; with `exclude_verbatim`, only those within a longer passage."""
+    """Return the texts that any passage contains; with `exclude_verbatim`, only those within a longer passage."""
     found: set[str] = set()
     for passage in passages:
         folded = fold(passage.text)

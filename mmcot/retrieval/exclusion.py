@@ -1,8 +1,9 @@
 """Excludes passages that would give a problem its own gold text.
 
-Two rules. A training problem never sees its *own row*: a lecture that it alone has. With `exclude_verbatim`, no problem
-of any split sees a passage whose text equals its gold lecture: lectures are shared by skill, so most test lectures
-occur word for word in the training split. Gold text only drops passages; it never ranks or writes anything.
+There are two rules. *Own row*: a search for a training problem never returns a lecture that this problem alone has.
+With `exclude_verbatim`, a search for a problem of any split never returns a passage whose text equals its gold lecture.
+Problems of one skill share lectures, so most test lectures occur word for word in the training split. Gold text is used
+only to leave out passages, never to rank or to write anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,24 +13,24 @@ from typing import Any
 from modeling_mmcot.retrieval_mmcot import Passage, Searcher, search_passages
 from modeling_mmcot.stage_mmcot import fold
 
-MARGIN = 2  # passages that are fetched in place of excluded ones at first: one for each rule
+MARGIN = 2  # additional passages in the second search, in place of excluded ones: one for each rule
 
 
 @dataclass(frozen=True)
 class Exclusion:
     """
-    The passages that one problem may not see.
+    The passages that are left out for one problem.
 
     Args:
         training_id: the id of a training problem; None for all other problems.
-        lecture: the gold lecture whose copies are dropped; empty for none.
+        lecture: the gold lecture whose copies are left out; empty for none.
     """
 
     training_id: str | None = None
     lecture: str = ""
 
     def drops(self, passage: Passage) -> bool:
-        """Whether the problem may not see the passage. Differences of white space do not count."""
+        """Whether the passage is left out. Differences in white space do not count."""
         is_own_row = self.training_id is not None and passage.problem_ids == (self.training_id,)
         return is_own_row or (self.lecture.strip() != "" and fold(passage.text) == fold(self.lecture))
 
@@ -40,7 +41,7 @@ def exclusion_of(problem: Mapping[str, Any], exclude_verbatim: bool = False) -> 
 
     Args:
         problem: a row with `id`, `split` and, for `exclude_verbatim`, its gold `lecture`.
-        exclude_verbatim: whether copies of the gold lecture are dropped.
+        exclude_verbatim: whether copies of the gold lecture are left out.
     """
     training_id = problem["id"] if problem["split"] == "train" else None
     return Exclusion(training_id, problem["lecture"] if exclude_verbatim else "")
@@ -50,8 +51,8 @@ def search_with_exclusions(
     searcher: Searcher, queries: Sequence[str], k: int, exclusions: Sequence[Exclusion], on_error: str = "raise"
 ) -> list[list[Passage]]:
     """
-    Return the passages of each query as `search_passages` does, without the excluded ones: `k` passages, if the
-    searcher finds as many others.
+    Return the passages of each query as `search_passages` does, without the excluded ones. There are
+    `k` passages, if the searcher finds enough others.
 
     Args:
         exclusions: one for each query.
@@ -67,7 +68,7 @@ def search_with_exclusions(
         found = search_passages(searcher, [queries[number] for number in remaining], num_asked, on_error)
         for number, passages in zip(remaining, found, strict=True):
             kept[number] = [passage for passage in passages if not exclusions[number].drops(passage)][:k]
-        # These lack passages in place of the excluded ones, and the searcher may have more.
+        # These queries still lack passages in place of the excluded ones, and the searcher may find more.
         remaining = [
             number
             for number, passages in zip(remaining, found, strict=True)

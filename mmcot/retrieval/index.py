@@ -1,4 +1,4 @@
-"""Builds an index: a folder with passages, terms, BM25 scores and a manifest, complete or absent.
+"""Builds an index: a folder with passages, terms, BM25 scores and a manifest, written completely or not at all.
 
 The scores are those of bm25s's method `lucene`, the accurate variant of Lucene's BM25 (Kamphuis et al. 2020, "Which
 BM25 Do You Mean?", table 1): with N passages, df of them with the term t, tf occurrences of t in the passage, dl terms
@@ -6,7 +6,8 @@ in the passage and avgdl terms in an average passage,
 
     score(t, passage) = log(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * dl / avgdl))
 
-A query's score is the sum over its terms, repeated ones included. The terms are those of title and text.
+A passage's score for a query is the sum over the query's terms, and a repeated term counts each time. The terms of a
+passage are those of its title and its text.
 `modeling_mmcot/retrieval_mmcot.py` opens and searches an index; it defines the names of the files.
 """
 
@@ -51,12 +52,12 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class IndexSettings:
     """
-    How texts become terms. The defaults found the most lectures on validation (docs/retrieval.md).
+    The settings of an index. The default terms ranked gold lectures best on validation (docs/retrieval.md).
 
     Args:
         stemmer: a language of the Snowball stemmers, or `none`.
         stop_words: `english` for Lucene's list without "a", which is also the name of an option or a point; or `none`.
-        encoder: a sentence-transformers model, folder or Hub id, whose vectors of the passages are added; or None.
+        encoder: a sentence-transformers model (a folder or a Hub id) that computes vectors of the passages; or None.
     """
 
     stemmer: str = "english"
@@ -90,7 +91,7 @@ def build_index(passages: list[Passage], folder: str | Path, settings: IndexSett
     Write the index of a corpus, unless the folder has it already, and return its manifest.
 
     Raises:
-        ValueError: the folder is something else than this index, or no passage has a term.
+        ValueError: the folder exists and is not this index, or no passage has a term.
     """
     folder, expected = Path(folder), (settings or IndexSettings()).manifest()
     expected |= {"corpus": corpus_digest(passages), "num_passages": len(passages)}
@@ -113,7 +114,7 @@ def check_same(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     Return the manifest of an existing index.
 
     Raises:
-        ValueError: the folder is not an index, or one of another corpus or with other settings.
+        ValueError: the folder is not an index, or it is an index of another corpus or with other settings.
     """
     manifest = read_manifest(folder)
     for name, value in expected.items():
@@ -134,7 +135,7 @@ def passage_line(passage: Passage) -> bytes:
 
 
 def corpus_digest(passages: Iterable[Passage]) -> str:
-    """Return the digest of a corpus, which is that of its `passages.jsonl`."""
+    """Return the digest of a corpus: the digest of its `passages.jsonl`."""
     digest = sha256()
     for passage in passages:
         digest.update(passage_line(passage) + b"\n")

@@ -1,7 +1,7 @@
-"""Live search: any JSON search endpoint, and the web by `ddgs`.
+"""Live search: any JSON search endpoint, and the web through `ddgs`.
 
-Each answer is cached on disk with its query and day, which every passage carries too, so that a run can be repeated
-without the service. An empty answer is not cached: engines that refuse a query also answer with it. Requests are at
+Each answer is cached on disk, so that a run can be repeated without the service. Each passage contains its query and
+the day of the search. An empty answer is not cached, because engines that refuse a query also send one. Requests are at
 least `interval` seconds apart. Every failure is a `SearchError`.
 """
 
@@ -25,7 +25,7 @@ from modeling_mmcot.retrieval_mmcot import Passage, SearchError
 
 INTERVAL, TIMEOUT = 1.0, 10.0  # seconds
 MAX_BYTES = 10_000_000  # of an answer
-# Where an answer has its results, and a result its columns; SearXNG's names.
+# The paths of the results in an answer, and of the columns in a result. The defaults are those of SearXNG.
 FIELDS = {"results": "results", "title": "title", "text": "content", "source": "url"}
 OPTIONAL_FIELDS = ("id", "score")
 
@@ -38,8 +38,8 @@ class LiveSearcher:
 
     Args:
         cache: the folder of cached answers; by default in the cache of `datasets`.
-        interval: the least time between two requests, in seconds.
-        timeout: the longest time for an answer, in seconds.
+        interval: the minimum time between two requests, in seconds.
+        timeout: the maximum time for an answer, in seconds.
     """
 
     def __init__(self, cache: str | Path | None = None, interval: float = INTERVAL, timeout: float = TIMEOUT):
@@ -60,7 +60,7 @@ class LiveSearcher:
         `score`.
 
         Raises:
-            SearchError: the service is offline, refuses or answers in another form.
+            SearchError: the service is offline, refuses the request, or answers in another form.
         """
         raise NotImplementedError
 
@@ -87,8 +87,8 @@ class LiveSearcher:
 
 def to_passages(results: list[dict[str, Any]], query: str) -> list[Passage]:
     """
-    Return the passages of results. A result without an id has its source as id, and without a score 1 / rank. Results
-    without text are left out, with a warning.
+    Return the passages of results. A result without an id gets its source as id; one without a score gets 1 / rank.
+    Results without text are left out, with a warning.
     """
     today = datetime.now(UTC).date().isoformat()
     passages = []
@@ -108,7 +108,7 @@ def read_answer(file: Path) -> list[Passage]:
     Return the passages of a cached answer.
 
     Raises:
-        ValueError: the file is not one.
+        ValueError: the file is not a cached answer.
     """
     try:
         return [Passage(**{**row, "problem_ids": ()}) for row in read_json(file)["passages"]]
@@ -123,9 +123,10 @@ class HttpSearcher(LiveSearcher):
     Args:
         url: the address, with `{query}` and optionally `{k}`:
             `http://localhost:8888/search?format=json&q={query}`.
-        fields: the places of the results and of their columns in the answer, where they differ from `FIELDS`; a dot
-            goes into an object. For Elasticsearch: `results=hits.hits`, `id=_id`, `title=_source.title`,
-            `text=_source.text`, `source=_index`, `score=_score`. For `ddgs api`: `text=body`, `source=href`.
+        fields: the paths of the results and of their columns in the answer, if they differ from `FIELDS`. A dot
+            separates the names of nested objects. For Elasticsearch: `results=hits.hits`, `id=_id`,
+            `title=_source.title`, `text=_source.text`, `source=_index`, `score=_score`. For `ddgs api`: `text=body`,
+            `source=href`.
         cache, interval, timeout: as in `LiveSearcher`.
 
     Raises:
@@ -175,7 +176,7 @@ def member(value: Any, path: str, service: str) -> Any:
     Return the value at a dotted path of JSON.
 
     Raises:
-        SearchError: there is none.
+        SearchError: there is no such value.
     """
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:
@@ -187,10 +188,10 @@ def member(value: Any, path: str, service: str) -> Any:
 
 def get(url: str, service: str, timeout: float) -> bytes:
     """
-    Return what an address answers.
+    Return the content of the answer of an address.
 
     Raises:
-        SearchError: the service is offline or slow, refuses the request, or answers too much.
+        SearchError: the service is offline or slow, refuses the request, or sends too large an answer.
     """
     request = Request(url, headers={"Accept": "application/json", "User-Agent": "mmcot"})
     deadline, content = time.monotonic() + timeout, b""
@@ -224,7 +225,7 @@ def parse_json(content: bytes, service: str) -> Any:
     Return the JSON of an answer.
 
     Raises:
-        SearchError: the answer is something else, such as a page.
+        SearchError: the answer is not JSON but, for example, a page.
     """
     try:
         return json.loads(content)
@@ -236,7 +237,7 @@ def parse_json(content: bytes, service: str) -> Any:
 
 class WebSearcher(LiveSearcher):
     """
-    Asks the web's search engines through `ddgs`, whose failures are all `DDGSException`. Needs `mmcot[web]`.
+    Asks the web's search engines through `ddgs`, which raises only `DDGSException`. Needs `mmcot[web]`.
 
     Args:
         cache, interval, timeout: as in `LiveSearcher`.
@@ -260,7 +261,7 @@ class WebSearcher(LiveSearcher):
         try:
             results = self._ddgs.DDGS(timeout=self._timeout).text(query, max_results=k)
         except self._ddgs.exceptions.DDGSException as error:
-            if str(error) == "No results found.":  # also if all engines refuse
+            if str(error) == "No results found.":  # also raised if all engines refuse
                 logger.warning("The web search found nothing for %r.", query[:80])
                 return []
             raise SearchError(f"the web search failed: {error}") from error

@@ -1,6 +1,7 @@
-"""Builds the index of each stage that retrieves, from the corpora that the recipe names, into the stage's folder.
+"""Builds the index of each stage that retrieves, in the stage's folder, from the corpora that the recipe names.
 
-The lectures of the run's own training problems are a corpus too. Nothing of validation or test is ever in an index.
+The corpus `lectures` contains the lectures of the run's own training problems. No row of validation or test is
+ever read.
 """
 
 from datetime import UTC, datetime
@@ -21,8 +22,8 @@ from modeling_mmcot.stage_mmcot import Stage
 
 def open_searchers(prepared: Run) -> None:
     """
-    Let the processor search the index of each stage that retrieves, which is built if it is absent. Folds search the
-    index of their run.
+    Give the processor a searcher for each stage that retrieves, and build the stage's index if it is absent. Folds
+    search the index of their run.
 
     Raises:
         RunStopped: a corpus cannot be read, or the stage's folder contains the index of another corpus.
