@@ -1,9 +1,9 @@
 """Hallucination in descriptions of study problems: names of things or values that the pictures do not show.
 
-The shares are CHAIR-i and CHAIR-s of Rohrbach et al. 2018 (arXiv 1809.02156), with the drawn scene in place of people's
+The shares are CHAIR-i and CHAIR-s of Rohrbach et al. 2018 (arXiv 1809.02156), with the drawn scene in place of human
 annotations. A name is a word or phrase that pictures of the skill may show: a color, a shape, a colored shape, a
-number, a letter, an animal. The longest name counts: "red circle" is one name, and hallucinated if only a red square
-and a blue circle are drawn. A name that is drawn, but at another place, is no hallucination.
+number, a letter, an animal. The longest name counts: "red circle" is one name. It is hallucinated if the picture
+shows only a red square and a blue circle. A name of a thing that is drawn at another place is not hallucinated.
 """
 
 import re
@@ -19,9 +19,10 @@ def hallucination(problems: Iterable[Mapping[str, Any]], descriptions: Mapping[s
     Measure hallucination in the descriptions (by id) of study problems.
 
     Returns:
-        In percent, `names` (share of the names in descriptions that are not drawn) and `descriptions` (share of the
-        descriptions with such a name); `n`, the number of descriptions of problems with a picture; `num_names`. A share
-        of nothing is None. None if no problem with a picture has a description.
+        `names`, the percentage of the names in descriptions that are hallucinated (None if there are no names);
+        `descriptions`, the percentage of descriptions with a hallucinated name; `n`, the number of descriptions of
+        problems with a picture; `num_names`, the number of names in these descriptions. None in place of the dict if no
+        problem with a picture has a description.
 
     Raises:
         ValueError: a problem is not a study problem.
@@ -47,7 +48,7 @@ def hallucinated_names(problem_id: str, description: str) -> list[str]:
 
 
 def named_in(text: str, names: frozenset[str]) -> list[str]:
-    """Return the names that a text contains, in order, a plural as the singular; of overlapping names the longest."""
+    """Return the names that a text contains, in order. Plurals count as singulars, overlapping names as the longest."""
     return pattern_of(names).findall(text) if names else []
 
 

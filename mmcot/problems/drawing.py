@@ -1,4 +1,4 @@
-"""What drawn problems have in common: a canvas, the colors, and the split that a combination of values belongs to.
+"""The common parts of drawn problems: a canvas, the colors, and the split of a combination of values.
 
 The texts and the drawings of the problems are in `demo.py` and in the `study_*.py` files.
 """
@@ -12,7 +12,7 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 96  # side of a picture, px
-SCALE = 2  # pictures are drawn this much larger and averaged down, for smooth edges
+SCALE = 2  # pictures are drawn larger by this factor and averaged down, for smooth edges
 
 # Far apart in RGB, so that the color of a patch is recognizable even if half of the patch is background.
 COLORS = {
@@ -29,7 +29,7 @@ INK = (96, 98, 104)
 
 
 def split_of_combination(name: str, values: tuple) -> str:
-    """Return the split of a drawn problem's combination of values: 10 % val, 20 % test, 70 % train, by its digest."""
+    """Return the split of a combination of values, by its digest: 10 % val, 20 % test, 70 % train."""
     digest = hashlib.sha256(f"{name} {values!r}".encode()).digest()
     return ("val", "test", "test", *["train"] * 7)[int.from_bytes(digest[:4], "big") % 10]
 

@@ -1,9 +1,9 @@
-"""Generates the study problems, on which more stages than two can matter: `study[:FAMILY,…][@DIFFICULTY]`.
+"""Generates the study problems, on which more than two stages can help: `study[:FAMILY,…][@DIFFICULTY]`.
 
-Each problem has an observation (what its picture shows that matters for the question), a lecture (the rule or the fact
-that it needs), a solution and an answer, so that a stage can be trained for each. As in the demonstration, texts are
-templates, pictures are drawn from seeded numbers, and val and test contain combinations of values that never occur in
-training. A problem follows from its id alone, so it is the same whichever families are selected.
+Each problem has an observation (the details of the picture that the question needs), a lecture (the rule or the fact
+that it needs), a solution and an answer, so that a stage can be trained for each. As in the demonstration, texts come
+from templates, pictures are drawn from seeded random numbers, and val and test contain combinations of values that
+never occur in training. The id alone determines a problem, so the selection of families does not change it.
 
 A family is a file: `study_clevr.py`, `study_fact.py`, `study_logic.py`, `study_look.py`, `study_text.py`. A skill is a
 row of the file's table `SKILLS` (`study_skill.py` describes a row).
@@ -36,9 +36,9 @@ LEVELS = {
     5: Level(num_objects=5, num_blots=2, num_attributes=12, num_training_problems=4_000),
 }
 DEFAULT_DIFFICULTY = 2
-SPLIT_SIZES = {"val": 500, "test": 1_500}  # of all families; the difficulty determines that of train
+SPLIT_SIZES = {"val": 500, "test": 1_500}  # of all families together; the difficulty determines the size of train
 
-# The kind of `evaluation.mistakes` that a missed problem of a skill is expected to be.
+# The kind of mistake (`evaluation.mistakes`) that is expected if a problem of a skill is answered wrongly.
 EXPECTED_MISTAKES: dict[str, str] = {name: skill.mistake for name, skill in SKILLS.items()}
 
 
@@ -64,7 +64,7 @@ def parse_source(source: str) -> tuple[tuple[str, ...], int]:
 def check_families(families: Sequence[str], where: str) -> None:
     """
     Raises:
-        ValueError: there is no family, or an unknown one.
+        ValueError: no family is given, or an unknown one.
     """
     unknown = [family for family in families if family not in FAMILIES]
     if unknown or not families:
@@ -81,7 +81,7 @@ def generate(
     Args:
         split: `train`, `val` or `test`.
         difficulty: a key of `LEVELS`.
-        families: generate only problems of these families, as many as otherwise of all families together.
+        families: generate only problems of these families. The number of problems in the split stays the same.
     """
     sizes = {"train": level_of(difficulty).num_training_problems, **SPLIT_SIZES}
     if split not in sizes:
@@ -105,14 +105,14 @@ def drawn_names(problem_id: str) -> set[str]:
     Return the names of everything that the pictures of a problem show; empty for a problem without a picture.
 
     Raises:
-        ValueError: the id is not that of a study problem.
+        ValueError: no study problem has such an id.
     """
     name, split, difficulty, number = parse_id(problem_id)
     return SKILLS[name].named(scene_of(name, split, difficulty, number))
 
 
 def vocabulary(problem_id: str) -> frozenset[str]:
-    """Return the names of everything that any picture of the same skill may show, as `drawn_names`."""
+    """Return the names of everything that any picture of the problem's skill may show, in the form of `drawn_names`."""
     return SKILLS[parse_id(problem_id)[0]].vocabulary
 
 
@@ -151,7 +151,7 @@ def scene_of(name: str, split: str, difficulty: int, number: int) -> Any:
 
 
 def skill_rows(name: str, split: str, difficulty: int) -> Iterator[dict[str, Any]]:
-    """Yield distinct rows of one skill, without an end."""
+    """Yield an endless series of distinct rows of one skill."""
     skill, known = SKILLS[name], set()
     for number in count():
         scene = scene_of(name, split, difficulty, number)
@@ -203,5 +203,5 @@ def row_of(name: str, wording: Wording, row_id: str, split: str, pictures: list[
     }
 
 
-# The code that determines the problems, for the key of their cache.
+# The code that determines the problems. The key of their cache depends on it.
 MODULES = (sys.modules[__name__], drawing, study_skill, study_clevr, study_fact, study_logic, study_look, study_text)

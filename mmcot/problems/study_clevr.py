@@ -1,18 +1,18 @@
 """Sort-of-CLEVR: six colored squares and circles, with relational and non-relational questions.
 
 Santoro et al. 2017, "A simple neural network module for relational reasoning" (arXiv 1706.01427), describe the dataset
-and did not release it. Details are as in a public generator (github.com/kimhc6028/relational-networks).
+but did not release it. The details follow a public generator (github.com/kimhc6028/relational-networks).
 
-The same as there: one object of each of six colors, each a square or a circle with equal probability, at a random place
-without overlap; three kinds of non-relational questions (shape, left or right, top or bottom) and three of relational
-questions (shape of the closest object, shape of the furthest object, number of objects of the same shape, itself
-included), with a random color each; ten questions of each group for a picture of val and test.
+The same as in that generator: one object of each of six colors, each a square or a circle with equal probability, at a
+random place without overlap; three kinds of non-relational questions (shape, left or right, top or bottom) and three of
+relational questions (shape of the closest object, shape of the furthest object, number of objects of the same shape,
+itself included), each about a random color; ten questions of each group for each picture of val and test.
 
-Different: questions are sentences in place of vectors, and are not repeated for a picture; the choices are the possible
+Different: questions are sentences in place of vectors; no picture has a question twice; the choices are the possible
 answers of the question's kind; pictures have 96 px in place of 75 px, with objects of 14 px in place of 10 px; no
 object is near a middle line, and the closest and the furthest object are unambiguous; a training picture has one
 question of each group in place of ten, so that a small training split has many pictures. There are far fewer training
-pictures than the 9,800 of the public generator, so published accuracies are a reference and no baseline.
+pictures than the 9,800 of the public generator, so published accuracies are a reference, not a baseline.
 
 Published accuracies: the paper reports above 94 % for a CNN with a relation network on both groups of questions, and
 about 63 % for a CNN with an MLP on the relational ones.
@@ -31,7 +31,7 @@ CLEVR_COLORS |= {"orange": (255, 140, 0), "gray": (128, 128, 128)}
 CLEVR_SHAPES = ("square", "circle")
 RADIUS = 7  # px
 MARGIN = 3  # px between the center of an object and a middle line
-CLEAR = 2  # px by which the closest and the furthest object differ from the others
+CLEAR = 2  # px between the distances of the closest and the second closest object; for the furthest likewise
 QUESTIONS_PER_PICTURE = 10  # of each group
 
 
@@ -78,7 +78,7 @@ def is_clear(placed: Placed, scene: list[Placed]) -> bool:
 
 
 def combination(scene: Scene) -> tuple:
-    """The shape and the cell of a 3x3 grid of each object."""
+    """Return the shape of each object and its cell in a 3x3 grid."""
     return tuple((thing.shape, 3 * x // SIZE, 3 * y // SIZE) for thing, (x, y) in scene)
 
 

@@ -1,10 +1,11 @@
 """Facts about invented animals, which only a corpus of passages states. The picture shows the name of the animal.
 
 A name has two words, and the picture has a sign for each: the left sign is the first word, the right sign the second.
-Every sign occurs in training, but the animals of val and test do not, so their names can be read and their facts cannot
-be memorized. A problem cannot be solved without the passages: without them, every system is at chance.
+Every sign occurs in training, but no animal of val and test does. A model can therefore learn to read the names of
+these animals, but it cannot memorize their facts. Without the passages, every system is at chance.
 
-The corpus has one passage for each animal and attribute, of all splits. It contains no question and no list of choices.
+The corpus has one passage for each attribute of each animal of all splits. It contains no question and no list of
+choices.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ RADIUS = 14  # of a sign, px
 
 @dataclass(frozen=True)
 class Attribute:
-    """What a question asks about an animal, the verb of its passage, and the possible values."""
+    """An attribute of animals: the question about it, the verb of its passages, and its possible values."""
 
     question: str
     verb: str
@@ -146,7 +147,7 @@ def fact(signs: tuple[Thing, Thing], attribute: str) -> str:
 
 @cache
 def value_of(signs: tuple[Thing, Thing], attribute: str) -> str:
-    """Return the value of an animal's attribute, which no other value of this animal or of others predicts."""
+    """Return the value of an animal's attribute. It is random: no other value of this or another animal predicts it."""
     return Random(f"fact {name_of(signs)} {attribute}").choice(ATTRIBUTES[attribute].values)
 
 
@@ -191,7 +192,7 @@ SKILLS = {
         category="Invented animals",
         share=20,
         mistake="factual",
-        lecture="",  # each problem has its fact
+        lecture="",  # each problem has its own: the fact
         sample=sample,
         combination=lambda scene: scene.signs,
         ask=ask,

@@ -1,4 +1,4 @@
-"""Two steps of reasoning over what is drawn: transitivity, exclusion, counting and then comparing."""
+"""Problems that need two steps of reasoning about a picture: transitivity, exclusion, counting and then comparing."""
 
 from itertools import pairwise
 from random import Random
@@ -21,7 +21,7 @@ from mmcot.problems.study_skill import (
 # Balances: the order of weights that several balances imply.
 
 CELL = SIZE // 2  # side of the space for one balance, px
-TILT = 8  # px by which each side of a beam is lower or higher
+TILT = 8  # px between the middle of a beam and each of its ends, in height
 
 
 class Balances(NamedTuple):
@@ -29,8 +29,8 @@ class Balances(NamedTuple):
     Colors from the heaviest to the lightest, and the balances: each compares two neighbours in this order.
 
     Args:
-        balances: the rank of the heavier color, whether it is on the left, the cell, and the offset in px.
-        form: which end of the order the question asks for.
+        balances: for each, the rank of the heavier color, whether it is on the left, the cell, and the offset in px.
+        form: the end of the order that the question asks for: `heaviest` or `lightest`.
     """
 
     colors: tuple[str, ...]

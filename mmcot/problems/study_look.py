@@ -1,4 +1,4 @@
-"""Looking at the right place: a value at a named place, a relation of two things, and what two pictures differ in."""
+"""Problems that need a look at the right place: the value of a bar, the relation of two things, a missing thing."""
 
 from random import Random
 from typing import NamedTuple

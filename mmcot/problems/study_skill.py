@@ -1,6 +1,6 @@
 """A skill of the study problems: how a scene is sampled, asked about and drawn. The skills are in `study_*.py`.
 
-A scene is a tuple of values without texts. Everything about a problem follows from its scene and a random generator.
+A scene is a tuple of values. The scene and a random generator determine the texts and pictures of a problem.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +17,11 @@ SHAPES = ("circle", "square", "triangle")
 @dataclass(frozen=True)
 class Level:
     """
-    One difficulty.
+    The settings of one difficulty.
 
     Args:
-        num_objects: objects in a picture, or persons in a text; Sort-of-CLEVR always has six.
-        num_blots: blots of ink on each picture, which may hide what the question asks for.
+        num_objects: objects in a picture, or persons in a text; pictures of Sort-of-CLEVR always have six.
+        num_blots: blots of ink on each picture, which may hide the detail that the question asks for.
         num_attributes: facts about each animal in the corpus.
         num_training_problems: problems of all families in the training split.
     """
@@ -38,7 +38,7 @@ class Wording:
     The texts of one problem. `answer` is the right choice; `others` are the wrong choices in any order.
 
     Args:
-        observation: what the scene shows that matters for the question.
+        observation: the details of the scene that the question needs.
         reasoning: the sentences between the observation and the conclusion.
         conclusion: the last sentence of the solution, after "So,".
         lecture: replaces the lecture of the skill.
@@ -66,15 +66,15 @@ class Skill:
 
     Args:
         share: percentage of all study problems, in every split.
-        mistake: the kind of `evaluation.mistakes` that a missed problem is expected to be.
+        mistake: the kind of mistake (`evaluation.mistakes`) that is expected if a problem is answered wrongly.
         sample: returns a random scene.
-        combination: returns the values of a scene that belong to exactly one split.
+        combination: returns the values of a scene that determine its split; no other split has this combination.
         ask: returns the questions about a scene.
         draw: returns the pictures of a scene.
         named: returns the names of everything that a scene shows.
         vocabulary: the names of everything that any scene may show; empty without pictures.
-        scenes: skills with the same name here ask about the same scenes, and no other skill does.
-        per_scene: how many questions `ask` returns; training takes only the first one.
+        scenes: a name that skills share to ask about the same scenes; if empty, the skill has its own scenes.
+        per_scene: the number of questions that `ask` returns; training uses only the first one.
     """
 
     subject: str
@@ -123,7 +123,7 @@ def draw_thing(canvas: Canvas, thing: Thing, center: tuple, radius: float) -> No
 
 
 def listed(texts: Sequence[str]) -> str:
-    """Return "a, b and c"."""
+    """Join texts like "a, b and c"."""
     return f"{', '.join(texts[:-1])} and {texts[-1]}" if len(texts) > 1 else texts[0]
 
 

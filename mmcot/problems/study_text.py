@@ -10,7 +10,7 @@ PERSONS = ("Mia", "Tom", "Anna", "Ben", "Lily", "Sam", "Emma", "Jack", "Nina", "
 
 # Order: who is first or last in an order.
 
-# More, less, the most, the least.
+# The words for more, less, the most and the least.
 COMPARISONS = (
     ("older", "younger", "oldest", "youngest"),
     ("taller", "shorter", "tallest", "shortest"),
@@ -23,7 +23,7 @@ class Order(NamedTuple):
     Persons from the most to the least.
 
     Args:
-        statements: each compares two neighbours in this order: the rank of the greater one, whether it comes first.
+        statements: each compares two neighbours: the rank of the greater person, whether that person is named first.
     """
 
     persons: tuple[str, ...]
