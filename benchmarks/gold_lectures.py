@@ -46,7 +46,7 @@ def name_of(settings: IndexSettings) -> str:
 
 
 class Study:
-    """Measures retrieval with indexes, each of which is built once in the folder `work`."""
+    """Measures retrieval. Each index is built once, in the folder `work`."""
 
     def __init__(self, work: Path):
         self.work = work
