@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="write the index of one or several corpora")
     build.set_defaults(run=run_build)
-    build.add_argument("--corpus", action="append", default=[], metavar="PATH", help="a .jsonl file, a folder of texts")
+    build.add_argument(
+        "--corpus", action="append", default=[], metavar="PATH", help="a .jsonl file, a folder of texts, or study"
+    )
     build.add_argument("--lectures", metavar="SOURCE", help=f"add the lectures of the training split of {SOURCES}")
     add_dataset_options(build)
     build.add_argument("--output", required=True, metavar="INDEX", help="the folder of the index")

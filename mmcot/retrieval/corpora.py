@@ -40,7 +40,9 @@ def read_corpora(
         ValueError: a corpus is empty or cannot be read, or an id occurs twice.
     """
     if not corpora and lectures is None:
-        raise ValueError("no corpus is given; expected a .jsonl file, a folder of texts, or a source of lectures.")
+        raise ValueError(
+            "no corpus is given; expected a .jsonl file, a folder of texts, study, or a source of lectures."
+        )
     passages = [passage for corpus in corpora for passage in read_corpus(corpus)]
     if lectures is not None:
         passages += read_lectures(lectures, **reading)

@@ -67,7 +67,9 @@ def search_with_exclusions(
     while remaining:
         found = search_passages(searcher, [queries[number] for number in remaining], num_asked, on_error)
         for number, passages in zip(remaining, found, strict=True):
-            kept[number] = [passage for passage in passages if not exclusions[number].drops(passage)][:k]
+            others = [passage for passage in passages if not exclusions[number].drops(passage)][:k]
+            if len(others) > len(kept[number]):  # a later search can fail and be skipped
+                kept[number] = others
         # These queries still lack passages in place of the excluded ones, and the searcher may find more.
         remaining = [
             number

@@ -104,3 +104,15 @@ def test_refuses_wrong_number_of_exclusions_or_passages(searcher):
         search_with_exclusions(searcher, ["a", "b"], 1, [Exclusion()])
     with pytest.raises(ValueError, match="k is 0"):
         search_with_exclusions(searcher, ["a"], 0, [Exclusion()])
+
+
+def test_keeps_passages_if_search_for_more_fails_and_is_skipped(searcher):
+    class FailingSearcher:
+        def search(self, queries, k):
+            if k > 2:
+                raise OSError("offline")
+            return searcher.search(queries, k)
+
+    first, second = searcher.search(["magnets"], 2)[0]
+    exclusions = [Exclusion(lecture=first.text)]
+    assert search_with_exclusions(FailingSearcher(), ["magnets"], 2, exclusions, on_error="skip") == [[second]]
