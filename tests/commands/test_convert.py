@@ -238,6 +238,7 @@ def change_bin(folder, change):
     torch.save(tensors, folder / "pytorch_model.bin")
 
 
+@pytest.mark.slow
 def test_converts_two_stages_and_a_tower_to_a_system_that_answers_from_pixels(published):
     options = ["--vision", "vit", "--stage_folders", "rationale", "answer", "--attach_tower", published / "tower"]
     output = run_script("-m", "mmcot.convert", published, published / "ours", *options).stdout
@@ -291,6 +292,7 @@ def test_training_starts_from_the_converted_fusion(published):
     assert torch.equal(model.encoder.fusion.joint_gate.weight, theirs["encoder.gate_dense.weight"])
 
 
+@pytest.mark.slow
 def test_converts_a_subfolder_of_a_hub_repository(published):
     """The repository is in the cache, as a download leaves it."""
     snapshot = published / "hf_home/hub/models--user--mm-cot/snapshots" / ("a" * 40)

@@ -218,6 +218,7 @@ def test_training_from_store_matches_training_from_pixels(runs, precision, toler
         np.testing.assert_allclose(stored, pixels, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
 def test_prediction_from_store_matches_prediction_from_pixels(runs, tiny_dataset, tmp_path, precision, tolerance):
     """Both predictions use the model that was trained from pixels."""

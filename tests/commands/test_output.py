@@ -38,6 +38,7 @@ def test_ordinary_run_prints_no_misleading_warning(command, text, printed):
     assert "Traceback" not in printed[command] and "UserWarning" not in printed[command]
 
 
+@pytest.mark.slow
 def test_help_without_a_recipe_shows_our_options_first():
     result = run_script("train.py", "--help", cwd=REPOSITORY)
     shown = " ".join(result.stdout.split())

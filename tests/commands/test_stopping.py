@@ -78,6 +78,7 @@ def test_refuses_to_resume_without_best_checkpoint(tiny_dataset, tmp_path):
     assert result.returncode == 1 and "checkpoint-4 is missing, the best checkpoint so far" in result.stderr
 
 
+@pytest.mark.slow
 def test_drop_last_refuses_fewer_problems_than_a_batch(tiny_dataset, tmp_path):
     options = ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "1000")
     result = run_training(tiny_dataset, tmp_path / "run", *options, check=False)

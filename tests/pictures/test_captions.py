@@ -160,6 +160,7 @@ def test_refuses_checkpoint_that_generates_no_text(tmp_path):
 # Captions of a dataset.
 
 
+@pytest.mark.slow
 def test_captions_every_problem_with_a_picture(blip, tiny_dataset, tmp_path):
     run_script("-m", "mmcot.features", tiny_dataset, "--captions", blip, "--output", tmp_path / "captions")
     written = read_json(tmp_path / "captions/captions.json")
