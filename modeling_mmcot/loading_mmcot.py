@@ -133,9 +133,9 @@ class RepositorySearcher:
         try:
             return [cached_file(self.repository, f"{self.stage}/{name}", **self.options) for name in names]
         except (OSError, ValueError) as error:
-            where = f"in {self.repository}" if self.repository else "because the model was not loaded from a repository"
+            reason = str(error).splitlines()[0] if self.repository else "the model was not loaded from a repository"
             raise SearchError(
-                f"The {self.stage} stage has no index to search {where}. Pass searcher= to the pipeline, or passages "
+                f"The {self.stage} stage has no index to search: {reason} Pass searcher= to the pipeline, or passages "
                 f"with each problem."
             ) from error
 

@@ -145,6 +145,11 @@ def as_passages(value: Any, column: str) -> list[dict]:
         ValueError: If they are not a list of texts, or of dicts with a `text`.
     """
     given = [{"text": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else [None]
+    # Rows of a dataset have None in fields that are absent.
+    given = [
+        {name: field for name, field in one.items() if field is not None} if isinstance(one, Mapping) else one
+        for one in given
+    ]
     for passage in given:
         if not is_passage(passage):
             raise ValueError(
@@ -439,7 +444,7 @@ class MMCoTProcessor(ProcessorMixin):
         source = stage.render_source(problem)
         if not self.is_too_long(source, stage):
             return source
-        passages = [column for column in stage.reads if isinstance(problem.get(column), list) and column != "choices"]
+        passages = [other.writes for other in self.stages.retrieving if other.writes in stage.reads]
         given = [column for column in SHORTENED_COLUMNS if column in stage.reads]
         written = [column for column in stage.reads if column not in KNOWN_COLUMNS and column not in passages]
         for column in (*passages, *given, *written):

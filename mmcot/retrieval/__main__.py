@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_dataset_options(evaluate)
     evaluate.add_argument("--split", default="test", choices=SPLITS)
     evaluate.add_argument(
-        "--gold", default=LECTURE, metavar="COLUMN", help="lecture, or a column with the id of the gold passage"
+        "--gold", default=LECTURE, metavar="COLUMN", help="lecture, gold_passages, or an own column with ids"
     )
     evaluate.add_argument("--query_template", default=QUERY_TEMPLATE, metavar="JINJA")
     evaluate.add_argument("--k", type=parse_ks, default=[1, 5, 10], metavar="K,…", help="default: 1,5,10")
@@ -84,9 +84,9 @@ def add_searcher_options(parser: argparse.ArgumentParser) -> None:
 
 def parse_ks(text: str) -> list[int]:
     """Parse `1,5,10`."""
-    ks = sorted({int(part) for part in text.split(",")})
+    ks = sorted({int(part) if part.strip().isdecimal() else 0 for part in text.split(",")})
     if ks[0] < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers of 1 or more, such as 1,5,10")
     return ks
 
 
@@ -94,7 +94,7 @@ def parse_fields(text: str) -> dict[str, str]:
     """Parse `text=body,source=href`."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(ours and theirs for ours, _, theirs in pairs):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}; expected OURS=THEIRS,…, such as text=body,source=href")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 

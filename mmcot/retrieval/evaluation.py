@@ -17,6 +17,7 @@ from modeling_mmcot.stage_mmcot import fold, render
 
 QUERY_TEMPLATE = "{{ question }} {{ choices | join(' ') }}"
 LECTURE = "lecture"  # the gold column that is compared by text; all others contain ids
+PASSAGE_IDS = "gold_passages"  # the gold column of the schema that contains ids
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ def render_query(template: str, problem: Mapping[str, Any]) -> str:
 
 def is_gold(passage: Passage, problem: Mapping[str, Any], gold: str) -> bool:
     """Whether a passage is the gold passage of a problem."""
-    return fold(problem[LECTURE]) in fold(passage.text) if gold == LECTURE else passage.id == problem[gold]
+    return fold(problem[LECTURE]) in fold(passage.text) if gold == LECTURE else passage.id in gold_of(problem, gold)
+
+
+def gold_of(problem: Mapping[str, Any], gold: str) -> list[str]:
+    """Return the texts or ids in a gold column, which contains one or a list of them; empty for a problem without."""
+    values = problem[gold] if isinstance(problem[gold], list) else [problem[gold]]
+    return [value for value in values if value.strip()]
 
 
 def find_ranks(
@@ -79,7 +86,7 @@ def find_ranks(
     Args:
         problems: rows with their gold columns. For a training problem, a lecture that it alone has is left out.
         depth: the number of passages of each problem.
-        gold: `lecture`, or the column with the id of the gold passage.
+        gold: `lecture`, `gold_passages`, or an own column with the id of the gold passage.
         template: the query template.
         exclude_verbatim: whether passages that equal the gold lecture are left out before ranking.
         on_error: as in `search_passages`.
@@ -88,12 +95,12 @@ def find_ranks(
         ValueError: no problem has gold, or the gold column or the template is invalid.
         SearchError: a search fails.
     """
-    if gold in FEATURES and gold != LECTURE:
+    if gold in FEATURES and gold not in (LECTURE, PASSAGE_IDS):
         raise ValueError(
-            f"gold is {gold!r}; expected {LECTURE}, or a column with the id of each problem's gold passage."
+            f"gold is {gold!r}; expected {LECTURE}, {PASSAGE_IDS}, or an own column with the id of the gold passage."
         )
     rows = list(problems)
-    measured = [row for row in rows if row[gold].strip()]
+    measured = [row for row in rows if gold_of(row, gold)]
     if not measured:
         raise ValueError(f"none of the {len(rows)} problems has a text in the gold column {gold!r}.")
     queries = [render_query(template, row) for row in measured]
@@ -111,10 +118,10 @@ def count_in_corpus(
 ) -> int:
     """Return the number of problems whose gold passage is in the corpus: no ranking can find more."""
     passages = [searcher.passage(position) for position in range(len(searcher.passages))]
-    rows = [problem for problem in problems if problem[gold].strip()]
+    rows = [problem for problem in problems if gold_of(problem, gold)]
     if gold != LECTURE:
         known = {passage.id for passage in passages}
-        return sum(row[gold] in known for row in rows)
+        return sum(not known.isdisjoint(gold_of(row, gold)) for row in rows)
     lectures = [fold(row[LECTURE]) for row in rows]
     present = texts_within(passages, set(lectures), exclude_verbatim)
     return sum(lecture in present for lecture in lectures)
@@ -135,7 +142,7 @@ def check_gold_ids(searcher: BM25Searcher, problems: Iterable[Mapping[str, Any]]
         ValueError: problems name passages that the corpus does not have.
     """
     known = {searcher.passage(position).id for position in range(len(searcher.passages))}
-    absent = sorted({row[gold] for row in problems if row[gold].strip() and row[gold] not in known})
+    absent = sorted({name for row in problems for name in gold_of(row, gold)} - known)
     if absent:
         raise ValueError(
             f"column {gold!r} names {len(absent)} passages that the index does not have: {first_few(absent)}."

@@ -80,7 +80,7 @@ def test_refuses_malformed_k_and_fields(capsys):
     for argv in (["evaluate", "i", "--dataset", "d", "--k", "0,1"], ["search", "--query", "a", "--fields", "text"]):
         with pytest.raises(SystemExit, match="2"):
             main(argv)
-    assert "invalid parse_" in capsys.readouterr().err
+    assert "; expected " in capsys.readouterr().err
 
 
 def test_reports_skipped_search(tmp_path):
@@ -97,3 +97,14 @@ def test_reports_skipped_search(tmp_path):
     )
     result = run_script("-m", "mmcot.retrieval", *command, "--on_search_error", "skip")
     assert "a: 0 passages" in result.stdout and "failed for 1 of 1 queries" in result.stderr
+
+
+def test_evaluates_gold_passages_of_study_problems(tmp_path, capsys):
+    main(["build", "--corpus", "study", "--output", str(tmp_path / "index")])
+    capsys.readouterr()
+    template = "{{ question }} {{ choices | join(' ') }}"
+    command = ["evaluate", str(tmp_path / "index"), "--dataset", "study:fact", "--split", "val"]
+    main([*command, "--gold", "gold_passages", "--query_template", template, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["gold_in_corpus"] == result["n"] == 500 and result["without_gold"] == 0
+    assert 0 < result["measures"]["recall@10"]["mean"] < 50  # the animal is in the picture only

@@ -67,7 +67,7 @@ def test_uses_passages_of_problem_instead_of_search(processor):
 
 @pytest.mark.parametrize(
     "passages",
-    ["w3", [3], [{"title": "w3"}], [""], {"text": "w3"}, [{"text": "w3", "title": None}], [{"text": "w3", "url": "x"}]],
+    ["w3", [3], [{"title": "w3"}], [""], {"text": "w3"}, [{"text": "w3", "title": 3}], [{"text": "w3", "url": "x"}]],
 )
 def test_refuses_malformed_passages(processor, passages):
     answer = MultimodalCoTPipeline(model=tiny_model(), processor=processor)
@@ -93,7 +93,7 @@ def test_refuses_searcher_if_no_stage_retrieves():
 def test_error_names_remedy_if_repository_has_no_index(tmp_path):
     processor = MMCoTProcessor(word_tokenizer(), None, [RETRIEVAL, ANSWER])
     models = load_stages(tiny_model(), str(tmp_path), processor)
-    with pytest.raises(OSError, match="^The retrieval stage has no index to search in .*Pass searcher="):
+    with pytest.raises(OSError, match="^The retrieval stage has no index to search: .*Pass searcher="):
         run_stages(models, processor, [PROBLEM], [None])
 
 
@@ -152,3 +152,18 @@ def test_processor_is_saved_and_copied_without_searchers(processor, tmp_path):
     assert copy.deepcopy(processor).searchers == processor.searchers
     assert pickle.loads(pickle.dumps(processor)).searchers == {}
     assert MMCoTProcessor.from_pretrained(tmp_path, trust_remote_code=False).stages == processor.stages
+
+
+def test_shortens_source_of_problem_with_list_of_pictures():
+    stage = Stage(**{**ANSWER, "reads": ["question", "context", "images"], "source": "{{ context }} {{ question }}"})
+    stage.max_source_length = 3
+    processor = MMCoTProcessor(word_tokenizer(), None, [stage])
+    problem = {**PROBLEM, "context": "w1 w2 w3", "images": [object()]}
+    assert processor.fit_source(problem, stage) == "w1 w5 w6"
+
+
+def test_accepts_passages_with_absent_fields(processor):
+    (passage,) = processor.complete_problem({**PROBLEM, "passages": [{"text": "w3", "title": None, "query": None}]})[
+        "passages"
+    ]
+    assert (passage["text"], passage["title"]) == ("w3", "") and "query" not in passage

@@ -69,7 +69,7 @@ def test_query_template_accesses_no_gold_column():
 
 def test_refuses_invalid_gold_column(tmp_path):
     searcher = searcher_of(tmp_path)
-    with pytest.raises(ValueError, match="gold is 'answer'; expected lecture, or a column with the id"):
+    with pytest.raises(ValueError, match="gold is 'answer'; expected lecture, gold_passages, or an own column"):
         find_ranks(searcher, [problem("p", "q")], 1, gold="answer")
     with pytest.raises(ValueError, match="none of the 1 problems has a text in the gold column 'lecture'"):
         find_ranks(searcher, [problem("p", "q")], 1)
