@@ -1,6 +1,7 @@
 """Generates the study problems, on which more than two stages can help: `study[:FAMILY,…][@DIFFICULTY]`.
 
-Each problem has an observation (the details of the picture that the question needs), a lecture (the rule or the fact
+Each problem has an observation (the details of the picture that the question needs), a caption that does not
+depend on the question, a lecture (the rule or the fact
 that it needs), a solution and an answer, so that a stage can be trained for each. As in the demonstration, texts come
 from templates, pictures are drawn from seeded random numbers, and val and test contain combinations of values that
 never occur in training. The id alone determines a problem, so the selection of families does not change it.
@@ -29,10 +30,10 @@ SKILLS: dict[str, Skill] = {
 FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(name.partition("/")[0] for name in SKILLS))
 
 LEVELS = {
-    1: Level(num_objects=3, num_blots=0, num_attributes=4, num_training_problems=12_000),
-    2: Level(num_objects=4, num_blots=0, num_attributes=6, num_training_problems=12_000),
-    3: Level(num_objects=4, num_blots=1, num_attributes=8, num_training_problems=8_000),
-    4: Level(num_objects=5, num_blots=1, num_attributes=10, num_training_problems=6_000),
+    1: Level(num_objects=2, num_blots=0, num_attributes=4, num_training_problems=12_000),
+    2: Level(num_objects=3, num_blots=0, num_attributes=6, num_training_problems=12_000),
+    3: Level(num_objects=4, num_blots=0, num_attributes=8, num_training_problems=12_000),
+    4: Level(num_objects=4, num_blots=1, num_attributes=10, num_training_problems=8_000),
     5: Level(num_objects=5, num_blots=2, num_attributes=12, num_training_problems=4_000),
 }
 DEFAULT_DIFFICULTY = 2
@@ -121,7 +122,7 @@ def parse_id(problem_id: str) -> tuple[str, str, int, int]:
     match = re.fullmatch(r"(train|val|test)-([\w.]+)-(\d)-(\d+)-\d", problem_id)
     name = match[2].replace(".", "/") if match else ""
     if match is None or name not in SKILLS:
-        raise ValueError(f"problem {problem_id}: not a study problem; expected an id such as val-fact.animals-2-0-0.")
+        raise ValueError(f"problem {problem_id}: not a study problem; expected an id such as val-fact.rare-2-0-0.")
     return name, match[1], int(match[3]), int(match[4])
 
 
@@ -162,7 +163,7 @@ def skill_rows(name: str, split: str, difficulty: int) -> Iterator[dict[str, Any
             key = (wording.question, wording.context, *sorted([wording.answer, *wording.others]), *pictures)
             if key not in known:
                 known.add(key)
-                yield row_of(name, wording, row_id, split, pictures)
+                yield row_of(name, wording, row_id, split, pictures, skill.caption(scene))
 
 
 def draw_pictures(name: str, split: str, difficulty: int, number: int, scene: Any) -> list[bytes]:
@@ -175,7 +176,7 @@ def draw_pictures(name: str, split: str, difficulty: int, number: int, scene: An
     return [canvas.png() for canvas in canvases]
 
 
-def row_of(name: str, wording: Wording, row_id: str, split: str, pictures: list[bytes]) -> dict[str, Any]:
+def row_of(name: str, wording: Wording, row_id: str, split: str, pictures: list[bytes], caption: str) -> dict[str, Any]:
     """Return the row of a problem in the schema, with its choices in random order."""
     skill = SKILLS[name]
     choices = [wording.answer, *wording.others]
@@ -186,7 +187,7 @@ def row_of(name: str, wording: Wording, row_id: str, split: str, pictures: list[
         "choices": choices,
         "context": wording.context,
         "images": [{"bytes": picture, "path": None} for picture in pictures],
-        "caption": "",
+        "caption": caption,
         "answer": choices.index(wording.answer),
         "lecture": wording.lecture or skill.lecture,
         "solution": wording.solution,

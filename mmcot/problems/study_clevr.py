@@ -89,21 +89,32 @@ def draw(scene: Scene) -> list[Canvas]:
     return [canvas]
 
 
-def shape_question(question: str, seen: str, thing: Thing) -> Wording:
+def shape_question(question: str, reasoning: str, thing: Thing, scene: Scene) -> Wording:
     (other,) = (shape for shape in CLEVR_SHAPES if shape != thing.shape)
-    return Wording(question, thing.shape, [other], f"{seen} {thing.shape}.", f"it is a {thing.shape}.")
+    return Wording(question, thing.shape, [other], describe(scene), f"it is a {thing.shape}.", reasoning)
 
 
-def place_question(placed: Placed, axis: int) -> Wording:
-    first, second = (("on the left", "on the right"), ("at the top", "at the bottom"))[axis]
+def place_question(placed: Placed, axis: int, scene: Scene) -> Wording:
+    first = ("on the left", "at the top")[axis]
     is_first = placed.center[axis] < SIZE // 2
     return Wording(
         question=f"Is the {placed.thing.color} object {first} of the picture?",
         answer="yes" if is_first else "no",
         others=["no" if is_first else "yes"],
-        observation=f"The {placed.thing.color} object is {first if is_first else second}.",
+        observation=describe(scene),
+        reasoning=f"The {placed.thing.color} object is at the {place_of(placed.center)}.",
         conclusion=f"the answer is {'yes' if is_first else 'no'}.",
     )
+
+
+def describe(scene: Scene) -> str:
+    """Return the shape and the place of each object, in the order of the colors."""
+    return f"The picture shows {listed([f'{thing.name} {place_of(center)}' for thing, center in scene])}."
+
+
+def place_of(center: tuple[int, int]) -> str:
+    x, y = center
+    return f"{'top' if y < SIZE // 2 else 'bottom'} {'left' if x < SIZE // 2 else 'right'}"
 
 
 def count_question(placed: Placed, scene: Scene) -> Wording:
@@ -113,7 +124,8 @@ def count_question(placed: Placed, scene: Scene) -> Wording:
         question=f"How many objects have the same shape as the {color} object?",
         answer=str(len(same)),
         others=[str(number) for number in range(1, len(scene) + 1) if number != len(same)],
-        observation=f"The {color} object is a {shape}. The {shape}s are {listed(same)}.",
+        observation=describe(scene),
+        reasoning=f"The {color} object is a {shape}. The {shape}s are {listed(same)}.",
         conclusion=f"the number is {len(same)}.",
     )
 
@@ -122,10 +134,9 @@ def non_relational(rng: Random, scene: Scene) -> list[Wording]:
     questions = []
     for placed in scene:
         color = placed.thing.color
-        shape = shape_question(
-            f"What is the shape of the {color} object?", f"The {color} object is a {color}", placed.thing
-        )
-        questions += [shape, place_question(placed, axis=0), place_question(placed, axis=1)]
+        question = f"What is the shape of the {color} object?"
+        shape = shape_question(question, f"The {color} object is a {placed.thing.shape}.", placed.thing, scene)
+        questions += [shape, place_question(placed, 0, scene), place_question(placed, 1, scene)]
     return rng.sample(questions, QUESTIONS_PER_PICTURE)
 
 
@@ -135,7 +146,8 @@ def relational(rng: Random, scene: Scene) -> list[Wording]:
         others = by_distance(placed, scene)
         for relation, (thing, _) in (("closest to", others[0]), ("furthest from", others[-1])):
             of = f"the object that is {relation} the {placed.thing.color} object"
-            questions.append(shape_question(f"What is the shape of {of}?", f"T{of[1:]} is the {thing.color}", thing))
+            reasoning = f"T{of[1:]} is the {thing.name}."
+            questions.append(shape_question(f"What is the shape of {of}?", reasoning, thing, scene))
         questions.append(count_question(placed, scene))
     return rng.sample(questions, QUESTIONS_PER_PICTURE)
 
@@ -154,6 +166,7 @@ def clevr_skill(category: str, lecture: str, ask: Callable[[Random, Scene], list
         draw=draw,
         named=lambda scene: names_of(thing for thing, _ in scene),
         vocabulary=frozenset(names_of(Thing(color, shape) for color in CLEVR_COLORS for shape in CLEVR_SHAPES)),
+        caption=lambda scene: "Six colored squares and circles.",
         scenes="sort_of_clevr",
         per_scene=QUESTIONS_PER_PICTURE,
     )

@@ -1,13 +1,16 @@
 """Facts about invented animals, which only a corpus of passages states. The picture shows the name of the animal.
 
 A name has two words, and the picture has a sign for each: the left sign is the first word, the right sign the second.
-Every sign occurs in training, but no animal of val and test does. A model can therefore learn to read the names of
-these animals, but it cannot memorize their facts. Without the passages, every system is at chance.
+Every sign occurs in training. The skill `fact/common` asks about the eight animals of `COMMON` in every split, so that
+a model can memorize their facts. The skill `fact/rare` asks about the other animals, and no animal of its val and test
+problems occurs in training: a model can learn to read the names of these animals, but without the passages every system
+is at chance.
 
 The corpus has one passage for each attribute of each animal of all splits. It contains no question and no list of
 choices.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -15,7 +18,7 @@ from random import Random
 from typing import NamedTuple
 
 from mmcot.problems.drawing import LINE, SIZE, Canvas
-from mmcot.problems.study_skill import THINGS, Level, Skill, Thing, Wording, draw_thing, jitter
+from mmcot.problems.study_skill import THINGS, Level, Skill, Thing, Wording, draw_thing, jitter, name_things
 
 # One word for each sign (`THINGS`), in this order.
 FIRST_WORDS = (
@@ -24,6 +27,8 @@ FIRST_WORDS = (
 SECOND_WORDS = (
     "alvun corin dulet eltar fosk grimo hulto iskan joret kivel lomar mintu norba otrel pirso quend rusti stovin"
 ).split()
+# The animals that training problems often ask about.
+COMMON = tuple(zip(Random("first signs").sample(THINGS, 8), Random("second signs").sample(THINGS, 8), strict=True))
 RADIUS = 14  # of a sign, px
 
 
@@ -147,12 +152,27 @@ def fact(signs: tuple[Thing, Thing], attribute: str) -> str:
 
 @cache
 def value_of(signs: tuple[Thing, Thing], attribute: str) -> str:
-    """Return the value of an animal's attribute. It is random: no other value of this or another animal predicts it."""
-    return Random(f"fact {name_of(signs)} {attribute}").choice(ATTRIBUTES[attribute].values)
+    """
+    Return the value of an animal's attribute. It is random, and no other value predicts it. Each common animal has
+    another value of the attribute, so that no value is more frequent.
+    """
+    values = ATTRIBUTES[attribute].values
+    if signs in COMMON:
+        return Random(f"common {attribute}").sample(values, len(COMMON))[COMMON.index(signs)]
+    return Random(f"fact {name_of(signs)} {attribute}").choice(values)
 
 
-def sample(rng: Random, level: Level) -> Scene:
-    signs = (rng.choice(THINGS), rng.choice(THINGS))
+def sample_common(rng: Random, level: Level) -> Scene:
+    return sample(rng, level, rng.choice(COMMON))
+
+
+def sample_rare(rng: Random, level: Level) -> Scene:
+    while (signs := (rng.choice(THINGS), rng.choice(THINGS))) in COMMON:
+        pass
+    return sample(rng, level, signs)
+
+
+def sample(rng: Random, level: Level, signs: tuple[Thing, Thing]) -> Scene:
     return Scene(signs, jitter(rng, 2, most=4), rng.choice(list(ATTRIBUTES)[: level.num_attributes]))
 
 
@@ -185,19 +205,25 @@ def named(signs: tuple[Thing, Thing]) -> set[str]:
     return {name, *name.split()}
 
 
-SKILLS = {
-    "fact/animals": Skill(
+def fact_skill(category: str, sample: Callable[[Random, Level], Scene], combination: Callable[[Scene], tuple]) -> Skill:
+    return Skill(
         subject="natural science",
         grade="grade6",
-        category="Invented animals",
-        share=20,
+        category=category,
+        share=10,
         mistake="factual",
         lecture="",  # each problem has its own: the fact
         sample=sample,
-        combination=lambda scene: scene.signs,
+        combination=combination,
         ask=ask,
         draw=draw,
         named=lambda scene: named(scene.signs),
         vocabulary=frozenset(name for signs in product(THINGS, THINGS) for name in named(signs)),
+        caption=lambda scene: f"A sign with {name_things(scene.signs)}.",
     )
+
+
+SKILLS = {
+    "fact/common": fact_skill("Common animals", sample_common, lambda scene: scene[:2]),
+    "fact/rare": fact_skill("Rare animals", sample_rare, lambda scene: scene.signs),
 }

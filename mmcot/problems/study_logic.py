@@ -15,6 +15,7 @@ from mmcot.problems.study_skill import (
     draw_thing,
     jitter,
     listed,
+    name_things,
     names_of,
 )
 
@@ -52,7 +53,8 @@ def sample_balances(rng: Random, level: Level) -> Balances:
 def ask_balances(rng: Random, scene: Balances) -> list[Wording]:
     colors = scene.colors
     answer = colors[0] if scene.form == "heaviest" else colors[-1]
-    facts = [f"The {a} ball is heavier than the {b} ball." for a, b in pairwise(colors)]
+    pairs = list(pairwise(colors))
+    facts = [f"The {a} ball is heavier than the {b} ball." for a, b in (pairs[rank] for rank, *_ in scene.balances)]
     wording = Wording(
         question=f"Which ball is the {scene.form}?",
         answer=answer,
@@ -99,9 +101,10 @@ def sample_row(rng: Random, level: Level) -> Row:
     other_colors = [name for name in COLORS if name != color]
     other_shapes = [name for name in SHAPES if name != shape]
     things = [Thing(rng.choice(other_colors), rng.choice(other_shapes))]
-    while len(things) < level.num_objects:
+    number = max(3, level.num_objects)  # at least one thing is excluded by color, and one by shape
+    while len(things) < number:
         by_color, by_shape = Thing(color, rng.choice(other_shapes)), Thing(rng.choice(other_colors), shape)
-        things += [by_color, by_shape][: level.num_objects - len(things)]
+        things += [by_color, by_shape][: number - len(things)]
     rng.shuffle(things)
     return Row(tuple(things), color, shape, rng.choice(PERSONS), jitter(rng, len(things), most=3))
 
@@ -134,7 +137,7 @@ def draw_row(scene: Row) -> list[Canvas]:
 # Dots: counting two colors, and then comparing the numbers.
 
 GRID = 5  # dots are in the cells of a grid of 5x5
-MOST_DOTS = 5  # of one color
+MOST_DOTS = 5  # of one color; fewer if the level has few objects
 
 
 class Dots(NamedTuple):
@@ -149,7 +152,7 @@ class Dots(NamedTuple):
 def sample_dots(rng: Random, level: Level) -> Dots:
     first, second, third = rng.sample(list(COLORS), 3)
     relation = rng.choice(["more", "less", "equal"])
-    low, high = sorted(rng.sample(range(1, MOST_DOTS + 1), 2))
+    low, high = sorted(rng.sample(range(1, min(MOST_DOTS, level.num_objects + 1) + 1), 2))
     pair = {"more": (high, low), "less": (low, high), "equal": (low, low) if rng.random() < 0.5 else (high, high)}
     numbers = dict(zip((first, second), pair[relation], strict=True)) | {third: level.num_objects - 2}
     total = sum(numbers.values())
@@ -159,14 +162,15 @@ def sample_dots(rng: Random, level: Level) -> Dots:
 def ask_dots(rng: Random, scene: Dots) -> list[Wording]:
     first, second = scene.asked
     a, b = scene.numbers[first], scene.numbers[second]
+    drawn = [(color, scene.numbers[color]) for color in COLORS if scene.numbers.get(color)]
     choices = [f"more {first} dots", f"more {second} dots", "equally many"]
     answer = choices[0 if a > b else 1 if a < b else 2]
     wording = Wording(
         question=f"Are there more {first} dots or more {second} dots?",
         answer=answer,
         others=[choice for choice in choices if choice != answer],
-        observation=f"The {first} dots are {a} and the {second} dots are {b}.",
-        reasoning=f"{a} is {'greater than' if a > b else 'less than' if a < b else 'equal to'} {b}.",
+        observation=f"The dots are {listed([f'{number} {color}' for color, number in drawn])}.",
+        reasoning=f"{a} {first} is {'more than' if a > b else 'less than' if a < b else 'as many as'} {b} {second}.",
         conclusion=f"there are {answer}.",
     )
     return [wording]
@@ -200,6 +204,7 @@ SKILLS = {
         draw=draw_balances,
         named=lambda scene: set(scene.colors),
         vocabulary=frozenset(COLORS),
+        caption=lambda scene: f"Balances with balls in {listed(sorted(scene.colors))}.",
     ),
     "logic/exclusion": Skill(
         subject="language science",
@@ -214,6 +219,7 @@ SKILLS = {
         draw=draw_row,
         named=lambda scene: names_of(scene.things),
         vocabulary=THING_NAMES,
+        caption=lambda scene: f"A row with {name_things(scene.things)}.",
     ),
     "logic/count": Skill(
         subject="social science",
@@ -228,5 +234,6 @@ SKILLS = {
         draw=draw_dots,
         named=name_dots,
         vocabulary=frozenset({*COLORS, *map(str, range(10))}),
+        caption=lambda scene: f"Dots in {listed(sorted(scene.numbers))}.",
     ),
 }

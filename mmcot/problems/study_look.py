@@ -13,6 +13,7 @@ from mmcot.problems.study_skill import (
     draw_thing,
     jitter,
     listed,
+    name_things,
     names_of,
     sample_things,
 )
@@ -39,12 +40,13 @@ def sample_bars(rng: Random, level: Level) -> Bars:
 
 
 def ask_bars(rng: Random, scene: Bars) -> list[Wording]:
-    height = scene.heights[LETTERS.index(scene.asked)]
+    bars = list(zip(LETTERS, scene.heights, strict=False))
+    height = dict(bars)[scene.asked]
     wording = Wording(
         question=f"Which number does bar {scene.asked} show?",
         answer=str(height),
         others=rng.sample([str(other) for other in HEIGHTS if other != height], 3),
-        observation=f"Bar {scene.asked} ends at the line {height}.",
+        observation=f"Bar {', bar '.join(f'{letter} ends at {value}' for letter, value in bars)}.",
         conclusion=f"it shows {height}.",
     )
     return [wording]
@@ -111,11 +113,13 @@ def ask_relation(rng: Random, scene: Grid) -> list[Wording]:
     (first, second), (a, b) = scene.things[:2], scene.cells[:2]
     before, after = RELATIONS[:2] if a // 3 == b // 3 else RELATIONS[2:]
     answer = before if a < b else after
+    placed = sorted(zip(scene.cells, scene.things, strict=True))
     wording = Wording(
         question=f"Where is the {first.color} thing, seen from the {second.color} thing?",
         answer=answer,
         others=[other for other in RELATIONS if other != answer],
-        observation=f"The {first.name} is at the {PLACES[a]}. The {second.name} is at the {PLACES[b]}.",
+        observation=" ".join(f"The {thing.name} is at the {PLACES[cell]}." for cell, thing in placed),
+        reasoning=f"The {first.color} thing is at the {PLACES[a]}, the {second.color} thing is at the {PLACES[b]}.",
         conclusion=f"it is {answer}.",
     )
     return [wording]
@@ -164,6 +168,7 @@ SKILLS = {
         draw=draw_bars,
         named=name_bars,
         vocabulary=frozenset({*LETTERS, *map(str, HEIGHTS), *COLORS}),
+        caption=lambda scene: f"A chart with {scene.color} bars.",
     ),
     "look/relation": Skill(
         subject="language science",
@@ -178,6 +183,7 @@ SKILLS = {
         draw=lambda scene: [draw_grid(scene)],
         named=lambda scene: names_of(scene.things),
         vocabulary=THING_NAMES,
+        caption=lambda scene: f"A picture with {name_things(scene.things)}.",
     ),
     "look/change": Skill(
         subject="natural science",
@@ -192,5 +198,6 @@ SKILLS = {
         draw=lambda scene: [draw_grid(scene.before), draw_grid(scene.after)],
         named=lambda scene: names_of(scene.before.things),
         vocabulary=THING_NAMES,
+        caption=lambda scene: "Two pictures with colored shapes.",
     ),
 }

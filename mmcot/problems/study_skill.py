@@ -73,6 +73,7 @@ class Skill:
         draw: returns the pictures of a scene.
         named: returns the names of everything that a scene shows.
         vocabulary: the names of everything that any scene may show; empty without pictures.
+        caption: returns a short description of a scene that does not depend on the question; none without pictures.
         scenes: a name that skills share to ask about the same scenes; if empty, the skill has its own scenes.
         per_scene: the number of questions that `ask` returns; training uses only the first one.
     """
@@ -89,6 +90,7 @@ class Skill:
     draw: Callable[[Any], list[Canvas]] | None = None
     named: Callable[[Any], set[str]] = lambda scene: set()
     vocabulary: frozenset[str] = frozenset()
+    caption: Callable[[Any], str] = lambda scene: ""
     scenes: str = ""
     per_scene: int = 1
 
@@ -120,6 +122,11 @@ def sample_things(rng: Random, number: int) -> list[Thing]:
 
 def draw_thing(canvas: Canvas, thing: Thing, center: tuple, radius: float) -> None:
     canvas.shape(thing.shape, center, radius, COLORS[thing.color])
+
+
+def name_things(things: Iterable[Thing]) -> str:
+    """Return the names of things in alphabetical order, so that the text does not tell their places."""
+    return listed(sorted(f"a {thing.name}" for thing in things))
 
 
 def listed(texts: Sequence[str]) -> str:

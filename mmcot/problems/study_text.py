@@ -1,6 +1,5 @@
 """Problems without a picture: an order that several statements imply, and the last place of a thing."""
 
-from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
@@ -54,7 +53,7 @@ def ask_order(rng: Random, scene: Order) -> list[Wording]:
         context=" ".join(statements),
         answer=answer,
         others=[person for person in persons if person != answer],
-        observation=" ".join(f"{a} is {more} than {b}." for a, b in pairwise(persons)),
+        observation=" ".join(f"{persons[rank]} is {more} than {persons[rank + 1]}." for rank, _ in scene.statements),
         reasoning=f"In order: {listed(persons)}.",
         conclusion=f"{answer} is the {superlative}.",
     )
