@@ -114,10 +114,14 @@ class StageCollator:
         self.pictures = pictures if stage.sees_pictures else None
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.collate_texts(examples)
+        if self.pictures is not None:
+            batch.update(self.pictures.batch(examples))
+        return batch
+
+    def collate_texts(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = dict(self.tokenizer.pad({"input_ids": [row["input_ids"] for row in examples]}, return_tensors="pt"))
         if "labels" in examples[0]:
             labels = [torch.tensor(row["labels"]) for row in examples]
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        if self.pictures is not None:
-            batch.update(self.pictures.batch(examples))
         return batch

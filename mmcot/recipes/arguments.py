@@ -8,7 +8,7 @@ from mmcot.problems.opening import SOURCES
 from mmcot.problems.splits import SPLIT_SEED
 from modeling_mmcot.stage_mmcot import default_kind
 
-STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit"), "init_from": ("base", "previous_stage")}
+STAGE_CHOICES = {"inputs_from": ("gold", "generated", "cross_fit", "mixed"), "init_from": ("base", "previous_stage")}
 PEFT_TYPES = ("LORA", "PROMPT_TUNING", "PREFIX_TUNING")
 
 
@@ -31,7 +31,7 @@ class StageArguments:
             default `mean` if its target contains the text of the choice, else `total` (docs/choice_lengths.md).
         num_beams: the number of beams of free-running generation.
         num_train_epochs, learning_rate: for this stage, in place of the recipe's values.
-        inputs_from: the origin of the earlier stages' columns in training: `gold`, `generated` or `cross_fit`
+        inputs_from: the origin of the earlier stages' columns in training: `gold`, `generated`, `cross_fit` or `mixed`
             (`training/stage_inputs.py`).
         init_from: the initial weights of its training: `base`, or `previous_stage`.
         corpora: of a stage that retrieves: the passages that it searches (`retrieval/corpora.py`).

@@ -29,6 +29,7 @@ from mmcot.storage.journal import remove_partial_files
 from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantization
 from mmcot.training.callbacks import BestCheckpoint, StepSizeCheck, Termination
+from mmcot.training.mixed_inputs import MixedCollator, MixedTrainer, join_versions
 from mmcot.training.preparation import Run, lock_file
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
@@ -68,7 +69,7 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stage
 def splits_read_later(prepared: Run, later: Stages) -> set[str]:
     """Return the splits for which later stages read written columns during training."""
     inputs = {prepared.arguments_of(stage).inputs_from for stage in later.with_models}
-    return ({"val"} if inputs - {"gold"} else set()) | ({"train"} if "generated" in inputs else set())
+    return ({"val"} if inputs - {"gold"} else set()) | ({"train"} if inputs & {"generated", "mixed"} else set())
 
 
 def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
@@ -131,12 +132,15 @@ def build_trainer(
     model = starting_model(prepared, stage)
     if checkpoint is not None and not recipe.model_config.use_peft:  # the Trainer loads an adapter's weights itself
         load_weights(model, checkpoint)
-    trainer = StageTrainer(
+    trainer_class, collator_class = StageTrainer, NamedCollator
+    if prepared.arguments_of(stage).inputs_from == "mixed":
+        trainer_class, collator_class = MixedTrainer, MixedCollator
+    trainer = trainer_class(
         model=model,
         args=training_arguments(recipe.training_arguments, prepared.arguments_of(stage), stage_folder),
         train_dataset=examples["train"],
         eval_dataset=sort_by_length(examples["val"]),
-        data_collator=NamedCollator(processor, stage, pictures),
+        data_collator=collator_class(processor, stage, pictures),
         processing_class=processor,
     )
     if recipe.arguments.report_problems and prepared.folder.fold_of is None:
@@ -179,22 +183,30 @@ def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | Iterabl
         return stream_examples(
             problems, stage, processor, prepared.stages.before(stage), prepared.recipe.training_arguments.seed
         )
-    rows = with_target(training_problems(prepared, stage, split), stage, split)
-    return tokenized(rows, stage, processor, with_targets=True)
+    versions = [training_problems(prepared, stage, split)]
+    if split == "train" and prepared.arguments_of(stage).inputs_from == "mixed":
+        earlier = prepared.stages.before(stage)
+        versions.append(with_written_columns(versions[0], earlier, prepared.folder, split))
+    examples = [tokenized(rows, stage, processor, with_targets=True) for rows in with_target(versions, stage, split)]
+    return join_versions(*examples) if len(examples) > 1 else examples[0]
 
 
-def with_target(problems: Dataset, stage: Stage, split: str) -> Dataset:
-    """Return the problems for which the stage has a target; an empty one would teach it to write nothing."""
-    rows = problems.remove_columns("images")
-    kept = [index for index, row in enumerate(rows) if stage.render_target(row)]
+def with_target(versions: list[Dataset], stage: Stage, split: str) -> list[Dataset]:
+    """
+    Return the problems for which the stage has a target, in each version of the problems; an empty target would teach
+    the stage to write nothing.
+    """
+    num_problems = len(versions[0])
+    targets = zip(*(map(stage.render_target, rows.remove_columns("images")) for rows in versions), strict=True)
+    kept = [index for index, texts in enumerate(targets) if all(texts)]
     if not kept:
-        raise RunStopped(f"The {stage.name} stage has no target: it is empty for all {len(rows)} {split} problems.")
-    if len(kept) < len(rows) and PartialState().is_main_process:
+        raise RunStopped(f"The {stage.name} stage has no target: it is empty for all {num_problems} {split} problems.")
+    if len(kept) < num_problems and PartialState().is_main_process:
         logger.warning(
-            f"{stage.name} stage: {len(rows) - len(kept)} of {len(rows)} {split} problems have an empty target and are "
-            f"left out of its training"
+            f"{stage.name} stage: {num_problems - len(kept)} of {num_problems} {split} problems have an empty target "
+            f"and are left out of its training"
         )
-    return problems if len(kept) == len(rows) else problems.select(kept)
+    return versions if len(kept) == num_problems else [rows.select(kept) for rows in versions]
 
 
 def build_validation_report(prepared: Run, stage: Stage) -> ValidationReport:
@@ -214,10 +226,13 @@ def build_validation_report(prepared: Run, stage: Stage) -> ValidationReport:
 
 
 def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
-    """Return the problems with the columns of earlier stages that this stage reads during training and evaluation."""
+    """
+    Return the problems with the columns of earlier stages that this stage reads during training and evaluation; with
+    mixed inputs, the gold columns for training.
+    """
     problems, earlier = prepared.problems[split], prepared.stages.before(stage)
     inputs_from = prepared.arguments_of(stage).inputs_from
-    if inputs_from == "gold":
+    if inputs_from == "gold" or (inputs_from == "mixed" and split == "train"):
         rows = one_row_per_rationale(problems, [*earlier.with_models, stage])
         needed = set(stage.reads)
         for other in reversed(earlier.retrieving):

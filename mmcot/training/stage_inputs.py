@@ -2,8 +2,8 @@
 
 `gold` renders them from the dataset's own columns, as the paper does. `generated` takes the texts that the earlier
 stages write for their own training problems. `cross_fit` takes, for each problem, texts of stages that were trained
-without it, so that a stage trains on the kind of texts that it reads in prediction. This file trains and predicts
-nothing.
+without it, so that a stage trains on the kind of texts that it reads in prediction. `mixed` takes gold texts at first
+and generated texts at the end (`mixed_inputs.py`). This file trains and predicts nothing.
 """
 
 import random
