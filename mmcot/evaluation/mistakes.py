@@ -110,7 +110,7 @@ def judge_wrong_answer(problem: Mapping[str, Any], rationale: str, answer: int) 
         reason = f"The rationale supports {problem['choices'][supported]!r}, but the answer is {chosen!r}."
         return Verdict("logical", 0.6, reason)
     if premises_are_gold(problem, statements):
-        return Verdict(
+        return missing_fact(problem, statements) or Verdict(
             "logical",
             0.7,
             "All sentences before the conclusion are in gold, lecture or context; the conclusion does not follow.",
@@ -229,13 +229,22 @@ def changed_statement(problem: Mapping[str, Any], statements: list[list[str]]) -
         if where == "gold" and other == gold[-1]:
             continue  # the conclusion: it is wrong in every wrong answer
         reason = f"{' '.join(words)!r}, where {where} reads {' '.join(other)!r}."
-        is_rule = where == "lecture" or is_general(other, lecture)
-        if where == "gold" and not is_rule:
-            return Verdict(
-                "commonsense" if problem["images"] or OBSERVED.search(problem["question"]) else "factual", 0.7, reason
-            )
-        return Verdict("factual", 0.7, reason)
+        kind = kind_of_gold(problem, other, lecture) if where == "gold" else "factual"
+        return Verdict(kind, 0.7, reason)
     return None
+
+
+def kind_of_gold(problem: Mapping[str, Any], sentence: list[str], lecture: list[list[str]]) -> str:
+    """Return the kind of a mistake in a sentence of the gold rationale: an observation, a rule or fact, or a step."""
+    observation = sentences(problem["observation"])
+    if problem["images"] and sentence in observation:
+        return "commonsense"
+    if is_general(sentence, lecture):
+        return "factual"
+    if observation:
+        return "logical"
+    # Observations and steps are not distinguished.
+    return "commonsense" if problem["images"] or OBSERVED.search(problem["question"]) else "factual"
 
 
 def is_general(sentence: list[str], lecture: list[list[str]]) -> bool:
@@ -245,6 +254,15 @@ def is_general(sentence: list[str], lecture: list[list[str]]) -> bool:
         and len(content_words(sentence) - content_words(words)) <= 1
         for words in lecture
     )
+
+
+def missing_fact(problem: Mapping[str, Any], statements: list[list[str]]) -> Verdict | None:
+    """Find a sentence of the lecture that the gold rationale repeats and the rationale omits."""
+    lecture = sentences(problem["lecture"])
+    for words in sentences(problem["solution"]):
+        if words in lecture and words not in statements:
+            return Verdict("factual", 0.6, f"The rationale omits {' '.join(words)!r}, which lecture and gold state.")
+    return None
 
 
 def premises_are_gold(problem: Mapping[str, Any], statements: list[list[str]]) -> bool:

@@ -1,14 +1,19 @@
 """The rules that sort mistakes, each on a case that it matches and on one that it does not match."""
 
+import itertools
+
 import pytest
 
+from benchmarks.study_mistakes import measure
 from mmcot.evaluation.mistakes import KINDS, sentences, sort_mistake, supported_choice
+from mmcot.problems.study import EXPECTED_MISTAKES, generate
 
 PROBLEM = {
     "question": "Will these magnets attract or repel each other?",
     "choices": ["attract", "repel"],
     "context": "",
     "images": [],
+    "observation": "",
     "answer": 1,
     "lecture": "Every magnet has a north pole and a south pole. Opposite poles attract and like poles repel.",
     "solution": "The poles that face each other are south and south. Like poles repel. So, the magnets will repel.",
@@ -18,10 +23,23 @@ HEIGHTS = {
     "choices": ["the red tower", "the blue tower", "the green tower"],
     "context": "",
     "images": [],
+    "observation": "",
     "answer": 0,
     "lecture": "",
     "solution": "The red tower is 9 high, the blue one 5 and the green one 7. So, the red tower is the tallest.",
 }
+
+
+WEIGHTS = {
+    "question": "Which ball is the heaviest?",
+    "choices": ["red", "blue", "green"],
+    "context": "",
+    "images": [object()],
+    "observation": "The red ball is heavier than the blue ball. The blue ball is heavier than the green ball.",
+    "answer": 0,
+    "lecture": "A balance goes down on the heavier side.",
+}
+WEIGHTS["solution"] = f"{WEIGHTS['observation']} In order: red, blue and green. So, the red ball is the heaviest."
 
 
 def kind(problem, answer, rationale, **others):
@@ -75,6 +93,36 @@ def test_false_statement_about_picture_is_commonsense():
 def test_conclusion_that_does_not_follow_is_logical():
     text = PROBLEM["solution"].replace("will repel", "will attract")
     assert kind(PROBLEM, 0, text) == "logical" and "does not follow" in reason(PROBLEM, 0, text)
+
+
+def test_changed_observation_is_commonsense_and_changed_step_logical():
+    answer = "So, the blue ball is the heaviest."
+    observed = f"The blue ball is heavier than the red ball. In order: blue, red and green. {answer}"
+    assert kind(WEIGHTS, 1, observed) == "commonsense"
+    concluded = f"{WEIGHTS['observation']} In order: blue, red and green. {answer}"
+    assert kind(WEIGHTS, 1, concluded) == "logical"
+    assert "'in order blue red and green', where gold reads 'in order red blue" in reason(WEIGHTS, 1, concluded)
+    assert kind(WEIGHTS, 1, concluded, observation="") == "commonsense"  # unknown
+
+
+def test_changed_observation_that_contains_words_of_the_lecture_is_commonsense():
+    lecture = "The blue ball is heavier than any other."
+    observed = "The blue ball is heavier than the red ball. So, the blue ball is the heaviest."
+    assert kind(WEIGHTS, 1, observed, lecture=lecture) == "commonsense"
+
+
+def test_omitted_fact_is_factual_and_omitted_step_logical():
+    omitted = f"{WEIGHTS['observation']} So, the blue ball is the heaviest."
+    assert kind(WEIGHTS, 1, omitted) == "logical"
+    assert kind(WEIGHTS, 1, omitted, lecture="In order: red, blue and green.") == "factual"
+    assert "omits 'in order red blue and green'" in reason(
+        WEIGHTS, 1, omitted, lecture="In order: red, blue and green."
+    )
+
+
+def test_mistakes_in_study_problems_have_the_expected_kind():
+    found = measure(list(itertools.islice(generate("test"), 300)))["agreement_on_expected_kind"]
+    assert found.keys() == EXPECTED_MISTAKES.keys() and min(found.values()) > 90, found
 
 
 @pytest.mark.parametrize(
