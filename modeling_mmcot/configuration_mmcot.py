@@ -50,6 +50,8 @@ class MMCoTConfig(T5Config):
             checkpoints. By default such a problem is not fused, and its states are those of plain T5.
         stage_adapters (`list[str]`, *optional*):
             For a base model whose stages are adapters: the subfolders of the repository that contain the adapters.
+        shared_stages (`dict[str, dict]`, *optional*):
+            For a model that all stages of the repository share: by the name of each stage, its settings of `generate`.
         format_version (`int`, *optional*):
             Version of the format of the model's files. Versions other than this code's are rejected.
 
@@ -85,6 +87,7 @@ class MMCoTConfig(T5Config):
     freeze_vision: bool = False
     zeros_for_missing_pictures: bool = False
     stage_adapters: list[str] | None = None
+    shared_stages: dict[str, dict] | None = None
     format_version: int = FORMAT_VERSION
     # `register_for_auto_class` writes only one Auto class per class; these fields list all of them.
     auto_map: dict | None = None

@@ -1,4 +1,5 @@
-"""Loading of the stages' models: full models in subfolders of a repository, or adapters of the base model at its root.
+"""Loading of the stages' models: full models in subfolders of a repository, adapters of the base model at its root, or
+one model at the root that all stages share.
 
 `inference_mmcot.py` runs the models. PEFT is imported only if the stages are adapters.
 """
@@ -20,7 +21,7 @@ from transformers.utils import cached_file, logging
 
 from .processing_mmcot import MMCoTProcessor
 from .retrieval_mmcot import INDEX_FILES, MANIFEST, BM25Searcher, Passage, SearchError
-from .settings_mmcot import check_own_settings
+from .settings_mmcot import check_own_settings, given_settings
 from .versions_mmcot import check_versions
 from .virtual_tokens_mmcot import VirtualTokens
 
@@ -49,7 +50,8 @@ def load_stages(root: PreTrainedModel, repository: str, processor: MMCoTProcesso
 
     Args:
         root (`PreTrainedModel`):
-            The model at the repository's root: that of the stage that answers, or the base model of all adapters.
+            The model at the repository's root: that of the stage that answers, the base model of all adapters, or the
+            model that all stages share.
         repository (`str`):
             A folder or a Hub id.
         processor (`MMCoTProcessor`):
@@ -59,7 +61,8 @@ def load_stages(root: PreTrainedModel, repository: str, processor: MMCoTProcesso
         `Mapping[str, PreTrainedModel]`: The models by the names of their stages.
 
     Raises:
-        ValueError: If a stage's generation config contains a setting that stages do not support.
+        ValueError: If a stage's generation config contains a setting that stages do not support, or a shared model has
+            no settings for a stage.
     """
     add_searchers(processor, root, repository)
     stages = processor.stages.with_models
@@ -70,6 +73,8 @@ def load_stages(root: PreTrainedModel, repository: str, processor: MMCoTProcesso
         return adapters
     options = {"dtype": root.dtype, **hub_options(root), **select_options(root, PLACEMENT_OPTIONS + FILE_OPTIONS)}
     check_own_settings(root.generation_config, repository)
+    if root.config.shared_stages is not None:
+        return share_model(root.eval(), stages.names)
     models = {}
     for name in stages.names:
         if name == stages.answering.name:
@@ -84,6 +89,27 @@ def load_stages(root: PreTrainedModel, repository: str, processor: MMCoTProcesso
             model.set_attn_implementation(attention)
         share_tower(model, root)
         models[name] = model
+    return models
+
+
+def share_model(model: PreTrainedModel, names: list[str]) -> dict[str, PreTrainedModel]:
+    """
+    Return a model for each stage. All of them consist of the modules of `model`; each has the generation config of its
+    stage.
+
+    Raises:
+        ValueError: If `config.shared_stages` has no settings for a stage, or settings that stages do not support.
+    """
+    models = {}
+    for name in names:
+        if name not in model.config.shared_stages:
+            raise ValueError(
+                f"{model.name_or_path}: shared_stages in config.json has no settings for the stage {name!r}; found "
+                f"{', '.join(model.config.shared_stages) or 'none'}."
+            )
+        models[name] = copy.copy(model)  # a shallow copy has the same modules and weights
+        models[name].generation_config = copy.deepcopy(model.generation_config)
+        models[name].generation_config.update(**given_settings(model.config.shared_stages[name]))
     return models
 
 

@@ -368,7 +368,7 @@ class MultimodalCoTPipeline(Pipeline):
         else:
             self.model.save_pretrained(save_directory, **kwargs)
             for stage in self.processor.stages.with_models:
-                if stage.answers:
+                if stage.answers or self.model.config.shared_stages is not None:
                     continue  # its model is the root's
                 folder = os.path.join(save_directory, stage.name)
                 self.models[stage.name].save_pretrained(folder, **kwargs)

@@ -224,7 +224,7 @@ class Stages(list[Stage]):
 
     @property
     def answering(self) -> Stage:
-        """The stage that answers. Its model is at the root of a repository, unless the stages are adapters."""
+        """The stage that answers. If each stage has a model, that of this stage is at the root of a repository."""
         for stage in self:
             if stage.answers:
                 return stage
