@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from mmcot.hub.results import SCORES_FILE, eval_entries, eval_results, write_eval_results
-from mmcot.prediction.provenance import weights_by_stage
+from mmcot.prediction.provenance import training_name, weights_by_stage
 from mmcot.problems.splits import parse_split_files
 from mmcot.storage.digests import digest_of_digests, digest_of_file, sha256_of_file
 from mmcot.storage.files import list_files, read_json, write_json
@@ -87,8 +87,9 @@ class Publication:
 def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication) -> None:
     """Write README.md, its picture and the scores, if any, into a folder that contains all other files."""
     stages = processor.stages
-    trainings = {stage.name: read_training_results(run_folder, stage.name) for stage in stages.with_models}
-    dataset_name = trainings[stages.answering.name]["dataset_known_as"]
+    names = [training_name(run_folder, stage) for stage in stages.with_models]
+    trainings = {name: read_training_results(run_folder, name) for name in names}
+    dataset_name = trainings[training_name(run_folder, stages.answering)]["dataset_known_as"]
     dataset = DATASETS.get(dataset_name)
     if dataset and dataset.shares_alike and publication.license not in (None, dataset.license):
         raise ValueError(
@@ -135,6 +136,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         has_tower=processor.image_processor is not None,
         has_adapters=run_folder.is_adapted and not publication.merge,
         is_merged=publication.merge,
+        is_shared=run_folder.is_shared,
         parameters=num_parameters(folder),
         dataset=recipe["dataset"],
         dataset_name=dataset_name,

@@ -1,8 +1,8 @@
 """Run folder -> Hub folder: one repository with the whole system, loadable with `trust_remote_code`.
 
 The root contains the stage that answers, with the processor, the code and the card; each other stage has a subfolder.
-If the stages are adapters, the root contains their base, and each stage's adapter has a subfolder. `card.py` writes the
-card, `checks.py` checks the folder, `repository.py` uploads it.
+If the stages are adapters, the root contains their base, and each stage's adapter has a subfolder. A model that all
+stages share is at the root. `card.py` writes the card, `checks.py` checks the folder, `repository.py` uploads it.
 """
 
 import shutil
@@ -15,6 +15,7 @@ from peft import PeftConfig
 import modeling_mmcot
 from mmcot.hub.card import Publication, write_card
 from mmcot.hub.merging import check_not_adapted, shared_modules
+from mmcot.prediction.provenance import training_name
 from mmcot.storage.folders import replaced_folder
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
@@ -42,7 +43,7 @@ def shipped_code() -> list[Path]:
 def export(run_folder: RunFolder, processor: MMCoTProcessor, publication: Publication | None = None) -> Path:
     """Write `RUN_FOLDER/hub/` (or `hub_merged/`) atomically from the trained stages. Return the folder."""
     publication = publication or Publication()
-    stages = {stage.name: run_folder.stage(stage.name) for stage in processor.stages}
+    stages = {stage.name: run_folder.stage(training_name(run_folder, stage)) for stage in processor.stages}
     base = run_folder.base if run_folder.is_adapted else None
     with tempfile.TemporaryDirectory(dir=run_folder.path, prefix=".merged-") as merged:
         if publication.merge:
@@ -77,7 +78,7 @@ def write_hub_folder(
         root = processor.stages.answering.name
         copy_model(base or stages[root], folder)
         for stage in processor.stages:
-            if base is not None or stage.name != root:
+            if base is not None or stages[stage.name] != stages[root]:
                 copy_model(stages[stage.name], folder / stage.name)
         for file in shipped_code():
             shutil.copyfile(file, folder / file.name)

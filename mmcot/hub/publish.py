@@ -5,7 +5,7 @@ from mmcot.hub.checks import check_model_folder
 from mmcot.hub.export import export
 from mmcot.hub.repository import Repository, plan_push, upload, verify_upload
 from mmcot.hub.verification import answer_in_fresh_process
-from mmcot.prediction.provenance import check_export
+from mmcot.prediction.provenance import check_export, training_names
 from mmcot.storage.run_folder import RunFolder
 from modeling_mmcot import MMCoTProcessor
 
@@ -55,10 +55,8 @@ def finished_processor(run_folder: RunFolder) -> MMCoTProcessor:
             f"{run_folder} is not a finished run: it has no hub/, which train.py writes last. Finish the run first."
         )
     processor = MMCoTProcessor.from_pretrained(run_folder.hub, trust_remote_code=False)
-    for stage in processor.stages:
-        if not run_folder.is_trained(stage.name):
-            raise ValueError(
-                f"{run_folder} is not a finished run: the training of its {stage.name} stage is not finished."
-            )
+    for name in training_names(run_folder, processor):
+        if not run_folder.is_trained(name):
+            raise ValueError(f"{run_folder} is not a finished run: the training of its {name} stage is not finished.")
     check_export(run_folder, processor)
     return processor

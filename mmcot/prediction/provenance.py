@@ -22,9 +22,10 @@ from mmcot.problems.digests import ContentKeys, digest_of_problems, recorded
 from mmcot.problems.known_datasets import known_dataset_name
 from mmcot.storage.digests import digest_of_file, digest_of_folders
 from mmcot.storage.predictions import read_meta
-from mmcot.storage.run_folder import RunFolder
+from mmcot.storage.run_folder import SHARED, RunFolder
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.retrieval_mmcot import MANIFEST
+from modeling_mmcot.stage_mmcot import Stage
 
 WEIGHTS = ("*.safetensors", MANIFEST)  # the manifest identifies the index of a stage that retrieves
 # The files of a model folder that determine its predictions.
@@ -82,7 +83,18 @@ def weights_of(model: str, processor: MMCoTProcessor) -> dict[str, str] | None:
 
 def weights_by_stage(folder: Path, processor: MMCoTProcessor) -> dict[str, str]:
     """Return the weights digest of each stage in a run's stage folders or in a folder in the Hub's layout."""
-    return {stage.name: stage_weights(folder, stage.name) for stage in processor.stages}
+    run_folder = RunFolder(folder)
+    return {stage.name: stage_weights(folder, training_name(run_folder, stage)) for stage in processor.stages}
+
+
+def training_name(run_folder: RunFolder, stage: Stage) -> str:
+    """Return the name of the folder that contains a stage's model or index in a run: its own, or `shared`."""
+    return SHARED if stage.has_model and run_folder.is_shared else stage.name
+
+
+def training_names(run_folder: RunFolder, processor: MMCoTProcessor) -> list[str]:
+    """Return `training_name` of all stages, each name once."""
+    return list(dict.fromkeys(training_name(run_folder, stage) for stage in processor.stages))
 
 
 def check_export(run_folder: RunFolder, processor: MMCoTProcessor) -> None:
@@ -92,7 +104,7 @@ def check_export(run_folder: RunFolder, processor: MMCoTProcessor) -> None:
     Raises:
         ValueError: a stage was retrained after `hub/` was written, or its training is not finished.
     """
-    trained = [stage.name for stage in processor.stages if run_folder.stage(stage.name).is_dir()]
+    trained = [name for name in training_names(run_folder, processor) if run_folder.stage(name).is_dir()]
     differing = [
         stage
         for stage in trained

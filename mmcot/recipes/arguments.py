@@ -78,6 +78,7 @@ class RecipeArguments:
         allow_overlap: train even if validation or test problems also occur in training (same text and pictures).
         stages: the stages (in the recipe only, see [`StageArguments`]). A stage runs after all stages whose columns it
             reads; apart from that, they run in the given order.
+        share_weights: train one model for all stages, on the mixture of their examples, in place of one model for each.
         streaming: read the training problems of a Hub dataset during training, without keeping them on disk
             (`training/streaming.py`).
         fusion: a name in `fusion_mmcot.FUSIONS`. By default that of the model, or `gated` for a new model.
@@ -122,6 +123,7 @@ class RecipeArguments:
         default=False, metadata={"help": "Read training problems during training; needs max_steps."}
     )
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
+    share_weights: bool = field(default=False, metadata={"help": "Train one model for all stages."})
     fusion: str | None = field(default=None, metadata={"help": "The module that mixes patches into the text states."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})
     vision_tower: str | None = field(default=None, metadata={"help": "How the tower's output becomes patches."})

@@ -14,10 +14,12 @@ from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, 
 from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, RETRIEVE, SCORES, STAGE_NAME, exclusive_column
 
 # Folders of a run that are not stages.
-RESERVED_NAMES = ("base", "hub", "hub_merged", "folds", "predictions", "scores")
+RESERVED_NAMES = ("base", "shared", "hub", "hub_merged", "folds", "predictions", "scores")
 # Settings of a stage that only a model has.
 MODEL_SETTINGS = ("template", "target", "max_source_length", "max_target_length", "num_beams", "num_train_epochs")
 MODEL_SETTINGS += ("learning_rate", "inputs_from", "init_from")
+# Settings of a stage's own training, which it does not have if all stages share one model.
+TRAINING_SETTINGS = ("num_train_epochs", "learning_rate", "inputs_from", "init_from")
 # Settings of all adapters, and settings of LoRA only.
 PEFT_SETTINGS = ("load_in_4bit", "load_in_8bit", "peft_type", "num_virtual_tokens")
 LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")
@@ -191,6 +193,45 @@ def check_one_stage(arguments: RecipeArguments, stages: list[StageArguments], co
             f"{config}: stage and report_problems are set, and a report needs the texts of earlier stages: omit one "
             f"of them."
         )
+
+
+def check_shared_weights(
+    arguments: RecipeArguments, model_config: ModelConfig, stages: list[StageArguments], config: str
+) -> None:
+    """
+    Check that no setting needs a model for each stage, if all stages share one.
+
+    Raises:
+        ValueError: with the first fault.
+    """
+    if not arguments.share_weights:
+        return
+    trained = [stage for stage in stages if KINDS[stage.kind].has_model]
+    if len(trained) == 1:
+        raise ValueError(
+            f"{config}: share_weights is set, but only the stage {trained[0].name!r} has a model: omit share_weights."
+        )
+    defaults = {entry.name: entry.default for entry in fields(StageArguments)}
+    for stage in trained:
+        for name in TRAINING_SETTINGS:
+            if getattr(stage, name) != defaults[name]:
+                raise ValueError(
+                    f"{config}: stage {stage.name!r} has {name} {getattr(stage, name)!r}, which has no effect with "
+                    f"share_weights: one training on gold columns trains all stages, with the top-level settings."
+                )
+    if model_config.use_peft:
+        raise ValueError(
+            f"{config}: share_weights and use_peft are set, but adapters share their base already, and each stage has "
+            f"one: omit one of them."
+        )
+    conflicting = {
+        "stage": (arguments.stage is not None, "all stages are trained together"),
+        "streaming": (arguments.streaming, "a mixture needs all training problems at once"),
+        "report_problems": (arguments.report_problems > 0, "a report needs the texts of earlier stages"),
+    }
+    for name, (is_set, reason) in conflicting.items():
+        if is_set:
+            raise ValueError(f"{config}: {name} is set, which share_weights does not allow: {reason}.")
 
 
 def check_streaming(

@@ -22,6 +22,7 @@ from mmcot.recipes.checks import (
     check_inputs,
     check_one_stage,
     check_parts,
+    check_shared_weights,
     check_stages,
     check_streaming,
     in_order,
@@ -133,6 +134,7 @@ def parse_recipe(command_line: list[str]) -> Recipe:
     stages = in_order(stages, config)
     check_inputs(arguments, stages, config)
     check_one_stage(arguments, stages, config)
+    check_shared_weights(arguments, model_config, stages, config)
     check_streaming(arguments, training_arguments, stages, config)
     check_parts(arguments, model_config, stages, config)
     check_adapters(arguments, training_arguments, model_config, given_keys, config)

@@ -7,6 +7,8 @@ from mmcot.storage.files import read_json
 
 # The name, in place of a split's, of the predictions that all folds write for the training problems.
 CROSS_FITTED = "train_cross_fit"
+# The name, in place of a stage's, of the training of one model for all stages.
+SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class RunFolder:
         recipe.yaml  inputs.json  splits.json  .lock  .lock-stage-STAGE  .lock-fold-N
         STAGE/       checkpoints, weights, curves.png, reports/, and train_results.json, which is written last
         base/        the base model, if the stages are adapters
+        shared/      in place of the stages' folders, the model of all stages, if they share their weights
         predictions/ SPLIT.json, SPLIT.meta.json, and SPLIT.STAGE.partial-PROCESS.jsonl while a stage writes
         scores/      SPLIT.json, probes.json
         hub/         the exported system; hub_merged/ with its adapters merged
@@ -68,6 +71,11 @@ class RunFolder:
     def is_adapted(self) -> bool:
         """Whether the stages are adapters of one base model."""
         return self.base.is_dir()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all stages share one model."""
+        return self.stage(SHARED).is_dir()
 
     def stage(self, stage: str) -> Path:
         return self.path / stage

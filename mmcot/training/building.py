@@ -303,6 +303,8 @@ def build_model(
             attn_implementation=model_config.attn_implementation,
             **fields,
         )
+        # The checkpoint can be the root of a system, whose other stages are not in this model.
+        model.config.stage_adapters = model.config.shared_stages = None
     if tower is not None:
         model.attach_tower(tower, tower_name(arguments.vision_model_name_or_path, arguments.vision_tower))
     return model

@@ -23,7 +23,7 @@ from mmcot.recipes.recipe import Recipe, claim_run_folder
 from mmcot.retrieval.corpora import LECTURES, read_corpus
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.files import write_json
-from mmcot.storage.run_folder import RunFolder
+from mmcot.storage.run_folder import SHARED, RunFolder
 from mmcot.training.adapters import check_adapters
 from mmcot.training.building import (
     InitialModel,
@@ -45,6 +45,23 @@ from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage, Stages
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Training:
+    """
+    The training of one model.
+
+    Args:
+        name: the name of its folder: that of its stage, or `shared`.
+        stages: the stages that the model is trained for: one, or with `share_weights` all stages with a model.
+    """
+
+    name: str
+    stages: Stages
+
+    def __str__(self) -> str:
+        return "shared model" if self.name == SHARED else f"{self.name} stage"
+
+
 @dataclass
 class Run:
     """A recipe with its data checked and its run folder locked, ready for training."""
@@ -60,6 +77,12 @@ class Run:
 
     def arguments_of(self, stage: Stage) -> StageArguments:
         return self.recipe.stages[self.stages.index(stage)]
+
+    def training_of(self, stage: Stage) -> Training:
+        """Return the training of the model that a stage uses."""
+        if self.recipe.arguments.share_weights and stage.has_model:
+            return Training(SHARED, self.stages.with_models)
+        return Training(stage.name, Stages([stage]))
 
 
 def prepare(recipe: Recipe) -> Run:

@@ -1,4 +1,7 @@
-"""Trains one stage, resuming from its last complete checkpoint, and writes its column for the splits."""
+"""Trains a stage's model, resuming from its last complete checkpoint, and writes the stage's column for the splits.
+
+With `share_weights`, the first stage that needs the model trains it for all stages.
+"""
 
 import contextlib
 import copy
@@ -30,14 +33,15 @@ from mmcot.storage.run_folder import CROSS_FITTED
 from mmcot.training.adapters import adapt, freeze, load_adapter_weights, quantization
 from mmcot.training.callbacks import BestCheckpoint, StepSizeCheck, Termination
 from mmcot.training.mixed_inputs import MixedCollator, MixedTrainer, join_versions
-from mmcot.training.preparation import Run, lock_file
+from mmcot.training.mixture import mix
+from mmcot.training.preparation import Run, Training, lock_file
 from mmcot.training.progress import ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
 from mmcot.training.stage_outputs import has_written, predict_split, retrieve_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
-from modeling_mmcot.loading_mmcot import StageAdapters
+from modeling_mmcot.loading_mmcot import StageAdapters, share_model
 from modeling_mmcot.stage_mmcot import RETRIEVE, Stage, Stages
 
 logger = logging.getLogger(__name__)
@@ -54,7 +58,7 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stage
     written = [split for split in splits if has_written(prepared, stage, split)]
     for split in written:  # a killed call can have left its journal
         remove_partial_files(prepared.folder.unfinished_predictions(split, stage.name))
-    if prepared.folder.is_trained(stage.name) and len(written) == len(splits):
+    if prepared.folder.is_trained(prepared.training_of(stage).name) and len(written) == len(splits):
         logger.info("stage %s is trained and its columns are written already: %s", stage.name, prepared.folder)
         return
     if stage.kind == RETRIEVE:
@@ -74,62 +78,82 @@ def splits_read_later(prepared: Run, later: Stages) -> set[str]:
 
 def train_stage(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     """Return the trained model of a stage: loaded from its folder if it is finished, otherwise trained now."""
-    if prepared.folder.is_trained(stage.name):
-        logger.info("stage %s is trained already: %s", stage.name, prepared.folder.stage(stage.name))
+    training = prepared.training_of(stage)
+    if prepared.folder.is_trained(training.name):
+        logger.info("%s is trained already: %s", training, prepared.folder.stage(training.name))
         return load_trained(prepared, stage)
-    with lock_file(prepared.folder.stage_lock(stage.name)) or contextlib.nullcontext():
-        model = train(prepared, stage)
+    with lock_file(prepared.folder.stage_lock(training.name)) or contextlib.nullcontext():
+        model = train(prepared, training)
     if model is None:
         gc.collect()  # so that the base is in memory only once
-        model = load_trained(prepared, stage)
-    return model
+        return load_trained(prepared, stage)
+    return model_of_stage(model, stage)
 
 
-def train(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | None:
+def model_of_stage(model: MMCoTForConditionalGeneration, stage: Stage) -> MMCoTForConditionalGeneration:
+    """Return a trained model with the generation config of a stage."""
+    return model if model.config.shared_stages is None else share_model(model, [stage.name])[stage.name]
+
+
+def train(prepared: Run, training: Training) -> MMCoTForConditionalGeneration | None:
     """
-    Train a stage from its last checkpoint, and save it. Return its model, or None if prediction needs to load it from
-    the folder: an adapter of the base, or sharded weights.
+    Train a model from its last checkpoint, and save it. Return it, or None if prediction needs to load it from the
+    folder: an adapter of the base, or sharded weights.
     """
     with PartialState().main_process_first():
-        examples = {split: stage_examples(prepared, stage, split) for split in ("train", "val")}
-        checkpoint = checkpoint_of(prepared, stage)
-    check_batches(prepared.recipe.training_arguments, examples["train"], stage)
-    shortened = {split: log_shortened(stage, rows, f"{split} problems") for split, rows in examples.items()}
-    trainer = build_trainer(prepared, stage, examples, checkpoint)
+        by_stage = {
+            split: [stage_examples(prepared, stage, split) for stage in training.stages] for split in ("train", "val")
+        }
+        checkpoint = checkpoint_of(prepared, training)
+    seed = prepared.recipe.training_arguments.seed
+    examples = {split: mix(training.stages, rows, seed) for split, rows in by_stage.items()}
+    shortened = {split: count_shortened(training, rows, f"{split} problems") for split, rows in by_stage.items()}
+    check_batches(prepared.recipe.training_arguments, examples["train"], training)
+    trainer = build_trainer(prepared, training, examples, checkpoint)
     with Termination() as termination:
         for callback in (termination, StepSizeCheck(), BestCheckpoint()):
             trainer.add_callback(callback)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.state.global_step < trainer.state.max_steps:
-        exit_after_signal(trainer, stage, termination)
+        exit_after_signal(trainer, training, termination)
     save_trained(trainer, prepared.recipe)
     if trainer.is_world_process_zero():
-        write_results(trainer, prepared, stage, metrics, shortened)
+        write_results(trainer, prepared, training, metrics, shortened)
     PartialState().wait_for_everyone()
     if termination.received_by_any():
-        exit_after_signal(trainer, stage, termination)
+        exit_after_signal(trainer, training, termination)
     if saves_adapters(prepared.recipe) or is_sharded(trainer):
         return None
     # The same as a loaded model: without the wrapper for training in bfloat16.
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
-def checkpoint_of(prepared: Run, stage: Stage) -> str | None:
-    """Return the stage's newest checkpoint, from which its training resumes; None if there is none."""
+def count_shortened(training: Training, examples: list[Dataset | IterableDataset], which: str) -> dict[str, int] | None:
+    """Apply `log_shortened` to the examples of each stage, and add up the numbers."""
+    counts = [log_shortened(stage, rows, which) for stage, rows in zip(training.stages, examples, strict=True)]
+    if counts[0] is None:
+        return None
+    return {name: sum(stage_counts[name] for stage_counts in counts) for name in counts[0]}
+
+
+def checkpoint_of(prepared: Run, training: Training) -> str | None:
+    """Return the newest checkpoint of a training, from which it resumes; None if there is none."""
     arguments = prepared.recipe.arguments
-    checkpoint = checkpoint_to_resume(prepared.folder.stage(stage.name), arguments.pass_over_damaged_checkpoints)
+    checkpoint = checkpoint_to_resume(prepared.folder.stage(training.name), arguments.pass_over_damaged_checkpoints)
     check_resumable(prepared.recipe.training_arguments, checkpoint)
     return checkpoint
 
 
 def build_trainer(
-    prepared: Run, stage: Stage, examples: dict[str, Dataset | IterableDataset], checkpoint: str | None
+    prepared: Run, training: Training, examples: dict[str, Dataset | IterableDataset], checkpoint: str | None
 ) -> StageTrainer:
-    recipe, processor, stage_folder = prepared.recipe, prepared.processor, prepared.folder.stage(stage.name)
+    recipe, processor, folder = prepared.recipe, prepared.processor, prepared.folder.stage(training.name)
+    # A collator adds pictures if its stage reads them; the examples of other stages in a mixture have none.
+    stage = next((stage for stage in training.stages if stage.sees_pictures), training.stages[0])
     pictures = prepared.pictures
     if recipe.arguments.streaming:
         pictures = streamed_pictures(processor, prepared.problems["val"])
-    model = starting_model(prepared, stage)
+    model = starting_model(prepared, training)
     if checkpoint is not None and not recipe.model_config.use_peft:  # the Trainer loads an adapter's weights itself
         load_weights(model, checkpoint)
     trainer_class, collator_class = StageTrainer, NamedCollator
@@ -137,7 +161,7 @@ def build_trainer(
         trainer_class, collator_class = MixedTrainer, MixedCollator
     trainer = trainer_class(
         model=model,
-        args=training_arguments(recipe.training_arguments, prepared.arguments_of(stage), stage_folder),
+        args=training_arguments(recipe.training_arguments, prepared.arguments_of(stage), folder),
         train_dataset=examples["train"],
         eval_dataset=sort_by_length(examples["val"]),
         data_collator=collator_class(processor, stage, pictures),
@@ -157,11 +181,11 @@ def is_sharded(trainer: StageTrainer) -> bool:
 def write_results(
     trainer: StageTrainer,
     prepared: Run,
-    stage: Stage,
+    training: Training,
     metrics: dict[str, float],
     shortened: dict[str, dict[str, int] | None],
 ) -> None:
-    """Write `train_results.json`, which marks a stage as trained, and `curves.png`."""
+    """Write `train_results.json`, which marks a training as finished, and `curves.png`."""
     history = trainer.state.log_history[:-1]  # the last entry repeats the metrics
     results = {
         **metrics,
@@ -172,8 +196,8 @@ def write_results(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "log_history": history,
     }
-    plot_curves(history, prepared.folder.curves(stage.name))
-    write_json(prepared.folder.train_results(stage.name), results)
+    plot_curves(history, prepared.folder.curves(training.name))
+    write_json(prepared.folder.train_results(training.name), results)
 
 
 def stage_examples(prepared: Run, stage: Stage, split: str) -> Dataset | IterableDataset:
@@ -250,7 +274,7 @@ def training_problems(prepared: Run, stage: Stage, split: str) -> Dataset:
     return one_row_per_rationale(problems, [stage])
 
 
-def exit_after_signal(trainer: StageTrainer, stage: Stage, termination: Termination) -> None:
+def exit_after_signal(trainer: StageTrainer, training: Training, termination: Termination) -> None:
     """
     Exit after a signal, with the status 128 plus the signal's number.
 
@@ -260,20 +284,20 @@ def exit_after_signal(trainer: StageTrainer, stage: Stage, termination: Terminat
     """
     step, last = trainer.state.global_step, trainer.state.max_steps
     if not termination.received_by_any():
-        raise RunStopped(f"The {stage.name} stage ended at step {step} of {last}, though no signal was received.")
+        raise RunStopped(f"The {training} ended at step {step} of {last}, though no signal was received.")
     if trainer.is_world_process_zero():
         saved = trainer.args.output_dir if step == last else checkpoint_to_resume(Path(trainer.args.output_dir))
         how_to_resume = "The same command resumes from it."
         if trainer.args.save_only_model and step < last:
             how_to_resume = "It cannot be resumed, because save_only_model saves no optimizer."
-        state = f"the {stage.name} stage stopped at step {step} of {last}, saved in {saved}"
+        state = f"the {training} stopped at step {step} of {last}, saved in {saved}"
         print(f"{termination.received.name}: {state}. {how_to_resume}", file=sys.stderr)
     sys.exit(128 + termination.received)
 
 
-def check_batches(arguments: Seq2SeqTrainingArguments, examples: Dataset | IterableDataset, stage: Stage) -> None:
+def check_batches(arguments: Seq2SeqTrainingArguments, examples: Dataset | IterableDataset, training: Training) -> None:
     """
-    Check that a stage has a full batch.
+    Check that a training has a full batch.
 
     Raises:
         RunStopped: `dataloader_drop_last` would drop the only batch.
@@ -283,7 +307,7 @@ def check_batches(arguments: Seq2SeqTrainingArguments, examples: Dataset | Itera
     batch_size = arguments.train_batch_size * PartialState().num_processes
     if len(examples) < batch_size:
         raise RunStopped(
-            f"The {stage.name} stage has {len(examples)} training examples, but a batch over all processes has "
+            f"The {training} has {len(examples)} training examples, but a batch over all processes has "
             f"{batch_size}: with dataloader_drop_last nothing would be trained."
         )
 
@@ -307,14 +331,18 @@ def saves_adapters(recipe: Recipe) -> bool:
     return recipe.model_config.use_peft and not recipe.arguments.merge_adapters
 
 
-def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration | PeftModel:
-    """Return the model that a stage's training starts from, with frozen parts or with a new adapter."""
-    recipe, arguments = prepared.recipe, prepared.arguments_of(stage)
+def starting_model(prepared: Run, training: Training) -> MMCoTForConditionalGeneration | PeftModel:
+    """Return the model that a training starts from, with frozen parts or with a new adapter."""
+    recipe, stages = prepared.recipe, training.stages
     previous = None
-    if arguments.init_from == "previous_stage":
-        previous = prepared.folder.stage(prepared.stages.before(stage).with_models[-1].name)
+    if prepared.arguments_of(stages[0]).init_from == "previous_stage":
+        previous = prepared.folder.stage(prepared.stages.before(stages[0]).with_models[-1].name)
     model = load_starting_weights(prepared, previous)
-    model.generation_config.update(max_new_tokens=arguments.max_target_length, num_beams=arguments.num_beams)
+    if recipe.arguments.share_weights:
+        model.config.shared_stages = {stage.name: generation_settings(prepared, stage) for stage in stages}
+    # The root of a repository generates like the stage that answers.
+    own = prepared.stages.answering if recipe.arguments.share_weights else stages[0]
+    model.generation_config.update(**generation_settings(prepared, own))
     if not recipe.model_config.use_peft:
         freeze(model, recipe.arguments.freeze_text, recipe.arguments.freeze_fusion)
         return model
@@ -329,6 +357,12 @@ def starting_model(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration
     if saves_adapters(recipe) and previous is not None:
         load_adapter_weights(model, previous)
     return model
+
+
+def generation_settings(prepared: Run, stage: Stage) -> dict[str, int]:
+    """Return the settings of `generate` that a recipe gives a stage."""
+    arguments = prepared.arguments_of(stage)
+    return {"max_new_tokens": arguments.max_target_length, "num_beams": arguments.num_beams}
 
 
 def load_starting_weights(prepared: Run, previous: Path | None) -> MMCoTForConditionalGeneration:
@@ -363,8 +397,9 @@ def save_trained(trainer: StageTrainer, recipe: Recipe) -> None:
 def load_trained(prepared: Run, stage: Stage) -> MMCoTForConditionalGeneration:
     """Load a finished stage's model from its folder."""
     folder, device = prepared.folder, prepared.recipe.training_arguments.device
-    if not (folder.stage(stage.name) / "adapter_config.json").exists():
-        return load_saved(prepared, folder.stage(stage.name)).to(device)
+    trained = folder.stage(prepared.training_of(stage).name)
+    if not (trained / "adapter_config.json").exists():
+        return model_of_stage(load_saved(prepared, trained).to(device), stage)
     base = load_saved(prepared, folder.base, dtype="auto").to(device)
     return StageAdapters(base, str(folder), [stage.name])[stage.name]
 

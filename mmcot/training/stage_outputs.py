@@ -36,7 +36,7 @@ def has_written(prepared: Run, stage: Stage, split: str) -> bool:
 def weights_of_stage(prepared: Run, stage: Stage) -> str:
     """Return the digest of a stage's weights, or of its index, which folds share with their run."""
     folder = prepared.folder if stage.has_model else prepared.folder.run
-    return stage_weights(folder.path, stage.name)
+    return stage_weights(folder.path, prepared.training_of(stage).name)
 
 
 def recorded_weights(prepared: Run, split: str) -> dict[str, str]:
