@@ -227,7 +227,6 @@ def check_shared_weights(
     conflicting = {
         "stage": (arguments.stage is not None, "all stages are trained together"),
         "streaming": (arguments.streaming, "a mixture needs all training problems at once"),
-        "report_problems": (arguments.report_problems > 0, "a report needs the texts of earlier stages"),
     }
     for name, (is_set, reason) in conflicting.items():
         if is_set:

@@ -22,12 +22,14 @@ from mmcot.pictures.pixel_store import PixelStore
 from mmcot.pictures.reading import read_pictures
 from mmcot.prediction.columns import with_columns
 from mmcot.prediction.examples import StageCollator, tokenized
+from mmcot.prediction.passages import add_passages
 from mmcot.prediction.predictor import PredictOptions, predict_stage
 from mmcot.problems.schema import without_gold
 from mmcot.storage.files import write_text
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
+from modeling_mmcot.loading_mmcot import share_model
 from modeling_mmcot.pictures_mmcot import as_rgb
-from modeling_mmcot.stage_mmcot import LETTERS, Stage
+from modeling_mmcot.stage_mmcot import LETTERS, RETRIEVE, Stage
 
 NUM_EXAMPLES = 8
 
@@ -94,6 +96,12 @@ class ValidationReport:
     def report(self, model: MMCoTForConditionalGeneration, step: int, is_main_process: bool) -> dict[str, float]:
         """Return `eval_accuracy_CLASS` for a stage that answers, otherwise `eval_bleu4` etc.; and `eval_gate`."""
         predictions = {problem_id: dict(self.predictions.get(problem_id, {})) for problem_id in self.problems["id"]}
+        return self.report_column(model, predictions, step, is_main_process)
+
+    def report_column(
+        self, model: MMCoTForConditionalGeneration, predictions: dict[str, dict], step: int, is_main_process: bool
+    ) -> dict[str, float]:
+        """Apply `report` to given columns of earlier stages, and add the stage's column to them."""
         options = PredictOptions(batch_size=self.batch_size)
         predict_stage(model, self.processor, self.stage, self.problems, predictions, options, self.pictures)
         metrics = {f"eval_{name}": value for name, value in self.scores(predictions).items() if value is not None}
@@ -166,6 +174,32 @@ class ValidationReport:
             lines += [f"{problem['question']} {choices}", "", f"- gold: {self.stage.render_target(problem)}"]
             lines += [f"- written: {predictions[problem['id']][self.stage.writes]}", ""]
         write_text(self.folder / f"step-{step}.md", "\n".join(lines))
+
+
+class SharedReport:
+    """
+    At each evaluation of a model that all stages share, runs all stages, and reports each of them.
+
+    Args:
+        reports: the report of each stage that has a model, by its name. Their problems are the same.
+    """
+
+    def __init__(self, reports: dict[str, ValidationReport]):
+        self.reports = reports
+
+    def report(self, model: MMCoTForConditionalGeneration, step: int, is_main_process: bool) -> dict[str, float]:
+        """Return the metrics of all stages; `eval_gate` is the mean over the stages that read pictures."""
+        models, metrics, gates = share_model(model, list(self.reports)), {}, []
+        any_report = next(iter(self.reports.values()))
+        predictions: dict[str, dict] = {problem_id: {} for problem_id in any_report.problems["id"]}
+        for stage in any_report.processor.stages:
+            if stage.kind == RETRIEVE:
+                add_passages(predictions, any_report.processor, stage, any_report.problems)
+                continue
+            found = self.reports[stage.name].report_column(models[stage.name], predictions, step, is_main_process)
+            gates += [found.pop("eval_gate")] if "eval_gate" in found else []
+            metrics |= found
+        return {**metrics, "eval_gate": sum(gates) / len(gates)} if gates else metrics
 
 
 def plot_curves(log_history: list[dict[str, float]], file: Path) -> None:

@@ -35,7 +35,7 @@ from mmcot.training.callbacks import BestCheckpoint, StepSizeCheck, Termination
 from mmcot.training.mixed_inputs import MixedCollator, MixedTrainer, join_versions
 from mmcot.training.mixture import mix
 from mmcot.training.preparation import Run, Training, lock_file
-from mmcot.training.progress import ValidationReport, hardware, plot_curves
+from mmcot.training.progress import SharedReport, ValidationReport, hardware, plot_curves
 from mmcot.training.stage_inputs import one_row_per_rationale, with_written_columns
 from mmcot.training.stage_outputs import has_written, predict_split, retrieve_split
 from mmcot.training.streaming import stream_examples, streamed_pictures
@@ -170,7 +170,7 @@ def build_trainer(
     if recipe.arguments.report_problems and prepared.folder.fold_of is None:
         if is_sharded(trainer):
             raise RunStopped("report_problems generates texts during training, which sharded weights do not support.")
-        trainer.validation_report = build_validation_report(prepared, stage)
+        trainer.validation_report = build_validation_report(prepared, training)
     return trainer
 
 
@@ -233,8 +233,18 @@ def with_target(versions: list[Dataset], stage: Stage, split: str) -> list[Datas
     return versions if len(kept) == num_problems else [rows.select(kept) for rows in versions]
 
 
-def build_validation_report(prepared: Run, stage: Stage) -> ValidationReport:
-    """Build the report on a random sample of validation problems, the same in each run."""
+def build_validation_report(prepared: Run, training: Training) -> ValidationReport | SharedReport:
+    """Build the report of a training."""
+    folder = prepared.folder.reports(training.name)
+    if prepared.recipe.arguments.share_weights:
+        return SharedReport(
+            {stage.name: build_stage_report(prepared, stage, folder / stage.name) for stage in training.stages}
+        )
+    return build_stage_report(prepared, training.stages[0], folder)
+
+
+def build_stage_report(prepared: Run, stage: Stage, folder: Path) -> ValidationReport:
+    """Build the report of a stage on a random sample of validation problems, the same in each run."""
     problems = prepared.problems["val"]
     count = min(prepared.recipe.arguments.report_problems, len(problems))
     chosen = random.Random(0).sample(range(len(problems)), count)
@@ -244,7 +254,7 @@ def build_validation_report(prepared: Run, stage: Stage) -> ValidationReport:
         problems.select(sorted(chosen)),
         prepared.folder.predictions_so_far("val"),
         prepared.pictures,
-        prepared.folder.reports(stage.name),
+        folder,
         prepared.recipe.training_arguments.per_device_eval_batch_size,
     )
 

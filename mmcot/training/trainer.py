@@ -22,7 +22,7 @@ from mmcot.prediction.batching import LengthBatchSampler
 from mmcot.prediction.examples import StageCollator, lengths_of
 from mmcot.storage.checkpoints import UNFINISHED, RunStopped, finish_checkpoint
 from mmcot.training.callbacks import STOP_SIGNALS, SamplerEpoch
-from mmcot.training.progress import Speed, ValidationReport
+from mmcot.training.progress import SharedReport, Speed, ValidationReport
 from modeling_mmcot import MMCoTForConditionalGeneration
 
 
@@ -35,7 +35,7 @@ class StageTrainer(Seq2SeqTrainer):
     """
 
     is_saving = False
-    validation_report: ValidationReport | None = None
+    validation_report: ValidationReport | SharedReport | None = None
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)

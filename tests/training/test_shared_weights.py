@@ -119,7 +119,6 @@ def changed(**settings):
         ({"stages": changed(name="shared")}, [], "name of a stage is 'shared', a folder that a run uses"),
         ({"stages": [{**STAGES[3], "reads": ["question", "choices"]}]}, [], "only the stage 'answer' has a model"),
         ({}, ["--stage", "rationale"], "stage is set, which share_weights does not allow: all stages are trained"),
-        ({}, ["--report_problems", "2"], "report_problems is set, which share_weights does not allow"),
         ({"use_peft": True}, [], "share_weights and use_peft are set, but adapters share their base already"),
         (
             {"stages": [STAGES[0], {**STAGES[3], "reads": ["question", "choices"]}], "tokenizer_vocab_size": None},
@@ -250,6 +249,21 @@ def test_predict_command_and_repeated_command_change_nothing(run, recipe, tiny_d
     files = {file: file.stat().st_mtime_ns for file in run.path.rglob("*.safetensors") if "hub" not in file.parts}
     run_script("train.py", *command(recipe, tiny_dataset, run.path))
     assert all(file.stat().st_mtime_ns == time for file, time in files.items())
+
+
+@pytest.mark.slow
+def test_last_report_of_all_stages_equals_validation_scores_and_changes_no_weights(run, recipe, tiny_dataset, tmp_path):
+    run_script("train.py", *command(recipe, tiny_dataset, tmp_path / "run"), "--report_problems", "12")
+    reporting = RunFolder(tmp_path / "run")
+    for name in ("shared/model.safetensors", "predictions/val.json"):
+        assert (reporting.path / name).read_bytes() == (run.path / name).read_bytes()
+    history = read_json(reporting.train_results("shared"))["log_history"]
+    report = [entry for entry in history if "eval_gate" in entry][-1]
+    scores = read_json(reporting.scores("val"))
+    assert report["eval_accuracy_Avg"] == pytest.approx(scores["accuracy"]["Avg"])
+    assert report["eval_bleu1"] == pytest.approx(scores["rationale"]["bleu1"]) and 0 < report["eval_gate"] < 1
+    for name in TRAINED:
+        assert (reporting.reports("shared") / name / "step-24.md").is_file()
 
 
 @pytest.mark.slow
