@@ -224,13 +224,12 @@ def check_shared_weights(
             f"{config}: share_weights and use_peft are set, but adapters share their base already, and each stage has "
             f"one: omit one of them."
         )
-    conflicting = {
-        "stage": (arguments.stage is not None, "all stages are trained together"),
-        "streaming": (arguments.streaming, "a mixture needs all training problems at once"),
-    }
-    for name, (is_set, reason) in conflicting.items():
-        if is_set:
-            raise ValueError(f"{config}: {name} is set, which share_weights does not allow: {reason}.")
+    if arguments.stage is not None:
+        raise ValueError(f"{config}: stage and share_weights are set, but a shared model is trained for all stages.")
+    if arguments.streaming:
+        raise ValueError(
+            f"{config}: share_weights is set, which needs all training problems and cannot be used with streaming."
+        )
 
 
 def check_streaming(

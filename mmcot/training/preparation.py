@@ -94,6 +94,8 @@ def prepare(recipe: Recipe) -> Run:
         RunStopped: another command is writing into the run folder.
     """
     stages = build_stages(recipe.stages)
+    if recipe.arguments.share_weights:
+        check_sources_differ(stages.with_models)
     check_model_options(recipe)
     for arguments in recipe.stages:
         for corpus in arguments.corpora or []:
@@ -134,6 +136,18 @@ def prepare(recipe: Recipe) -> Run:
     if PartialState().is_main_process:
         write_json(folder.splits, splits)
     return Run(recipe, stages, problems, folder, processor, initial_model, pictures, lock)
+
+
+def check_sources_differ(stages: Stages) -> None:
+    """Raise an error if two stages that share a model have the same source, and the model could not tell them apart."""
+    names: dict[str, str] = {}
+    for stage in stages:
+        if stage.source in names:
+            raise ValueError(
+                f"stages {names[stage.source]!r} and {stage.name!r} have the same source, but with share_weights the "
+                f"model recognizes a stage by its source: change a word in one of them."
+            )
+        names[stage.source] = stage.name
 
 
 def check_model_options(recipe: Recipe) -> None:

@@ -348,11 +348,11 @@ def starting_model(prepared: Run, training: Training) -> MMCoTForConditionalGene
     if prepared.arguments_of(stages[0]).init_from == "previous_stage":
         previous = prepared.folder.stage(prepared.stages.before(stages[0]).with_models[-1].name)
     model = load_starting_weights(prepared, previous)
+    root = stages[0]
     if recipe.arguments.share_weights:
         model.config.shared_stages = {stage.name: generation_settings(prepared, stage) for stage in stages}
-    # The root of a repository generates like the stage that answers.
-    own = prepared.stages.answering if recipe.arguments.share_weights else stages[0]
-    model.generation_config.update(**generation_settings(prepared, own))
+        root = prepared.stages.answering  # as always, the root of a repository generates like the stage that answers
+    model.generation_config.update(**generation_settings(prepared, root))
     if not recipe.model_config.use_peft:
         freeze(model, recipe.arguments.freeze_text, recipe.arguments.freeze_fusion)
         return model

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
 from mmcot.storage.run_folder import RunFolder
+from mmcot.training.building import build_model
 from mmcot.training.mixture import mix
 from mmcot.training.passages import open_searchers
 from mmcot.training.preparation import prepare
@@ -118,18 +119,32 @@ def changed(**settings):
         ({"stages": changed(init_from="previous_stage")}, [], "'rationale' has init_from 'previous_stage', which has"),
         ({"stages": changed(name="shared")}, [], "name of a stage is 'shared', a folder that a run uses"),
         ({"stages": [{**STAGES[3], "reads": ["question", "choices"]}]}, [], "only the stage 'answer' has a model"),
-        ({}, ["--stage", "rationale"], "stage is set, which share_weights does not allow: all stages are trained"),
+        ({}, ["--stage", "rationale"], "stage and share_weights are set, but a shared model is trained for all"),
         ({"use_peft": True}, [], "share_weights and use_peft are set, but adapters share their base already"),
         (
             {"stages": [STAGES[0], {**STAGES[3], "reads": ["question", "choices"]}], "tokenizer_vocab_size": None},
             ["--streaming", "true", "--tokenizer_name_or_path", "none"],
-            "streaming is set, which share_weights does not allow: a mixture needs all training problems",
+            "share_weights is set, which needs all training problems and cannot be used with streaming",
         ),
     ],
 )
 def test_refuses_settings_without_effect_on_a_shared_model(tmp_path, settings, options, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(["--config", str(write_recipe(tmp_path, **settings)), *options])
+
+
+def test_refuses_two_stages_with_the_same_source(tmp_path):
+    stages = changed(reads=["question", "images"], source=STAGES[0]["source"])
+    with pytest.raises(ValueError, match="stages 'description' and 'rationale' have the same source"):
+        prepare(parse_recipe(["--config", str(write_recipe(tmp_path, stages))]))
+
+
+def test_model_that_starts_from_the_root_of_a_system_is_whole(tmp_path):
+    """Otherwise its stages would be loaded like those of that system."""
+    tiny_model(shared_stages={"answer": {}}, stage_adapters=["answer"]).save_pretrained(tmp_path / "root")
+    parts = {"text_config": None, "vision_config": None, "model_name_or_path": str(tmp_path / "root")}
+    config = build_model(parse_recipe(["--config", str(write_recipe(tmp_path, **parts))]), None, None).config
+    assert config.shared_stages is None and config.stage_adapters is None
 
 
 def test_shared_model_has_the_settings_of_each_stage_and_one_set_of_modules():
