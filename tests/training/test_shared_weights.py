@@ -291,6 +291,7 @@ def test_interrupted_training_of_shared_model_resumes_to_same_files(run, recipe,
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 143 and "SIGTERM: the shared model stopped at step" in errors
-    run_script("train.py", *command(recipe, tiny_dataset, folder))
+    resumed = run_script("train.py", *command(recipe, tiny_dataset, folder))
+    assert resumed.stderr.count("shared model is trained already") == 2, "the later stages load it"
     for name in ("shared/model.safetensors", "predictions/val.json", "predictions/test.json"):
         assert (folder / name).read_bytes() == (run.path / name).read_bytes()
