@@ -29,12 +29,27 @@ from .loading_mmcot import add_searchers, load_stages, stage_model
 from .processing_mmcot import TOKENIZING, MMCoTProcessor
 from .retrieval_mmcot import Searcher, search_passages, to_dict
 from .settings_mmcot import decoding_config, given_settings
-from .stage_mmcot import ANSWER, CHOOSE, GENERATE, GOLD_COLUMNS, RETRIEVE, Stage, read_answer
+from .stage_mmcot import (
+    ANSWER,
+    CHECK,
+    CHOOSE,
+    GENERATE,
+    GOLD_COLUMNS,
+    REJECTED,
+    RETRIEVE,
+    RIGHT,
+    WRONG,
+    Stage,
+    Stages,
+    read_answer,
+)
 
 logger = logging.get_logger(__name__)
 
 # Key in a row of `write_column`: whether the generated text was cut at the limit of new tokens.
 UNFINISHED = "unfinished"
+# The number of beams, at least, that the next best text of a problem is selected from.
+NEXT_BEST_BEAMS = 4
 
 
 def write_column(
@@ -45,6 +60,7 @@ def write_column(
     inputs: dict[str, torch.Tensor],
     decode_answer: bool = False,
     streamer: BaseStreamer | None = None,
+    rejected: list[str] | None = None,
     **generation,
 ) -> list[dict]:
     """
@@ -59,14 +75,17 @@ def write_column(
             Whether a stage that answers also generates "The answer is (B)." and parses it (the paper's method).
         streamer (`BaseStreamer`, *optional*):
             Receives the tokens of a problem's text as they are generated.
+        rejected (`list[str]`, *optional*):
+            A text for each problem, of which a stage that generates writes the next best one.
         generation:
             Settings of `generate`, which override the model's own.
 
     Returns:
         `list[dict]`: The new columns of each problem. A stage that answers returns `answer` (index, -1 without
         choices), `answer_text`, `scores` (a probability per choice), and with `decode_answer` also `decoded_answer`.
-        Any other stage returns the column that it writes. A generated text comes with `UNFINISHED`, which
-        `count_unfinished` removes.
+        A stage that checks returns the column that it writes, and COLUMN`_score`, the probability of "right". Any other
+        stage returns the column that it writes. A generated text comes with `UNFINISHED`, which `count_unfinished`
+        removes.
 
     Raises:
         ValueError: If a problem has gold columns, a setting of `generate` is rejected, or the model computes NaN or
@@ -77,7 +96,9 @@ def write_column(
         if leaked:
             raise ValueError(f"A problem has gold columns ({', '.join(leaked)}): remove them before predicting.")
     decoding_config(model.generation_config, generation)  # raises errors before anything is computed
-    batch = Batch(model, processor, stage, problems, encode(model, inputs), decode_answer, streamer, generation)
+    batch = Batch(
+        model, processor, stage, problems, encode(model, inputs), decode_answer, streamer, rejected, generation
+    )
     is_finite = batch.encoded["encoder_outputs"].last_hidden_state.isfinite().flatten(1).all(dim=1)
     refuse_non_finite(problems, stage, is_finite)
     return WRITERS[stage.kind](batch)
@@ -94,6 +115,7 @@ class Batch:
     encoded: dict
     decode_answer: bool
     streamer: BaseStreamer | None
+    rejected: list[str] | None
     generation: dict[str, Any]
 
     def generate(self) -> zip:
@@ -105,6 +127,7 @@ class Batch:
             self.problems,
             self.encoded,
             streamer=self.streamer,
+            rejected=self.rejected,
             **self.generation,
         )
         return zip(texts, are_cut, strict=True)
@@ -129,8 +152,17 @@ def write_answer(batch: Batch) -> list[dict]:
     return columns
 
 
+def write_verdict(batch: Batch) -> list[dict]:
+    """`write_column` for a stage that checks the answer: a softmax over the log-probabilities of both verdicts."""
+    labels = batch.processor.tokenize_targets([RIGHT, WRONG]).to(batch.model.device)
+    log_probs = score_targets(batch.model, labels.expand(len(batch.problems), -1, -1), batch.encoded)
+    refuse_non_finite(batch.problems, batch.stage, ~log_probs.isnan().any(dim=1))
+    column, scores = batch.stage.writes, log_probs.softmax(dim=1)[:, 0].tolist()
+    return [{column: RIGHT if score >= 0.5 else WRONG, f"{column}_score": score} for score in scores]
+
+
 # The function that writes the column of a stage with a model, by its kind.
-WRITERS = {GENERATE: write_text, CHOOSE: write_answer}
+WRITERS = {GENERATE: write_text, CHOOSE: write_answer, CHECK: write_verdict}
 
 
 def write_passages(searcher: Searcher, stage: Stage, problems: list[dict]) -> list[dict]:
@@ -171,6 +203,7 @@ def generate_finite(
     problems: list[dict],
     encoded: dict,
     streamer: BaseStreamer | None = None,
+    rejected: list[str] | None = None,
     **generation,
 ) -> tuple[list[str], list[bool]]:
     """
@@ -180,7 +213,7 @@ def generate_finite(
         ValueError: If the decoder computes NaN for a problem.
     """
     try:
-        return generate_texts(model, processor, encoded, streamer=streamer, **generation)
+        return generate_texts(model, processor, encoded, streamer=streamer, rejected=rejected, **generation)
     except FloatingPointError:
         for row, problem in enumerate(problems):
             states = encoded["encoder_outputs"].last_hidden_state[row : row + 1]
@@ -252,15 +285,19 @@ def generate_texts(
     processor: MMCoTProcessor,
     encoded: dict,
     streamer: BaseStreamer | None = None,
+    rejected: list[str] | None = None,
     **generation,
 ) -> tuple[list[str], list[bool]]:
     """
     Generate each problem's text, and return whether it was cut at the limit of new tokens.
 
     `generation` overrides the model's own generation config. Only transformers' own decoding supports a streamer; with
-    beams, which are not final before the end, the streamer receives the whole text at once.
+    beams, which are not final before the end, the streamer receives the whole text at once. With `rejected`, a text for
+    each problem, the result is the best beam with another text.
     """
     config = decoding_config(model.generation_config, generation)
+    if rejected is not None:
+        config.num_beams = config.num_return_sequences = max(config.num_beams or 1, NEXT_BEST_BEAMS)
     if config.stop_strings is not None:
         check_stop_strings(config.stop_strings, processor)
     mode = config.get_generation_mode()
@@ -283,7 +320,14 @@ def generate_texts(
         streamer.put(tokens[:, :1].cpu())
         streamer.put(tokens[0, 1:].cpu())
         streamer.end()
-    return processor.batch_decode(tokens, skip_special_tokens=True), are_cut(tokens, config)
+    texts, cut = processor.batch_decode(tokens, skip_special_tokens=True), are_cut(tokens, config)
+    if rejected is None:
+        return texts, cut
+    best = [
+        next((row for row in range(first, first + config.num_beams) if texts[row] != text), first)
+        for first, text in zip(range(0, len(texts), config.num_beams), rejected, strict=True)
+    ]
+    return [texts[row] for row in best], [cut[row] for row in best]
 
 
 def are_cut(tokens: torch.LongTensor, config: GenerationConfig) -> list[bool]:
@@ -388,43 +432,94 @@ def run_stages(
             Settings of `generate`, and `streamer`.
     """
     given = given or {}
-    columns: list[dict] = [dict(given) for _ in problems]
     problems = [
         {name: value for name, value in problem.items() if name not in ("image", "images")} for problem in problems
     ]
     pixels = {}
     if processor.stages.see_pictures:
         pixels = processor.prepare_pictures(images, len(problems))
-    patches: dict[int, dict[str, torch.Tensor]] = {}
-    texts = {stage.writes for stage in processor.stages}  # without an answer's scores
+    options = {"decode_answer": decode_answer, **generation}
+    batch = SystemBatch(models, processor, problems, [dict(given) for _ in problems], pixels, {}, options)
     for stage in processor.stages:
-        if stage.writes in given:
-            continue
+        if stage.writes not in given:
+            batch.write(stage)
+            batch.repeat(processor.stages.repeated_by(stage), stage, given)
+    return batch.columns
+
+
+@dataclass
+class SystemBatch:
+    """A batch of problems on its way through all stages: the columns written so far, and the pictures."""
+
+    models: Mapping[str, PreTrainedModel]
+    processor: MMCoTProcessor
+    problems: list[dict]
+    columns: list[dict]
+    pixels: dict[str, torch.Tensor]
+    patches: dict[int, dict[str, torch.Tensor]]  # by the id of the tower
+    options: dict[str, Any]  # of `write_column`
+
+    def write(self, stage: Stage, rejected: list[str] | None = None) -> None:
+        """Write a stage's column, with `rejected` as in `write_column`."""
+        texts = {stage.writes for stage in self.processor.stages}  # without an answer's scores
         rows = [
             {**problem, **{name: value for name, value in written.items() if name in texts}}
-            for problem, written in zip(problems, columns, strict=True)
+            for problem, written in zip(self.problems, self.columns, strict=True)
         ]
         if stage.kind == RETRIEVE:
-            retrieved = write_passages(processor.searchers[stage.name], stage, rows)
-            for written, column in zip(columns, retrieved, strict=True):
-                written.update(column)
-            continue
-        inputs = processor(rows, stage=stage.name)
-        with stage_model(models, stage.name) as model, packed_linears(model):
-            if stage.sees_pictures and pixels:
+            new = write_passages(self.processor.searchers[stage.name], stage, rows)
+        else:
+            new = self.write_with_model(stage, rows, rejected)
+        for written, column in zip(self.columns, new, strict=True):
+            written.update(column)
+
+    def write_with_model(self, stage: Stage, rows: list[dict], rejected: list[str] | None) -> list[dict]:
+        inputs = self.processor(rows, stage=stage.name)
+        with stage_model(self.models, stage.name) as model, packed_linears(model):
+            if stage.sees_pictures and self.pixels:
                 tower = model.get_encoder().vision_tower
                 # A tower that was trained together with adapters differs between stages.
                 tower = getattr(tower, "modules_to_save", {stage.name: tower})[stage.name]
-                if id(tower) not in patches:
-                    patches[id(tower)] = compute_patches(model, pixels)
-                inputs.update(patches[id(tower)])
-            new = write_column(model, processor, stage, rows, inputs, decode_answer, **generation)
+                if id(tower) not in self.patches:
+                    self.patches[id(tower)] = compute_patches(model, self.pixels)
+                inputs.update(self.patches[id(tower)])
+            new = write_column(model, self.processor, stage, rows, inputs, rejected=rejected, **self.options)
         unfinished = count_unfinished(new)
         if unfinished:
             logger.warning(f"{stage.name} stage: {unfinished} of {len(new)} texts were cut at the limit of new tokens")
-        for written, column in zip(columns, new, strict=True):
-            written.update(column)
-    return columns
+        return new
+
+    def repeat(self, stages: Stages, check: Stage, given: Mapping[str, str]) -> None:
+        """
+        Let stages write again for the problems that `check` sends back: first the next best text, then the columns that
+        depend on it. A given column is not written again; if it is the first one, no problem is sent back.
+        """
+        rows = [row for row, written in enumerate(self.columns) if check.sends_back(written)]
+        if not stages or not rows or stages[0].writes in given:
+            return
+        stages = Stages(stage for stage in stages if stage.writes not in given)
+        earlier = {*given, *(stage.writes for stage in self.processor.stages.before(stages[0]))}
+        kept = [{name: value for name, value in self.columns[row].items() if name in earlier} for row in rows]
+        part = SystemBatch(
+            self.models,
+            self.processor,
+            [{**self.problems[row], **columns} for row, columns in zip(rows, kept, strict=True)],
+            [{} for _ in rows],
+            {name: tensor[rows] for name, tensor in self.pixels.items()},
+            {tower: {name: tensor[rows] for name, tensor in found.items()} for tower, found in self.patches.items()},
+            {**self.options, "streamer": None},
+        )
+        part.write(stages[0], rejected=[self.columns[row][stages[0].writes] for row in rows])
+        for stage in stages[1:]:
+            part.write(stage)
+        for row, columns in zip(rows, part.columns, strict=True):
+            replace_columns(self.columns[row], columns)
+
+
+def replace_columns(written: dict[str, Any], new: dict[str, Any]) -> None:
+    """Replace columns of a problem that was sent back, and keep the rejected ones under `REJECTED`."""
+    written[REJECTED] = {name: written[name] for name in new}
+    written.update(new)
 
 
 # transformers' from_pretrained is not thread-safe.
@@ -469,8 +564,8 @@ def reply(
 
 
 def reply_text(processor: MMCoTProcessor, written: dict[str, Any]) -> str:
-    """Join the texts that the stages wrote for a problem, in the order of the stages; passages are left out."""
-    texts = [written[stage.writes] for stage in processor.stages.with_models]
+    """Join the texts and the answer that the stages wrote for a problem, in the order of the stages."""
+    texts = [written[stage.writes] for stage in processor.stages if stage.generates or stage.answers]
     return " ".join(text for text in texts if text)
 
 

@@ -28,7 +28,6 @@ from .processing_mmcot import Searchers, own_images
 from .retrieval_mmcot import Searcher
 from .self_consistency_mmcot import TEMPERATURE, majority_answer
 from .settings_mmcot import given_settings
-from .stage_mmcot import GENERATE
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -187,7 +186,7 @@ class MultimodalCoTPipeline(Pipeline):
         Raises:
             ValueError: If it is not a dict of texts for columns that stages generate.
         """
-        columns = [stage.writes for stage in self.processor.stages if stage.kind == GENERATE]
+        columns = [stage.writes for stage in self.processor.stages if stage.generates]
         is_dict_of_texts = isinstance(given, Mapping) and all(isinstance(text, str) for text in given.values())
         if not is_dict_of_texts or set(given) - set(columns):
             names = ", ".join(columns) or "none here"

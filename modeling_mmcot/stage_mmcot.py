@@ -7,6 +7,7 @@ columns. This file imports no other shipped file.
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jinja2 import StrictUndefined
@@ -67,6 +68,20 @@ compile_template = functools.lru_cache(ENVIRONMENT.from_string)
 STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
+# The texts that a stage of kind "check" writes.
+RIGHT, WRONG = "right", "wrong"
+# The key of a predicted problem that was sent back: the columns that later ones replaced.
+REJECTED = "rejected"
+
+
+def verdict_target(answer_target: str) -> str:
+    """Return the target of a stage that checks: whether the written answer is the target of the right choice."""
+    return (
+        f"{{% set right_answer %}}{answer_target}{{% endset %}}"
+        f'{{{{ "{RIGHT}" if answer_text.split() == right_answer.split() else "{WRONG}" }}}}'
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """
@@ -79,18 +94,25 @@ class Kind:
             Whether a stage has a model, which is trained. A stage without a model has no target.
         settings (`tuple[str, ...]`, *optional*):
             The fields of a `Stage` that have a meaning only for this kind.
+        make_target (`Callable[[str], str]`, *optional*):
+            Makes the target template from that of the stage that answers. By default a recipe contains the target.
+        sends_back (`str`, *optional*):
+            The text of the column that sends a problem back (`Stages.repeated_by`).
     """
 
     writes: str | None = None
     has_model: bool = True
     settings: tuple[str, ...] = ()
+    make_target: Callable[[str], str] | None = None
+    sends_back: str | None = None
 
 
-GENERATE, CHOOSE, RETRIEVE = "generate", "choose", "retrieve"
+GENERATE, CHOOSE, RETRIEVE, CHECK = "generate", "choose", "retrieve", "check"
 KINDS = {
     GENERATE: Kind(),
     CHOOSE: Kind(writes=ANSWER, settings=("score",)),
     RETRIEVE: Kind(has_model=False, settings=("num_passages", "exclude_verbatim")),
+    CHECK: Kind(make_target=verdict_target, sends_back=WRONG),
 }
 
 
@@ -195,9 +217,19 @@ class Stage:
         return self.kind == CHOOSE
 
     @property
+    def generates(self) -> bool:
+        """Whether this stage generates a text, which a caller can replace."""
+        return self.kind == GENERATE
+
+    @property
     def sees_pictures(self) -> bool:
         """Whether this stage reads the pictures."""
         return "images" in self.reads
+
+    def sends_back(self, written: dict) -> bool:
+        """Return whether the column that this stage wrote for a problem sends it back."""
+        verdict = KINDS[self.kind].sends_back
+        return verdict is not None and written.get(self.writes) == verdict
 
 
 class Stages(list[Stage]):
@@ -253,6 +285,27 @@ class Stages(list[Stage]):
     def after(self, stage: Stage) -> "Stages":
         """Return the stages after the given one."""
         return Stages(self[self.index(stage) + 1 :])
+
+    def repeated_by(self, stage: Stage) -> "Stages":
+        """
+        Return the stages that write again for a problem that the given stage sends back; none if its kind does not.
+
+        The first of them generates a column that the given stage and the stage that answers read; it writes its next
+        best text. If there are several such stages, it is the last one. All stages up to the given one follow.
+
+        Raises:
+            ValueError: If there is no such stage.
+        """
+        if KINDS[stage.kind].sends_back is None:
+            return Stages()
+        earlier, columns = self.before(stage), set(stage.reads) & set(self.answering.reads)
+        for number, other in reversed(list(enumerate(earlier))):
+            if ANSWER in stage.reads and other.generates and other.writes in columns:
+                return Stages(earlier[number:])
+        raise ValueError(
+            f"stage {stage.name!r} of kind {stage.kind!r} reads {', '.join(stage.reads)}; expected `{ANSWER}`, and a "
+            f"column that an earlier stage generates and the stage that answers reads too."
+        )
 
 
 def exclusive_column(writes: str) -> str | None:

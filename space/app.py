@@ -169,7 +169,9 @@ def stream(answer: Pipeline, problem: dict, given: dict[str, str]) -> Iterator[d
     Args:
         given: texts that replace the output of stages, by column.
     """
-    stages = [stage for stage in answer.processor.stages.with_models if not (stage.answers and problem["choices"])]
+    stages = [
+        stage for stage in answer.processor.stages if stage.generates or (stage.answers and not problem["choices"])
+    ]
     unwritten = ["answer" if stage.answers else stage.writes for stage in stages if stage.writes not in given]
     pieces: queue.SimpleQueue = queue.SimpleQueue()
     streamer = QueueStreamer(answer.processor.tokenizer, pieces)
@@ -208,6 +210,14 @@ def answer_html(result: dict, choices: list[str]) -> str:
 
 def text_html(name: str, text: str) -> str:
     return f'<p><strong>{escape(name)}</strong></p><p class="written">{escape(text)}</p>'
+
+
+def verdicts_html(result: dict, columns: list[str]) -> str:
+    """Format the verdicts on the answer, and the texts that a rejected answer replaced."""
+    texts = {title(column): result[column] for column in columns if column in result}
+    rejected = result.get("rejected", {})
+    texts |= {f"Rejected {title(name).lower()}": text for name, text in rejected.items() if isinstance(text, str)}
+    return "".join(text_html(name, text) for name, text in texts.items())
 
 
 def passages_html(passages: list[dict]) -> str:
@@ -265,7 +275,8 @@ class Page:
     def __init__(self, answer: Pipeline, name: str):
         self.answer = answer
         stages = answer.processor.stages
-        self.written = [stage.writes for stage in stages.with_models if not stage.answers]
+        self.written = [stage.writes for stage in stages if stage.generates]
+        self.verdicts = [stage.writes for stage in stages.with_models if not (stage.generates or stage.answers)]
         self.retrieved = [stage.writes for stage in stages if not stage.has_model]
         self.picture_stages = [stage.name for stage in stages if stage.sees_pictures]
         self.columns_read = {column for stage in stages for column in stage.reads}
@@ -395,7 +406,7 @@ class Page:
                     "given": dict(zip(self.written, texts, strict=True)),
                     "passages": passages,
                 },
-                self.answered: answer_html(result, problem["choices"]),
+                self.answered: answer_html(result, problem["choices"]) + verdicts_html(result, self.verdicts),
                 self.passages: passages_html([passage for found in passages.values() for passage in found]),
                 **dict(zip(self.boxes, texts, strict=True)),
             }
@@ -405,7 +416,7 @@ class Page:
             return ""
         result = self.answer({**state["problem"], "image": None})
         texts = "".join(text_html(title(column), result[column]) for column in self.written)
-        return texts + answer_html(result, state["problem"]["choices"])
+        return texts + answer_html(result, state["problem"]["choices"]) + verdicts_html(result, self.verdicts)
 
     def show_maps(self, state: dict, stage: str | None) -> dict:
         """Show the maps, the tokens to choose from, and the picture without an overlay."""

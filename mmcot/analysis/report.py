@@ -30,7 +30,7 @@ from mmcot.storage.folders import replaced_folder
 from mmcot.storage.predictions import read_meta
 from modeling_mmcot.attention_mmcot import TokenMaps
 from modeling_mmcot.pictures_mmcot import as_rgb
-from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, Stage
+from modeling_mmcot.stage_mmcot import GOLD_COLUMNS, REJECTED, Stage
 
 MARKER = "mmcot-report.json"  # marks a folder as a report, which may be replaced
 PICTURE_SIDE = 480  # maximum length of the longer side, px
@@ -149,8 +149,10 @@ def problem_rows(
 
 
 def written_texts(prediction: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts that stages wrote, except the answer, which the page shows among the choices."""
-    return {name: text for name, text in prediction.items() if name != "answer_text" and isinstance(text, str)}
+    """Return the texts that stages wrote, also rejected ones; except the answer, which the page shows as a choice."""
+    texts = {name: text for name, text in prediction.items() if name != "answer_text" and isinstance(text, str)}
+    rejected = {f"{REJECTED} {name}": text for name, text in prediction.get(REJECTED, {}).items()}
+    return texts | {name: text for name, text in rejected.items() if isinstance(text, str)}
 
 
 def is_passages(value: Any) -> bool:
@@ -163,7 +165,8 @@ def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: S
     row = {name: value for name, value in problem.items() if name not in GOLD_COLUMNS}
     shown = {}
     for stage in stages:
-        shown[stage.name] = stage.render_source(row)
+        read = {**row, **(prediction.get(REJECTED, {}) if stage.sends_back(prediction) else {})}
+        shown[stage.name] = stage.render_source(read)
         row[stage.writes] = prediction.get(stage.writes, "" if stage.has_model else [])
     return shown
 

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from mmcot.problems.schema import first_few, with_column
-from modeling_mmcot.stage_mmcot import Stage
+from modeling_mmcot.stage_mmcot import KINDS, REJECTED, Stage
 
 
 class MissingColumns(ValueError):
@@ -38,6 +38,18 @@ def with_columns(
             )
         problems = with_column(problems, stage.writes, texts)
     return problems
+
+
+def columns_after(predictions: dict[str, dict[str, Any]], stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """Return the columns as these stages wrote them, if a later stage has sent problems back and replaced some."""
+    if any(KINDS[stage.kind].sends_back is not None for stage in stages):
+        return predictions
+    return {
+        problem_id: {
+            name: value for name, value in {**columns, **columns.get(REJECTED, {})}.items() if name != REJECTED
+        }
+        for problem_id, columns in predictions.items()
+    }
 
 
 def with_gold_columns(problems: Dataset, earlier: Sequence[Stage]) -> Dataset:

@@ -7,7 +7,7 @@ column for a batch.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -31,7 +31,7 @@ from mmcot.problems.schema import (
 from mmcot.storage.journal import Batch, Journal
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.generation_mmcot import packed_linears
-from modeling_mmcot.inference_mmcot import count_unfinished, write_column
+from modeling_mmcot.inference_mmcot import count_unfinished, replace_columns, write_column
 from modeling_mmcot.self_consistency_mmcot import majority_answer
 from modeling_mmcot.stage_mmcot import RETRIEVE, Stage
 
@@ -65,6 +65,8 @@ def predict_stage(
     pictures: FeatureStore | PixelStore | None = None,
     sample: Sample | None = None,
     journal: Journal | None = None,
+    rejected: Mapping[str, str] | None = None,
+    sent_back_by: Stage | None = None,
 ) -> None:
     """
     Add the columns that a stage writes to `predictions`, for every problem and on every process.
@@ -75,6 +77,8 @@ def predict_stage(
         pictures: the source of the problems' pictures; by default `featurizer.vision_source`.
         sample: sampling settings of the stage's text; by default the model's generation settings apply.
         journal: records each finished batch, and contains the batches of an interrupted call.
+        rejected: a text by problem id, of which the stage writes the next best one.
+        sent_back_by: the stage that sent these problems back, if the stage writes for the second time.
     """
     model.eval()
     problems = with_columns(without_gold(problems), predictions, processor.stages.before(stage))
@@ -85,6 +89,8 @@ def predict_stage(
         pictures = vision_source(model, processor.image_processor, problems)
 
     part = stage.name if sample is None else f"{stage.name}, sample {sample.number}"
+    if sent_back_by is not None:
+        part += f", sent back by {sent_back_by.name}"
     done = {} if journal is None else journal.done.get(part, {})
     batches = batches_to_write(problems["id"], lengths_of(examples), options, done)
     loader = DataLoader(
@@ -99,12 +105,59 @@ def predict_stage(
         for (ids, indices), inputs in zip(batches.items(), loader, strict=True):
             batch_rows = [rows[index] for index in indices]
             generation = {} if sample is None else sample.begin(ids)
+            if rejected is not None:
+                generation["rejected"] = [rejected[problem_id] for problem_id in ids]
             columns = write_column(model, processor, stage, batch_rows, inputs, options.decode_answer, **generation)
             if journal is not None:
                 journal.write(part, ids, columns)
             written.append((ids, columns))
             progress.update(len(ids))
     add_columns(predictions, problems["id"], [*done.items(), *gather_object(written)], stage)
+
+
+def send_back(
+    load_model: Callable[[str], PreTrainedModel],
+    processor: MMCoTProcessor,
+    check: Stage,
+    problems: Dataset,
+    predictions: dict[str, dict],
+    options: PredictOptions = PredictOptions(),
+    pictures: FeatureStore | PixelStore | None = None,
+    sample: Sample | None = None,
+    journal: Journal | None = None,
+    gold_problems: Dataset | None = None,
+) -> None:
+    """
+    Let the stages before `check` write again for the problems that it sends back, once (`Stages.repeated_by`). Their
+    new columns replace the rejected ones, which are kept under `REJECTED`.
+
+    Args:
+        load_model: returns the model of the stage with the given name.
+    """
+    rows = [row for row, problem_id in enumerate(problems["id"]) if check.sends_back(predictions[problem_id])]
+    stages = processor.stages.repeated_by(check)
+    if not stages or not rows:
+        return
+    if PartialState().is_main_process:
+        logger.info("%s stage: %d of %d problems are sent back", check.name, len(rows), len(problems))
+    sent_back = problems.select(rows)
+    gold_problems = None if gold_problems is None else gold_problems.select(rows)
+    earlier = {stage.writes for stage in processor.stages.before(stages[0])}
+    written = {
+        problem_id: {name: value for name, value in predictions[problem_id].items() if name in earlier}
+        for problem_id in sent_back["id"]
+    }
+    settings = (options, pictures, sample, journal)
+    rejected = {problem_id: predictions[problem_id][stages[0].writes] for problem_id in sent_back["id"]}
+    for stage in stages:
+        if not stage.has_model:
+            add_passages(written, processor, stage, sent_back, gold_problems)
+            continue
+        texts = rejected if stage is stages[0] else None
+        predict_stage(load_model(stage.name), processor, stage, sent_back, written, *settings, texts, check)
+    for problem_id, columns in written.items():
+        new = {name: value for name, value in columns.items() if name not in earlier}
+        replace_columns(predictions[problem_id], new)
 
 
 def batches_to_write(
@@ -184,8 +237,9 @@ def predict(
             if stage.kind == RETRIEVE:
                 add_passages(predictions, processor, stage, problems, gold_problems)
                 continue
-            model = models[stage.name]
-            predict_stage(model, processor, stage, problems, predictions, options, pictures, sample, journal)
+            settings = (options, pictures, sample, journal)
+            predict_stage(models[stage.name], processor, stage, problems, predictions, *settings)
+            send_back(models.__getitem__, processor, stage, problems, predictions, *settings, gold_problems)
         samples.append(predictions)
     if len(samples) == 1:
         return samples[0]

@@ -15,11 +15,11 @@ from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, RETRIEVE, SCORES, STAGE_NA
 
 # Folders of a run that are not stages.
 RESERVED_NAMES = ("base", "shared", "hub", "hub_merged", "folds", "predictions", "scores")
-# Settings of a stage that only a model has.
-MODEL_SETTINGS = ("template", "target", "max_source_length", "max_target_length", "num_beams", "num_train_epochs")
-MODEL_SETTINGS += ("learning_rate", "inputs_from", "init_from")
 # Settings of a stage's own training, which it does not have if all stages share one model.
 TRAINING_SETTINGS = ("num_train_epochs", "learning_rate", "inputs_from", "init_from")
+# Settings of a stage whose target its kind does not determine, and settings that only a model has.
+TARGET_SETTINGS = ("template", "target", "max_target_length", "num_beams")
+MODEL_SETTINGS = (*TARGET_SETTINGS, "max_source_length", *TRAINING_SETTINGS)
 # Settings of all adapters, and settings of LoRA only.
 PEFT_SETTINGS = ("load_in_4bit", "load_in_8bit", "peft_type", "num_virtual_tokens")
 LORA_SETTINGS = ("use_dora", "use_rslora", "merge_adapters")
@@ -54,6 +54,9 @@ def check_stages(stages: list[StageArguments], config: str) -> None:
             f"{config}: exactly one stage writes `answer_text`; found "
             f"{', '.join(f'{stage.name} writes {stage.writes}' for stage in stages)}."
         )
+    sending_back = [stage.name for stage in stages if KINDS[stage.kind].sends_back is not None]
+    if len(sending_back) > 1:
+        raise ValueError(f"{config}: {', '.join(sending_back)} send problems back; expected at most one such stage.")
 
 
 def check_kind(stage: StageArguments, config: str) -> None:
@@ -73,6 +76,7 @@ def check_kind(stage: StageArguments, config: str) -> None:
     settings = {name for known in KINDS.values() for name in known.settings} | {"corpora"}
     settings -= {*kind.settings, *(["corpora"] if not kind.has_model else [])}
     settings |= set() if kind.has_model else set(MODEL_SETTINGS)
+    settings |= set() if kind.make_target is None else set(TARGET_SETTINGS)
     defaults = {entry.name: entry.default for entry in fields(StageArguments)}
     for name in sorted(settings):
         if getattr(stage, name) != defaults[name]:
@@ -154,6 +158,12 @@ def check_inputs(arguments: RecipeArguments, stages: list[StageArguments], confi
                 )
             if number == 0 and value != known[0]:
                 raise ValueError(f"{config}: stage {stage.name!r} has {key} {value!r}, but no stage before it.")
+    for stage in trained:
+        if KINDS[stage.kind].sends_back is not None and stage.inputs_from == "gold":
+            raise ValueError(
+                f"{config}: stage {stage.name!r} has inputs_from 'gold', and would learn only from right answers; "
+                f"expected cross_fit, whose answers contain mistakes."
+            )
     is_cross_fit = any(stage.inputs_from == "cross_fit" for stage in stages)
     if is_cross_fit and arguments.num_folds < 2:
         raise ValueError(f"{config}: num_folds is {arguments.num_folds}; expected 2 or more.")

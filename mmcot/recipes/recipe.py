@@ -33,7 +33,7 @@ from mmcot.recipes.trainer_options import check_trainer_options
 from mmcot.storage.files import resolve_path, write_text
 from mmcot.storage.paths import check_output_folder
 from mmcot.storage.run_folder import RunFolder
-from modeling_mmcot.stage_mmcot import KINDS
+from modeling_mmcot.stage_mmcot import KINDS, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,10 @@ def read_stage(entry: Any, config: str) -> StageArguments:
         if key not in entry:
             raise ValueError(f"{config}: stage {entry.get('name')!r} lacks the key {key!r}.")
     stage = StageArguments(**entry)
-    needs_templates = stage.kind not in KINDS or KINDS[stage.kind].has_model
+    kind = KINDS.get(stage.kind, Kind())
+    needs_templates = kind.has_model and kind.make_target is None
+    if kind.make_target is not None and stage.source is None:
+        raise ValueError(f"{config}: stage {stage.name!r} needs a `source`.")
     if needs_templates and stage.template is None and (stage.source is None or stage.target is None):
         raise ValueError(
             f"{config}: stage {stage.name!r} needs a `template`, or both `source` and `target`; found "

@@ -34,7 +34,16 @@ from mmcot.storage.paths import refuse_absent_path
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.settings_mmcot import check_own_settings
-from modeling_mmcot.stage_mmcot import ENVIRONMENT, PAPER_TEMPLATES, PASSAGE_FIELDS, QUERY, RETRIEVE, Stage, Stages
+from modeling_mmcot.stage_mmcot import (
+    ENVIRONMENT,
+    KINDS,
+    PAPER_TEMPLATES,
+    PASSAGE_FIELDS,
+    QUERY,
+    RETRIEVE,
+    Stage,
+    Stages,
+)
 from modeling_mmcot.vision_mmcot import find_tower, load_vision_tower, tower_config, tower_name, tower_width
 
 
@@ -43,10 +52,15 @@ def build_stages(stages: list[StageArguments]) -> Stages:
     Build the stages of a recipe.
 
     Raises:
-        ValueError: a stage has an unknown template, or its source cannot be rendered from the columns that it reads.
+        ValueError: a stage has an unknown template, its source cannot be rendered from the columns that it reads, or it
+            sends problems back and no earlier stage can write again.
     """
     built = Stages(build_stage(arguments) for arguments in stages)
     for stage in built:
+        make_target = KINDS[stage.kind].make_target
+        if make_target is not None:
+            stage.target = make_target(built.answering.target)
+        built.repeated_by(stage)
         check_templates(stage, [other.writes for other in built if other.kind == RETRIEVE])
     return built
 

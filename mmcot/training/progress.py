@@ -16,7 +16,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmcot.evaluation.metrics import accuracy, checked_answers, rationale_scores
+from mmcot.evaluation.metrics import accuracy, checked_answers, percentage, rationale_scores
 from mmcot.pictures.feature_store import FeatureStore
 from mmcot.pictures.pixel_store import PixelStore
 from mmcot.pictures.reading import read_pictures
@@ -29,7 +29,7 @@ from mmcot.storage.files import write_text
 from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
 from modeling_mmcot.loading_mmcot import share_model
 from modeling_mmcot.pictures_mmcot import as_rgb
-from modeling_mmcot.stage_mmcot import LETTERS, RETRIEVE, Stage
+from modeling_mmcot.stage_mmcot import KINDS, LETTERS, RETRIEVE, Stage
 
 NUM_EXAMPLES = 8
 
@@ -94,7 +94,10 @@ class ValidationReport:
         self.folder, self.batch_size = folder, batch_size
 
     def report(self, model: MMCoTForConditionalGeneration, step: int, is_main_process: bool) -> dict[str, float]:
-        """Return `eval_accuracy_CLASS` for a stage that answers, otherwise `eval_bleu4` etc.; and `eval_gate`."""
+        """
+        Return `eval_accuracy_CLASS` for a stage that answers, `eval_accuracy_COLUMN` for one that checks, `eval_bleu4`
+        etc. for rationales; and `eval_gate`.
+        """
         predictions = {problem_id: dict(self.predictions.get(problem_id, {})) for problem_id in self.problems["id"]}
         return self.report_column(model, predictions, step, is_main_process)
 
@@ -116,9 +119,19 @@ class ValidationReport:
         if self.stage.answers:
             answers = checked_answers(self.problems, predictions)
             return {f"accuracy_{name}": value for name, value in accuracy(self.problems, answers).items()}
+        if KINDS[self.stage.kind].make_target is not None:
+            rows = self.problems.remove_columns("images")
+            right = [predictions[row["id"]][self.stage.writes] == self.gold_target(row, predictions) for row in rows]
+            return {f"accuracy_{self.stage.writes}": percentage(right)}
         if self.stage.writes != "rationale":
             return {}
         return rationale_scores(self.problems, {name: row["rationale"] for name, row in predictions.items()})
+
+    def gold_target(self, problem: dict, predictions: dict[str, dict]) -> str:
+        """Render the stage's target for a problem, from its gold columns and the columns that earlier stages wrote."""
+        columns, earlier = predictions[problem["id"]], self.processor.stages.before(self.stage)
+        written = {stage.writes: columns[stage.writes] for stage in earlier if stage.writes in columns}
+        return self.stage.render_target({**written, **problem})
 
     @torch.no_grad()
     def gate_by_position(
@@ -171,7 +184,7 @@ class ValidationReport:
             choices = " ".join(
                 f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False)
             )
-            lines += [f"{problem['question']} {choices}", "", f"- gold: {self.stage.render_target(problem)}"]
+            lines += [f"{problem['question']} {choices}", "", f"- gold: {self.gold_target(problem, predictions)}"]
             lines += [f"- written: {predictions[problem['id']][self.stage.writes]}", ""]
         write_text(self.folder / f"step-{step}.md", "\n".join(lines))
 

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from mmcot.prediction.batching import by_both_lengths
-from mmcot.prediction.columns import with_gold_columns
+from mmcot.prediction.columns import columns_after, with_gold_columns
 from mmcot.prediction.examples import lengths_of, tokenized
 from mmcot.prediction.passages import with_passages
 from mmcot.prediction.predictor import log_shortened
@@ -42,7 +42,7 @@ from mmcot.training.streaming import stream_examples, streamed_pictures
 from mmcot.training.trainer import NamedCollator, StageTrainer, load_weights
 from modeling_mmcot import MMCoTForConditionalGeneration
 from modeling_mmcot.loading_mmcot import StageAdapters, share_model
-from modeling_mmcot.stage_mmcot import RETRIEVE, Stage, Stages
+from modeling_mmcot.stage_mmcot import KINDS, RETRIEVE, Stage, Stages
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def train_and_write(prepared: Run, stage: Stage, splits: set[str], stages: Stage
         return
     model = train_stage(prepared, stage)
     for split in sorted(splits):
-        predict_split(prepared, model, stage, split)
+        predict_split(prepared, model, stage, split, lambda name: load_trained(prepared, prepared.stages.named(name)))
 
 
 def splits_read_later(prepared: Run, later: Stages) -> set[str]:
@@ -221,16 +221,29 @@ def with_target(versions: list[Dataset], stage: Stage, split: str) -> list[Datas
     the stage to write nothing.
     """
     num_problems = len(versions[0])
-    targets = zip(*(map(stage.render_target, rows.remove_columns("images")) for rows in versions), strict=True)
-    kept = [index for index, texts in enumerate(targets) if all(texts)]
+    targets = [[stage.render_target(row) for row in rows.remove_columns("images")] for rows in versions]
+    kept = [index for index, texts in enumerate(zip(*targets, strict=True)) if all(texts)]
     if not kept:
         raise RunStopped(f"The {stage.name} stage has no target: it is empty for all {num_problems} {split} problems.")
+    if KINDS[stage.kind].sends_back is not None:
+        log_verdicts(stage, targets[-1], split)
     if len(kept) < num_problems and PartialState().is_main_process:
         logger.warning(
             f"{stage.name} stage: {num_problems - len(kept)} of {num_problems} {split} problems have an empty target "
             f"and are left out of its training"
         )
     return versions if len(kept) == num_problems else [rows.select(kept) for rows in versions]
+
+
+def log_verdicts(stage: Stage, targets: list[str], split: str) -> None:
+    """Log how many targets send a problem back; with a single kind of target, the stage would learn nothing."""
+    sends_back = KINDS[stage.kind].sends_back
+    count = targets.count(sends_back)
+    if PartialState().is_main_process:
+        logger.log(
+            logging.INFO if 0 < count < len(targets) else logging.WARNING,
+            f"{stage.name} stage: the target of {count} of {len(targets)} {split} problems is {sends_back!r}",
+        )
 
 
 def build_validation_report(prepared: Run, training: Training) -> ValidationReport | SharedReport:
@@ -252,7 +265,7 @@ def build_stage_report(prepared: Run, stage: Stage, folder: Path) -> ValidationR
         prepared.processor,
         stage,
         problems.select(sorted(chosen)),
-        prepared.folder.predictions_so_far("val"),
+        columns_after(prepared.folder.predictions_so_far("val"), prepared.stages.before(stage)),
         prepared.pictures,
         folder,
         prepared.recipe.training_arguments.per_device_eval_batch_size,

@@ -11,7 +11,7 @@ import random
 from datasets import Dataset
 from jinja2 import meta
 
-from mmcot.prediction.columns import MissingColumns, with_columns
+from mmcot.prediction.columns import MissingColumns, columns_after, with_columns
 from mmcot.problems.schema import with_column
 from mmcot.storage.checkpoints import RunStopped
 from mmcot.storage.run_folder import RunFolder
@@ -26,7 +26,7 @@ def with_written_columns(problems: Dataset, earlier: list[Stage], folder: RunFol
         RunStopped: an earlier stage has not written its column for every problem.
     """
     try:
-        return with_columns(problems, folder.predictions_so_far(split), earlier, required=True)
+        return with_columns(problems, columns_after(folder.predictions_so_far(split), earlier), earlier, required=True)
     except MissingColumns as error:
         raise RunStopped(
             f"{folder.predictions(split)}: {error} That stage has to write the column for all problems (a cross-fitted "

@@ -5,13 +5,15 @@ trained on.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import PartialState
 
+from mmcot.prediction.columns import columns_after
 from mmcot.prediction.passages import add_passages
-from mmcot.prediction.predictor import PredictOptions, predict_stage
+from mmcot.prediction.predictor import PredictOptions, predict_stage, send_back
 from mmcot.prediction.provenance import problems_digest, stage_weights
 from mmcot.problems.digests import digest_of_problems
 from mmcot.problems.sources import non_default_options
@@ -53,19 +55,32 @@ def recorded_weights(prepared: Run, split: str) -> dict[str, str]:
     return meta.get("weights") or {}
 
 
-def predict_split(prepared: Run, model: MMCoTForConditionalGeneration, stage: Stage, split: str) -> None:
-    """Write the stage's column for a split into its predictions file, unless it is complete."""
+def predict_split(
+    prepared: Run,
+    model: MMCoTForConditionalGeneration,
+    stage: Stage,
+    split: str,
+    load_model: Callable[[str], MMCoTForConditionalGeneration],
+) -> None:
+    """
+    Write the stage's column for a split into its predictions file, unless it is complete.
+
+    Args:
+        load_model: returns the trained model of an earlier stage, to which this stage can send problems back.
+    """
     if has_written(prepared, stage, split):
         return
     recipe, problems = prepared.recipe, prepared.problems[split]
-    predictions = prepared.folder.predictions_so_far(split)
+    predictions = columns_after(prepared.folder.predictions_so_far(split), prepared.stages.before(stage))
     journal = open_journal(prepared, stage, split, predictions)
     options = PredictOptions(
         batch_size=recipe.training_arguments.per_device_eval_batch_size,
         num_workers=recipe.training_arguments.dataloader_num_workers,
         decode_answer=recipe.arguments.decode_answer,
     )
-    predict_stage(model, prepared.processor, stage, problems, predictions, options, prepared.pictures, journal=journal)
+    settings = (stage, problems, predictions, options, prepared.pictures)
+    predict_stage(model, prepared.processor, *settings, journal=journal)
+    send_back(load_model, prepared.processor, *settings, journal=journal)
     save_predictions(prepared, stage, split, predictions)
     journal.remove()
     PartialState().wait_for_everyone()
@@ -75,7 +90,7 @@ def retrieve_split(prepared: Run, stage: Stage, split: str) -> None:
     """Write the passages that a stage retrieves for a split into its predictions file, unless it is complete."""
     if has_written(prepared, stage, split):
         return
-    predictions = prepared.folder.predictions_so_far(split)
+    predictions = columns_after(prepared.folder.predictions_so_far(split), prepared.stages.before(stage))
     add_passages(predictions, prepared.processor, stage, prepared.problems[split])
     PartialState().wait_for_everyone()  # every process has read the predictions file
     save_predictions(prepared, stage, split, predictions)
