@@ -188,6 +188,7 @@ def train_tokenizer(problems: Dataset, stages: list[Stage], vocab_size: int) -> 
                 row = {**row, stage.writes: stage.render_target(row)}
                 yield stage.render_source(row)
                 yield row[stage.writes]
+                yield KINDS[stage.kind].sends_back or ""  # a target that gold columns never have
 
     # Byte pairs within words: most words are a single token even with a small vocabulary.
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))

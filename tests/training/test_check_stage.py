@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 CHECK = {
     **{"name": "check", "kind": "check", "reads": ["question", "choices", "rationale", "answer_text", "images"]},
     "source": "{{ question }} {{ choices | join(' ') }} {{ rationale }} {{ answer_text }} Right?",
-    **{"writes": "verdict", "max_source_length": 128, "inputs_from": "cross_fit", "learning_rate": 0.01},
+    **{"writes": "verdict", "max_source_length": 128, "inputs_from": "cross_fit", "num_train_epochs": 10},
 }
 
 
@@ -29,7 +29,8 @@ CHECK = {
 def command(tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("check")
     recipe = yaml.safe_load(TINY_RECIPE.read_text())
-    recipe |= {"num_folds": 2, "max_steps": 4, "save_steps": 4, "eval_steps": 4, "report_problems": 4}
+    recipe |= {"num_folds": 2, "max_steps": -1, "num_train_epochs": 0.5, "save_steps": 100, "eval_steps": 50}
+    recipe["report_problems"] = 4
     recipe["stages"].append(CHECK)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return ("train.py", "--config", folder / "recipe.yaml", "--dataset", tiny_dataset, "--output_dir", folder / "run")
