@@ -1,12 +1,19 @@
 """A stage that checks: its target, its verdicts, and the problems that it sends back."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_model, word_tokenizer
+from datasets import Dataset
 from PIL import Image
 from tokenizers.models import WordLevel
 from transformers import ViTImageProcessor
 
+from mmcot.prediction.columns import columns_after
+from mmcot.prediction.predictor import predict
+from mmcot.problems.schema import FEATURES
+from mmcot.storage.journal import Journal
 from modeling_mmcot import MMCoTProcessor, MultimodalCoTPipeline
 from modeling_mmcot.inference_mmcot import encode, reply_text, run_stages
 from modeling_mmcot.stage_mmcot import PAPER_TEMPLATES, Stage, Stages, verdict_target
@@ -143,3 +150,41 @@ def test_repeats_stages_from_last_text_that_check_and_answer_read():
         check.reads = columns
         with pytest.raises(ValueError, match=r"'check' of kind 'check' reads .*; expected `answer_text`, and a column"):
             stages.repeated_by(check)
+
+
+@pytest.fixture
+def rows():
+    empty = {"images": [], "caption": "", "context": "", "lecture": "", "solution": "", "subject": "", "grade": ""}
+    empty |= {"topic": "", "category": "", "skill": "", "split": "test", "answer": 0, "observation": ""}
+    empty |= {"rationales": [], "direct_answers": [], "gold_passages": []}
+    return Dataset.from_list(
+        [{**empty, "id": str(n), **problem} for n, problem in enumerate(PROBLEMS)], features=FEATURES
+    )
+
+
+def is_close(found, expected):
+    scores = [[*columns.pop("scores"), columns.pop("verdict_score", 0.0)] for columns in (found, expected)]
+    rejected = [columns.pop("rejected", None) for columns in (found, expected)]
+    if None not in rejected:
+        return found == expected and scores[0] == pytest.approx(scores[1], abs=1e-5) and is_close(*rejected)
+    return (found, rejected[0]) == (expected, rejected[1]) and scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_split_is_predicted_as_by_pipeline_and_resumes(models, processor, rows, tmp_path):
+    expected = run_stages(models, processor, PROBLEMS, [None] * len(PROBLEMS))
+    assert {columns["verdict"] for columns in expected} == {"right", "wrong"}
+    for problems in (rows, rows.select([n for n, row in enumerate(expected) if row["verdict"] == "wrong"])):
+        output = tmp_path / str(len(problems))
+        found = predict(processor, models, problems, journal=Journal(output, {}))
+        resumed = predict(processor, models, problems, journal=Journal(output, {}))
+        assert resumed == found
+        for name, columns in found.items():
+            assert is_close(copy.deepcopy(columns), copy.deepcopy(expected[int(name)]))
+
+
+def test_later_check_does_not_change_what_earlier_stages_wrote(models, processor, rows):
+    without = MMCoTProcessor(processor.tokenizer, processor.image_processor, STAGES[:2])
+    found, expected = predict(processor, models, rows), predict(without, models, rows)
+    for name, columns in columns_after(found, processor.stages[:2]).items():
+        assert {key: columns[key] for key in expected[name]} == expected[name] and "rejected" not in columns
+    assert columns_after(found, processor.stages) == found

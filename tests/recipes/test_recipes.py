@@ -39,7 +39,7 @@ def parse(tmp_path, change=None, *options):
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_recipe_parses(recipe):
     parsed = parse_recipe(["--config", str(recipe), "--use_cpu", "true"])  # because bf16 is refused without a GPU
-    assert parsed.stages[-1].writes == "answer_text"
+    assert "answer_text" in [stage.writes for stage in parsed.stages]
     name = f"{recipe.parent.name}/{recipe.stem}"
     assert parsed.training_arguments.output_dir == f"runs/{EARLIER_NAMES.get(name, name.replace('/', '_'))}"
 

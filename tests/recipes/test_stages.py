@@ -5,6 +5,7 @@ import yaml
 from conftest import TINY_RECIPE
 
 from mmcot.recipes.recipe import parse_recipe
+from mmcot.training.building import build_stages
 
 ANSWER = {
     "name": "answer",
@@ -27,6 +28,15 @@ RATIONALE = {
     "source": "{{ question }}{% for passage in passages %} {{ passage.text }}{% endfor %}",
     "target": "{{ solution }}",
 }
+CHECK = {
+    "name": "check",
+    "kind": "check",
+    "reads": ["question", "rationale", "answer_text"],
+    "writes": "verdict",
+    "source": "{{ question }} {{ rationale }} {{ answer_text }}",
+    "inputs_from": "cross_fit",
+}
+WRITTEN = {**DESCRIPTION, "name": "rationale", "writes": "rationale"}
 ONLY_ANSWER = {**ANSWER, "reads": ["question", "choices"]}
 
 
@@ -83,9 +93,28 @@ def changed(stage, **settings):
             [{**RETRIEVAL, "reads": ["question"]}, {**RATIONALE, "init_from": "previous_stage"}, ANSWER],
             "'rationale' has init_from 'previous_stage', but no stage before it",
         ),
+        ([WRITTEN, ANSWER, {**CHECK, "inputs_from": "gold"}], "'check' has inputs_from 'gold'.*; expected cross_fit"),
+        ([WRITTEN, ANSWER, {**CHECK, "target": "right"}], "target 'right', which has no effect .* kind 'check'"),
+        ([WRITTEN, ANSWER, {**CHECK, "num_beams": 2}], "num_beams 2, which has no effect .* kind 'check'"),
+        ([WRITTEN, ANSWER, {**CHECK, "score": "mean"}], "score 'mean', which has no effect .* kind 'check'"),
+        ([WRITTEN, ANSWER, {**CHECK, "source": None}], "'check' needs a `source`"),
+        (
+            [WRITTEN, ANSWER, CHECK, {**CHECK, "name": "second", "writes": "second"}],
+            "check, second send problems back; expected at most one",
+        ),
         (changed(RETRIEVAL, num_passages=0), "'changed' has num_passages 0; expected 1 or more"),
     ],
 )
 def test_refuses_stages_that_cannot_run_and_settings_without_effect(tmp_path, stages, message):
     with pytest.raises(ValueError, match=message):
         parse(tmp_path, *stages)
+
+
+def test_refuses_check_without_text_to_send_back_to(tmp_path):
+    answer = {**ANSWER, "reads": ["question", "context", "choices", "rationale"]}
+    stages = build_stages(parse(tmp_path, WRITTEN, answer, CHECK).stages)
+    assert stages.repeated_by(stages[2]) == stages[:2]
+    unread = {**answer, "source": "{{ question }}", "reads": ["question"]}
+    for given in ([WRITTEN, unread, CHECK], [WRITTEN, answer, {**CHECK, "reads": ["answer_text"], "source": "x"}]):
+        with pytest.raises(ValueError, match="'check' .*expected `answer_text`, and a column that an earlier stage"):
+            build_stages(parse(tmp_path, *given).stages)

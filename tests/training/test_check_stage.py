@@ -1,12 +1,14 @@
 """A stage that checks answers, in a run: its targets, the predictions, the exported system, and a second training."""
 
+import importlib.util
 import json
 import shutil
 
 import pytest
 import yaml
-from conftest import TINY_RECIPE, run_isolated, run_script
+from conftest import REPOSITORY, TINY_RECIPE, run_isolated, run_script
 from datasets import Dataset
+from transformers import pipeline
 
 from mmcot.evaluation.metrics import accuracy
 from mmcot.hub.checks import code_faults, surplus_files
@@ -121,6 +123,23 @@ def test_card_and_probes_follow_the_recipe(run, tiny_dataset, tmp_path):
     assert [*surplus_files(run.hub), *code_faults(run.hub)] == []
     run_script("-m", "mmcot.probes", run.path, "--dataset", tiny_dataset, "--split", "test", "--output", tmp_path / "p")
     assert "rationale dropped" in (tmp_path / "p").read_text()
+
+
+def test_space_shows_verdict_and_answers_again_from_edited_rationale(run, tiny_dataset):
+    specification = importlib.util.spec_from_file_location("space_app", REPOSITORY / "space" / "app.py")
+    app = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(app)
+    answer = pipeline("multimodal-cot", model=str(run.hub), trust_remote_code=True)
+    page = app.Page(answer, "model")
+    row = next(row for row in rows_of(tiny_dataset, "test").values() if not row["images"])
+    problem = {**{name: row[name] for name in ("question", "choices", "context")}, "image": None}
+    *_, shown = page.respond(problem, {})
+    result = answer(problem)
+    assert shown[page.state]["given"] == {"rationale": result["rationale"]}
+    assert result["verdict"] in shown[page.answered] and "Rejected rationale" in shown[page.answered]
+    *_, shown = page.ask_again(shown[page.state], "Another rationale.")
+    assert shown[page.state]["given"] == {"rationale": "Another rationale."}
+    assert "Verdict" in shown[page.answered] and "Rejected" not in shown[page.answered]
 
 
 def test_check_that_is_trained_again_reads_rejected_columns_again(run, command, tmp_path):
