@@ -38,7 +38,11 @@ def describe_result(prepared: Run) -> str:
         f"  ({letter}) {choice}  {100 * probability:.1f} %"
         for letter, choice, probability in zip(LETTERS, problem["choices"], columns["scores"], strict=False)
     )
-    texts = "".join(f"  {columns[stage.writes]}\n" for stage in prepared.stages.with_models if not stage.answers)
+    texts = "".join(
+        f"  {columns[stage.writes]}\n" if stage.generates else f"  {stage.writes}: {columns[stage.writes]}\n"
+        for stage in prepared.stages.with_models
+        if not stage.answers
+    )
     return (
         f"{format_table(read_json(scores))}\n\n"
         f"One {split} problem, answered ({problem['id']}, gold: {problem['choices'][problem['answer']]}):\n"

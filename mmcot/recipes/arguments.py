@@ -25,7 +25,7 @@ class StageArguments:
             answer, and every other one generates a text.
         template: a name in the template set `paper` (`QCM-E`, `QCMG-A`, …), which defines source and target.
         source, target: Jinja templates, in place of the named ones. A stage that retrieves has no target, and its
-            source is the query; by default question and choices.
+            source is the query; by default question and choices. A stage that checks has a source only.
         max_source_length, max_target_length: in tokens.
         score: how the answering stage compares choices (`stage_mmcot.SCORES`): `total`, `mean` or `calibrated`. By
             default `mean` if its target contains the text of the choice, else `total` (docs/choice_lengths.md).
