@@ -109,7 +109,7 @@ def place_question(placed: Placed, axis: int, scene: Scene) -> Wording:
 
 def describe(scene: Scene) -> str:
     """Return the shape and the place of each object, in the order of the colors."""
-    return f"The picture shows {listed([f'{thing.name} {place_of(center)}' for thing, center in scene])}."
+    return " ".join(f"The {thing.name} is at the {place_of(center)}." for thing, center in scene)
 
 
 def place_of(center: tuple[int, int]) -> str:
