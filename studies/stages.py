@@ -146,12 +146,12 @@ def predict_with_passages(run: RunFolder, split: str, problems: Dataset, arm: Ar
 def trainings(run: RunFolder) -> dict[str, dict[str, float]]:
     """Return the steps, the seconds and the peak memory of each training of a run."""
     trained = {}
-    for file in sorted(run.run.rglob("train_results.json")):
+    for file in sorted(run.path.rglob("train_results.json")):
         results = read_json(file)
         if "train_runtime" in results:
             memory = [entry["memory_gb"] for entry in results["log_history"] if "memory_gb" in entry]
-            trained[str(file.parent.relative_to(run.run))] = {
-                "steps": results["log_history"][-1]["step"],
+            trained[str(file.parent.relative_to(run.path))] = {
+                "steps": round(results["train_runtime"] * results["train_steps_per_second"]),
                 "seconds": round(results["train_runtime"], 1),
                 "memory_gb": max(memory, default=None),
             }
