@@ -46,6 +46,7 @@ class Arm:
         settings: settings of the recipe.
         run_of: the arm whose trained stages are used, if this one trains nothing.
         passages: the origin of the passages in prediction, in place of the search: `gold` or `wrong`.
+        searches: whether the texts are the best of several (`stage_prediction.predict_with_search`).
     """
 
     meaning: str
@@ -55,6 +56,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     run_of: str | None = None
     passages: str | None = None
+    searches: bool = False
 
     @property
     def is_one_pass(self) -> bool:
@@ -85,6 +87,7 @@ ARMS: dict[str, Arm] = {
     "four_stages": Arm("description → BM25 → knowledge → rationale → answer"),
     "four_gold_passages": Arm("`four_stages`, predicted with the gold passage", run_of="four_stages", passages="gold"),
     "four_wrong_passages": Arm("`four_stages`, predicted with wrong passages", run_of="four_stages", passages="wrong"),
+    "four_search": Arm("`four_stages`, predicted with a search by stage", run_of="four_stages", searches=True),
     "passages_to_rationale": Arm(
         "description → BM25 → rationale → answer",
         ("description", "retrieval", "rationale", "answer"),

@@ -16,26 +16,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
-from datasets import Dataset
 from tqdm.auto import tqdm
 
 from benchmarks.setting import machine
-from mmcot.prediction.predictor import PredictOptions, predict_stage
-from mmcot.prediction.system import load_system
 from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
 from mmcot.storage.run_folder import RunFolder
-from modeling_mmcot import MMCoTForConditionalGeneration, MMCoTProcessor
-from studies.stage_arms import ARMS, BUDGETS, ONE_PASS, Arm, answer_in, passages_for, recipe_of
+from studies.stage_arms import ARMS, BUDGETS, ONE_PASS, recipe_of
 from studies.stage_measures import accuracy_of, measure
+from studies.stage_prediction import Predictions, predict_one_pass, predict_with_passages, predict_with_search
 from studies.stage_tables import RESULTS, write_tables
 
 LEARNING_RATES = (1e-3, 2e-3)
 SEEDS = (0, 1, 2)
-Predictions = dict[str, dict[str, Any]]
 
 
 class Study:
@@ -110,37 +105,10 @@ class Study:
         if arm.is_one_pass:
             return predict_one_pass(run, self.problems[split])
         if arm.passages is not None:
-            return predict_with_passages(run, split, self.problems[split], arm, self.dataset)
+            return predict_with_passages(run, split, self.problems[split], arm.passages, self.dataset)
+        if arm.searches:
+            return predict_with_search(run, self.problems[split])
         return run.predictions_so_far(split)
-
-
-def predict_one_pass(run: RunFolder, problems: Dataset) -> Predictions:
-    """Predict with the only trained stage of a run, and read the answers in its texts."""
-    folder = str(run.stage(ONE_PASS))
-    processor = MMCoTProcessor.from_pretrained(folder, trust_remote_code=False)
-    model = MMCoTForConditionalGeneration.from_pretrained(folder, trust_remote_code=False)
-    predictions: Predictions = {problem_id: {} for problem_id in problems["id"]}
-    stage = processor.stages.named(ONE_PASS)
-    predict_stage(model, processor, stage, problems, predictions, PredictOptions(batch_size=100))
-    for row in problems.remove_columns("images"):
-        columns = predictions[row["id"]]
-        columns["answer"] = answer_in(columns[stage.writes], row["choices"])
-    return predictions
-
-
-def predict_with_passages(run: RunFolder, split: str, problems: Dataset, arm: Arm, dataset: str) -> Predictions:
-    """Predict the stages after the retrieval again, with other passages."""
-    processor, models = load_system(str(run))
-    (retrieval,) = processor.stages.retrieving
-    kept = {stage.writes for stage in processor.stages.before(retrieval)}
-    passages = passages_for(arm.passages, problems, dataset, retrieval.num_passages)
-    predictions = {
-        problem_id: {name: columns[name] for name in kept} | {retrieval.writes: passages[problem_id]}
-        for problem_id, columns in run.predictions_so_far(split).items()
-    }
-    for stage in processor.stages.after(retrieval):
-        predict_stage(models[stage.name], processor, stage, problems, predictions, PredictOptions(batch_size=100))
-    return predictions
 
 
 def trainings(run: RunFolder) -> dict[str, dict[str, float]]:
