@@ -22,7 +22,7 @@ ONE_PASS = "one_pass"
 LOOP = "{% for passage in passages %}{{ passage.text }} {% endfor %}"
 # Shares of the training steps. With the budget "total", an arm's stages divide the steps of the study; with "stage",
 # each stage has its share of the steps of `four_stages`, so that an arm with fewer stages has fewer steps.
-SHARES = {"description": 3, "knowledge": 2, "rationale": 3, "answer": 2, ONE_PASS: 10}
+SHARES = {"description": 6, "knowledge": 2, "rationale": 3, "answer": 2}
 BUDGETS = {"total": "all stages of an arm together", "stage": "the four stages of `four_stages` together"}
 ANSWER = "The answer is {{ choices[answer] }}."
 # The texts of one generation; the last form is that of LLaVA-CoT (Xu et al. 2024, arXiv 2411.10440), with its order of
@@ -125,7 +125,7 @@ def recipe_of(arm: Arm, dataset: str, steps: int, budget: str, learning_rate: fl
         written.add(stages[-1]["writes"])
     for name, value in arm.settings.items():
         recipe[name] = recipe[name] | value if isinstance(value, dict) else value
-    trained = [stage for stage in stages if stage["name"] in SHARES]
+    trained = [stage for stage in stages if stage["name"] in ((ONE_PASS,) if arm.is_one_pass else SHARES)]
     for stage in trained[1:]:
         stage.update(arm.later_stages)
     set_epochs(recipe, trained, dataset, steps, budget)
@@ -145,11 +145,12 @@ def set_epochs(recipe: dict, trained: list[dict], dataset: str, steps: int, budg
     epochs = steps * recipe["per_device_train_batch_size"] / level.num_training_problems
     if recipe.get("share_weights"):
         recipe["num_train_epochs"] = epochs / len(trained)
-    total = sum(SHARES[stage["name"]] for stage in trained) if budget == "total" else 10
+    shares = {stage["name"]: SHARES.get(stage["name"], sum(SHARES.values())) for stage in trained}
+    total = sum(shares.values()) if budget == "total" else sum(SHARES.values())
     for stage in trained:
         stage.pop("num_train_epochs", None)
         if not recipe.get("share_weights"):
-            stage["num_train_epochs"] = round(epochs * SHARES[stage["name"]] / total, 4)
+            stage["num_train_epochs"] = round(epochs * shares[stage["name"]] / total, 4)
 
 
 def one_pass_stage() -> dict[str, Any]:

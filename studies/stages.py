@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=["study:fact@2"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of an arm")
+    parser.add_argument("--steps", type=int, default=1300, help="training steps of an arm")
     parser.add_argument("--budget", choices=list(BUDGETS), default="total", help="what has `--steps` training steps")
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="folder of the runs")
     parser.add_argument("--tables", action="store_true", help="only write the tables and the plot")

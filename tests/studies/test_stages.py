@@ -36,7 +36,11 @@ def test_stages_share_the_steps_of_the_budget(name, budget):
     if budget == "total":
         assert sum(steps.values()) == pytest.approx(1000, abs=0.1)
     else:
-        assert steps == {stage: pytest.approx(100 * SHARES[stage], abs=0.1) for stage in steps}
+        assert steps == {stage: pytest.approx(1000 * SHARES[stage] / 13, abs=0.1) for stage in steps}
+
+
+def test_one_generation_has_all_steps():
+    assert stages_of("one_pass_LEA")["one_pass"]["num_train_epochs"] * 12_000 / 64 == pytest.approx(1000, abs=0.1)
 
 
 def test_arms_read_only_what_their_stages_write():
