@@ -77,7 +77,7 @@ WRITTEN = ("a written rationale / a written text", "a written text")
 
 def test_columns_of_a_problem_are_all_gold_or_all_generated(mixed):
     prepared, stage, examples = mixed
-    trainer = build_trainer(prepared, stage, examples, None)
+    trainer = build_trainer(prepared, prepared.training_of(stage), examples, None)
     trainer.state.max_steps = NUM_STEPS
     num_generated = []
     for step in (0, NUM_STEPS // 2, NUM_STEPS):
@@ -94,7 +94,7 @@ def test_columns_of_a_problem_are_all_gold_or_all_generated(mixed):
 
 def test_evaluates_on_generated_inputs(mixed):
     prepared, stage, examples = mixed
-    trainer = build_trainer(prepared, stage, examples, None)
+    trainer = build_trainer(prepared, prepared.training_of(stage), examples, None)
     pairs = [pair for batch in trainer.get_eval_dataloader() for pair in texts_of(prepared, batch)]
     assert set(pairs) == {WRITTEN}
 
