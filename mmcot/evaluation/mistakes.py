@@ -9,6 +9,7 @@ a first guess with a confidence; a person decides.
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -216,7 +217,7 @@ def contradiction(statements: list[list[str]]) -> Verdict | None:
 def changed_statement(problem: Mapping[str, Any], statements: list[list[str]]) -> Verdict | None:
     """Find the first sentence that resembles one of lecture, context or gold, but has other content words."""
     lecture, context = sentences(problem["lecture"]), sentences(problem["context"])
-    gold = sentences(problem["solution"])
+    gold, observation = sentences(problem["solution"]), sentences(problem["observation"])
     for words in statements:
         near = [(similarity(words, other), where, other) for where, texts in
                 (("lecture", lecture), ("context", context), ("gold", gold)) for other in texts]  # fmt: skip
@@ -224,7 +225,11 @@ def changed_statement(problem: Mapping[str, Any], statements: list[list[str]]) -
             return None
         best, where, other = max(near, key=lambda entry: entry[0])
         is_reworded = content_words(words) == content_words(other) and sorted(words) != sorted(other)
-        if best < ALIKE or best >= SAME or is_reworded:
+        if is_reworded and other in observation:
+            is_changed = lists_other_things(words, other)
+        else:
+            is_changed = ALIKE <= best < SAME and not is_reworded
+        if not is_changed:
             continue
         if where == "gold" and other == gold[-1]:
             continue  # the conclusion: it is wrong in every wrong answer
@@ -232,6 +237,12 @@ def changed_statement(problem: Mapping[str, Any], statements: list[list[str]]) -
         kind = kind_of_gold(problem, other, lecture) if where == "gold" else "factual"
         return Verdict(kind, 0.7, reason)
     return None
+
+
+def lists_other_things(words: list[str], other: list[str]) -> bool:
+    """Whether one of two sentences has a content word more often: "a red circle, a blue square and a blue circle"."""
+    first, second = (Counter(word for word in sentence if word not in STOP_WORDS) for sentence in (words, other))
+    return first != second
 
 
 def kind_of_gold(problem: Mapping[str, Any], sentence: list[str], lecture: list[list[str]]) -> str:
@@ -258,9 +269,9 @@ def is_general(sentence: list[str], lecture: list[list[str]]) -> bool:
 
 def missing_fact(problem: Mapping[str, Any], statements: list[list[str]]) -> Verdict | None:
     """Find a sentence of the lecture that the gold rationale repeats and the rationale omits."""
-    lecture = sentences(problem["lecture"])
+    lecture, found = sentences(problem["lecture"]), [content_words(words) for words in statements]
     for words in sentences(problem["solution"]):
-        if words in lecture and words not in statements:
+        if words in lecture and content_words(words) not in found:
             return Verdict("factual", 0.6, f"The rationale omits {' '.join(words)!r}, which lecture and gold state.")
     return None
 

@@ -120,6 +120,13 @@ def test_omitted_fact_is_factual_and_omitted_step_logical():
     )
 
 
+def test_reworded_fact_is_not_omitted():
+    lecture = "In order: red, blue and green."
+    reworded = f"{WEIGHTS['observation']} In the order: red, blue, green. So, the blue ball is the heaviest."
+    assert kind(WEIGHTS, 1, reworded, lecture=lecture) == "logical"
+    assert "does not follow" in reason(WEIGHTS, 1, reworded, lecture=lecture)
+
+
 def test_mistakes_in_study_problems_have_the_expected_kind():
     found = measure(list(itertools.islice(generate("test"), 300)))["agreement_on_expected_kind"]
     assert found.keys() == EXPECTED_MISTAKES.keys() and min(found.values()) > 90, found
