@@ -12,7 +12,7 @@ from mmcot.evaluation.predictions import (
     Predictions,
     read_matching_predictions,
 )
-from mmcot.prediction.columns import with_columns
+from mmcot.prediction.columns import rejected_by, with_columns
 from mmcot.prediction.provenance import weights_of
 from mmcot.problems.schema import first_few, join_captions
 from mmcot.problems.sources import load_problems, reading_options
@@ -37,7 +37,7 @@ def write_page(
         processor, models = load_system(arguments.attention)
         check_attention(arguments, weights_of(arguments.attention, processor), origin.weights)
         if origin.max_images is None:
-            origin.max_images = min(models[stage.name].config.max_images for stage in processor.stages)
+            origin.max_images = min(models[stage.name].config.max_images for stage in processor.stages.with_models)
         shown = problems_as_predicted(arguments, problems, origin)
         attention = token_maps_of(processor, models, shown, predictions)
     else:
@@ -90,7 +90,7 @@ def problems_as_predicted(arguments: argparse.Namespace, problems: Dataset, orig
 def token_maps_of(
     processor: Any, models: Mapping[str, Any], problems: Dataset, predictions: Predictions
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the maps of the last stage that sees pictures, with the predicted columns of earlier stages."""
+    """Yield the maps of the last stage that sees pictures, with the columns of earlier stages that it read."""
     from mmcot.analysis.attention import maps_of_problems
 
     stages_with_pictures = [stage for stage in processor.stages if stage.sees_pictures]
@@ -105,4 +105,5 @@ def token_maps_of(
                 f"--attention: {len(absent)} predictions have no {stage.writes!r}, which the {last.name} stage "
                 f"reads: {first_few(absent)}"
             )
-    return maps_of_problems(models[last.name], processor, last, with_columns(problems, predictions, earlier))
+    read = {name: {**columns, **rejected_by(last, columns)} for name, columns in predictions.items()}
+    return maps_of_problems(models[last.name], processor, last, with_columns(problems, read, earlier))

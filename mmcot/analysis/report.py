@@ -25,6 +25,7 @@ from mmcot.evaluation.metrics import CLASSES, checked_answers, percentage, right
 from mmcot.evaluation.mistakes import KINDS, sort_mistake
 from mmcot.evaluation.uncertainty import mean_interval
 from mmcot.pictures.reading import read_pictures
+from mmcot.prediction.columns import rejected_by
 from mmcot.storage.digests import sha256_of_json
 from mmcot.storage.folders import replaced_folder
 from mmcot.storage.predictions import read_meta
@@ -165,8 +166,7 @@ def prompts(problem: Mapping[str, Any], prediction: Mapping[str, Any], stages: S
     row = {name: value for name, value in problem.items() if name not in GOLD_COLUMNS}
     shown = {}
     for stage in stages:
-        read = {**row, **(prediction.get(REJECTED, {}) if stage.sends_back(prediction) else {})}
-        shown[stage.name] = stage.render_source(read)
+        shown[stage.name] = stage.render_source({**row, **rejected_by(stage, prediction)})
         row[stage.writes] = prediction.get(stage.writes, "" if stage.has_model else [])
     return shown
 

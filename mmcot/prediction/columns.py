@@ -52,6 +52,11 @@ def columns_after(predictions: dict[str, dict[str, Any]], stages: Sequence[Stage
     }
 
 
+def rejected_by(stage: Stage, prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that a stage read and sent back, which later ones replaced; none for any other stage."""
+    return prediction.get(REJECTED, {}) if stage.sends_back(prediction) else {}
+
+
 def with_gold_columns(problems: Dataset, earlier: Sequence[Stage]) -> Dataset:
     """Return the problems with the columns that earlier stages with a model learn to write, rendered from gold."""
     rows = [with_gold(row, earlier) for row in problems.remove_columns("images")] if earlier else []

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, DetrConfig
 from trl import ModelConfig
 
 from mmcot.analysis.attention import maps_of_problems
+from mmcot.analysis.page import token_maps_of
 from mmcot.analysis.report import FULL, bars, origin_of
 from mmcot.evaluate import main
 from mmcot.evaluation.mistakes import KINDS
@@ -27,6 +28,7 @@ from mmcot.problems.sources import load_problems
 from mmcot.storage.files import read_json, write_json
 from mmcot.training.adapters import adapt
 from modeling_mmcot.attention_mmcot import locate_patches
+from modeling_mmcot.stage_mmcot import Stage
 
 CHROMIUM = shutil.which("chromium")
 
@@ -178,6 +180,32 @@ def test_refuses_maps_of_stages_without_pictures(tiny_run, tiny_dataset, tmp_pat
     with pytest.raises(SystemExit, match="no stage of that model sees pictures"):
         main([str(tiny_run / "predictions/test.json"), *options, "--attention", str(tiny_run)])
     assert not (tmp_path / "report").exists()
+
+
+def test_shows_maps_of_system_that_retrieves(tiny_run, tiny_dataset, tmp_path, monkeypatch):
+    """The predictions have no meta file, so that the number of pictures comes from the models."""
+    processor, models = load_system(str(tiny_run))
+    processor.stages.insert(0, Stage("search", ["question"], "passages", "{{ question }}", kind="retrieve"))
+    monkeypatch.setattr("mmcot.prediction.system.load_system", lambda model: (processor, models))
+    predictions = read_json(tiny_run / "predictions/test.json")
+    file = tmp_path / "predictions.json"
+    write_json(file, {name: {**columns, "passages": []} for name, columns in predictions.items()})
+    options = ["--dataset", str(tiny_dataset), "--report", str(tmp_path / "report"), "--attention", str(tiny_run)]
+    main([str(file), *options])
+    assert list((tmp_path / "report/attention").iterdir())
+
+
+def test_maps_of_stage_that_checks_are_those_of_rejected_answer(tiny_run, tiny_dataset, monkeypatch):
+    processor, models = load_system(str(tiny_run))
+    check = Stage("check", ["rationale", "answer_text", "images"], "verdict", "{{ rationale }}", kind="check")
+    processor.stages.append(check)
+    problems = load_problems(str(tiny_dataset), "test").select([0, 1])
+    old, new = ({"rationale": text, "answer_text": text} for text in ("old", "new"))
+    columns = ({**new, "verdict": "wrong", "rejected": old}, {**new, "verdict": "right"})
+    predictions = dict(zip(problems["id"], columns, strict=True))
+    monkeypatch.setattr("mmcot.analysis.attention.maps_of_problems", lambda *given: given[-1])
+    read = token_maps_of(processor, {**models, "check": models["answer"]}, problems, predictions)
+    assert read["rationale"] == read["answer_text"] == ["old", "new"]
 
 
 def test_refuses_maps_without_rationales_that_stage_reads(tiny_run, tiny_dataset, tmp_path):
