@@ -35,12 +35,15 @@ from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration, MMCoTProc
 from modeling_mmcot.pictures_mmcot import build_image_processor
 from modeling_mmcot.settings_mmcot import check_own_settings
 from modeling_mmcot.stage_mmcot import (
+    CHECK,
     ENVIRONMENT,
     KINDS,
     PAPER_TEMPLATES,
     PASSAGE_FIELDS,
     QUERY,
     RETRIEVE,
+    RIGHT,
+    WRONG,
     Stage,
     Stages,
 )
@@ -166,7 +169,21 @@ def build_processor(recipe: Recipe, stages: list[Stage], train_problems: Dataset
         image_processor = MMCoTProcessor.from_pretrained(
             model_config.model_name_or_path, trust_remote_code=False
         ).image_processor
-    return MMCoTProcessor(tokenizer, image_processor, stages)
+    processor = MMCoTProcessor(tokenizer, image_processor, stages)
+    check_verdicts(processor)
+    return processor
+
+
+def check_verdicts(processor: MMCoTProcessor) -> None:
+    """Raise an error if a stage checks answers, and the tokenizer does not distinguish its verdicts."""
+    right, wrong = processor.tokenize_targets([RIGHT, WRONG]).tolist()
+    for stage in processor.stages:
+        if stage.kind == CHECK and right == wrong:
+            raise ValueError(
+                f"stage {stage.name!r} of kind {CHECK!r} writes {RIGHT!r} or {WRONG!r}, but the tokenizer "
+                f"{processor.tokenizer.name_or_path or type(processor.tokenizer).__name__} has the same tokens for "
+                f"both ({', '.join(processor.tokenizer.convert_ids_to_tokens(right))}): choose another tokenizer."
+            )
 
 
 def own_config(model_config: ModelConfig) -> MMCoTConfig | None:

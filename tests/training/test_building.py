@@ -3,14 +3,15 @@
 import pytest
 import torch
 import yaml
-from conftest import TINY_RECIPE
+from conftest import TINY_RECIPE, word_tokenizer
 
 from mmcot.hub.merging import shared_modules
 from mmcot.recipes.recipe import parse_recipe
 from mmcot.training import building
-from mmcot.training.building import InitialModel, skeleton
+from mmcot.training.building import InitialModel, check_verdicts, skeleton
 from mmcot.training.preparation import prepare
-from modeling_mmcot import MMCoTConfig
+from modeling_mmcot import MMCoTConfig, MMCoTProcessor
+from modeling_mmcot.stage_mmcot import Stage
 
 SIZE = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
 
@@ -35,6 +36,12 @@ def test_first_stage_takes_the_model_that_computed_the_features(built, tiny_data
     again = prepared.initial_model.take()
     assert built == [first, again]
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+
+
+def test_refuses_tokenizer_that_does_not_distinguish_verdicts():
+    check = Stage("check", ["answer_text"], "verdict", "{{ answer_text }}", kind="check")
+    with pytest.raises(ValueError, match=r"'check' .*'right' or 'wrong', but the tokenizer .* both \(<unk>\)"):
+        check_verdicts(MMCoTProcessor(word_tokenizer(), None, [check]))
 
 
 def test_preparation_builds_no_model_for_features_or_a_trained_tower(built, store, tiny_dataset, tmp_path):
