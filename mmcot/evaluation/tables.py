@@ -21,13 +21,24 @@ def format_table(scores: Mapping[str, Any]) -> str:
         if key in scores:
             rows.append((key.replace("_", " "), [two_places(scores[key][name]) for name in classes]))
             rows.extend(interval_rows([scores["intervals"][key][name] for name in classes]))
+    lines = align_rows(rows)
+    if "check" in scores:
+        lines.append(f"{'check':<16}  {format_check(scores['check'])}")
     rationale = "   ".join(f"{RATIONALE_NAMES[key]} {two_places(value)}" for key, value in scores["rationale"].items())
-    lines = [*align_rows(rows), f"{'rationale':<16}  {rationale}"]
+    lines.append(f"{'rationale':<16}  {rationale}")
     if scores["calibration"] is not None:
         figures = f"ECE {scores['calibration']['ece']:.4f}   Brier {scores['calibration']['brier']:.4f}"
         lines.append(f"{'calibration':<16}  {figures}")
     lines += [line for column, by_value in scores.get("by", {}).items() for line in ["", *lines_by(column, by_value)]]
     return "\n".join(lines)
+
+
+def format_check(check: Mapping[str, Any]) -> str:
+    before, after, verdict = (
+        two_places(check[name]) for name in ("accuracy_before", "accuracy_after", "verdict_accuracy")
+    )
+    sent_back = f"{check['sent_back']} of {check['n']} problems sent back"
+    return f"{sent_back}   accuracy before {before}, after {after}   right verdicts {verdict}"
 
 
 def lines_by(column: str, by_value: Mapping[str, Any]) -> list[str]:

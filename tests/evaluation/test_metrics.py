@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmcot.evaluation.metrics import CLASSES, accuracy, class_sizes, rationale_scores, score
+from mmcot.evaluation.tables import format_table
 from mmcot.problems.sources import load_problems
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,30 @@ def test_scores_have_documented_keys():
     assert list(scores)[:3] == ["accuracy", "rationale", "n"]
     assert " ".join(scores["accuracy"]) == " ".join(CLASSES) == "NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg"
     assert scores["n"] == 1
+
+
+def checked(answer, verdict="right", rejected=None):
+    columns = {"answer": answer, "judgement": verdict, "judgement_score": 0.6}
+    return columns if rejected is None else {**columns, "rejected": {"answer": rejected}}
+
+
+def test_scores_answers_before_and_after_check():
+    problems = [make_problem(str(number)) for number in range(5)]
+    columns = [checked(1), checked(0), checked(1, "wrong", 0), checked(0, "wrong", 0), checked(0, "wrong", 1)]
+    predictions = dict(zip("01234", columns, strict=True))
+    scores = score(problems, predictions)
+    expected = {"n": 5, "sent_back": 3, "accuracy_before": 40, "accuracy_after": 40, "verdict_accuracy": 60}
+    assert scores["check"] == expected and scores["accuracy"]["Avg"] == 40
+    line = "check 3 of 5 problems sent back accuracy before 40.00, after 40.00 right verdicts 60.00"
+    assert line in [" ".join(line.split()) for line in format_table(scores).splitlines()]
+    kept = score(problems, dict.fromkeys("01234", checked(1)))["check"]
+    assert kept == {"n": 5, "sent_back": 0, "accuracy_before": 100, "accuracy_after": 100, "verdict_accuracy": 100}
+
+
+def test_scores_no_check_without_verdicts_or_of_several_rationales():
+    problem = make_problem()
+    for columns in ({"answer": 1, "answer_text": "right"}, {**checked(1), "agreement": 0.8}):
+        assert "check" not in score([problem], {"1": columns})
 
 
 @pytest.mark.parametrize(
