@@ -11,10 +11,12 @@ from trl import ModelConfig
 
 from mmcot.problems.schema import FEATURES, GOLD_COLUMNS
 from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
-from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, RETRIEVE, SCORES, STAGE_NAME, exclusive_column
+from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, REJECTED, RETRIEVE, SCORES, STAGE_NAME, exclusive_column
 
 # Folders of a run that are not stages.
 RESERVED_NAMES = ("base", "shared", "hub", "hub_merged", "folds", "predictions", "scores")
+# Keys of a prediction that are no column of a stage.
+PREDICTED = ("scores", "decoded_answer", "agreement", REJECTED)
 # Settings of a stage's own training, which it does not have if all stages share one model.
 TRAINING_SETTINGS = ("num_train_epochs", "learning_rate", "inputs_from", "init_from")
 # Settings of a stage whose target its kind does not determine, and settings that only a model has.
@@ -105,6 +107,8 @@ def check_columns(stages: list[StageArguments], config: str) -> None:
     for stage in stages:
         if stage.writes in FEATURES:
             raise ValueError(f"{config}: stage {stage.name!r} writes {stage.writes!r}, a column that problems have.")
+        if stage.writes in PREDICTED:
+            raise ValueError(f"{config}: stage {stage.name!r} writes {stage.writes!r}, a key that predictions have.")
         if written.count(stage.writes) > 1:
             raise ValueError(f"{config}: two stages write {stage.writes!r}; expected different columns.")
         for column in stage.reads:
@@ -223,6 +227,11 @@ def check_shared_weights(
         )
     defaults = {entry.name: entry.default for entry in fields(StageArguments)}
     for stage in trained:
+        if KINDS[stage.kind].sends_back is not None:
+            raise ValueError(
+                f"{config}: share_weights is set, but stage {stage.name!r} of kind {stage.kind!r} learns from answers "
+                f"of trained stages, and a shared model is trained once, on gold columns: omit one of them."
+            )
         for name in TRAINING_SETTINGS:
             if getattr(stage, name) != defaults[name]:
                 raise ValueError(

@@ -81,6 +81,7 @@ def changed(stage, **settings):
         ([RATIONALE, ANSWER], "'rationale' reads 'passages', which no stage writes and no problem has"),
         (changed(DESCRIPTION), "two stages write 'description'"),
         ([DESCRIPTION, RETRIEVAL], "exactly one stage writes `answer_text`; found description writes description"),
+        (changed(DESCRIPTION, writes="rejected"), "'changed' writes 'rejected', a key that predictions have"),
         (changed(RATIONALE, kind="think"), "'changed' has kind 'think'; expected one of generate, choose, retrieve"),
         (changed(RATIONALE, kind="choose"), "kind 'choose' and writes 'rationale'; expected 'answer_text'"),
         (changed(RATIONALE, num_passages=3), "num_passages 3, which has no effect on a stage of kind 'generate'"),

@@ -104,6 +104,10 @@ def test_mixture_is_shuffled_by_the_seed(mixtures):
     assert list(again["input_ids"]) == list(mixed["train"]["input_ids"]) != list(other["input_ids"])
 
 
+CHECK = {"name": "check", "kind": "check", "reads": ["rationale", "answer_text"], "writes": "verdict"}
+CHECK |= {"source": "{{ rationale }} {{ answer_text }}", "inputs_from": "cross_fit"}
+
+
 def changed(**settings):
     """The stages with other settings of the rationale stage."""
     return [{**stage, **settings} if stage["name"] == "rationale" else stage for stage in STAGES]
@@ -120,6 +124,11 @@ def changed(**settings):
         ({"stages": changed(name="shared")}, [], "name of a stage is 'shared', a folder that a run uses"),
         ({"stages": [{**STAGES[3], "reads": ["question", "choices"]}]}, [], "only the stage 'answer' has a model"),
         ({}, ["--stage", "rationale"], "stage and share_weights are set, but a shared model is trained for all"),
+        (
+            {"stages": [*STAGES, CHECK]},
+            [],
+            "share_weights is set, but stage 'check' of kind 'check' learns from answers",
+        ),
         ({"use_peft": True}, [], "share_weights and use_peft are set, but adapters share their base already"),
         (
             {"stages": [STAGES[0], {**STAGES[3], "reads": ["question", "choices"]}], "tokenizer_vocab_size": None},
