@@ -26,10 +26,9 @@ def cross_fitted_stages(prepared: Run) -> Stages:
 
 def cross_fit(prepared: Run, stage: Stage) -> None:
     """Write a stage's column for the training problems, each by a model that was trained without that problem."""
-    predictions = prepared.folder.predictions_so_far(CROSS_FITTED)
+    predictions: dict[str, dict] = {}
     for fold in range(prepared.recipe.arguments.num_folds):
-        for problem_id, columns in write_fold(prepared, stage, fold).items():
-            predictions.setdefault(problem_id, {})[stage.writes] = columns[stage.writes]
+        predictions |= write_fold(prepared, stage, fold)
     if PartialState().is_main_process:
         write_json(prepared.folder.predictions(CROSS_FITTED), predictions)
     PartialState().wait_for_everyone()

@@ -13,8 +13,11 @@ from transformers import pipeline
 from mmcot.evaluation.metrics import accuracy
 from mmcot.hub.checks import code_faults, surplus_files
 from mmcot.prediction.columns import columns_after
+from mmcot.recipes.recipe import parse_recipe
 from mmcot.storage.files import read_json
 from mmcot.storage.run_folder import CROSS_FITTED, RunFolder
+from mmcot.training.preparation import prepare
+from mmcot.training.stage import training_problems
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.stage_mmcot import RIGHT, WRONG
 
@@ -63,6 +66,27 @@ def test_learns_which_cross_fitted_answers_are_wrong(run, output, tiny_dataset):
     assert any("eval_accuracy_verdict" in entry for entry in history)
 
 
+def test_later_stage_is_cross_fitted_on_columns_after_the_check(command, tiny_dataset, tmp_path):
+    recipe = yaml.safe_load(command[2].read_text())
+    later = {"name": "later", "reads": ["rationale", "verdict"], "writes": "later", "inputs_from": "cross_fit"}
+    later |= {"source": "{{ rationale }} {{ verdict }}", "target": "{{ solution }}", "max_target_length": 12}
+    recipe |= {"stages": [*recipe["stages"], later], "report_problems": 0}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--config", tmp_path / "recipe.yaml", "--dataset", tiny_dataset, "--output_dir", tmp_path / "run"]
+    run_script("train.py", *options)
+    prepared = prepare(parse_recipe([str(option) for option in options]))
+    folder, stage = prepared.folder, prepared.stages.named("later")
+    written = {}
+    for fold in range(2):
+        written |= folder.fold(fold).predictions_so_far("held_out")
+    assert any("rejected" in columns for columns in written.values())
+    rows = training_problems(prepared, stage, "train")
+    assert rows["rationale"] == [written[name]["rationale"] for name in rows["id"]]
+    rows = training_problems(prepared, prepared.stages.named("check"), "train")
+    read = [{**written[name], **written[name].get("rejected", {})} for name in rows["id"]]
+    assert rows["rationale"] == [columns["rationale"] for columns in read]
+
+
 def test_replaces_columns_of_rejected_answers_only(run, tiny_dataset):
     for split in ("val", "test"):
         predictions = run.predictions_so_far(split)
@@ -75,7 +99,9 @@ def test_replaces_columns_of_rejected_answers_only(run, tiny_dataset):
             assert columns["rejected"]["rationale"] != columns["rationale"]
         rows = [{**row, "images": []} for row in rows_of(tiny_dataset, split).values()]
         scored = accuracy(Dataset.from_list(rows), {name: columns["answer"] for name, columns in predictions.items()})
-        assert read_json(run.scores(split))["accuracy"]["Avg"] == scored["Avg"]
+        scores = read_json(run.scores(split))
+        assert scores["accuracy"]["Avg"] == scores["check"]["accuracy_after"] == scored["Avg"]
+        assert scores["check"]["sent_back"] == len(rejected)
     assert rejected
 
 
