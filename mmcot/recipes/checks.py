@@ -104,10 +104,11 @@ def check_columns(stages: list[StageArguments], config: str) -> None:
     """
     columns = set(FEATURES) - set(GOLD_COLUMNS)
     written = [stage.writes for stage in stages]
+    predicted = {*PREDICTED, *(f"{stage.writes}_score" for stage in stages if KINDS[stage.kind].sends_back is not None)}
     for stage in stages:
         if stage.writes in FEATURES:
             raise ValueError(f"{config}: stage {stage.name!r} writes {stage.writes!r}, a column that problems have.")
-        if stage.writes in PREDICTED:
+        if stage.writes in predicted:
             raise ValueError(f"{config}: stage {stage.name!r} writes {stage.writes!r}, a key that predictions have.")
         if written.count(stage.writes) > 1:
             raise ValueError(f"{config}: two stages write {stage.writes!r}; expected different columns.")

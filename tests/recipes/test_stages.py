@@ -98,6 +98,10 @@ def changed(stage, **settings):
         ([WRITTEN, ANSWER, {**CHECK, "target": "right"}], "target 'right', which has no effect .* kind 'check'"),
         ([WRITTEN, ANSWER, {**CHECK, "num_beams": 2}], "num_beams 2, which has no effect .* kind 'check'"),
         ([WRITTEN, ANSWER, {**CHECK, "score": "mean"}], "score 'mean', which has no effect .* kind 'check'"),
+        (
+            [{**WRITTEN, "name": "other", "writes": "verdict_score"}, WRITTEN, ANSWER, CHECK],
+            "'other' writes 'verdict_score', a key that predictions have",
+        ),
         ([WRITTEN, ANSWER, {**CHECK, "source": None}], "'check' needs a `source`"),
         (
             [WRITTEN, ANSWER, CHECK, {**CHECK, "name": "second", "writes": "second"}],
