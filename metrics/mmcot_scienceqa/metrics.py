@@ -114,9 +114,10 @@ def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> d
 
     Returns:
         `accuracy` by class; `decoded_accuracy`, the paper's metric, which counts an unreadable answer (-1) as wrong,
-        only if predictions have a `decoded_answer`; `rationale`, with None for each score if there are no rationales;
-        `n`, the number of problems; `class_n`, that of each class; `intervals` of both accuracies; `calibration`, None
-        without `scores`; and `problems`, an identifier of the set of problems.
+        only if predictions have a `decoded_answer`; `check`, only if a stage checked answers (`check_scores`);
+        `rationale`, with None for each score if there are no rationales; `n`, the number of problems; `class_n`, that
+        of each class; `intervals` of both accuracies; `calibration`, None without `scores`; and `problems`, an
+        identifier of the set of problems.
     """
     check_same_ids([problem["id"] for problem in problems], predictions)
     answers = checked_answers(problems, predictions)
@@ -126,14 +127,51 @@ def score(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> d
         decoded = checked_answers(problems, predictions, "decoded_answer")
         scores["decoded_accuracy"] = accuracy(problems, decoded)
         intervals["decoded_accuracy"] = accuracy_intervals(problems, decoded)
-    return scores | {
-        "rationale": rationale_scores(problems, rationales_of(predictions)),
-        "n": len(problems),
-        "class_n": class_sizes(problems),
-        "intervals": intervals,
-        "calibration": _calibration(problems, predictions),
-        "problems": problems_key(problems),
+    check = check_scores(problems, predictions)
+    return (
+        scores
+        | ({} if check is None else {"check": check})
+        | {
+            "rationale": rationale_scores(problems, rationales_of(predictions)),
+            "n": len(problems),
+            "class_n": class_sizes(problems),
+            "intervals": intervals,
+            "calibration": _calibration(problems, predictions),
+            "problems": problems_key(problems),
+        }
+    )
+
+
+def check_scores(problems: Problems, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """
+    Return the effect of a stage that checks answers. None if no prediction has a verdict, or if answers are those of
+    several rationales, which belong to several verdicts.
+
+    Returns:
+        `n`, the number of problems with a verdict; `sent_back`, the number of those with the verdict "wrong"; in
+        percent, `accuracy_before` and `accuracy_after` they were sent back, and `verdict_accuracy`.
+    """
+    checked = [problem for problem in problems if has_verdict(predictions[problem["id"]])]
+    if not checked or any("agreement" in predictions[problem["id"]] for problem in checked):
+        return None
+    after = {problem["id"]: predictions[problem["id"]] for problem in checked}
+    before = {name: columns.get("rejected", columns) for name, columns in after.items()}
+    right_before, right_after = (
+        right_by_class(checked, checked_answers(checked, columns))["Avg"] for columns in (before, after)
+    )
+    is_kept = ["rejected" not in columns for columns in after.values()]
+    return {
+        "n": len(checked),
+        "sent_back": is_kept.count(False),
+        "accuracy_before": percentage(right_before),
+        "accuracy_after": percentage(right_after),
+        "verdict_accuracy": percentage([right == kept for right, kept in zip(right_before, is_kept, strict=True)]),
     }
+
+
+def has_verdict(prediction: Mapping[str, Any]) -> bool:
+    """Whether a stage checked the answer: it writes "right" or "wrong" into a column, and COLUMN`_score`."""
+    return any(f"{name}_score" in prediction and text in ("right", "wrong") for name, text in prediction.items())
 
 
 def score_by(
