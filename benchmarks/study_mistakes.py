@@ -88,8 +88,8 @@ def missing_step(row: dict, wrong: int, rows: list[dict]) -> str | None:
 def wrong_comparison(steps: str, wrong: str, question: str) -> str:
     """Compare the two numbers as the wrong answer does."""
     is_first = question.startswith(f"Are there {wrong} ")
-    relation = "equal to" if wrong == "equally many" else "greater than" if is_first else "less than"
-    return re.sub("greater than|less than|equal to", relation, steps)
+    relation = "as many as" if wrong == "equally many" else "more than" if is_first else "less than"
+    return re.sub("more than|less than|as many as", relation, steps)
 
 
 def wrong_conclusion(row: dict, wrong: int, rows: list[dict]) -> str:

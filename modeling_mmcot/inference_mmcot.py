@@ -76,7 +76,7 @@ def write_column(
         streamer (`BaseStreamer`, *optional*):
             Receives the tokens of a problem's text as they are generated.
         rejected (`list[str]`, *optional*):
-            A text for each problem, of which a stage that generates writes the next best one.
+            A text for each problem; a stage that generates writes the next best text in its place.
         generation:
             Settings of `generate`, which override the model's own.
 

@@ -191,9 +191,9 @@ def change(stage: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer_in(text: str, choices: list[str]) -> int:
-    """Return the index of the choice in "The answer is CHOICE.", the longest that fits; -1 if there is none."""
-    said = text.partition("The answer is ")[2]
-    fitting = [index for index, choice in enumerate(choices) if said.startswith(f"{choice}.")]
+    """Return the index of the choice in "The answer is CHOICE."; -1 if there is none."""
+    answer = text.partition("The answer is ")[2]
+    fitting = [index for index, choice in enumerate(choices) if answer.startswith(f"{choice}.")]
     return fitting[0] if fitting else -1
 
 

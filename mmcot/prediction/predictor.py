@@ -77,7 +77,7 @@ def predict_stage(
         pictures: the source of the problems' pictures; by default `featurizer.vision_source`.
         sample: sampling settings of the stage's text; by default the model's generation settings apply.
         journal: records each finished batch, and contains the batches of an interrupted call.
-        rejected: a text by problem id, of which the stage writes the next best one.
+        rejected: texts by problem id; the stage writes the next best text in place of each.
         sent_back_by: the stage that sent these problems back, if the stage writes for the second time.
     """
     model.eval()

@@ -1,10 +1,10 @@
 """Generates the study problems, on which more than two stages can help: `study[:FAMILY,…][@DIFFICULTY]`.
 
-Each problem has an observation (the details of the picture that the question needs), a caption that does not
-depend on the question, a lecture (the rule or the fact
-that it needs), a solution and an answer, so that a stage can be trained for each. As in the demonstration, texts come
-from templates, pictures are drawn from seeded random numbers, and val and test contain combinations of values that
-never occur in training. The id alone determines a problem, so the selection of families does not change it.
+Each problem has an observation (the details of the picture that the question needs), a caption that does not depend on
+the question, a lecture (the rule or the fact that it needs), a solution and an answer, so that a stage can be trained
+for each. As in the demonstration, texts come from templates, pictures are drawn from seeded random numbers, and val and
+test contain combinations of values that never occur in training. The id alone determines a problem, so the selection of
+families does not change it.
 
 A family is a file: `study_clevr.py`, `study_fact.py`, `study_logic.py`, `study_look.py`, `study_text.py`. A skill is a
 row of the file's table `SKILLS` (`study_skill.py` describes a row).

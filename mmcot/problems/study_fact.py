@@ -1,4 +1,4 @@
-"""Facts about invented animals, which only a corpus of passages states. The picture shows the name of the animal.
+"""Facts about invented animals, which a corpus of passages states. The picture shows the name of the animal.
 
 A name has two words, and the picture has a sign for each: the left sign is the first word, the right sign the second.
 Every sign occurs in training. The skill `fact/common` asks about the eight animals of `COMMON` in every split, so that
