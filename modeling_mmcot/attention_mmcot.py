@@ -50,15 +50,17 @@ def token_maps(
             The pictures of the problem, in RGB.
 
     Raises:
-        ValueError: If the positions of the tower's patches are unknown.
+        ValueError: If the fusion has no attention over patches, or the positions of the tower's patches are unknown.
     """
     encoder = model.get_encoder()
     problem = {name: value for name, value in problem.items() if name not in ("image", "images")}
     inputs = BatchFeature(processor([problem], stage=stage.name, images=[images])).to(model.device, model.dtype)
     tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     read = inputs if model.virtual_tokens is None else model.virtual_tokens.before_source(inputs)
-    weights = encoder(**read, output_fusion_attentions=True).fusion_attentions[0].float()
-    weights = weights[-len(tokens) :].view(len(tokens), len(images), -1)  # drops the rows of virtual tokens
+    attentions = encoder(**read, output_fusion_attentions=True).fusion_attentions
+    if attentions is None:
+        raise ValueError(f"The fusion {model.config.fusion!r} has no attention over patches, so there are no maps.")
+    weights = attentions[0, -len(tokens) :].float().view(len(tokens), len(images), -1)  # without virtual tokens
     maps = []
     for number, pixels in enumerate(inputs["pixel_values"][0]):
         height, width = real_sizes(inputs["pixel_mask"][0, number, None].bool())[0].tolist()

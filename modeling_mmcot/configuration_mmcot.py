@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Version of the format of a model's files. Raise it when new code cannot read old files, or old code new files.
 FORMAT_VERSION = 1
 
+NO_FUSION = "none"  # the fusion of a model that reads text only
 
 # Supported model types of text checkpoints: T5 (v1.0, v1.1, FLAN-T5, UnifiedQA, FLAN-Alpaca, ByT5) and mT5.
 TEXT_MODELS = ("t5", "mt5")
@@ -29,7 +30,10 @@ class MMCoTConfig(T5Config):
             Whether the output head shares the embedding's weights. By default it does if outputs are scaled (T5 v1.0),
             or if the file of an unscaled checkpoint (T5 v1.1, mT5) has no head.
         fusion (`str`, *optional*, defaults to `"gated"`):
-            The fusion of the encoder's states with the picture; a name in `fusion_mmcot.FUSIONS`.
+            The fusion of text and picture; a name in `fusion_mmcot.FUSIONS`, or `"none"` for a model that reads text
+            only.
+        fusion_options (`dict`, *optional*):
+            Options of the fusion: arguments of its class in `fusion_mmcot.py`, such as `{"every": 2}` of `"flamingo"`.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the picture tower; a dict contains its `model_type` (default `"vit"`). `None` for a model
             that takes precomputed `vision_features`.
@@ -79,6 +83,7 @@ class MMCoTConfig(T5Config):
 
     tied_head: bool | None = None
     fusion: str = "gated"
+    fusion_options: dict | None = None
     vision_config: dict | PreTrainedConfig | None = None
     vision_tower: str | None = None
     vision_hidden_size: int | None = None
@@ -121,6 +126,8 @@ class MMCoTConfig(T5Config):
                 f"({__version__}) reads format {FORMAT_VERSION}. Load it with the code in its own repository "
                 f"(trust_remote_code=True, without code_revision), or with the mmcot version that saved it."
             )
+        if self.vision_config is not None and self.fusion == NO_FUSION:
+            raise ValueError(f"fusion is {NO_FUSION!r}, but vision_config describes a picture tower: omit one of them.")
         if self.vision_config is not None:
             width = vision_width(self.vision_config)
             if width is None and self.vision_hidden_size is None:

@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from .versions_mmcot import CACHE
 
@@ -65,7 +66,8 @@ def greedy_search(
         pad = input_ids.new_tensor(0) if pad is None else pad  # without eos, all texts have the same length
         rows = torch.arange(len(input_ids), device=input_ids.device)  # the batch's rows, as indices into `sequences`
         is_open = torch.ones_like(rows, dtype=torch.bool)  # which rows of the batch are not finished
-        states, attention_mask = model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs["attention_mask"]
+        states = model_kwargs["encoder_outputs"].last_hidden_state
+        attention_mask = source_mask(model_kwargs["encoder_outputs"], model_kwargs["attention_mask"])
         cache = EncoderDecoderCache(
             Cache(layer_class_to_replicate=GrowingLayer), Cache(layer_class_to_replicate=DynamicLayer)
         )
@@ -97,6 +99,12 @@ def greedy_search(
                 cache.self_attention_cache.batch_select_indices(stay)
                 cache.cross_attention_cache.batch_select_indices(stay)
     return sequences.clone()  # outside of inference mode, so that the result is a normal tensor
+
+
+def source_mask(encoder_outputs: BaseModelOutput | tuple, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the mask of the encoder's states: the encoder's own, if its fusion added tokens, or else the text's."""
+    extended_mask = getattr(encoder_outputs, "attention_mask", None)
+    return attention_mask if extended_mask is None else extended_mask
 
 
 class GrowingLayer(DynamicLayer):

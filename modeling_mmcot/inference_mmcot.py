@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     BatchFeature,
     GenerationConfig,
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from .chat_mmcot import Conversation
-from .generation_mmcot import greedy_search, packed_linears
+from .generation_mmcot import greedy_search, packed_linears, source_mask
 from .loading_mmcot import add_searchers, load_stages, stage_model
 from .processing_mmcot import TOKENIZING, MMCoTProcessor
 from .retrieval_mmcot import Searcher, search_passages, to_dict
@@ -253,14 +254,23 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
     if model.virtual_tokens is not None:
         inputs = model.virtual_tokens.before_source(inputs)
     text_inputs = {"input_ids", "inputs_embeds", "attention_mask"} & inputs.keys()
-    mask = inputs["attention_mask"].bool()
-    states = torch.zeros(*mask.shape, model.config.d_model, dtype=model.dtype, device=model.device)
-    for rows, columns in split_by_length(mask):
+    mask = inputs["attention_mask"]
+    text_length, parts = mask.shape[1], []
+    for rows, columns in split_by_length(mask.bool()):
         part = {name: tensor[rows] for name, tensor in inputs.items()}
         part.update({name: part[name][:, columns] for name in text_inputs})
-        states[rows[:, None], columns] = model.get_encoder()(**part).last_hidden_state.to(states)
+        parts.append((rows, columns, model.get_encoder()(**part)))
+    # A fusion may add tokens, which follow those of the text.
+    num_added = max(outputs.last_hidden_state.shape[1] - len(columns) for _, columns, outputs in parts)
+    mask = nn.functional.pad(mask, (0, num_added))
+    states = torch.zeros(*mask.shape, model.config.d_model, dtype=model.dtype, device=model.device)
+    for rows, columns, outputs in parts:
+        part_mask = source_mask(outputs, mask[rows[:, None], columns])
+        added = torch.arange(text_length, text_length + part_mask.shape[1] - len(columns), device=mask.device)
+        where = rows[:, None], torch.cat([columns, added])
+        states[where], mask[where] = outputs.last_hidden_state.to(states), part_mask
     encoder_outputs = BaseModelOutput(last_hidden_state=states)
-    return {"encoder_outputs": encoder_outputs, "attention_mask": inputs["attention_mask"], "input_ids": input_ids}
+    return {"encoder_outputs": encoder_outputs, "attention_mask": mask, "input_ids": input_ids}
 
 
 def split_by_length(mask: torch.BoolTensor) -> Iterator[tuple[torch.LongTensor, torch.LongTensor]]:

@@ -200,8 +200,47 @@ def quantization_of_text(config: Any) -> Any:
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.copy(config)
     for name in ("llm_int8_skip_modules", "skip_modules", "modules_to_not_convert"):  # bitsandbytes, HQQ, most others
         if getattr(config, name, ()) in (None, ["lm_head"]):  # the default values
-            setattr(config, name, ["lm_head", "encoder.fusion", "encoder.vision_tower"])
+            setattr(config, name, ["lm_head", r"encoder(\.block\.\d+)?\.fusion", "encoder.vision_tower"])
     return config
+
+
+def check_fusion(
+    model: PreTrainedModel, info: dict[str, Any], name: str | os.PathLike, options: dict[str, Any], is_replaced: bool
+) -> None:
+    """
+    Check that a model has the fusion of the checkpoint that it was loaded from, or another one if it may be replaced.
+
+    Args:
+        info (`dict`):
+            The names of missing, unexpected and mismatched weights, as `from_pretrained` returns them.
+        name (`str`):
+            The checkpoint: a folder or a Hub id.
+        options (`dict`):
+            The arguments of `from_pretrained`.
+        is_replaced (`bool`):
+            Whether another fusion is allowed.
+
+    Raises:
+        ValueError: If the fusion differs and may not be replaced, or if there is nothing to replace.
+    """
+    own = {key for key, _ in model.named_parameters() if ".fusion." in key}
+    missing = own & set(info["missing_keys"])
+    others = {*info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    # All weights of the fusion are missing if the checkpoint is a plain T5.
+    changed = sorted({key for key in others if ".fusion." in key} | (missing if missing != own else set()))
+    requested = f"{model.config.fusion!r} ({model.config.fusion_options})"
+    if is_replaced and not changed:
+        raise ValueError(f"replace_fusion has no effect: {name} has the fusion {requested} already, or none.")
+    if is_replaced:
+        logger.warning("%s: the fusion %s has new weights: %s", name, requested, ", ".join(sorted(missing)))
+    elif changed:
+        given = {key: options[key] for key in (*HUB_OPTIONS, "subfolder") if options.get(key) is not None}
+        stored, _ = type(model.config).get_config_dict(name, **given)
+        raise ValueError(
+            f"{name} has the fusion {stored.get('fusion')!r} ({stored.get('fusion_options')}), but {requested} was "
+            f"requested: {changed[0]} differs. Omit fusion and fusion_options, or pass replace_fusion=True to train a "
+            f"new fusion."
+        )
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 Notable:
 - each picture is encoded once per problem: the encoder returns fused states, so that `generate`, its cache, beam search
   and the scoring of choices need no changes;
-- T5's parameters keep T5's names; the new ones are in `encoder.fusion` and `encoder.vision_tower`;
-- a row without picture is computed as in T5, bit for bit, with two exceptions: `zeros_for_missing_pictures`, for
-  converted checkpoints, and the rounding of FLAN-T5's activation, which is computed in one operation;
+- T5's parameters keep T5's names; the new ones are in modules named `fusion` and in `encoder.vision_tower`;
+- a row without picture is computed as in T5, bit for bit, with three exceptions: `zeros_for_missing_pictures`, for
+  converted checkpoints; the rounding of FLAN-T5's activation, which is computed in one operation; and the rounding of
+  sums over masked tokens, if patches are tokens of other rows of the batch (`TokenFusion`);
 - an output head that is untied in its checkpoint (T5 v1.1, FLAN-T5) stays untied.
 """
 
@@ -23,49 +24,29 @@ from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, T5ForConditionalGeneration
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
-from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import can_return_tuple
 
 from .configuration_mmcot import MMCoTConfig
-from .fusion_mmcot import ENCODER_INPUT, FUSIONS, Fusion, FusionOutput, build_fusion
-from .generation_mmcot import PackedChoices, pack_choices
+from .encoder_mmcot import FusedBlock, InitializedAsT5, MMCoTEncoder, check_width
+from .fusion_mmcot import FUSIONS
+from .generation_mmcot import PackedChoices, pack_choices, source_mask
 from .layers_mmcot import use_fast_layers
-from .loading_mmcot import FILE_OPTIONS, HUB_OPTIONS, PLACEMENT_OPTIONS, LoadingOptions, quantization_of_text
-from .versions_mmcot import CACHE, CUSTOM_CODE_METHOD, takes_cache_by_either_name
+from .loading_mmcot import (
+    FILE_OPTIONS,
+    HUB_OPTIONS,
+    PLACEMENT_OPTIONS,
+    LoadingOptions,
+    check_fusion,
+    quantization_of_text,
+)
+from .versions_mmcot import CACHE, takes_cache_by_either_name
 from .virtual_tokens_mmcot import VirtualTokens
-from .vision_mmcot import build_vision_tower, encode_pictures, find_tower, load_vision_tower, tower_name, tower_width
+from .vision_mmcot import find_tower, load_vision_tower, tower_name, tower_width
 
 # Maximum length of a packed pass, in tokens of all choices of a problem. The cost of its attention grows with the
 # square of this length. Up to this limit, a packed pass is faster than one pass per choice, both for few long and for
 # many short choices (benchmarks/README.md).
 MAX_PACKED_LENGTH = 256
-
-
-@dataclass
-class MMCoTEncoderOutput(BaseModelOutput):
-    """
-    Output of [`MMCoTEncoder`].
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            The states that the decoder attends to, fused with the picture.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True` is passed):
-            T5's hidden states: of the embeddings and of each layer, each of shape
-            `(batch_size, sequence_length, hidden_size)`. A fusion of the last states is not included.
-        attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True` is passed):
-            T5's attention weights: one tensor of shape `(batch_size, num_heads, sequence_length, sequence_length)` for
-            each layer.
-        fusion_attentions (`torch.FloatTensor` of shape `(batch_size, sequence_length, num_patches)`, *optional*):
-            The attention of each token to each patch; 0 for a problem without picture, unless it is fused with zeros
-            (`config.zeros_for_missing_pictures`). Returned when `output_attentions=True` is passed and the batch has a
-            picture.
-        fusion_gate (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-            The weight of the picture in the fused states, 0 to 1. Returned under the same conditions as
-            `fusion_attentions`.
-    """
-
-    fusion_attentions: torch.FloatTensor | None = None
-    fusion_gate: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -84,204 +65,6 @@ class MMCoTSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 class DamagedWeights(OSError, ValueError):
     """A damaged file of weights: an `OSError`, as transformers raises for it, and a `ValueError`."""
-
-
-class InitializedAsT5:
-    """Initialization of both classes below: T5's for T5's modules, and a scale-preserving one for the new modules."""
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # With True, transformers skips `_init_weights` for all modules without direct parameters (T5's attention and
-        # feed-forward, the fusion), and they would start with a standard deviation of 1.0. That check protects against
-        # remote code that fills tensors without transformers' init functions; this code uses only these functions.
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Fusion):
-            new_parameters = list(module.parameters())
-        elif isinstance(module, MMCoTForConditionalGeneration) and not self.config.scale_decoder_outputs:
-            new_parameters = [module.lm_head.weight]
-        else:
-            new_parameters = []
-        for parameter in new_parameters:
-            if parameter.dim() == 2:
-                init.normal_(parameter, std=self.config.initializer_factor * parameter.shape[1] ** -0.5)
-            else:
-                init.zeros_(parameter)
-
-
-setattr(InitializedAsT5, CUSTOM_CODE_METHOD, InitializedAsT5.is_custom_code)
-
-
-class MMCoTEncoder(InitializedAsT5, T5Stack):
-    """T5's encoder with a picture tower and a fusion, which it calls at the fusion's `place`."""
-
-    config_class = MMCoTConfig
-
-    def __init__(self, config: MMCoTConfig):
-        super().__init__(config)
-        use_fast_layers(self)
-        self.vision_tower = None
-        if config.vision_config is not None:
-            find_tower(config.vision_config, config.vision_tower)
-            self.vision_tower = build_vision_tower(config.vision_config)
-            check_width(self.vision_tower, config.vision_hidden_size)
-        self.fusion = None
-        if config.vision_hidden_size is not None:
-            self.fusion = build_fusion(config.fusion, config.d_model, config.vision_hidden_size)
-        self.freeze_vision()
-        self.post_init()
-
-    def freeze_vision(self) -> None:
-        """Freeze the tower if `config.freeze_vision` is set: no gradients, evaluation mode."""
-        if self.vision_tower is not None and self.config.freeze_vision:
-            self.vision_tower.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "MMCoTEncoder":
-        super().train(mode)
-        self.freeze_vision()
-        return self
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_mask: torch.Tensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        vision_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_fusion_attentions: bool = False,
-        **kwargs,
-    ) -> MMCoTEncoderOutput:
-        """
-        Encode the text and fuse it with the picture. See [`MMCoTForConditionalGeneration.forward`] for the arguments.
-
-        Args:
-            output_fusion_attentions (`bool`, *optional*, defaults to `False`):
-                Whether to return the fusion's attention and gate, also without T5's attention, which SDPA does not
-                compute.
-        """
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        patches, mask = self.picture_patches(pixel_values, pixel_mask, vision_features, vision_mask)
-        fused = None
-        fuses_input = self.fusion is not None and self.fusion.place == ENCODER_INPUT
-        if fuses_input:
-            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            fused = self.fuse(embeds, patches, mask)
-            input_ids, inputs_embeds = None, embeds if fused is None else fused.hidden_states
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            return_dict=True,
-            **kwargs,
-        )
-        states = outputs.last_hidden_state
-        if not fuses_input:
-            fused = self.fuse(states, patches, mask)
-            states = states if fused is None else fused.hidden_states
-        is_shown = fused is not None and (output_attentions or output_fusion_attentions)
-        return MMCoTEncoderOutput(
-            last_hidden_state=states,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            fusion_attentions=fused.attentions if is_shown else None,
-            fusion_gate=fused.gate if is_shown else None,
-        )
-
-    def fuse(
-        self, states: torch.FloatTensor, patches: torch.FloatTensor | None, mask: torch.BoolTensor | None
-    ) -> FusionOutput | None:
-        """Fuse the states of tokens with patches; None without a fusion or without any picture."""
-        if self.fusion is None:
-            return None
-        if self.config.zeros_for_missing_pictures:
-            patches, mask = self.zeros_where_missing(patches, mask, states)
-        if patches is None and self.training:
-            # DDP requires that all parameters take part in a step; with this mask the fusion changes no state.
-            patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
-            mask = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
-        return None if patches is None else self.fusion(states, patches.to(states), mask)
-
-    def picture_patches(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_mask: torch.Tensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        vision_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.FloatTensor | None, torch.BoolTensor | None]:
-        """
-        Return the patches `(batch_size, num_patches, vision_hidden_size)` and their mask; None, None without any
-        picture.
-
-        Raises:
-            ValueError: If the inputs do not match each other or the configuration.
-        """
-        if pixel_values is not None and vision_features is not None:
-            raise ValueError("pixel_values and vision_features were both given: expected only one of them.")
-        if pixel_values is not None:
-            if self.vision_tower is None:
-                raise ValueError(
-                    "pixel_values were given, but this model has no picture tower (config.vision_config is None): "
-                    "pass vision_features, or build the model with from_text_vision_pretrained."
-                )
-            num_images = pixel_values.shape[1] if pixel_values.dim() == 5 else 1
-            if num_images > self.config.max_images:
-                raise ValueError(
-                    f"pixel_values contain {num_images} pictures per problem, but config.max_images is "
-                    f"{self.config.max_images}."
-                )
-            vision_features, picture_mask = encode_pictures(
-                self.vision_tower, self.config.vision_tower, pixel_values, pixel_mask
-            )
-            if vision_features is not None and vision_mask is not None:
-                picture_mask = picture_mask & vision_mask.bool()
-            vision_mask = picture_mask
-        if vision_features is None:
-            return None, None
-        if self.fusion is None:
-            raise ValueError("vision_features were given, but config.vision_hidden_size is None: there is no fusion.")
-        if vision_features.shape[-1] != self.config.vision_hidden_size:
-            raise ValueError(
-                f"vision_features are {vision_features.shape[-1]} wide, "
-                f"but config.vision_hidden_size is {self.config.vision_hidden_size}."
-            )
-        if vision_mask is None:
-            vision_mask = torch.ones(vision_features.shape[:2], dtype=torch.bool, device=vision_features.device)
-        if vision_mask.shape != vision_features.shape[:2]:
-            raise ValueError(
-                f"vision_mask has the shape {tuple(vision_mask.shape)}; vision_features of shape "
-                f"{tuple(vision_features.shape)} require a mask of shape {tuple(vision_features.shape[:2])}."
-            )
-        return vision_features, vision_mask.bool()
-
-    def zeros_where_missing(
-        self, patches: torch.FloatTensor | None, mask: torch.BoolTensor | None, states: torch.FloatTensor
-    ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
-        """
-        Use zeros as the patches of rows without picture. Their number has no influence, because attention to equal
-        patches is uniform.
-        """
-        if patches is None:
-            patches = states.new_zeros(len(states), 1, self.config.vision_hidden_size)
-            return patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
-        is_missing = ~mask.any(dim=1, keepdim=True)
-        return patches.masked_fill(is_missing[..., None], 0), mask | is_missing
-
-
-def check_width(tower: PreTrainedModel, vision_hidden_size: int) -> None:
-    if tower_width(tower) != vision_hidden_size:
-        raise ValueError(
-            f"The picture tower's patches are {tower_width(tower)} wide, but vision_hidden_size is "
-            f"{vision_hidden_size}."
-        )
 
 
 # GenerationMixin is listed, because `generate` is overridden: otherwise Auto classes add it, in a new class per load.
@@ -319,7 +102,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
     config_class = MMCoTConfig
     input_modalities = ("image", "text")
-    _no_split_modules = ["T5Block", *(fusion.__name__ for fusion in FUSIONS.values())]
+    _no_split_modules = ["T5Block", FusedBlock.__name__, *(fusion.__name__ for fusion in FUSIONS.values())]
     stages: Mapping[str, PreTrainedModel] | None = None  # all stages of the repository, loaded for the first chat
     virtual_tokens: VirtualTokens | None = None  # of the active adapter, for adapters by prompt learning
 
@@ -333,6 +116,13 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
             # is saved, loaded and saved again.
             config.vision_config.dtype = self.encoder.vision_tower.dtype
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and not self.config.scale_decoder_outputs:
+            head = self.lm_head.weight
+            init.normal_(head, std=self.config.initializer_factor * head.shape[1] ** -0.5)
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
@@ -357,13 +147,16 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         Load a model as [`~PreTrainedModel.from_pretrained`] does, with these differences:
 
         - only the text model's linear layers are quantized, unless the quantization config lists the modules to skip;
+        - with `replace_fusion=True`, the fusion of the checkpoint may be replaced by another one, with new weights;
         - a stage in a subfolder gets the generation config in that subfolder;
         - the model remembers (in memory only) the arguments it was loaded with, to load the other stages with them.
 
         Raises:
-            ValueError: If the checkpoint lacks a weight other than the fusion's, or its file is damaged.
+            ValueError: If the checkpoint lacks a weight other than the fusion's, or its file is damaged, or it has
+                another fusion than `fusion` and `fusion_options` describe.
         """
         returns_info = kwargs.pop("output_loading_info", False)
+        replaces_fusion = kwargs.pop("replace_fusion", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         try:
@@ -381,6 +174,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights, for example {missing[0]}, which would "
                 f"be random: only the fusion may be new."
             )
+        check_fusion(model, info, pretrained_model_name_or_path, kwargs, replaces_fusion)
         model.loading_options = LoadingOptions(
             {
                 name: kwargs[name]
@@ -497,7 +291,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
                 1 for a real token.
             encoder_outputs (`MMCoTEncoderOutput` or `tuple`, *optional*):
                 Outputs of this model's encoder. `last_hidden_state` of shape
-                `(batch_size, sequence_length, hidden_size)` is already fused and is not fused again.
+                `(batch_size, source_length, hidden_size)` is already fused and is not fused again.
             cache (`Cache`, *optional*):
                 The decoder's keys and values of the target so far, returned by an earlier call.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
@@ -574,6 +368,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
                 return_dict=True,
                 **kwargs,
             )
+        attention_mask = source_mask(encoder_outputs, attention_mask)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(labels)
         if skip_logits and labels is not None:
@@ -653,6 +448,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(attention_mask=attention_mask, **encoder_inputs)
+        attention_mask = source_mask(encoder_outputs, attention_mask)
         is_choice = (choice_labels != -100).any(dim=-1)
         packed = pack_choices(choice_labels, self.config.decoder_start_token_id)
         if packed.input_ids.shape[1] > MAX_PACKED_LENGTH:

@@ -71,10 +71,16 @@ def shared(path: str) -> Path:
 
 
 def tiny_model(seed: int = 0, **config) -> MMCoTForConditionalGeneration:
-    """A model with random weights. A larger `initializer_factor` makes generated texts differ visibly."""
+    """
+    A model with random weights. A larger `initializer_factor` makes generated texts differ visibly. The gates of
+    Flamingo's layers, which start at 0, are opened, so that pictures have an influence.
+    """
     torch.manual_seed(seed)
     model = MMCoTForConditionalGeneration(MMCoTConfig(**{**TINY_TEXT, "vision_config": TINY_VISION, **config}))
     model.generation_config.update(max_new_tokens=12)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            torch.nn.init.ones_(parameter)
     return model.eval()
 
 

@@ -98,7 +98,8 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         )
     scores = scores_of_run(run_folder, processor)
     recipe = published_recipe(run_folder)
-    tower = read_json(folder / "config.json").get("vision_config")
+    config = read_json(folder / "config.json")
+    tower = config.get("vision_config")
     text_model, tower_model = initial_checkpoints(publication, recipe, tower)
     digests = code_digests(folder)
     code = digest_of_digests(digests)
@@ -134,6 +135,7 @@ def write_card(folder: Path, run_folder: RunFolder, processor: MMCoTProcessor, p
         picture=PICTURE,
         sees_pictures=processor.stages.see_pictures,
         has_tower=processor.image_processor is not None,
+        fusion=config["fusion"],
         has_adapters=run_folder.is_adapted and not publication.merge,
         is_merged=publication.merge,
         is_shared=run_folder.is_shared,

@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from mmcot.problems.schema import FEATURES, GOLD_COLUMNS
 from mmcot.recipes.arguments import PEFT_TYPES, STAGE_CHOICES, RecipeArguments, StageArguments
+from modeling_mmcot.configuration_mmcot import NO_FUSION
 from modeling_mmcot.stage_mmcot import CHOOSE, KINDS, REJECTED, RETRIEVE, SCORES, STAGE_NAME, exclusive_column
 
 # Folders of a run that are not stages.
@@ -318,6 +319,7 @@ def check_parts(
     if arguments.features is not None and arguments.vision_model_name_or_path and not arguments.freeze_vision:
         raise ValueError(f"{config}: features are computed by a fixed tower and require freeze_vision: true.")
     reads_pictures = any("images" in stage.reads for stage in stages)
+    check_fusion(arguments, model_config, reads_pictures, config)
     # A checkpoint may contain a tower, which is checked when it is loaded.
     picture_settings = ("image_processor", "vision_model_name_or_path", "features", "model_name_or_path")
     if reads_pictures and all(settings[name] is None for name in picture_settings):
@@ -383,6 +385,21 @@ def check_adapters(
             f"{config}: freeze_vision is {arguments.freeze_vision}, but with use_peft the picture tower is trained "
             f"if lora_modules_to_save contains vision_tower; found {model_config.lora_modules_to_save}."
         )
+
+
+def check_fusion(arguments: RecipeArguments, model_config: ModelConfig, reads_pictures: bool, config: str) -> None:
+    """
+    Check the settings of the fusion that do not depend on the model.
+
+    Raises:
+        ValueError: with the first fault.
+    """
+    if arguments.fusion == NO_FUSION and reads_pictures:
+        raise ValueError(f"{config}: fusion is {NO_FUSION!r}, but a stage reads `images`: omit it from `reads`.")
+    if not isinstance(arguments.fusion_options, dict | None):
+        raise ValueError(f"{config}: fusion_options is {arguments.fusion_options!r}; expected a mapping.")
+    if arguments.replace_fusion and (model_config.model_name_or_path is None or arguments.fusion is None):
+        raise ValueError(f"{config}: replace_fusion has no effect without model_name_or_path and fusion.")
 
 
 def check_attention(arguments: RecipeArguments, model_config: ModelConfig, config: str) -> None:

@@ -287,7 +287,7 @@ def picture_fields(recipe: Recipe, store: FeatureStore | None, tower: PreTrained
     """Return the fields of the model's configuration that describe its pictures and fusion."""
     arguments = recipe.arguments
     fields = {"max_images": arguments.max_images}
-    for name in ("fusion", "freeze_vision"):
+    for name in ("fusion", "fusion_options", "freeze_vision"):
         if getattr(arguments, name) is not None:
             fields[name] = getattr(arguments, name)
     own = own_config(recipe.model_config)
@@ -333,6 +333,7 @@ def build_model(
             revision=model_config.model_revision,
             dtype=model_config.dtype,
             attn_implementation=model_config.attn_implementation,
+            replace_fusion=arguments.replace_fusion,
             **fields,
         )
         # The checkpoint can be the root of a system, whose other stages are not in this model.

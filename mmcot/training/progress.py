@@ -137,7 +137,7 @@ class ValidationReport:
     def gate_by_position(
         self, model: MMCoTForConditionalGeneration, predictions: dict[str, dict]
     ) -> torch.Tensor | None:
-        """Return the gate of each token, averaged over hidden units and problems; None if there are no pictures."""
+        """Return the gate of each token, averaged over hidden units and problems; None without pictures or gate."""
         with_pictures = [index for index, images in enumerate(self.problems["images"]) if images][: self.batch_size]
         if model.get_encoder().fusion is None or not self.stage.sees_pictures or not with_pictures:
             return None
@@ -150,6 +150,8 @@ class ValidationReport:
         if model.virtual_tokens is not None:
             batch = model.virtual_tokens.before_source(batch)
         gate = model.get_encoder()(**batch, output_fusion_attentions=True).fusion_gate
+        if gate is None:  # the fusion has no gate for each token
+            return None
         gates = gate.float().mean(dim=-1)[:, -mask.shape[1] :]  # virtual tokens are left out
         return gates.masked_fill(~mask, float("nan")).nanmean(dim=0).cpu()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -68,6 +69,10 @@ class StageTrainer(Seq2SeqTrainer):
             persistent_workers=arguments.dataloader_persistent_workers,
         )
         return self.accelerator.prepare(loader)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of all parameters that decay: as in transformers, but without the gates of Flamingo."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("_gate")]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "skip_logits": True, "smoothing": self.args.label_smoothing_factor}

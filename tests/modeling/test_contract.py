@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, T5ForConditionalGener
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_mmcot import MMCoTForConditionalGeneration
+from modeling_mmcot.fusion_contract_mmcot import ENCODER_INPUT, ENCODER_OUTPUT
 from modeling_mmcot.versions_mmcot import CACHE
 
 
@@ -62,24 +63,31 @@ def test_never_splits_a_fusion_or_a_block_over_devices(build):
 
 def test_returns_attentions_and_hidden_states_with_their_shapes(build, inputs):
     # Eager, because T5 returns no text attentions with SDPA. The fusion returns its attentions with both.
-    outputs = build(attn_implementation="eager")(**inputs, output_attentions=True, output_hidden_states=True)
-    assert outputs.fusion_attentions.shape == (3, 9, 5)
-    torch.testing.assert_close(outputs.fusion_attentions[:2].sum(dim=-1), torch.ones(2, 9))
-    assert not outputs.fusion_attentions[2].any(), "the third problem has no picture"
-    assert [tuple(a.shape) for a in outputs.encoder_attentions] == [(3, 4, 9, 9)] * 2
+    model = build(attn_implementation="eager")
+    outputs = model(**inputs, output_attentions=True, output_hidden_states=True)
+    adds_tokens = model.encoder.fusion.place == ENCODER_INPUT
+    length = outputs.encoder_last_hidden_state.shape[1]
+    if adds_tokens:
+        assert length > 9 and outputs.fusion_attentions is None
+    else:
+        assert length == 9 and outputs.fusion_attentions.shape == (3, 9, 5)
+        torch.testing.assert_close(outputs.fusion_attentions[:2].sum(dim=-1), torch.ones(2, 9))
+        assert not outputs.fusion_attentions[2].any(), "the third problem has no picture"
+    assert [tuple(a.shape) for a in outputs.encoder_attentions] == [(3, 4, length, length)] * 2
     assert [tuple(a.shape) for a in outputs.decoder_attentions] == [(3, 4, 6, 6)] * 2
-    assert [tuple(a.shape) for a in outputs.cross_attentions] == [(3, 4, 6, 9)] * 2
-    assert [tuple(h.shape) for h in outputs.encoder_hidden_states] == [(3, 9, 32)] * 3
+    assert [tuple(a.shape) for a in outputs.cross_attentions] == [(3, 4, 6, length)] * 2
+    assert [tuple(h.shape) for h in outputs.encoder_hidden_states] == [(3, length, 32)] * 3
     assert [tuple(h.shape) for h in outputs.decoder_hidden_states] == [(3, 6, 32)] * 3
-    assert outputs.encoder_last_hidden_state.shape == (3, 9, 32)
+    assert outputs.encoder_last_hidden_state.shape == (3, length, 32)
 
 
-def test_last_of_hidden_states_is_the_state_before_the_fusion(build, batch):
+def test_last_of_hidden_states_is_the_state_before_a_fusion_of_the_output(build, batch):
     model = build()
     outputs = model.encoder(**batch, output_hidden_states=True)
     plain = model.encoder(**text_only(batch)).last_hidden_state
-    assert torch.equal(outputs.hidden_states[-1], plain)
-    assert not torch.equal(outputs.last_hidden_state[0], plain[0])
+    is_before = model.encoder.fusion.place == ENCODER_OUTPUT
+    assert torch.equal(outputs.hidden_states[-1], plain if is_before else outputs.last_hidden_state)
+    assert not torch.equal(outputs.last_hidden_state[0, :9], plain[0])
 
 
 def test_config_and_argument_return_equal_attentions(build, inputs):
@@ -88,7 +96,11 @@ def test_config_and_argument_return_equal_attentions(build, inputs):
     assert model(**inputs).fusion_attentions is None
     for config in (model.config, model.encoder.config, model.decoder.config):
         config.output_attentions = True
-    torch.testing.assert_close(model(**inputs).fusion_attentions, asked, rtol=0, atol=1e-6)
+    found = model(**inputs).fusion_attentions
+    if asked is None:
+        assert found is None
+    else:
+        torch.testing.assert_close(found, asked, rtol=0, atol=1e-6)
 
 
 def test_generate_returns_attentions_and_hidden_states(build, batch):
@@ -193,18 +205,20 @@ def test_accepts_decoder_inputs_embeds(build, batch, labels):
 
 @pytest.mark.parametrize("form", ["output", "base", "tuple"])
 def test_accepts_encoder_outputs_in_every_form(build, batch, labels, form):
+    """Forms without the encoder's own mask, which covers the tokens that the fusion added, need it as an argument."""
     model = build()
     encoder_outputs = model.encoder(**batch)
+    mask = batch["attention_mask"] if encoder_outputs.attention_mask is None else encoder_outputs.attention_mask
     forms = {
         "output": encoder_outputs,
         "base": BaseModelOutput(last_hidden_state=encoder_outputs.last_hidden_state),
         "tuple": (encoder_outputs.last_hidden_state,),
     }
     model.encoder.forward = None  # a second call would fail
-    given = model(encoder_outputs=forms[form], attention_mask=batch["attention_mask"], labels=labels)
+    given = model(encoder_outputs=forms[form], attention_mask=mask, labels=labels)
     del model.encoder.forward
     assert torch.equal(given.logits, model(**batch, labels=labels).logits)
-    generated = model.generate(encoder_outputs=forms["base"], attention_mask=batch["attention_mask"])
+    generated = model.generate(encoder_outputs=forms["base"], attention_mask=mask)
     assert torch.equal(generated, model.generate(**batch))
 
 
@@ -236,7 +250,8 @@ def test_half_precision_loads_and_runs(build, inputs, dtype, tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
     half = MMCoTForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
-    assert half.dtype == half.encoder.vision_tower.dtype == half.encoder.fusion.vision_projection.weight.dtype == dtype
+    fusion = {parameter.dtype for name, parameter in half.named_parameters() if ".fusion." in name}
+    assert {half.dtype, half.encoder.vision_tower.dtype, *fusion} == {dtype}
     outputs = half(**inputs)
     assert outputs.logits.dtype == dtype and outputs.loss.isfinite()
     torch.testing.assert_close(outputs.logits.float(), model(**inputs).logits, rtol=0.1, atol=0.1)

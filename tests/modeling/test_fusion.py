@@ -1,90 +1,346 @@
-"""The fusions: the paper's five equations, masks, unchanged rows. test_convert.py tests the authors' form."""
+"""The fusions: their formulas in float64, masks, unchanged rows, options. test_convert.py tests the authors' form.
+
+test_contract.py and test_modeling.py test the model with each of them.
+"""
+
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
+from transformers import T5Config, T5ForConditionalGeneration
 
-from modeling_mmcot.fusion_mmcot import FUSIONS, GatedFusion, build_fusion
+from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
+from modeling_mmcot.fusion_contract_mmcot import LayerFusion, StateFusion, TokenFusion
+from modeling_mmcot.fusion_mmcot import FUSIONS, FlamingoLayer, build_fusion
+
+WIDTH, PATCH_WIDTH, HEADS, HEAD_WIDTH = 16, 12, 3, 4  # as in FLAN-T5 small, the heads are not as wide as the states
+MASK = torch.ones(3, 7, dtype=torch.bool)
+
+
+def config(**fields):
+    return MMCoTConfig(
+        d_model=WIDTH, num_heads=HEADS, d_kv=HEAD_WIDTH, num_layers=4, vision_hidden_size=PATCH_WIDTH, **fields
+    )
+
+
+def module(name, **options):
+    """The module of a fusion that reads patches, with random weights in float64."""
+    torch.manual_seed(0)
+    settings = config(fusion=name, fusion_options=options or None)
+    fusion = build_fusion(settings)
+    if isinstance(fusion, LayerFusion):
+        fusion = fusion.layer(settings)
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return fusion.double()
+
+
+STATE_FUSIONS = [name for name in FUSIONS if isinstance(module(name), StateFusion)]
+TOKEN_FUSIONS = [name for name in FUSIONS if isinstance(module(name), TokenFusion)]
+
+
+def run(fusion, hidden_states, features, mask):
+    """What the fusion computes for the patches: new states, or tokens."""
+    if isinstance(fusion, StateFusion):
+        return fusion(hidden_states, features, mask).hidden_states
+    return fusion(features, mask)[0]
 
 
 @pytest.fixture(params=FUSIONS)
 def fusion(request):
-    torch.manual_seed(0)
-    return build_fusion(request.param, hidden_size=16, vision_hidden_size=12).double()
+    return module(request.param)
 
 
 @pytest.fixture
 def states():
     torch.manual_seed(1)
-    return torch.randn(3, 5, 16, dtype=torch.float64), torch.randn(3, 7, 12, dtype=torch.float64)
+    return torch.randn(3, 5, WIDTH, dtype=torch.float64), torch.randn(3, 7, PATCH_WIDTH, dtype=torch.float64)
 
 
-def test_equals_the_papers_five_equations_in_float64(states):
-    torch.manual_seed(0)
-    fusion = GatedFusion(hidden_size=16, vision_hidden_size=12).double()
-    hidden_states, features = states
-    mask = torch.ones(3, 7, dtype=torch.bool)
-    h_lang, x_vis = hidden_states.numpy(), features.numpy()
-    w_h, w_l, w_v = (
-        layer.weight.detach().numpy() for layer in (fusion.vision_projection, fusion.language_gate, fusion.vision_gate)
-    )
-    expected, attentions, gates = np.empty_like(h_lang), np.empty((3, 5, 7)), np.empty_like(h_lang)
+def weights_of(fusion):
+    return {name: parameter.detach().numpy() for name, parameter in fusion.named_parameters()}
+
+
+def softmax(scores):
+    exponentials = np.exp(scores)
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def layer_norm(x, scale, shift):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + shift
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def multi_head(weights, prefix, queries, keys):
+    """The output of multi-head attention for one row, and its weights, averaged over heads."""
+    heads, attentions = [], []
+    for head in range(HEADS):
+        part = slice(head * HEAD_WIDTH, (head + 1) * HEAD_WIDTH)
+        query, key, value = (
+            x @ weights[f"{prefix}.{name}.weight"][part].T
+            for name, x in (("query", queries), ("key", keys), ("value", keys))
+        )
+        attentions.append(softmax(query @ key.T / np.sqrt(HEAD_WIDTH)))
+        heads.append(attentions[-1] @ value)
+    return np.concatenate(heads, axis=-1) @ weights[f"{prefix}.output.weight"].T, np.mean(attentions, axis=0)
+
+
+def feed_forward(weights, prefix, x):
+    normalized = layer_norm(x, weights[f"{prefix}.layer_norm.weight"], weights[f"{prefix}.layer_norm.bias"])
+    expanded = normalized @ weights[f"{prefix}.expansion.weight"].T
+    return np.maximum(expanded, 0) ** 2 @ weights[f"{prefix}.contraction.weight"].T
+
+
+def gated(w, h_lang, x_vis):
+    h_vis = x_vis @ w["vision_projection.weight"].T
+    attention = softmax(h_lang @ h_vis.T / np.sqrt(WIDTH))
+    h_attn = attention @ h_vis
+    gate = 1 / (1 + np.exp(-(h_lang @ w["language_gate.weight"].T + h_attn @ w["vision_gate.weight"].T)))
+    return (1 - gate) * h_lang + gate * h_attn, attention, gate
+
+
+def cross_attention(w, h_lang, x_vis):
+    attended, attention = multi_head(w, "attention", h_lang, x_vis)
+    return h_lang + attended, attention, None
+
+
+def flamingo(w, h_lang, x_vis):
+    normalized = layer_norm(h_lang, w["layer_norm.weight"], w["layer_norm.bias"])
+    attended, attention = multi_head(w, "attention", normalized, x_vis)
+    h = h_lang + np.tanh(w["attention_gate"]) * attended
+    return h + np.tanh(w["feed_forward_gate"]) * feed_forward(w, "feed_forward", h), attention, None
+
+
+@pytest.mark.parametrize("formula", [gated, cross_attention, flamingo])
+def test_new_states_equal_the_published_formula_in_float64(formula, states):
+    fusion = module(formula.__name__)
+    found = fusion(*states, MASK)
     for row in range(3):
-        h_vis = x_vis[row] @ w_h.T
-        logits = h_lang[row] @ h_vis.T / np.sqrt(16)
-        weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-        attentions[row] = weights
-        h_attn = weights @ h_vis
-        gate = 1 / (1 + np.exp(-(h_lang[row] @ w_l.T + h_attn @ w_v.T)))
-        gates[row] = gate
-        expected[row] = (1 - gate) * h_lang[row] + gate * h_attn
-    fused, fusion_attentions, fusion_gate = fusion(hidden_states, features, mask)
-    np.testing.assert_allclose(fused.detach().numpy(), expected, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(fusion_attentions.detach().numpy(), attentions, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(fusion_gate.detach().numpy(), gates, rtol=0, atol=1e-12)
+        expected = formula(weights_of(fusion), *(tensor[row].numpy() for tensor in states))
+        for ours, theirs in zip(found, expected, strict=True):
+            if theirs is None:
+                assert ours is None
+            else:
+                np.testing.assert_allclose(ours[row].detach().numpy(), theirs, rtol=0, atol=1e-12)
+
+
+def prefix(w, x_vis):
+    return rms_norm(x_vis @ w["vision_projection.weight"].T, w["layer_norm.weight"])
+
+
+def resampler(w, x_vis):
+    patches, latents = x_vis @ w["vision_projection.weight"].T, w["latents"]
+    for layer in ("layers.0", "layers.1"):
+        normalized = {
+            name: layer_norm(x, w[f"{layer}.{name}_norm.weight"], w[f"{layer}.{name}_norm.bias"])
+            for name, x in (("patch", patches), ("latent", latents))
+        }
+        keys = np.concatenate([normalized["patch"], normalized["latent"]])
+        latents = latents + multi_head(w, f"{layer}.attention", normalized["latent"], keys)[0]
+        latents = latents + feed_forward(w, f"{layer}.feed_forward", latents)
+    return rms_norm(latents, w["layer_norm.weight"])
+
+
+@pytest.mark.parametrize("formula", [prefix, resampler])
+def test_tokens_equal_the_published_formula_in_float64(formula, states):
+    fusion = module(formula.__name__)
+    tokens, mask = fusion(states[1], MASK)
+    for row in range(3):
+        expected = formula(weights_of(fusion), states[1][row].numpy())
+        # T5LayerNorm computes the variance in float32.
+        np.testing.assert_allclose(tokens[row].detach().numpy(), expected, rtol=1e-6, atol=0)
+    assert mask.all() and mask.shape == tokens.shape[:2]
+
+
+def test_every_fusion_has_a_formula_in_these_tests():
+    assert {gated, cross_attention, flamingo, prefix, resampler} == {
+        globals()[name]
+        for name in FUSIONS
+        if name != "gated_mha"  # test_convert.py has the authors' numbers
+    }
 
 
 def test_ignores_masked_patches(fusion, states):
     hidden_states, features = states
-    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask = MASK.clone()
     mask[:, 5:] = False
-    fused, attentions, _ = fusion(hidden_states, features, mask)
-    assert torch.equal(fused, fusion(hidden_states, features * mask[..., None], mask)[0])
-    shorter, *_ = fusion(hidden_states, features[:, :5], mask[:, :5])
-    torch.testing.assert_close(fused, shorter, rtol=0, atol=1e-12)
+    found = run(fusion, hidden_states, features, mask)
+    assert torch.equal(found, run(fusion, hidden_states, features * mask[..., None], mask))
+    shorter = run(fusion, hidden_states, features[:, :5], mask[:, :5])
+    torch.testing.assert_close(found[:, : shorter.shape[1]], shorter, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", STATE_FUSIONS)
+def test_attention_sums_to_one_over_real_patches(name, states):
+    mask = MASK.clone()
+    mask[:, 5:] = False
+    attentions = module(name)(*states, mask).attentions
     assert attentions[..., 5:].eq(0).all()
     torch.testing.assert_close(attentions.sum(dim=-1), torch.ones(3, 5, dtype=torch.float64))
 
 
-def test_row_without_patches_keeps_its_states_and_finite_gradients(fusion, states):
-    hidden_states, features = states
+@pytest.mark.parametrize("name", STATE_FUSIONS)
+def test_row_without_patches_keeps_its_states_and_finite_gradients(name, states):
+    fusion, (hidden_states, features) = module(name), states
     hidden_states.requires_grad_()
-    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask = MASK.clone()
     mask[1] = False
     fused, attentions, _ = fusion(hidden_states, features, mask)
     assert torch.equal(fused[1], hidden_states[1]) and attentions[1].eq(0).all()
     assert not torch.equal(fused[0], hidden_states[0])
     fused.sum().backward()
-    assert torch.equal(hidden_states.grad[1], torch.ones(5, 16, dtype=torch.float64))
+    assert torch.equal(hidden_states.grad[1], torch.ones(5, WIDTH, dtype=torch.float64))
     assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters())
 
 
-def test_lists_known_fusions_for_an_unknown_name():
-    with pytest.raises(ValueError, match="'gatd'.*gated.*gated_mha"):
-        build_fusion("gatd", 16, 12)
+@pytest.mark.parametrize("name", TOKEN_FUSIONS)
+def test_row_without_patches_has_no_tokens(name, states):
+    mask = MASK.clone()
+    mask[1] = False
+    tokens, token_mask = module(name)(states[1], mask)
+    assert not token_mask[1].any() and token_mask[[0, 2]].all() and tokens.isfinite().all()
 
 
-@pytest.mark.parametrize("name", FUSIONS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_ignores_nan_and_infinity_in_masked_patches(name, value):
-    torch.manual_seed(0)
-    fusion = build_fusion(name, 8, 6)
-    states, patches = torch.randn(2, 3, 8), torch.randn(2, 4, 6)
-    mask = torch.tensor([[True, True, False, False], [False] * 4])
-    expected, *_ = fusion(states, patches, mask)
-    patches[~mask] = value
-    fused, weights, _ = fusion(states, patches.requires_grad_(), mask)
-    torch.testing.assert_close(fused, expected)
-    fused.sum().backward()
-    assert patches.grad.isfinite().all() and weights.isfinite().all()
+def test_ignores_nan_and_infinity_in_masked_patches(fusion, states, value):
+    hidden_states, features = states
+    mask = MASK.clone()
+    mask[0, 4:] = mask[1] = False
+    expected = run(fusion, hidden_states, features, mask)
+    features[~mask] = value
+    found = run(fusion, hidden_states, features.requires_grad_(), mask)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert features.grad.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters() if parameter.grad is not None)
+
+
+def test_flamingo_equals_t5_bit_for_bit_before_training(batch, labels):
+    torch.manual_seed(0)
+    model = MMCoTForConditionalGeneration(tiny_model(fusion="flamingo").config).eval()
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with_pictures, without = model(**batch, labels=labels), model(**text, labels=labels)
+    assert torch.equal(with_pictures.logits, without.logits) and torch.equal(with_pictures.loss, without.loss)
+
+
+def test_row_without_picture_equals_t5_bit_for_bit_after_training_of_flamingo(batch, labels):
+    """The published block would change it by its feed-forward."""
+    model = MMCoTForConditionalGeneration(tiny_model(fusion="flamingo").config).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(3):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layers = [layer for layer in model.modules() if isinstance(layer, FlamingoLayer)]
+    assert all(layer.feed_forward_gate.abs() > 1e-3 for layer in layers), "the gates have opened"
+    with_pictures = model.eval().encoder(**batch).last_hidden_state
+    plain = model.encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    assert torch.equal(with_pictures[2], plain[2]) and not torch.equal(with_pictures[0], plain[0])
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3]), (4, [0])])
+def test_flamingo_acts_before_every_nth_layer(every, expected):
+    model = tiny_model(fusion="flamingo", fusion_options={"every": every}, num_layers=4)
+    assert [index for index, block in enumerate(model.encoder.block) if hasattr(block, "fusion")] == expected
+
+
+@pytest.mark.parametrize("name", TOKEN_FUSIONS)
+def test_position_bias_applies_to_pairs_of_text_tokens_only(name, batch):
+    """Without any position bias, T5 reads text and tokens alike. With it, the order of the tokens has no influence."""
+    model = tiny_model(fusion=name)
+    encoder = model.encoder
+    bias = encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    patches, mask = encoder.picture_patches(batch["pixel_values"], batch["pixel_mask"])
+    tokens, token_mask = encoder.fusion(patches, mask)
+    read = {
+        "inputs_embeds": torch.cat([encoder.embed_tokens(batch["input_ids"]), tokens], dim=1),
+        "attention_mask": torch.cat([batch["attention_mask"], token_mask.long()], dim=1),
+    }
+    without_bias = deepcopy(model)
+    without_bias.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.zero_()
+    t5 = T5ForConditionalGeneration(T5Config(**{n: getattr(model.config, n) for n in TINY})).eval()
+    t5.load_state_dict(without_bias.state_dict(), strict=False)
+    torch.testing.assert_close(
+        without_bias.encoder(**batch).last_hidden_state, t5.encoder(**read).last_hidden_state, rtol=0, atol=1e-5
+    )
+    assert not torch.allclose(encoder(**batch)[0][:2], without_bias.encoder(**batch)[0][:2])
+    if name == "prefix":
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        states, shuffled = (
+            encoder(**text, vision_features=x, vision_mask=m).last_hidden_state
+            for x, m in ((patches, mask), (patches.flip(1), mask.flip(1)))
+        )
+        torch.testing.assert_close(states[:, :9], shuffled[:, :9], rtol=0, atol=1e-5)
+    assert bias.abs().sum() > 0
+
+
+TINY = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "decoder_start_token_id", "dropout_rate")
+
+
+def test_resampler_adds_the_configured_number_of_tokens(batch):
+    encoder = tiny_model(fusion="resampler", fusion_options={"num_latents": 3}).encoder
+    outputs = encoder(**batch)
+    assert outputs.last_hidden_state.shape[1] == 9 + 3
+    assert outputs.attention_mask[:, 9:].tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fusion": "gatd"}, "'gatd'; known fusions: cross_attention, flamingo, gated, .* Did you mean 'gated'"),
+        ({"fusion_options": {"every": 2}}, "fusion 'gated' has no option 'every'; its options: none"),
+        ({"fusion": "none", "fusion_options": {"every": 2}}, "fusion 'none' has no option 'every'"),
+        ({"fusion": "resampler", "fusion_options": {"latents": 2}}, "its options: num_latents, num_layers"),
+        ({"fusion": "resampler", "fusion_options": {"num_latents": 0}}, "num_latents is 0; expected 1 or more"),
+        (
+            {"fusion": "resampler", "num_vision_tokens": 7, "max_images": 2, "fusion_options": {"num_latents": 15}},
+            "num_latents is 15, but a problem has at most 14 patches",
+        ),
+        ({"fusion": "flamingo", "fusion_options": {"every": 5}}, "every is 5; expected 1 to 4, the number of encoder"),
+        ({"fusion": "flamingo", "fusion_options": {"every": 0}}, "every is 0; expected 1 to 4"),
+    ],
+)
+def test_refuses_a_fusion_that_cannot_be_built(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build_fusion(config(**fields))
+
+
+def test_a_model_without_fusion_refuses_pictures(batch):
+    model = tiny_model(fusion="none", vision_config=None, vision_hidden_size=24)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="reads text only: .*config.fusion is 'none'"):
+        model.encoder(**text, vision_features=torch.randn(3, 4, 24))
+    assert model.encoder(**text).last_hidden_state.shape == (3, 9, 32)
+
+
+def test_a_checkpoint_keeps_its_fusion_unless_it_is_replaced(tmp_path, batch):
+    model = tiny_model(fusion="gated")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has the fusion 'gated' .*but 'flamingo' .*replace_fusion=True"):
+        MMCoTForConditionalGeneration.from_pretrained(tmp_path, fusion="flamingo")
+    replaced = MMCoTForConditionalGeneration.from_pretrained(tmp_path, fusion="flamingo", replace_fusion=True).eval()
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(replaced.encoder(**text).last_hidden_state, model.encoder(**text).last_hidden_state)
+    pixels = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
+    (ours, _), (theirs, _) = (one.encoder.picture_patches(**pixels) for one in (replaced, model))
+    assert torch.equal(ours, theirs), "the tower is kept"
+    replaced.save_pretrained(tmp_path / "replaced")
+    again = MMCoTForConditionalGeneration.from_pretrained(tmp_path / "replaced")
+    assert torch.equal(again.encoder(**batch).last_hidden_state, replaced.encoder(**batch).last_hidden_state)
+    with pytest.raises(ValueError, match=r"'flamingo' .*\({'every': 2}\) was requested: encoder.block.1"):
+        MMCoTForConditionalGeneration.from_pretrained(tmp_path / "replaced", fusion_options={"every": 2})
+
+
+def test_a_text_model_gets_a_fusion_without_an_option(tmp_path):
+    tiny_model(fusion="none", vision_config=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no effect: .* has the fusion 'prefix' .* already, or none"):
+        MMCoTForConditionalGeneration.from_pretrained(
+            tmp_path, fusion="prefix", vision_hidden_size=10, replace_fusion=True
+        )
+    model = MMCoTForConditionalGeneration.from_pretrained(tmp_path, fusion="prefix", vision_hidden_size=10)
+    assert model.encoder.fusion.vision_projection.weight.std() > 0

@@ -73,7 +73,8 @@ for _ in range(2):
     optimizer.zero_grad()
     losses.append(loss.item())
 
-# A model from a T5 checkpoint, tied and untied: it has the text weights, and its fusion is initialized.
+# A model from a T5 checkpoint, tied and untied, with each fusion: it has the text weights, its fusion is initialized,
+# and it reads one picture of two.
 from transformers import T5Config, T5ForConditionalGeneration
 size = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
 started = []
@@ -83,11 +84,19 @@ for head in ({}, {"scale_decoder_outputs": False, "feed_forward_proj": "gated-ge
     text_model.save_pretrained("text")
     memory = [torch.full((size["d_model"], size["d_model"]), float("nan")) for _ in range(1000)]
     del memory  # new tensors reuse this memory
-    for fusion in ("gated", "gated_mha"):
+    package = type(loaded[1]).__module__.rpartition(".")[0]
+    for fusion in sys.modules[f"{package}.fusion_mmcot"].FUSIONS:
         new = type(loaded[1]).from_pretrained("text", vision_hidden_size=10, fusion=fusion)
         assert torch.equal(new.shared.weight, text_model.shared.weight)
-        deviations = {name: value.std().item() for name, value in new.encoder.fusion.named_parameters()}
-        started.append({name: round(value, 1) for name, value in deviations.items()})
+        weights = {name: value for name, value in new.named_parameters() if "fusion" in name}
+        started.append({name: round(value.square().mean().sqrt().item(), 1) for name, value in weights.items()})
+        torch.manual_seed(0)
+        for value in weights.values():
+            torch.nn.init.normal_(value, std=0.3)
+        source = torch.tensor([[5, 6, 7, 1], [8, 9, 1, 0]])
+        pictures = {"vision_features": torch.randn(2, 5, 10), "vision_mask": torch.tensor([[1] * 5, [0] * 5])}
+        options = {"attention_mask": (source > 0).long(), "num_beams": 2, "max_new_tokens": 5}
+        texts[f"{fusion} {bool(head)}"] = new.generate(source, **options, **pictures).tolist()
 print(json.dumps([transformers.__version__, results, texts, losses, started]))
 """
 
