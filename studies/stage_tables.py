@@ -32,6 +32,7 @@ def write_tables() -> dict[str, str]:
     for setting, arms in read_results().items():
         tables[f"accuracy {setting}"] = accuracy_table(arms)
         tables[f"errors {setting}"] = errors_table(arms)
+        tables[f"mistakes {setting}"] = mistakes_table(arms)
         tables[f"cost {setting}"] = cost_table(arms)
     text = PAGE.read_text()
     for mark, table in tables.items():
@@ -95,8 +96,29 @@ def percent(counts: list[int]) -> str:
     return f"{100 * counts[0] / sum(counts):.1f} % of {sum(counts)}" if sum(counts) else "none"
 
 
+def mistakes_table(arms: dict[str, list[Result]]) -> str:
+    """Return the mistakes of each kind, and the names in descriptions that are not drawn, as means over the seeds."""
+    counts = {
+        name: [sum((Counter(kinds) for kinds in result["test"]["mistakes"].values()), Counter()) for result in results]
+        for name, results in arms.items()
+    }
+    kinds = sorted({kind for by_seed in counts.values() for count in by_seed for kind in count})
+    rows = []
+    for name, results in arms.items():
+        num_problems = len(right_by_problem(results[0], list(results[0]["test"]["right"])))
+        shares = [100 * np.mean([count[kind] for count in counts[name]]) / num_problems for kind in kinds]
+        found = [result["test"]["hallucination"] for result in results]
+        absent = "no description" if None in found else f"{np.mean([rates['names'] for rates in found]):.1f}"
+        rows.append([f"`{name}`", *(f"{share:.1f}" for share in shares), absent])
+    header = ["arm", *(f"{kind.replace('_', ' ')}, %" for kind in kinds), "names that are not drawn, %"]
+    return table_of(header, rows)
+
+
 def cost_table(arms: dict[str, list[Result]]) -> str:
-    """Return learning rate, steps, seconds and memory of the arms that were trained, as means over the seeds."""
+    """
+    Return learning rate, steps, seconds and memory of the arms that were trained, as means over the seeds. Stages with
+    gold inputs can be trained at the same time: then the longest one determines the time.
+    """
     rows = []
     for name, results in arms.items():
         if ARMS[name].run_of is not None:
@@ -104,10 +126,11 @@ def cost_table(arms: dict[str, list[Result]]) -> str:
         trained = [list(result["stages"].values()) for result in results]
         steps = [sum(stage["steps"] for stage in stages) for stages in trained]
         seconds = [sum(stage["seconds"] for stage in stages) for stages in trained]
+        longest = [max(stage["seconds"] for stage in stages) for stages in trained]
         memory = [max(stage["memory_gb"] or 0 for stage in stages) for stages in trained]
-        means = [f"{np.mean(steps):.0f}", f"{np.mean(seconds):.0f}", f"{np.mean(memory):.1f}"]
+        means = [f"{np.mean(values):.0f}" for values in (steps, seconds, longest)] + [f"{np.mean(memory):.1f}"]
         rows.append([f"`{name}`", results[0]["learning_rate"], *means])
-    return table_of(["arm", "learning rate", "steps", "training, s", "memory, GB"], rows)
+    return table_of(["arm", "learning rate", "steps", "training, s", "longest training, s", "memory, GB"], rows)
 
 
 def draw(settings: dict[str, dict[str, list[Result]]]) -> None:
