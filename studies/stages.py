@@ -112,7 +112,10 @@ class Study:
 
 
 def trainings(run: RunFolder) -> dict[str, dict[str, float]]:
-    """Return the steps, the seconds and the peak memory of each training of a run."""
+    """
+    Return the steps, the seconds and the peak memory of each training of a run. Those of a training that was
+    interrupted count from its last start.
+    """
     trained = {}
     for file in sorted(run.path.rglob("train_results.json")):
         results = read_json(file)
