@@ -92,7 +92,13 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-@pytest.fixture(params=FUSIONS)
+# The first fusion of each place. With the others, tests of the whole model are slow tests, to save time.
+FIRST_FUSIONS = {fusion.place: name for name, fusion in reversed(FUSIONS.items())}.values()
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[] if name in FIRST_FUSIONS else pytest.mark.slow) for name in FUSIONS]
+)
 def build(request):
     """`tiny_model` with each of the fusions."""
     return functools.partial(tiny_model, fusion=request.param)
