@@ -122,7 +122,13 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             self.vision_tower = build_vision_tower(config.vision_config)
             check_width(self.vision_tower, config.vision_hidden_size)
         self.fusion = None if config.vision_hidden_size is None else build_fusion(config)
-        if self.fusion is not None and self.fusion.place == ENCODER_LAYERS:
+        place = None if self.fusion is None else self.fusion.place
+        if place == ENCODER_INPUT and config.zeros_for_missing_pictures:
+            raise ValueError(
+                f"zeros_for_missing_pictures is set, but the fusion {config.fusion!r} makes tokens of the patches: the "
+                f"number of zeros, which depends on the batch, would change the result."
+            )
+        if place == ENCODER_LAYERS:
             for index in range(0, config.num_layers, self.fusion.every):
                 self.block[index] = FusedBlock(config, index, self.fusion.layer(config))
                 use_fast_layers(self.block[index])

@@ -310,6 +310,19 @@ def test_refuses_a_fusion_that_cannot_be_built(fields, message):
         build_fusion(config(**fields))
 
 
+@pytest.mark.parametrize("name", TOKEN_FUSIONS)
+def test_refuses_zeros_as_tokens(name):
+    with pytest.raises(ValueError, match=f"zeros_for_missing_pictures is set, but the fusion '{name}'"):
+        tiny_model(fusion=name, zeros_for_missing_pictures=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSIONS if name not in TOKEN_FUSIONS])
+def test_number_of_zeros_for_a_missing_picture_has_no_influence(name, batch):
+    encoder = tiny_model(fusion=name, zeros_for_missing_pictures=True).encoder
+    alone = {field: tensor[2:] for field, tensor in batch.items() if field in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(encoder(**batch)[0][2:], encoder(**alone)[0], rtol=0, atol=1e-5)
+
+
 def test_a_model_without_fusion_refuses_pictures(batch):
     model = tiny_model(fusion="none", vision_config=None, vision_hidden_size=24)
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
