@@ -108,6 +108,38 @@ class FusedBlock(T5Block):
         return super().forward(hidden_states, attention_mask, position_bias, None, *args, **kwargs)
 
 
+# Kinds of source tokens, if a fusion adds tokens: the values of the attention mask of the text, then the added tokens.
+PADDING, TEXT, ADDED, ADDED_PADDING = range(4)
+
+
+class TokenBlock(T5Block):
+    """
+    The first layer of T5's encoder, if a fusion adds tokens: the position bias applies to pairs of text tokens only.
+
+    As in [`FusedBlock`], `encoder_hidden_states` contains what the layer needs: the kind of each token, of shape
+    `(batch_size, source_length)`. There is no attention mask. This layer adds it to the bias, which later layers use,
+    too; FSDP gathers the weights of the bias only within this layer.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> tuple:
+        if encoder_hidden_states is not None:
+            kinds, length = encoder_hidden_states, encoder_hidden_states.shape[1]
+            bias = self.layer[0].SelfAttention.compute_bias(length, length)
+            is_text = (kinds <= TEXT)[:, None]
+            bias = bias.masked_fill(~(is_text[..., None] & is_text[..., None, :]), 0)
+            is_padding = (kinds == PADDING) | (kinds == ADDED_PADDING)
+            position_bias = bias.masked_fill(is_padding[:, None, None], torch.finfo(bias.dtype).min)
+        return super().forward(hidden_states, attention_mask, position_bias, None, *args, **kwargs)
+
+
 class MMCoTEncoder(InitializedAsT5, T5Stack):
     """T5's encoder with a picture tower and a fusion, which it calls at the fusion's `place`."""
 
@@ -128,10 +160,12 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
                 f"zeros_for_missing_pictures is set, but the fusion {config.fusion!r} makes tokens of the patches: the "
                 f"number of zeros, which depends on the batch, would change the result."
             )
-        if place == ENCODER_LAYERS:
+        if place == ENCODER_INPUT:
+            self.block[0] = TokenBlock(config, has_relative_attention_bias=True, layer_idx=0)
+        elif place == ENCODER_LAYERS:
             for index in range(0, config.num_layers, self.fusion.every):
                 self.block[index] = FusedBlock(config, index, self.fusion.layer(config))
-                use_fast_layers(self.block[index])
+        use_fast_layers(self.block)
         self.freeze_vision()
         self.post_init()
 
@@ -181,8 +215,9 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         extended_mask = None
         if place == ENCODER_INPUT:
             embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            input_ids, inputs_embeds, extended_mask = None, *self.add_tokens(embeds, attention_mask, patches, mask)
-            attention_mask = self.mask_without_positions(extended_mask, embeds.shape[1], embeds.dtype)
+            input_ids, inputs_embeds, kinds = None, *self.add_tokens(embeds, attention_mask, patches, mask)
+            attention_mask, kwargs["encoder_hidden_states"] = None, kinds
+            extended_mask = ((kinds == TEXT) | (kinds == ADDED)).long()
         elif place == ENCODER_LAYERS:
             patches, mask = self.fusion(patches.to(self.embed_tokens.weight), mask)
             kwargs["encoder_hidden_states"] = FusedBlock.packed(patches, mask)
@@ -227,24 +262,12 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
         patches: torch.FloatTensor,
         mask: torch.BoolTensor,
     ) -> tuple[torch.FloatTensor, torch.Tensor]:
-        """Return the embedded text followed by the fusion's tokens, and the attention mask of both."""
+        """Return the embedded text followed by the fusion's tokens, and the kind of each token."""
         tokens, token_mask = self.fusion(patches.to(embeds), mask)
         if attention_mask is None:
-            attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        return torch.cat([embeds, tokens], dim=1), torch.cat([attention_mask, token_mask.to(attention_mask)], dim=1)
-
-    def mask_without_positions(
-        self, attention_mask: torch.Tensor, text_length: int, dtype: torch.dtype
-    ) -> torch.FloatTensor:
-        """
-        Return the mask to add to T5's position bias, so that only pairs of text tokens have a bias,
-        `(batch_size, num_heads, source_length, source_length)`.
-        """
-        length = attention_mask.shape[1]
-        mask = -self.block[0].layer[0].SelfAttention.compute_bias(length, length).to(dtype)
-        is_text = torch.arange(length, device=mask.device) < text_length
-        mask = mask.masked_fill(is_text[:, None] & is_text, 0)
-        return mask.masked_fill(~attention_mask.bool()[:, None, None], torch.finfo(dtype).min)
+            attention_mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        kinds = [attention_mask.long(), torch.where(token_mask, ADDED, ADDED_PADDING)]
+        return torch.cat([embeds, tokens], dim=1), torch.cat(kinds, dim=1)
 
     def fill_missing(
         self, patches: torch.FloatTensor | None, mask: torch.BoolTensor | None, source: torch.Tensor

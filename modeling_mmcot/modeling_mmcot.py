@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_mmcot import MMCoTConfig
-from .encoder_mmcot import FusedBlock, InitializedAsT5, MMCoTEncoder, check_width
+from .encoder_mmcot import FusedBlock, InitializedAsT5, MMCoTEncoder, TokenBlock, check_width
 from .fusion_mmcot import FUSIONS
 from .generation_mmcot import PackedChoices, pack_choices, source_mask
 from .layers_mmcot import use_fast_layers
@@ -102,7 +102,12 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
 
     config_class = MMCoTConfig
     input_modalities = ("image", "text")
-    _no_split_modules = ["T5Block", FusedBlock.__name__, *(fusion.__name__ for fusion in FUSIONS.values())]
+    _no_split_modules = [
+        "T5Block",
+        FusedBlock.__name__,
+        TokenBlock.__name__,
+        *(fusion.__name__ for fusion in FUSIONS.values()),
+    ]
     stages: Mapping[str, PreTrainedModel] | None = None  # all stages of the repository, loaded for the first chat
     virtual_tokens: VirtualTokens | None = None  # of the active adapter, for adapters by prompt learning
 
