@@ -38,8 +38,10 @@ def write_problems(dataset, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapts", [False, True], ids=["whole", "adapters"])
-@pytest.mark.parametrize("fusion", [name for name in FUSIONS if not name.startswith("gated")])
+@pytest.mark.parametrize(
+    ("fusion", "adapts"),
+    [(name, False) for name in FUSIONS if name not in ("gated", "gated_mha")] + [("prefix", True), ("flamingo", True)],
+)
 def test_exported_system_answers_in_fresh_process_like_run(fusion, adapts, adapter_recipe, tiny_dataset, tmp_path):
     recipe = adapter_recipe if adapts else TINY_RECIPE
     values = {**yaml.safe_load(recipe.read_text()), "fusion": fusion, "fusion_options": OPTIONS.get(fusion)}
