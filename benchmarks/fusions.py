@@ -56,7 +56,7 @@ def count_parameters() -> dict[str, dict[str, Any]]:
 
 
 def generator(model: MMCoTForConditionalGeneration) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Return a function that generates `NEW_TOKENS` tokens for a batch, because random weights never end a text."""
+    """Return a function that generates `NEW_TOKENS` tokens for each row: without an end token, all are equally long."""
     model.generation_config.eos_token_id = None
 
     def run(batch: dict[str, torch.Tensor]) -> None:

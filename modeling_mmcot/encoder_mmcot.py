@@ -103,7 +103,8 @@ class FusedBlock(T5Block):
         **kwargs,
     ) -> tuple:
         if encoder_hidden_states is not None:
-            patches, mask = encoder_hidden_states[..., :-1], encoder_hidden_states[..., -1].bool()
+            packed = encoder_hidden_states.to(hidden_states.device)
+            patches, mask = packed[..., :-1], packed[..., -1].bool()
             hidden_states = self.fusion(hidden_states, patches, mask).hidden_states
         return super().forward(hidden_states, attention_mask, position_bias, None, *args, **kwargs)
 
@@ -117,8 +118,8 @@ class TokenBlock(T5Block):
     The first layer of T5's encoder, if a fusion adds tokens: the position bias applies to pairs of text tokens only.
 
     As in [`FusedBlock`], `encoder_hidden_states` contains what the layer needs: the kind of each token, of shape
-    `(batch_size, source_length)`. There is no attention mask. This layer adds it to the bias, which later layers use,
-    too; FSDP gathers the weights of the bias only within this layer.
+    `(batch_size, source_length)`. The layers get no attention mask: this layer adds it to the position bias, which is
+    shared by all layers. It does so itself, because FSDP gathers its weights only within it.
     """
 
     def forward(
@@ -132,7 +133,7 @@ class TokenBlock(T5Block):
     ) -> tuple:
         if encoder_hidden_states is not None:
             kinds, length = encoder_hidden_states, encoder_hidden_states.shape[1]
-            bias = self.layer[0].SelfAttention.compute_bias(length, length)
+            bias = self.layer[0].SelfAttention.compute_bias(length, length, device=hidden_states.device)
             is_text = (kinds <= TEXT)[:, None]
             bias = bias.masked_fill(~(is_text[..., None] & is_text[..., None, :]), 0)
             is_padding = (kinds == PADDING) | (kinds == ADDED_PADDING)
@@ -153,7 +154,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             find_tower(config.vision_config, config.vision_tower)
             self.vision_tower = build_vision_tower(config.vision_config)
             check_width(self.vision_tower, config.vision_hidden_size)
-        self.fusion = None if config.vision_hidden_size is None else build_fusion(config)
+        self.fusion = build_fusion(config)
         place = None if self.fusion is None else self.fusion.place
         if place == ENCODER_INPUT and config.zeros_for_missing_pictures:
             raise ValueError(
@@ -219,25 +220,27 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             attention_mask, kwargs["encoder_hidden_states"] = None, kinds
             extended_mask = ((kinds == TEXT) | (kinds == ADDED)).long()
         elif place == ENCODER_LAYERS:
-            patches, mask = self.fusion(patches.to(self.embed_tokens.weight), mask)
+            patches, mask = self.fusion(patches.to(self.embed_tokens.weight.dtype), mask)
             kwargs["encoder_hidden_states"] = FusedBlock.packed(patches, mask)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states or (is_shown and place == ENCODER_LAYERS),
+            output_hidden_states=True if is_shown and place == ENCODER_LAYERS else output_hidden_states,
             return_dict=True,
             **kwargs,
         )
-        states, attentions, gate = outputs.last_hidden_state, None, None
+        states, attentions, gate, hidden_states = outputs.last_hidden_state, None, None, outputs.hidden_states
         if place == ENCODER_OUTPUT:
             states, attentions, gate = self.fusion(states, patches.to(states), mask)
         elif place == ENCODER_LAYERS and is_shown:
-            attentions = self.layer_attentions(outputs.hidden_states, patches, mask)
+            attentions = self.layer_attentions(hidden_states, patches, mask)
+            if isinstance(output_hidden_states, list | tuple):  # only some layers (transformers 5.24)
+                hidden_states = tuple(hidden_states[index] for index in output_hidden_states)
         return MMCoTEncoderOutput(
             last_hidden_state=states,
-            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            hidden_states=hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
             attention_mask=extended_mask,
             fusion_attentions=attentions if is_shown else None,
@@ -253,7 +256,7 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
             for block, states in zip(self.block, hidden_states, strict=False)
             if isinstance(block, FusedBlock)
         ]
-        return torch.stack(fused).mean(dim=0)
+        return torch.stack([attentions.to(fused[0].device) for attentions in fused]).mean(dim=0)
 
     def add_tokens(
         self,
@@ -353,7 +356,9 @@ class MMCoTEncoder(InitializedAsT5, T5Stack):
 
     def zero_patches(self, source: torch.Tensor) -> torch.FloatTensor:
         """Return one patch of zeros for each row of the source."""
-        return self.embed_tokens.weight.new_zeros(len(source), 1, self.config.vision_hidden_size)
+        # Not on the device of a weight, which has none if weights are offloaded.
+        shape, dtype = (len(source), 1, self.config.vision_hidden_size), self.embed_tokens.weight.dtype
+        return torch.zeros(shape, dtype=dtype, device=source.device)
 
 
 def check_width(tower: PreTrainedModel, vision_hidden_size: int) -> None:

@@ -105,7 +105,7 @@ class CrossAttention(nn.Module):
 class CrossAttentionFusion(StateFusion):
     """
     Multi-head attention to the patches and a residual connection, without a gate (Vaswani et al. 2017, arXiv
-    1706.03762, section 3.2.2). It shows what the gate of `GatedFusion` is worth:
+    1706.03762, sections 3.1 and 3.2.2):
 
         h = h_lang + CrossAttention(h_lang, x_vis)
     """
@@ -128,8 +128,8 @@ class PrefixFusion(TokenFusion):
 
         token = LayerNorm(W x_vis)
 
-    As in VL-T5, no position bias applies to pairs with a patch, so their order has no influence. Unlike VL-T5, there
-    are no embeddings of boxes and of the picture's number: the towers' patches contain their position.
+    As in VL-T5, no position bias applies to pairs with a patch, so their order has no influence. Unlike in VL-T5, there
+    are no embeddings of boxes and of the picture's number: what a patch says of its position comes from the tower.
     """
 
     def __init__(self, config: MMCoTConfig):
@@ -190,7 +190,8 @@ class ResamplerFusion(TokenFusion):
     The tokens enter the source as in `PrefixFusion`. There are no time embeddings, because there are no videos.
 
     Raises:
-        ValueError: If `num_latents` is not between 1 and the number of patches, or `num_layers` is less than 1.
+        ValueError: If `num_latents` or `num_layers` is less than 1, or if `config.num_vision_tokens` says that there
+            are fewer patches than latents.
     """
 
     def __init__(self, config: MMCoTConfig, num_latents: int = 16, num_layers: int = 2):
@@ -268,10 +269,11 @@ FUSIONS: dict[str, type[Fusion]] = {
 
 def build_fusion(config: MMCoTConfig) -> Fusion | None:
     """
-    Build the fusion `config.fusion`, a name in `FUSIONS`, with `config.fusion_options`; None for `"none"`.
+    Build the fusion `config.fusion`, a name in `FUSIONS`, with `config.fusion_options`; None for `"none"`, or if the
+    model has no pictures (`config.vision_hidden_size` is None).
 
     Raises:
-        ValueError: If the name or an option is unknown; the message lists the known ones.
+        ValueError: If the name or an option is unknown (the message lists the known ones), or an option is no integer.
     """
     name, options = config.fusion, config.fusion_options or {}
     known = sorted([*FUSIONS, NO_FUSION])
@@ -280,11 +282,15 @@ def build_fusion(config: MMCoTConfig) -> Fusion | None:
         hint = f" Did you mean {similar[0]!r}?" if similar else ""
         raise ValueError(f"fusion is {name!r}; known fusions: {', '.join(known)}.{hint}")
     parameters = [] if name == NO_FUSION else list(inspect.signature(FUSIONS[name]).parameters)[1:]
-    for option in options:
+    for option, value in options.items():
         if option not in parameters:
             expected = ", ".join(parameters) or "none"
             raise ValueError(f"fusion_options: the fusion {name!r} has no option {option!r}; its options: {expected}.")
-    return None if name == NO_FUSION else FUSIONS[name](config, **options)
+        if type(value) is not int:
+            raise ValueError(f"fusion_options: {option} is {value!r}; expected an integer.")
+    if name == NO_FUSION or config.vision_hidden_size is None:
+        return None
+    return FUSIONS[name](config, **options)
 
 
 def check_positive(**options: int) -> None:

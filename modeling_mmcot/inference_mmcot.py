@@ -261,7 +261,7 @@ def encode(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict:
         part.update({name: part[name][:, columns] for name in text_inputs})
         parts.append((rows, columns, model.get_encoder()(**part)))
     # A fusion may add tokens, which follow those of the text.
-    num_added = max(outputs.last_hidden_state.shape[1] - len(columns) for _, columns, outputs in parts)
+    num_added = max(outputs.last_hidden_state.shape[1] - len(columns) for _, columns, outputs in parts) if parts else 0
     mask = nn.functional.pad(mask, (0, num_added))
     states = torch.zeros(*mask.shape, model.config.d_model, dtype=model.dtype, device=model.device)
     for rows, columns, outputs in parts:

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file, logging
 
+from .fusion_contract_mmcot import Fusion
 from .processing_mmcot import MMCoTProcessor
 from .retrieval_mmcot import INDEX_FILES, MANIFEST, BM25Searcher, Passage, SearchError
 from .settings_mmcot import check_own_settings, given_settings
@@ -225,22 +226,39 @@ def check_fusion(
     """
     own = {key for key, _ in model.named_parameters() if ".fusion." in key}
     missing = own & set(info["missing_keys"])
-    others = {*info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    others = {key for key in {*info["unexpected_keys"], *mismatched} if ".fusion." in key}
     # All weights of the fusion are missing if the checkpoint is a plain T5.
-    changed = sorted({key for key in others if ".fusion." in key} | (missing if missing != own else set()))
+    changed = sorted(others | (missing if missing != own else set()))
     requested = f"{model.config.fusion!r} ({model.config.fusion_options})"
-    if is_replaced and not changed:
-        raise ValueError(f"replace_fusion has no effect: {name} has the fusion {requested} already, or none.")
     if is_replaced:
-        logger.warning("%s: the fusion %s has new weights: %s", name, requested, ", ".join(sorted(missing)))
+        if not changed:
+            raise ValueError(f"replace_fusion has no effect: {name} has the fusion {requested} already, or none.")
+        if mismatched - others:
+            raise ValueError(f"{name}: {min(mismatched - others)} has another shape than in the model.")
+        reinitialize_fusion(model)
+        logger.warning("%s: its fusion is replaced by %s, whose weights are all new.", name, requested)
     elif changed:
         given = {key: options[key] for key in (*HUB_OPTIONS, "subfolder") if options.get(key) is not None}
         stored, _ = type(model.config).get_config_dict(name, **given)
+        if (stored.get("fusion"), stored.get("fusion_options")) == (model.config.fusion, model.config.fusion_options):
+            raise ValueError(
+                f"{name}: its fusion {requested} does not have the expected weights: {changed[0]} differs."
+            )
         raise ValueError(
             f"{name} has the fusion {stored.get('fusion')!r} ({stored.get('fusion_options')}), but {requested} was "
             f"requested: {changed[0]} differs. Omit fusion and fusion_options, or pass replace_fusion=True to train a "
             f"new fusion."
         )
+
+
+def reinitialize_fusion(model: PreTrainedModel) -> None:
+    """Start all fusions of a model again, also weights with the same name and shape as in another fusion."""
+    for module in model.modules():
+        if isinstance(module, Fusion):
+            for parameter in module.parameters():
+                parameter._is_hf_initialized = False  # transformers' functions skip weights that were loaded
+            module.initialize(model.config.initializer_factor)
 
 
 @contextlib.contextmanager

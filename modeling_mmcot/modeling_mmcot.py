@@ -162,6 +162,8 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         """
         returns_info = kwargs.pop("output_loading_info", False)
         replaces_fusion = kwargs.pop("replace_fusion", False)
+        if replaces_fusion:
+            kwargs["ignore_mismatched_sizes"] = True  # `check_fusion` refuses those of other weights
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         try:
@@ -239,8 +241,10 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
                 Its name in `vision_mmcot.TOWERS`.
 
         Raises:
-            ValueError: If the tower has another width, or does not match the name.
+            ValueError: If the tower has another width, or does not match the name, or the model has no fusion.
         """
+        if self.encoder.fusion is None:
+            raise ValueError(f"The model reads text only (fusion is {self.config.fusion!r}), so a tower has no use.")
         check_width(tower, self.config.vision_hidden_size)
         find_tower(tower.config, name)
         self.encoder.vision_tower = tower.to(self.device, self.dtype)
@@ -321,8 +325,9 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         Returns:
             [`MMCoTSeq2SeqLMOutput`]: `loss` (a scalar, with `labels`), `logits` of shape
             `(batch_size, target_length, vocab_size)`, the fused `encoder_last_hidden_state` of shape
-            `(batch_size, sequence_length, hidden_size)`, `fusion_attentions` of shape
-            `(batch_size, sequence_length, num_patches)` with `output_attentions=True`, and T5's other fields.
+            `(batch_size, source_length, hidden_size)`, `fusion_attentions` of shape
+            `(batch_size, sequence_length, num_patches)` with `output_attentions=True` (unless the fusion turns patches
+            into tokens), and T5's other fields.
 
         Example:
 

@@ -19,13 +19,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
 
 from mmcot.analysis.attention import maps_of_problems
+from mmcot.analysis.probes import with_images
 from mmcot.evaluation.metrics import percentage
 from mmcot.evaluation.uncertainty import mean_interval
 from mmcot.pictures.reading import read_pictures
 from mmcot.prediction.columns import with_columns
 from mmcot.prediction.predictor import PredictOptions, predict
-from mmcot.problems.progress_bars import without_dataset_bars
-from mmcot.problems.schema import FEATURES
 from modeling_mmcot import MMCoTProcessor
 from modeling_mmcot.pictures_mmcot import as_rgb
 
@@ -69,10 +68,7 @@ class Occlusion:
     def hidden(self, regions: list[Regions]) -> tuple[np.ndarray, list[int]]:
         """Hide regions of each problem; return the probabilities of the original answers, and the new answers."""
         images = [hide(*pair, self.grid) for pair in zip(self.images, regions, strict=True)]
-        with without_dataset_bars():
-            changed = self.problems.remove_columns("images")
-            changed = changed.add_column("images", images, feature=FEATURES["images"])
-        predictions = predict(self.processor, self.models, changed, self.options)
+        predictions = predict(self.processor, self.models, with_images(self.problems, images), self.options)
         columns = [predictions[name] for name in self.problems["id"]]
         probabilities = [row["scores"][answer] for row, answer in zip(columns, self.answers, strict=True)]
         return np.array(probabilities), [row["answer"] for row in columns]
@@ -138,7 +134,8 @@ def hide(images: list[Image.Image], regions: Regions, grid: int) -> list[dict[st
         draw = ImageDraw.Draw(changed)
         columns, rows = ([round(place * side / grid) for place in range(grid + 1)] for side in image.size)
         for picture, row, column in regions:
-            if picture == number:
+            is_empty = columns[column] == columns[column + 1] or rows[row] == rows[row + 1]
+            if picture == number and not is_empty:
                 corner = (columns[column + 1] - 1, rows[row + 1] - 1)  # Pillow includes the last pixel
                 draw.rectangle([(columns[column], rows[row]), corner], fill=colour)
         buffer = io.BytesIO()

@@ -81,7 +81,7 @@ class RecipeArguments:
         share_weights: train one model for all stages, on the mixture of their examples, in place of one model for each.
         streaming: read the training problems of a Hub dataset during training, without keeping them on disk
             (`training/streaming.py`).
-        fusion: a name in `fusion_mmcot.FUSIONS`. By default that of the model, or `gated` for a new model.
+        fusion: a name in `fusion_mmcot.FUSIONS`, or `none`. By default that of the model, or `gated` for a new model.
         fusion_options: options of the fusion, such as `{every: 2}` (in the recipe only).
         replace_fusion: start with a new fusion if `model_name_or_path` has another one.
         vision_model_name_or_path: a pre-trained picture tower: a checkpoint, or a name in `vision_mmcot.TOWERS`.
@@ -126,7 +126,7 @@ class RecipeArguments:
     )
     stages: list[Any] = field(default_factory=list, metadata={"help": "In the recipe only."})
     share_weights: bool = field(default=False, metadata={"help": "Train one model for all stages."})
-    fusion: str | None = field(default=None, metadata={"help": "The module that mixes patches into the text states."})
+    fusion: str | None = field(default=None, metadata={"help": "The module through which the text model sees patches."})
     fusion_options: Any = field(default=None, metadata={"help": "Options of the fusion; in the recipe only."})
     replace_fusion: bool = field(default=False, metadata={"help": "Replace the fusion of the initial checkpoint."})
     vision_model_name_or_path: str | None = field(default=None, metadata={"help": "A pre-trained picture tower."})

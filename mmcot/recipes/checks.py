@@ -398,7 +398,8 @@ def check_fusion(arguments: RecipeArguments, model_config: ModelConfig, reads_pi
         raise ValueError(f"{config}: fusion is {NO_FUSION!r}, but a stage reads `images`: omit it from `reads`.")
     if not isinstance(arguments.fusion_options, dict | None):
         raise ValueError(f"{config}: fusion_options is {arguments.fusion_options!r}; expected a mapping.")
-    if arguments.replace_fusion and (model_config.model_name_or_path is None or arguments.fusion is None):
+    names_none = arguments.fusion is None and arguments.fusion_options is None
+    if arguments.replace_fusion and (model_config.model_name_or_path is None or names_none):
         raise ValueError(f"{config}: replace_fusion has no effect without model_name_or_path and fusion.")
 
 

@@ -44,6 +44,12 @@ def test_regions_cover_pictures_whose_sides_the_grid_does_not_divide():
     assert len(np.unique(covered)) == 1
 
 
+def test_hides_nothing_of_regions_without_pixels():
+    regions = [(0, row, column) for row in range(4) for column in range(4)]
+    (covered,) = decoded(hide([picture((2, 3), marked=(0, 0))], regions, grid=4))
+    assert covered.shape == (3, 2, 3) and len(np.unique(covered)) == 1
+
+
 def problems(marks):
     """Problems whose answer is whether a picture has a white pixel; None is a picture without."""
     rows = []

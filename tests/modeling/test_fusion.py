@@ -8,7 +8,9 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from modeling_mmcot import MMCoTConfig, MMCoTForConditionalGeneration
@@ -303,6 +305,8 @@ def test_resampler_adds_the_configured_number_of_tokens(batch):
         ),
         ({"fusion": "flamingo", "fusion_options": {"every": 5}}, "every is 5; expected 1 to 4, the number of encoder"),
         ({"fusion": "flamingo", "fusion_options": {"every": 0}}, "every is 0; expected 1 to 4"),
+        ({"fusion": "flamingo", "fusion_options": {"every": "2"}}, "every is '2'; expected an integer"),
+        ({"fusion": "flamingo", "fusion_options": {"every": 2.0}}, "every is 2.0; expected an integer"),
     ],
 )
 def test_refuses_a_fusion_that_cannot_be_built(fields, message):
@@ -347,6 +351,62 @@ def test_a_checkpoint_keeps_its_fusion_unless_it_is_replaced(tmp_path, batch):
     assert torch.equal(again.encoder(**batch).last_hidden_state, replaced.encoder(**batch).last_hidden_state)
     with pytest.raises(ValueError, match=r"'flamingo' .*\({'every': 2}\) was requested: encoder.block.1"):
         MMCoTForConditionalGeneration.from_pretrained(tmp_path / "replaced", fusion_options={"every": 2})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"fusion": "gated"}, {"fusion": "gated_mha"}),
+        ({"fusion": "resampler"}, {"fusion": "resampler", "fusion_options": {"num_latents": 3, "num_layers": 1}}),
+        (
+            {"fusion": "flamingo", "fusion_options": {"every": 2}},
+            {"fusion": "flamingo", "fusion_options": {"every": 1}},
+        ),
+    ],
+)
+def test_a_replaced_fusion_has_no_weight_of_the_one_before(before, after, tmp_path):
+    tiny_model(**before).save_pretrained(tmp_path)
+    replaced = MMCoTForConditionalGeneration.from_pretrained(tmp_path, replace_fusion=True, **after)
+    trained = dict(tiny_model(**before).named_parameters())
+    for name, parameter in replaced.named_parameters():
+        if ".fusion." not in name:
+            assert torch.equal(parameter, trained[name])
+        elif name in trained and parameter.dim() == 2:
+            assert parameter.shape != trained[name].shape or not torch.equal(parameter, trained[name]), name
+        elif name.endswith("_gate"):
+            assert not parameter.any(), name
+
+
+def test_says_that_a_weight_of_the_same_fusion_is_missing(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.fusion.language_gate.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="'gated' .* does not have the expected weights: encoder.fusion.language_gate"):
+        MMCoTForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gated", "prefix", "flamingo"])
+def test_weights_can_be_offloaded(name, batch):
+    model = tiny_model(fusion=name)
+    expected = model.encoder(**batch).last_hidden_state
+    cpu_offload(model.encoder, execution_device=torch.device("cpu"))
+    assert model.encoder.embed_tokens.weight.is_meta
+    torch.testing.assert_close(model.encoder(**batch).last_hidden_state, expected)
+
+
+def test_shows_selected_hidden_states_with_attentions(batch):
+    encoder = tiny_model(fusion="flamingo", attn_implementation="eager").encoder
+    every = encoder(**batch, output_attentions=True, output_hidden_states=True)
+    last = encoder(**batch, output_attentions=True, output_hidden_states=[-1])
+    assert len(every.hidden_states) == 3 and len(last.hidden_states) == 1
+    assert torch.equal(last.hidden_states[0], every.hidden_states[-1])
+
+
+def test_a_model_without_fusion_refuses_a_tower():
+    model = tiny_model(fusion="none", vision_config=None, vision_hidden_size=24)
+    with pytest.raises(ValueError, match="reads text only .*'none'"):
+        model.attach_tower(tiny_model().encoder.vision_tower)
 
 
 def test_a_text_model_gets_a_fusion_without_an_option(tmp_path):
