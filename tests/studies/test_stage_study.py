@@ -106,10 +106,12 @@ def results(tmp_path, monkeypatch):
     for name, flags in (("two_stages", ["1100", "1000"]), ("four_stages", ["1111", "1110"])):
         for seed, right in enumerate(flags):
             test = {"right": {"fact/rare": right}, "columns": {"rationale": {"right text, right answer": 3}}}
-            trained = {"answer": {"steps": 10, "seconds": 2.0, "memory_gb": 1.0}}
+            test["mistakes"] = {"fact": {"factual": right.count("0")}}
+            test["hallucination"] = {"names": 12.5} if name == "four_stages" else None
+            trained = {stage: {"steps": 10, "seconds": 2.0, "memory_gb": 1.0} for stage in ("rationale", "answer")}
             result = {"test": test, "stages": trained, "learning_rate": "0.001"}
             (folder / f"{name}-{seed}.json").write_text(json.dumps(result))
-    marks = [f"{name} fact@2-10-total" for name in ("accuracy", "errors", "cost")]
+    marks = [f"{name} fact@2-10-total" for name in ("accuracy", "errors", "mistakes", "cost")]
     page = tmp_path / "page.md"
     page.write_text("".join(f"before\n<!-- {mark} -->\nold\n<!-- end of {mark} -->\n" for mark in marks))
     monkeypatch.setattr(stage_tables, "RESULTS", tmp_path / "results")
@@ -121,8 +123,10 @@ def results(tmp_path, monkeypatch):
 def test_tables_replace_old_ones_and_show_mean_and_extremes(results):
     stage_tables.write_tables()
     text = results.read_text()
-    assert "old" not in text and text.count("before") == 3
+    assert "old" not in text and text.count("before") == 4
     assert "37.5 [" in text and "(25.0–50.0)" in text and "87.5 [" in text
+    assert "| `two_stages` | 62.5 | no description |" in text and "| `four_stages` | 12.5 | 12.5 |" in text
+    assert "| 0.001 | 20 | 4 | 2 | 1.0 |" in text, "the sum of both trainings, and the longest one"
     assert (results.parent / "plot.png").stat().st_size > 1000
     stage_tables.write_tables()
     assert results.read_text() == text
@@ -139,6 +143,7 @@ def test_page_contains_tables_of_committed_results():
     for setting, arms in stage_tables.read_results().items():
         assert stage_tables.accuracy_table(arms) in text, setting
         assert stage_tables.errors_table(arms) in text, setting
+        assert stage_tables.mistakes_table(arms) in text, setting
         assert stage_tables.cost_table(arms) in text, setting
 
 
