@@ -76,14 +76,38 @@ class InitializedAsT5:
 setattr(InitializedAsT5, CUSTOM_CODE_METHOD, InitializedAsT5.is_custom_code)
 
 
-class FusedBlock(T5Block):
+class PreparedBlock(T5Block):
     """
-    A layer of T5's encoder after a fusion of its input with the patches.
+    A layer of T5's encoder that first changes its inputs. A subclass defines `prepare`.
 
     `T5Stack` passes `encoder_hidden_states` to its layers as a positional argument, also in the encoder, whose layers
-    do not use it. Here it contains the patches, so that gradient checkpointing sees them, and their mask as the last
-    feature.
+    do not use it. Here it contains what `prepare` needs: a tensor, so that gradient checkpointing sees it. Without it,
+    the layer is T5's.
     """
+
+    def prepare(
+        self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None, given: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the states and the position bias that T5's layer reads."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> tuple:
+        if encoder_hidden_states is not None:
+            given = encoder_hidden_states.to(hidden_states.device)
+            hidden_states, position_bias = self.prepare(hidden_states, position_bias, given)
+        return super().forward(hidden_states, attention_mask, position_bias, None, *args, **kwargs)
+
+
+class FusedBlock(PreparedBlock):
+    """A layer after a fusion of its input with the patches. `given` contains them, with their mask as last feature."""
 
     def __init__(self, config: MMCoTConfig, index: int, fusion: StateFusion):
         super().__init__(config, has_relative_attention_bias=index == 0, layer_idx=index)
@@ -93,52 +117,34 @@ class FusedBlock(T5Block):
     def packed(patches: torch.Tensor, mask: torch.BoolTensor) -> torch.Tensor:
         return torch.cat([patches, mask[..., None].to(patches)], dim=-1)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        *args,
-        **kwargs,
-    ) -> tuple:
-        if encoder_hidden_states is not None:
-            packed = encoder_hidden_states.to(hidden_states.device)
-            patches, mask = packed[..., :-1], packed[..., -1].bool()
-            hidden_states = self.fusion(hidden_states, patches, mask).hidden_states
-        return super().forward(hidden_states, attention_mask, position_bias, None, *args, **kwargs)
+    def prepare(
+        self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None, given: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.fusion(hidden_states, given[..., :-1], given[..., -1].bool()).hidden_states, position_bias
 
 
 # Kinds of source tokens, if a fusion adds tokens: the values of the attention mask of the text, then the added tokens.
 PADDING, TEXT, ADDED, ADDED_PADDING = range(4)
 
 
-class TokenBlock(T5Block):
+class TokenBlock(PreparedBlock):
     """
-    The first layer of T5's encoder, if a fusion adds tokens: the position bias applies to pairs of text tokens only.
+    The first layer, if a fusion adds tokens: the position bias applies to pairs of text tokens only. `given` contains
+    the kind of each token, of shape `(batch_size, source_length)`.
 
-    As in [`FusedBlock`], `encoder_hidden_states` contains what the layer needs: the kind of each token, of shape
-    `(batch_size, source_length)`. The layers get no attention mask: this layer adds it to the position bias, which is
-    shared by all layers. It does so itself, because FSDP gathers its weights only within it.
+    The layers get no attention mask: this layer adds it to the position bias, which is shared by all layers. It does so
+    itself, because FSDP gathers its weights only within it.
     """
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        *args,
-        **kwargs,
-    ) -> tuple:
-        if encoder_hidden_states is not None:
-            kinds, length = encoder_hidden_states, encoder_hidden_states.shape[1]
-            bias = self.layer[0].SelfAttention.compute_bias(length, length, device=hidden_states.device)
-            is_text = (kinds <= TEXT)[:, None]
-            bias = bias.masked_fill(~(is_text[..., None] & is_text[..., None, :]), 0)
-            is_padding = (kinds == PADDING) | (kinds == ADDED_PADDING)
-            position_bias = bias.masked_fill(is_padding[:, None, None], torch.finfo(bias.dtype).min)
-        return super().forward(hidden_states, attention_mask, position_bias, None, *args, **kwargs)
+    def prepare(
+        self, hidden_states: torch.Tensor, position_bias: torch.Tensor | None, given: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        length = given.shape[1]
+        bias = self.layer[0].SelfAttention.compute_bias(length, length, device=hidden_states.device)
+        is_text = (given <= TEXT)[:, None]
+        bias = bias.masked_fill(~(is_text[..., None] & is_text[..., None, :]), 0)
+        is_padding = (given == PADDING) | (given == ADDED_PADDING)
+        return hidden_states, bias.masked_fill(is_padding[:, None, None], torch.finfo(bias.dtype).min)
 
 
 class MMCoTEncoder(InitializedAsT5, T5Stack):

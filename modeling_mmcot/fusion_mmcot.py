@@ -128,8 +128,8 @@ class PrefixFusion(TokenFusion):
 
         token = LayerNorm(W x_vis)
 
-    As in VL-T5, no position bias applies to pairs with a patch, so their order has no influence. Unlike in VL-T5, there
-    are no embeddings of boxes and of the picture's number: what a patch says of its position comes from the tower.
+    No position bias applies to pairs with a patch, so their order has no influence. Unlike in VL-T5, there are no
+    embeddings of boxes and of the picture's number: what a patch says of its position comes from the tower.
     """
 
     def __init__(self, config: MMCoTConfig):

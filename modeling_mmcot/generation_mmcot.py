@@ -1,7 +1,7 @@
 """Fast decoding: finished texts leave the batch, the cache grows without copies, and targets share their prefix.
 
 `greedy_search` is passed to `generate` as `custom_generate`; `score_choices` decodes the output of `pack_choices`. This
-file does not depend on pictures: the encoder's states are fused already.
+file does not depend on pictures: the encoder's states are fused already, with a mask of their own if tokens were added.
 """
 
 import contextlib

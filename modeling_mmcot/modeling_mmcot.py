@@ -164,6 +164,7 @@ class MMCoTForConditionalGeneration(InitializedAsT5, T5ForConditionalGeneration,
         replaces_fusion = kwargs.pop("replace_fusion", False)
         if replaces_fusion:
             kwargs["ignore_mismatched_sizes"] = True  # `check_fusion` refuses those of other weights
+            kwargs.setdefault("fusion_options", None)  # not those of the fusion before
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_of_text(kwargs["quantization_config"])
         try:

@@ -182,6 +182,19 @@ def run_isolated(code, cwd, *arguments, needs=""):
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def pipeline_problems(dataset: Path) -> list[dict]:
+    """The test problems of a JSONL file, in the form that the pipeline takes."""
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    return [
+        {
+            "image": [str(dataset.parent / name) for name in row["images"]] or None,
+            **{name: row[name] for name in ("id", "question", "choices", "context")},
+        }
+        for row in rows
+        if row["split"] == "test"
+    ]
+
+
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
     """A function that makes a folder with `make(folder)`, once for all processes of pytest-xdist."""

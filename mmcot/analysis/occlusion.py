@@ -2,8 +2,8 @@
 
 Each region of a grid over the picture is filled with the picture's mean colour, one at a time, and the whole system
 answers again (Zeiler and Fergus 2014, arXiv 1311.2901, section 4.2). Unlike attention maps, this needs nothing from the
-fusion, so that fusions can be compared. Deletion and insertion curves (RISE: Petsiuk et al. 2018, arXiv 1806.07421,
-section 4.3) hide, or show, more and more regions, the most important ones first: an order of regions, such as that of
+fusion, so that fusions can be compared. Deletion and insertion curves (RISE: Petsiuk et al. 2018, arXiv
+1806.07421) hide, or show, more and more regions, the most important ones first: an order of regions, such as that of
 the attention, is faithful if the answer's probability falls, or rises, faster than in a random order.
 """
 

@@ -400,7 +400,9 @@ def check_fusion(arguments: RecipeArguments, model_config: ModelConfig, reads_pi
         raise ValueError(f"{config}: fusion_options is {arguments.fusion_options!r}; expected a mapping.")
     names_none = arguments.fusion is None and arguments.fusion_options is None
     if arguments.replace_fusion and (model_config.model_name_or_path is None or names_none):
-        raise ValueError(f"{config}: replace_fusion has no effect without model_name_or_path and fusion.")
+        raise ValueError(
+            f"{config}: replace_fusion has no effect without model_name_or_path and fusion (or fusion_options)."
+        )
 
 
 def check_attention(arguments: RecipeArguments, model_config: ModelConfig, config: str) -> None:

@@ -358,6 +358,7 @@ def test_a_checkpoint_keeps_its_fusion_unless_it_is_replaced(tmp_path, batch):
     [
         ({"fusion": "gated"}, {"fusion": "gated_mha"}),
         ({"fusion": "resampler"}, {"fusion": "resampler", "fusion_options": {"num_latents": 3, "num_layers": 1}}),
+        ({"fusion": "flamingo", "fusion_options": {"every": 2}}, {"fusion": "prefix"}),
         (
             {"fusion": "flamingo", "fusion_options": {"every": 2}},
             {"fusion": "flamingo", "fusion_options": {"every": 1}},

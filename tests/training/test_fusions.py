@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import LORA, TINY_RECIPE, run_isolated, run_script, tiny_model
+from conftest import LORA, TINY_RECIPE, pipeline_problems, run_isolated, run_script, tiny_model
 from transformers import Seq2SeqTrainingArguments
 
 from mmcot.recipes.recipe import parse_recipe
@@ -23,20 +23,6 @@ print(json.dumps({problem["id"]: answer(problem) for problem in problems}))
 """
 
 
-def write_problems(dataset, folder):
-    """The test problems, in the form that the pipeline takes."""
-    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
-    problems = [
-        {
-            "image": [str(dataset.parent / name) for name in row["images"]] or None,
-            **{name: row[name] for name in ("id", "question", "choices", "context")},
-        }
-        for row in rows
-        if row["split"] == "test"
-    ]
-    (folder / "problems.json").write_text(json.dumps(problems))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fusion", "adapts"),
@@ -52,7 +38,7 @@ def test_exported_system_answers_in_fresh_process_like_run(fusion, adapts, adapt
     config = read_json(run.hub / "config.json")
     assert config["fusion"] == fusion and config["fusion_options"] == OPTIONS.get(fusion)
     assert f"and the fusion `{fusion}`" in (run.hub / "README.md").read_text()
-    write_problems(tiny_dataset, run.path)
+    (run.path / "problems.json").write_text(json.dumps(pipeline_problems(tiny_dataset)))
     found = run_isolated(ANSWERS, run.path, needs="peft accelerate" if adapts else "")
     predictions = run.predictions_so_far("test")
     assert found.keys() == predictions.keys()

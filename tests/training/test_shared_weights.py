@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import yaml
-from conftest import REPOSITORY, TINY_RECIPE, run_isolated, run_script, tiny_model
+from conftest import REPOSITORY, TINY_RECIPE, pipeline_problems, run_isolated, run_script, tiny_model
 from safetensors import safe_open
 
 from mmcot.recipes.recipe import parse_recipe
@@ -218,16 +218,7 @@ def test_card_describes_one_model(run):
 
 @pytest.mark.slow
 def test_exported_system_answers_in_fresh_process_like_run(run, tiny_dataset):
-    rows = [json.loads(line) for line in tiny_dataset.read_text().splitlines()]
-    problems = [
-        {
-            "image": [str(tiny_dataset.parent / name) for name in row["images"]] or None,
-            **{name: row[name] for name in ("id", "question", "choices", "context")},
-        }
-        for row in rows
-        if row["split"] == "test"
-    ]
-    (run.path / "problems.json").write_text(json.dumps(problems))
+    (run.path / "problems.json").write_text(json.dumps(pipeline_problems(tiny_dataset)))
     found, num_models, num_weights = run_isolated(
         """
         answer = pipeline("multimodal-cot", model="hub", trust_remote_code=True)
